@@ -1,0 +1,196 @@
+"""The one place that imports Horovod and mpi4py; a serial communicator is a first-class one.
+
+Gradients travel through Horovod, which overlaps them with the backward pass and fuses small ones.
+Everything that must be complete before the next line of code (Hessian-vector products, decisions,
+states) travels through MPI itself, on a duplicate of the communicator Horovod was initialised with,
+or through Horovod where it runs without MPI (`horovodrun --gloo`).
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from typing import Any, Protocol
+
+import torch
+
+WORLD_SIZE_VARIABLES = (
+    "OMPI_COMM_WORLD_SIZE",  # Open MPI's mpirun
+    "PMI_SIZE",  # MPICH, Intel MPI, srun --mpi=pmi2
+    "MV2_COMM_WORLD_SIZE",  # MVAPICH
+    "HOROVOD_SIZE",  # horovodrun --gloo
+)
+"""Set by a launcher in every rank it starts; with none of them set a process is alone."""
+
+
+class Communicator(Protocol):
+    """What training, curvature and checkpoints need from a world of ranks.
+
+    Every method but `abort` is a collective: all ranks call it, in the same order.
+    """
+
+    rank: int
+    size: int
+    local_rank: int
+    """Rank among those on the same host."""
+    local_size: int
+    backend: str
+    """For people: `serial`, `Horovod over MPI`, `Horovod over Gloo`."""
+
+    def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Replace `tensor` (contiguous, any device) by its sum over ranks; returns it."""
+        ...
+
+    def sum_async_(self, tensor: torch.Tensor, name: str) -> Any:
+        """Start `sum_` in the background; `name` pairs up the ranks' calls, in any order."""
+        ...
+
+    def wait(self, handle: Any) -> None:
+        """Return once the sum behind `handle` has arrived in its tensor."""
+        ...
+
+    def broadcast_(self, tensor: torch.Tensor, root: int = 0) -> torch.Tensor:
+        """Replace `tensor` by the root's; returns it."""
+        ...
+
+    def broadcast_object(self, value: Any, root: int = 0) -> Any:
+        """The root's small Python object, on every rank."""
+        ...
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Every rank's small Python object, by rank, on every rank."""
+        ...
+
+    def abort(self, status: int) -> None:
+        """End the whole world now, from one rank, with this exit status."""
+        ...
+
+    def close(self) -> None:
+        """Leave the world in order."""
+        ...
+
+
+class SerialCommunicator:
+    """A world of one: nothing to exchange."""
+
+    rank = local_rank = 0
+    size = local_size = 1
+    backend = "serial"
+
+    def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum over one rank is the tensor itself."""
+        return tensor
+
+    def sum_async_(self, tensor: torch.Tensor, name: str) -> None:
+        """Nothing to start."""
+
+    def wait(self, handle: Any) -> None:
+        """Nothing to wait for."""
+
+    def broadcast_(self, tensor: torch.Tensor, root: int = 0) -> torch.Tensor:
+        """The root's tensor is this one."""
+        return tensor
+
+    def broadcast_object(self, value: Any, root: int = 0) -> Any:
+        """The root's object is this one."""
+        return value
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """One rank, one object."""
+        return [value]
+
+    def abort(self, status: int) -> None:
+        """End this process without clean-up, as a world's abort does."""
+        os._exit(status)
+
+    def close(self) -> None:
+        """Nothing to leave."""
+
+
+class HorovodCommunicator:
+    """Ranks started by mpirun, horovodrun or srun."""
+
+    def __init__(self) -> None:
+        import horovod.torch as hvd
+
+        self._hvd = hvd
+        self._mpi = self._mpi_world()
+        hvd.init()
+        self.rank, self.size = hvd.rank(), hvd.size()
+        self.local_rank, self.local_size = hvd.local_rank(), hvd.local_size()
+        self.backend = "Horovod over MPI" if self._mpi else "Horovod over Gloo"
+
+    def _mpi_world(self) -> Any:
+        """A communicator of our own, None where Horovod does not run over MPI.
+
+        MPI is initialised here, with `MPI_THREAD_MULTIPLE`, because Horovod's background thread and
+        our calls use it at the same time; Horovod finds it initialised and joins in.
+        """
+        hvd = self._hvd
+        if not hvd.mpi_built() or os.environ.get("HOROVOD_CONTROLLER", "mpi").lower() == "gloo":
+            return None
+        from mpi4py import MPI
+
+        if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
+            return None
+        return MPI.COMM_WORLD.Dup()
+
+    def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Blocking sum, through MPI for tensors in host memory."""
+        if self._mpi and tensor.device.type == "cpu":
+            from mpi4py import MPI
+
+            self._mpi.Allreduce(MPI.IN_PLACE, tensor.detach().numpy())
+            return tensor
+        return self._hvd.allreduce_(tensor, op=self._hvd.Sum, name=f"sum.{tensor.shape}")
+
+    def sum_async_(self, tensor: torch.Tensor, name: str) -> Any:
+        """Horovod's fused ring-allreduce, in the background."""
+        return self._hvd.allreduce_async_(tensor, op=self._hvd.Sum, name=name)
+
+    def wait(self, handle: Any) -> None:
+        """Block until the tensor behind `handle` holds the sum."""
+        self._hvd.synchronize(handle)
+
+    def broadcast_(self, tensor: torch.Tensor, root: int = 0) -> torch.Tensor:
+        """Blocking broadcast, through MPI for tensors in host memory."""
+        if self._mpi and tensor.device.type == "cpu":
+            self._mpi.Bcast(tensor.detach().numpy(), root=root)
+            return tensor
+        return self._hvd.broadcast_(tensor, root_rank=root, name=f"broadcast.{tensor.shape}")
+
+    def broadcast_object(self, value: Any, root: int = 0) -> Any:
+        """Small objects only: they are serialised."""
+        if self._mpi:
+            return self._mpi.bcast(value, root=root)
+        return self._hvd.broadcast_object(value, root_rank=root)
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Small objects only: they are serialised."""
+        if self._mpi:
+            return list(self._mpi.allgather(value))
+        return list(self._hvd.allgather_object(value))
+
+    def abort(self, status: int) -> None:
+        """MPI ends every rank; without MPI, horovodrun ends the others when this process dies."""
+        if self._mpi:
+            self._mpi.Abort(status)
+        os._exit(status)
+
+    def close(self) -> None:
+        """Shut Horovod down; MPI finalises itself at exit."""
+        self._hvd.shutdown()
+
+
+def connect() -> Communicator:
+    """The world this process was started in: Horovod's under a launcher, else a serial one."""
+    if any(variable in os.environ for variable in WORLD_SIZE_VARIABLES):
+        return HorovodCommunicator()
+    if "SLURM_STEP_ID" in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        return HorovodCommunicator()
+    return SerialCommunicator()
+
+
+def host() -> str:
+    """This machine's name, for logs and locks."""
+    return socket.gethostname()

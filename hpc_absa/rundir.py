@@ -1,0 +1,78 @@
+"""The one place where names in a run directory are built."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """A run's files (`docs/run-directory.md`); constructing one touches no disk."""
+
+    path: Path
+
+    @property
+    def job(self) -> Path:
+        """The resolved job file."""
+        return self.path / "job.toml"
+
+    @property
+    def events(self) -> Path:
+        """The append-only event log."""
+        return self.path / "events.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints, newest last by name."""
+        return self.path / "checkpoints"
+
+    @property
+    def logs(self) -> Path:
+        """Folder of the ranks' output."""
+        return self.path / "logs"
+
+    @property
+    def data(self) -> Path:
+        """Folder of data sets packed for this run alone."""
+        return self.path / "data"
+
+    @property
+    def tensorboard(self) -> Path:
+        """Folder of TensorBoard event files."""
+        return self.path / "tensorboard"
+
+    @property
+    def report(self) -> Path:
+        """The self-contained HTML page."""
+        return self.path / "report.html"
+
+    @property
+    def figure(self) -> Path:
+        """The report's figure as a picture."""
+        return self.path / "report.png"
+
+    @property
+    def lock(self) -> Path:
+        """Held by the one supervisor (or lone world) that may write here."""
+        return self.path / "lock"
+
+    @property
+    def stop_request(self) -> Path:
+        """Its existence asks the ranks to save and stop, whatever the launcher does with signals."""
+        return self.path / "stop"
+
+    def checkpoint(self, step: int, phase: int) -> Path:
+        """The checkpoint after `step` optimizer steps; names sort by age."""
+        return self.checkpoints / f"step-{step:010d}-phase-{phase:03d}.h5"
+
+    def rank_log(self, phase: int, rank: int) -> Path:
+        """What one rank printed from the phase in which it was started."""
+        return self.logs / f"phase-{phase:03d}-rank-{rank:04d}.log"
+
+    def create(self) -> RunDir:
+        """Make the folders; existing ones are left as they are."""
+        for folder in (self.path, self.checkpoints, self.logs):
+            os.makedirs(folder, exist_ok=True)
+        return self

@@ -1,0 +1,1 @@
+"""Which sample comes when, where its pixels come from, and how they reach the model."""

@@ -1,0 +1,75 @@
+"""Which sample comes when: a hash of (seed, epoch, index), computed anywhere, remembered nowhere.
+
+A counter-based generator in the manner of SplitMix64 (Steele, Lea, Flood: "Fast splittable
+pseudorandom number generators", OOPSLA 2014; constants of Stafford's mix 13). Written out here, and
+not taken from numpy, because an order must stay what it is for as long as its checkpoints are kept.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+_WEYL = 0x9E3779B97F4A7C15  # odd, 2^64 / golden ratio: successive counters land far apart
+_MASK = (1 << 64) - 1
+_ORDER_STREAM = 0x6F72646572  # "order": never the same numbers as an augmentation's stream
+
+
+def permutation(seed: int, epoch: int, samples: int) -> NDArray[np.int64]:
+    """The order in which `epoch` visits the samples 0 … `samples` − 1, each exactly once.
+
+    Args:
+        seed: The job's seed; any integer, taken modulo 2^64.
+        epoch: From 0.
+        samples: Number of training samples.
+
+    Returns:
+        Array [samples]: the sample index at each position of the epoch's order.
+    """
+    hashes = _hash(_key(seed, _ORDER_STREAM), np.uint64(epoch), np.arange(samples, dtype=np.uint64))
+    # The mix is a bijection of distinct counters, so no two hashes are equal and any sorting
+    # algorithm gives the same answer.
+    return np.argsort(hashes).astype(np.int64, copy=False)
+
+
+def uniform(
+    seed: int, epoch: int | NDArray[np.int64], samples: NDArray[np.int64], stream: int
+) -> NDArray[np.float64]:
+    """A random number in [0, 1) for each sample, the same whoever asks and in whatever company.
+
+    Args:
+        seed: The job's seed.
+        epoch: One for all samples, or an array [b] with each sample's own.
+        samples: Sample indices [b].
+        stream: Tells apart the uses that one sample has for random numbers within an epoch.
+
+    Returns:
+        Array [b], with 53 random bits each.
+    """
+    epochs = np.asarray(epoch).astype(np.uint64)
+    hashes = _hash(_key(seed, stream), epochs, np.asarray(samples).astype(np.uint64))
+    return (hashes >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def _key(seed: int, stream: int) -> NDArray[np.uint64]:
+    """Seed and stream as one well-mixed word, so that neighbouring ones share nothing."""
+    words = np.array([seed & _MASK], dtype=np.uint64)
+    return _mix(_mix(words + np.uint64(_WEYL)) ^ np.uint64(stream & _MASK))
+
+
+def _hash(
+    key: NDArray[np.uint64], epochs: NDArray[np.uint64] | np.uint64, counters: NDArray[np.uint64]
+) -> NDArray[np.uint64]:
+    """64 random bits for every counter; epochs broadcast against counters."""
+    start = _mix(key ^ _mix((np.atleast_1d(epochs) + np.uint64(1)) * np.uint64(_WEYL)))
+    return _mix(start + (counters + np.uint64(1)) * np.uint64(_WEYL))
+
+
+def _mix(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """A bijection on 64-bit words in which every input bit flips half of the output bits.
+
+    Always given arrays: numpy wraps their products silently, as wanted, and warns for scalars.
+    """
+    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return words ^ (words >> np.uint64(31))

@@ -1,0 +1,1 @@
+"""Networks and losses by name: our own, torchvision's, and the user's."""

@@ -330,6 +330,8 @@ install_mpi() {
     MPI_PATH=$PREFIX/bin:$PATH OPAL_PREFIX_WORD=OPAL_PREFIX=$PREFIX
   else
     rm -f "$SITE_PACKAGES/hpc_absa_mpi.pth"
+    # conda's mpi4py is bound to conda's MPI already
+    if compgen -G "$PREFIX/conda-meta/mpi4py-$MPI4PY-*.json" >/dev/null; then return; fi
     # mpi4py's wheel looks for a libmpi at run time; compiled by this mpicc it knows which one.
     cached_wheel "$(cache_key "mpi4py-$MPI4PY")" make_mpi4py
     pip install --force-reinstall --no-deps "$WHEEL" || fail "pip could not install $WHEEL"
@@ -391,6 +393,7 @@ main() {
   rm -f "$STAMP"
   WORK=$(mktemp -d "${TMPDIR:-/tmp}/hpc-absa-bootstrap.XXXXXX")
   trap clean_up EXIT
+  trap 'exit 130' INT TERM
 
   # more ranks than cores, and root, as in containers: allowed for the checks here
   export OMPI_MCA_rmaps_base_oversubscribe=1 PRTE_MCA_rmaps_default_mapping_policy=:oversubscribe

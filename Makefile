@@ -1,0 +1,42 @@
+# VENV=dir, PYTHON=python3.12 and HPC_ABSA_MPI=site|package choose the environment; see CONTRIBUTING.md.
+VENV ?= .venv
+export VENV
+BIN := $(VENV)/bin
+SCRIPTS := $(wildcard launch/*.sh) .ci/run
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-mpi check format clean distclean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: ## build the environment in .venv (the other targets do it when they need to)
+	@launch/bootstrap.sh
+
+demo: setup ## train the digits job with ABSA, from 1 rank to 4, and write a report
+	$(BIN)/hpc-absa run jobs/digits.toml --run-dir runs/demo --fresh
+	@ls runs/demo/report.html runs/demo/report.png
+
+test: setup check ## the checks of `make check`, then the whole test suite
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-mpi: setup ## only the tests that run under mpirun
+	$(BIN)/python -m pytest tests/mpi $(PYTEST_ARGS)
+
+check: setup ## ruff, mypy, import-linter and shellcheck
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/shellcheck $(SCRIPTS)
+
+format: setup ## let ruff format the code and sort the imports
+	$(BIN)/ruff check --select I --fix
+	$(BIN)/ruff format
+
+clean: ## remove what tools and the demo leave behind
+	rm -rf runs/demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find hpc_absa tests launch -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean ## also remove the environment (compiled wheels stay in ~/.cache/hpc-absa)
+	rm -rf $(VENV) $(VENV).lock

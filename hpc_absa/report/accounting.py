@@ -1,0 +1,249 @@
+"""Where every second of a run went, from its events alone.
+
+A run is a chain of attempts, each from one `phase_start` to the next. An attempt that ended in
+order left a breakdown in its `phase_end`; what a crash interrupted left none. The gaps between
+attempts are the price of a resize, the time lost to a failure, or a pause in which nobody worked
+(after a stop on request, or when the supervisor itself was gone); pauses are no part of a run.
+
+Whatever is read, the categories of each attempt add up to its wall time. The rules are in
+`docs/run-directory.md`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from hpc_absa.events import Event
+
+CATEGORIES: Mapping[str, str] = {
+    "comp": "computing",
+    "comm": "communicating",
+    "adversarial": "adversarial examples",
+    "hessian": "Hessian",
+    "data": "waiting for data",
+    "eval": "evaluating",
+    "checkpoint": "checkpointing",
+    "start": "starting",
+    "resize": "resizing",
+    "lost": "lost to failures",
+    "other": "other",
+    "unmeasured": "not broken down",
+}
+"""Key of each category and its name for people, in the order they are shown.
+
+`unmeasured` is the time of a phase that is still running, or the part of a crashed one that a
+checkpoint saved: it did its work but never wrote its breakdown.
+"""
+
+Gap = Literal["resize", "lost", "paused", "none"]
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """The events of one attempt at a phase, `phase_start` first."""
+
+    number: int
+    """0-based, over the whole run."""
+    phase: int
+    events: tuple[Event, ...]
+    begin: float
+    """Unix seconds of `phase_start`."""
+    end: float
+    """Unix seconds of `phase_end`, else of the failure, else of the last sign of life."""
+    ending: Literal["ended", "failed", "open"]
+    """`open`: no end and no failure was written (still running, or everything was killed)."""
+
+    @property
+    def phase_end(self) -> Event | None:
+        """The event that ended the attempt in order."""
+        return next((e for e in self.events if e["event"] == "phase_end"), None)
+
+    @property
+    def failures(self) -> tuple[Event, ...]:
+        """Failures during the attempt or before the next one."""
+        return tuple(e for e in self.events if e["event"] == "failure")
+
+
+@dataclass(frozen=True)
+class AttemptSeconds:
+    """Where the seconds of one attempt went, the gap before it included."""
+
+    attempt: Attempt
+    seconds: Mapping[str, float]
+    """By category; they add up to `wall`."""
+    wall: float
+    paused: float
+    """Seconds before this attempt in which nobody worked; not in `wall`."""
+
+
+def finite(value: Any, default: float = math.nan) -> float:
+    """A number from an event; `default` for null, text and what is missing."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return default
+    return float(value)
+
+
+def attempts(events: Sequence[Event]) -> tuple[Attempt, ...]:
+    """Split all events of a run, superseded ones included, into attempts.
+
+    What came before the first `phase_start` (launches that failed) belongs to no attempt.
+    """
+    starts = [i for i, event in enumerate(events) if event["event"] == "phase_start"]
+    bounds = zip(starts, [*starts[1:], len(events)], strict=True)
+    return tuple(_attempt(n, tuple(events[a:b])) for n, (a, b) in enumerate(bounds))
+
+
+def account(events: Sequence[Event]) -> tuple[AttemptSeconds, ...]:
+    """Every attempt's seconds; with the pauses they add up to the length of the log."""
+    parts = attempts(events)
+    if not parts:
+        return ()
+    preamble = events[: events.index(parts[0].events[0])]
+    failed = [finite(e.get("time")) for e in preamble if e["event"] == "failure"]
+    first = min(failed, default=parts[0].begin)
+    return tuple(
+        _attempt_seconds(part, _before(parts, part, first), _kept_until(parts, part), parts)
+        for part in parts
+    )
+
+
+def total(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """The sum by category, in the order of `CATEGORIES`, those that never occurred left out."""
+    sums = dict.fromkeys(CATEGORIES, 0.0)
+    for seconds in parts:
+        for key, value in seconds.items():
+            sums[key] = sums.get(key, 0.0) + value
+    return {key: value for key, value in sums.items() if value > 0}
+
+
+def _attempt(number: int, events: tuple[Event, ...]) -> Attempt:
+    begin = finite(events[0].get("time"), 0.0)
+    ending: Literal["ended", "failed", "open"] = "open"
+    end = max(finite(event.get("time"), begin) for event in events)
+    for event in events:
+        if event["event"] in ("phase_end", "failure"):
+            ending = "ended" if event["event"] == "phase_end" else "failed"
+            end = finite(event.get("time"), end)
+            break
+    phase = int(finite(events[0].get("phase"), 0))
+    return Attempt(number, phase, events, begin, max(begin, end), ending)
+
+
+def _before(parts: Sequence[Attempt], part: Attempt, first: float) -> tuple[Gap, float]:
+    """What the time before an attempt was, and how long."""
+    if part.number == 0:
+        return "lost" if first < part.begin else "none", max(0.0, part.begin - first)
+    previous = parts[part.number - 1]
+    seconds = max(0.0, part.begin - previous.end)
+    if previous.failures:
+        return "lost", seconds
+    outcome = (previous.phase_end or {}).get("outcome")
+    if outcome == "resize":
+        return "resize", seconds
+    return ("none" if outcome == "in_place" else "paused"), seconds
+
+
+def _kept_until(parts: Sequence[Attempt], part: Attempt) -> float:
+    """The time up to which the work of an attempt was not undone by a crash."""
+    later = parts[part.number + 1 :]
+    resumed = [finite(other.events[0].get("step"), math.inf) for other in later]
+    if part.ending == "failed" and not later:
+        resumed.append(_newest_saved_step(parts))
+    if not resumed or (part.ending == "ended" and min(resumed) >= _last_step(part)):
+        return part.end
+    kept = (
+        finite(event.get("time"), part.begin)
+        for event in part.events
+        if finite(event.get("step"), math.inf) <= min(resumed)
+    )
+    return min(part.end, max(kept, default=part.begin))
+
+
+def _last_step(part: Attempt) -> float:
+    return finite((part.phase_end or {}).get("step"), -math.inf)
+
+
+def _newest_saved_step(parts: Sequence[Attempt]) -> float:
+    """The step that a restart would resume from, as far as the events say."""
+    saved = (
+        finite(event.get("step"), 0.0)
+        for part in parts
+        for event in part.events
+        if event["event"] == "checkpoint"
+    )
+    return max(saved, default=0.0)
+
+
+def _attempt_seconds(
+    part: Attempt, before: tuple[Gap, float], kept_until: float, parts: Sequence[Attempt]
+) -> AttemptSeconds:
+    gap, gap_seconds = before
+    length = part.end - part.begin
+    work = _itemised(part)
+    # A breakdown longer than the attempt began before `phase_start`, with starting the processes.
+    early = min(max(0.0, sum(work.values()) - length), work.get("start", 0.0))
+    wall = length + gap_seconds
+    paused = 0.0
+    overhead: dict[str, float] = {}
+    if gap == "paused":
+        paused = gap_seconds - min(early, gap_seconds)
+        wall -= paused
+    elif gap == "none":
+        wall += early if part.number == 0 else 0.0
+    else:
+        inside = work.pop("start", 0.0) - early
+        overhead[gap] = gap_seconds + inside
+        if gap == "resize":
+            overhead[gap] = min(_reported_resize(part, overhead[gap]), wall)
+    work = _fit(work, wall - sum(overhead.values()), part)
+    undone = min(part.end - kept_until, sum(work.values()))
+    if undone > 0:
+        share = 1 - undone / sum(work.values())
+        work = {key: value * share for key, value in work.items()}
+        overhead["lost"] = overhead.get("lost", 0.0) + undone
+    wall += _tail(part, parts, overhead)
+    return AttemptSeconds(part, total((work, overhead)), wall, paused)
+
+
+def _itemised(part: Attempt) -> dict[str, float]:
+    """What an attempt itself said about its seconds."""
+    if part.phase_end is not None and part.ending == "ended":
+        told = part.phase_end.get("seconds")
+        items = told.items() if isinstance(told, dict) else ()
+        known = {k if k in CATEGORIES else "other": 0.0 for k, _ in items}
+        for key, value in items:
+            known[key if key in CATEGORIES else "other"] += max(0.0, finite(value, 0.0))
+        return known
+    decisions = [e for e in part.events if e["event"] == "decision"]
+    return {"hessian": sum(max(0.0, finite(e.get("seconds"), 0.0)) for e in decisions)}
+
+
+def _reported_resize(part: Attempt, derived: float) -> float:
+    """The `resize` event's own figure, which ends at the first step of the new world."""
+    for event in part.events:
+        if event["event"] == "resize":
+            return max(0.0, finite(event.get("seconds"), derived))
+    return derived
+
+
+def _fit(work: dict[str, float], wall: float, part: Attempt) -> dict[str, float]:
+    """Make the items add up: what is missing is named, an excess (clocks differ) is scaled away."""
+    told = sum(work.values())
+    if told > wall:
+        return {key: value * max(0.0, wall) / told for key, value in work.items()}
+    rest = "other" if part.ending == "ended" else "unmeasured"
+    return {**work, rest: work.get(rest, 0.0) + wall - told}
+
+
+def _tail(part: Attempt, parts: Sequence[Attempt], overhead: dict[str, float]) -> float:
+    """Seconds after the last attempt's end, up to the last event; adds them to `overhead`."""
+    if part is not parts[-1]:
+        return 0.0
+    last = max(finite(event.get("time"), part.end) for event in part.events)
+    seconds = max(0.0, last - part.end)
+    key = "lost" if part.failures else "other"
+    overhead[key] = overhead.get(key, 0.0) + seconds
+    return seconds

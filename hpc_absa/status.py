@@ -1,0 +1,418 @@
+"""Where a run stands, from its files alone: also while it runs, also after a crash.
+
+Only the standard library and rich are imported, so that the answer comes in a blink.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shlex
+import socket
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from hpc_absa import events as event_log
+from hpc_absa.events import Event
+from hpc_absa.report import text
+from hpc_absa.report.accounting import AttemptSeconds, account, attempts, finite
+from hpc_absa.report.history import read_job, require_run
+from hpc_absa.rundir import RunDir
+
+State = Literal["not started", "running", "done", "stopped", "interrupted", "failed"]
+
+STATE_STYLES: Mapping[State, str] = {
+    "not started": "bold",
+    "running": "bold blue",
+    "done": "bold green",
+    "stopped": "bold yellow",
+    "interrupted": "bold red",
+    "failed": "bold red",
+}
+CLOCK_SLACK = 5.0
+"""Seconds by which a process may seem younger than the lock it wrote (boot time is rounded)."""
+
+
+@dataclass(frozen=True)
+class Lock:
+    """What a run directory's lock says of its holder."""
+
+    host: str
+    pid: int
+    started: float
+    """Unix seconds; NaN where it is not told."""
+    live: bool | None
+    """Whether the holder lives; None where it is on another host and cannot be asked."""
+
+
+@dataclass(frozen=True)
+class CheckpointFile:
+    """The newest checkpoint, unopened."""
+
+    name: str
+    age_seconds: float
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Status:
+    """Where a run stands; None where its files do not tell."""
+
+    path: str
+    name: str
+    schedule: str
+    state: State
+    explanation: str
+    """One sentence on the state."""
+    phase: int | None
+    epoch: float | None
+    epochs: float | None
+    """Epochs the job asks for."""
+    step: int | None
+    samples: int | None
+    ranks: int | None
+    next_ranks: int | None
+    """Ranks that the next phase wants, where it has not started yet."""
+    global_batch: int | None
+    lr: float | None
+    eigenvalue: float | None
+    reference: float | None
+    last_decision: str | None
+    test_accuracy: float | None
+    """Fraction of one."""
+    train_loss: float | None
+    checkpoint: CheckpointFile | None
+    failures: int
+    last_failure: str | None
+    seconds_used: float
+    """Wall time in which somebody worked, pauses left out."""
+    seconds_left: float | None
+    """Estimate at the pace of the present phase; None where there is no pace yet."""
+    last_event_age: float | None
+    lock: Lock | None
+    next_command: str | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON: plain values, null for what is unknown or not finite."""
+        plain = _plain(asdict(self))
+        assert isinstance(plain, dict)
+        return plain
+
+    def render(self, console: Console) -> None:
+        """Print it for people."""
+        head = Text.assemble((self.name, "bold"), "  ", (self.state, STATE_STYLES[self.state]))
+        console.print(head)
+        console.print(Text(self.explanation, style="dim"))
+        grid = Table.grid(padding=(0, 2))
+        grid.add_column(style="dim", no_wrap=True)
+        grid.add_column(overflow="fold")
+        for name, words in _lines(self):
+            grid.add_row(name, Text(words))
+        console.print(grid)
+        if self.next_command:
+            # No wrapping: a command that is broken over lines cannot be copied.
+            console.print(
+                Text.assemble("Next: ", (self.next_command, "bold")),
+                soft_wrap=True,
+                highlight=False,
+            )
+
+
+def status(path: Path, now: float | None = None) -> Status:
+    """Read where the run in `path` stands; no checkpoint is opened.
+
+    Args:
+        path: The run directory.
+        now: Unix seconds to count ages from; by default the present.
+
+    Raises:
+        UsageError: `path` is no folder, or holds neither `job.toml` nor `events.jsonl`.
+    """
+    run = require_run(path)
+    now = time.time() if now is None else now
+    written = event_log.read(run.events)
+    kept = event_log.effective(written)
+    _, job = read_job(run)
+    lock = read_lock(run.lock)
+    state, explanation = _state(written, lock, now)
+    parts = account(written)
+    last_seen = max((finite(e.get("time"), 0.0) for e in written), default=math.nan)
+    epochs = finite(_section(job, "train").get("epochs"))
+    epoch = _latest(kept, "epoch")
+    failures = [event for event in written if event["event"] == "failure"]
+    used = sum(part.wall for part in parts)
+    used += max(0.0, now - last_seen) if state == "running" and written else 0.0
+    return Status(
+        path=str(run.path),
+        name=str(job.get("name") or run.path.resolve().name),
+        schedule=str(_section(job, "schedule").get("method", "")),
+        state=state,
+        explanation=explanation,
+        phase=_whole(_latest(written, "phase")),
+        epoch=_known(epoch),
+        epochs=_known(epochs),
+        step=_whole(_latest(kept, "step", "steps")),
+        samples=_whole(_latest(kept, "samples")),
+        ranks=_whole(_latest(kept, "ranks")),
+        next_ranks=_next_ranks(kept),
+        global_batch=_whole(_latest(kept, "global_batch")),
+        lr=_known(_latest(kept, "lr")),
+        eigenvalue=_known(_latest(kept, "eigenvalue")),
+        reference=_known(_latest(kept, "reference")),
+        last_decision=next((_reason(e) for e in reversed(kept) if e["event"] == "decision"), None),
+        test_accuracy=_known(_latest(kept, "test_accuracy")),
+        train_loss=_known(_latest(kept, "train_loss")),
+        checkpoint=newest_checkpoint(run, now),
+        failures=len(failures),
+        last_failure=_failure(failures[-1]) if failures else None,
+        seconds_used=used,
+        seconds_left=_seconds_left(state, parts, kept, epoch, epochs),
+        last_event_age=_known(now - last_seen),
+        lock=lock,
+        next_command=_next_command(state, run),
+    )
+
+
+def read_lock(path: Path) -> Lock | None:
+    """The lock's content and whether its holder lives; None without a readable lock.
+
+    The lock itself is not tried: even a moment of holding it could turn a starting run away.
+    """
+    try:
+        told = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    if not isinstance(told, dict) or not isinstance(told.get("pid"), int):
+        return None
+    host, pid, started = str(told.get("host", "")), int(told["pid"]), finite(told.get("started"))
+    live = _lives(pid, started) if host == socket.gethostname() else None
+    return Lock(host, pid, started, live)
+
+
+def newest_checkpoint(run: RunDir, now: float) -> CheckpointFile | None:
+    """The last checkpoint by name; it is not opened, `hpc-absa verify` does that."""
+    try:
+        names = [e for e in os.scandir(run.checkpoints) if e.name.endswith(".h5")]
+        names = [entry for entry in names if not entry.name.startswith(".")]
+        entry = max(names, key=lambda e: e.name, default=None)
+        found = entry.stat() if entry else None
+    except OSError:
+        return None
+    if entry is None or found is None:
+        return None
+    return CheckpointFile(entry.name, max(0.0, now - found.st_mtime), found.st_size)
+
+
+def _lives(pid: int, started: float) -> bool:
+    """Whether the process that wrote the lock lives, not a zombie nor a later one of its number."""
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    try:
+        words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        booted = next(
+            float(line.split()[1])
+            for line in Path("/proc/stat").read_text().splitlines()
+            if line.startswith("btime ")
+        )
+    except (OSError, StopIteration, ValueError):
+        return True
+    born = booted + float(words[19]) / os.sysconf("SC_CLK_TCK")
+    return words[0] not in "ZX" and not born > started + CLOCK_SLACK
+
+
+def _state(written: Sequence[Event], lock: Lock | None, now: float) -> tuple[State, str]:
+    if _last_word(written) == "done":
+        return "done", "The job is done."
+    if lock is not None and lock.live:
+        return "running", f"Process {lock.pid} on {lock.host} works on it."
+    if lock is not None and lock.live is None:
+        return _elsewhere(written, lock, now)
+    return _at_rest(written)
+
+
+def _last_word(written: Sequence[Event]) -> str:
+    """The kind of the last event that says where a run stands; a phase's end tells its outcome."""
+    for event in reversed(written):
+        kind = str(event["event"])
+        if kind == "phase_end":
+            return str(event.get("outcome", "in_place"))
+        if kind in ("done", "failure", "phase_start", "epoch", "decision", "resize"):
+            return kind
+    return ""
+
+
+def _elsewhere(written: Sequence[Event], lock: Lock, now: float) -> tuple[State, str]:
+    """The holder is on another host; it is believed, unless the events came to an end since."""
+    last = max((finite(e.get("time"), 0.0) for e in written), default=math.nan)
+    if _last_word(written) == "stopped" and last >= lock.started:
+        return _at_rest(written)
+    seen = f"; last event {text.duration(max(0.0, now - last))} ago" if written else ""
+    return "running", (
+        f"According to its lock, process {lock.pid} on {lock.host} works on it, "
+        f"which cannot be checked from {socket.gethostname()}{seen}."
+    )
+
+
+def _at_rest(written: Sequence[Event]) -> tuple[State, str]:
+    """Nobody holds the lock."""
+    word = _last_word(written)
+    if not word:
+        return "not started", "No event has been written yet."
+    if word == "stopped":
+        return "stopped", "Stopped on request, with everything saved."
+    if word == "resize":
+        # The event `resize` comes after the next phase's start, and that one was cut off.
+        started = any(e["event"] == "resize" for e in written[-1:])
+        if not started:
+            return "stopped", "Between two phases: everything is saved, nobody has gone on yet."
+    if word == "failure":
+        failure = next(e for e in reversed(written) if e["event"] == "failure")
+        return "failed", f"Ended by a failure: {_failure(failure)}."
+    return "interrupted", "Nobody works on it, and it did not say why: killed, or the host went."
+
+
+def _next_ranks(kept: Sequence[Event]) -> int | None:
+    for event in reversed(kept):
+        if event["event"] == "phase_start":
+            return None
+        if event["event"] == "phase_end":
+            return _whole(finite(event.get("next_ranks")))
+    return None
+
+
+def _seconds_left(
+    state: State,
+    parts: Sequence[AttemptSeconds],
+    kept: Sequence[Event],
+    epoch: float,
+    epochs: float,
+) -> float | None:
+    """Epochs left at the pace of the last attempt that got anywhere."""
+    left = epochs - epoch
+    if state == "done":
+        return 0.0
+    if not math.isfinite(left) or not parts:
+        return None
+    for attempt in reversed(attempts(kept)):
+        seen = [(finite(e.get("epoch")), finite(e.get("time"))) for e in attempt.events]
+        seen = [(x, t) for x, t in seen if math.isfinite(x) and math.isfinite(t)]
+        if seen and seen[-1][0] > seen[0][0] and seen[-1][1] > seen[0][1]:
+            pace = (seen[-1][1] - seen[0][1]) / (seen[-1][0] - seen[0][0])
+            return max(0.0, left * pace)
+    return None
+
+
+def _next_command(state: State, run: RunDir) -> str | None:
+    if state == "running":
+        return None
+    folder = shlex.quote(str(run.path))
+    if state == "done":
+        return f"hpc-absa report {folder}"
+    return f"hpc-absa run {shlex.quote(str(run.job))} --run-dir {folder}"
+
+
+def _lines(now: Status) -> list[tuple[str, str]]:
+    """The lines of the picture for people, those without anything to say left out."""
+    epochs = text.epoch(now.epoch) + (f" of {text.epoch(now.epochs)}" if now.epochs else "")
+    lines = [
+        ("schedule", now.schedule),
+        ("phase", "" if now.phase is None else str(now.phase)),
+        ("epoch", "" if now.epoch is None else epochs),
+        ("step", "" if now.step is None else text.count(now.step)),
+        ("samples", "" if now.samples is None else text.count(now.samples)),
+        ("ranks", _ranks(now)),
+        ("global batch", "" if now.global_batch is None else text.count(now.global_batch)),
+        ("learning rate", "" if now.lr is None else text.number(now.lr)),
+        ("eigenvalue", _eigenvalue(now)),
+        ("last decision", now.last_decision or ""),
+        ("test accuracy", "" if now.test_accuracy is None else text.percent(now.test_accuracy)),
+        ("checkpoint", _checkpoint(now.checkpoint)),
+        ("failures", f"{now.failures}, last: {now.last_failure}" if now.failures else ""),
+        ("time used", text.duration(now.seconds_used) if now.phase is not None else ""),
+        ("time left", _left(now)),
+        ("last event", _ago(now.last_event_age)),
+    ]
+    return [(name, words) for name, words in lines if words]
+
+
+def _ranks(now: Status) -> str:
+    if now.ranks is None:
+        return ""
+    wanted = now.next_ranks not in (None, now.ranks) and now.state != "done"
+    return text.count(now.ranks) + (f", next phase {now.next_ranks}" if wanted else "")
+
+
+def _eigenvalue(now: Status) -> str:
+    if now.eigenvalue is None:
+        return ""
+    against = "" if now.reference is None else f", reference {text.number(now.reference)}"
+    return f"λ {text.number(now.eigenvalue)}{against}"
+
+
+def _checkpoint(file: CheckpointFile | None) -> str:
+    return f"{file.name}, {text.size(file.bytes)}, {_ago(file.age_seconds)}" if file else ""
+
+
+def _left(now: Status) -> str:
+    if now.seconds_left is None or now.state == "done":
+        return ""
+    return f"about {text.duration(now.seconds_left)} at the present pace"
+
+
+def _ago(seconds: float | None) -> str:
+    return "" if seconds is None else f"{text.duration(max(0.0, seconds))} ago"
+
+
+def _failure(event: Event) -> str:
+    where = [f"rank {event['rank']}"] if event.get("rank") is not None else []
+    where += [f"on {event['host']}"] if event.get("host") else []
+    where += [f"exit code {event['exit_code']}"] if event.get("exit_code") is not None else []
+    reason = str(event.get("reason") or "no reason given")
+    return f"{reason} ({', '.join(where)})" if where else reason
+
+
+def _reason(event: Event) -> str:
+    return str(event.get("reason") or event.get("action") or "")
+
+
+def _section(job: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    value = job.get(key)
+    return value if isinstance(value, Mapping) else {}
+
+
+def _latest(events: Sequence[Event], *names: str) -> float:
+    """The last finite value of a field in any event."""
+    for event in reversed(events):
+        for name in names:
+            value = finite(event.get(name))
+            if math.isfinite(value):
+                return value
+    return math.nan
+
+
+def _known(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _whole(value: float) -> int | None:
+    return int(value) if math.isfinite(value) else None
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return value

@@ -177,6 +177,7 @@ choose_mpi() {  # sets MPI_ROUTE, MPI_VERSION, MPIRUN, MPI_KEY, and MPI_NOTE: wh
   if [[ -z $problem ]]; then
     MPI_ROUTE=site MPIRUN=$(command -v mpirun)
     MPI_VERSION=$(mpirun --version 2>&1 </dev/null | head -n 1)
+    MPI_VERSION=${MPI_VERSION/#mpirun (Open MPI)/Open MPI}
     MPI_KEY=site-$(printf '%s %s' "$MPI_VERSION" "$(mpi_tools)" | sha256sum | cut -c-12)
     MPI_NOTE=$(command -v mpicc)
   else

@@ -40,7 +40,9 @@ def main() -> None:
         sys.exit("selfcheck: this Horovod was built without MPI")
     libraries = loaded_libmpi()
     if len({os.path.realpath(path) for path in libraries}) != 1:
-        sys.exit(f"selfcheck: Horovod and mpi4py must load one and the same libmpi, not {libraries}")
+        sys.exit(
+            f"selfcheck: Horovod and mpi4py must load one and the same libmpi, not {libraries}"
+        )
     if args.route == "package" and not libraries[0].startswith(sys.prefix):
         sys.exit(f"selfcheck: {libraries[0]} was loaded, expected one under {sys.prefix}")
 

@@ -9,7 +9,6 @@ or through Horovod where it runs without MPI (`horovodrun --gloo`).
 from __future__ import annotations
 
 import os
-import socket
 from typing import Any, Protocol
 
 import torch
@@ -39,6 +38,10 @@ class Communicator(Protocol):
 
     def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
         """Replace `tensor` (contiguous, any device) by its sum over ranks; returns it."""
+        ...
+
+    def sum_in_pairs_(self, tensor: torch.Tensor) -> torch.Tensor:
+        """As `sum_`, along a fixed binary tree over ranks, nearest first; needs a size of 2^n."""
         ...
 
     def sum_async_(self, tensor: torch.Tensor, name: str) -> Any:
@@ -78,6 +81,10 @@ class SerialCommunicator:
     backend = "serial"
 
     def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum over one rank is the tensor itself."""
+        return tensor
+
+    def sum_in_pairs_(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum over one rank is the tensor itself."""
         return tensor
 
@@ -142,7 +149,23 @@ class HorovodCommunicator:
 
             self._mpi.Allreduce(MPI.IN_PLACE, tensor.detach().numpy())
             return tensor
-        return self._hvd.allreduce_(tensor, op=self._hvd.Sum, name=f"sum.{tensor.shape}")
+        return self._hvd.allreduce_(tensor, op=self._hvd.Sum, name=f"sum.{tuple(tensor.shape)}")
+
+    def sum_in_pairs_(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Exchange with the partner at distance 1, 2, 4, ...: addition of two numbers commutes."""
+        assert self.size & (self.size - 1) == 0, "the tree wants a power of two"
+        if not (self._mpi and tensor.device.type == "cpu"):
+            rows = self._hvd.allgather(tensor[None], name=f"pairs.{tuple(tensor.shape)}")
+            while len(rows) > 1:
+                rows = rows[0::2] + rows[1::2]
+            return tensor.copy_(rows[0])
+        received, distance = torch.empty_like(tensor), 1
+        while distance < self.size:
+            partner = self.rank ^ distance
+            self._mpi.Sendrecv(tensor.numpy(), partner, recvbuf=received.numpy(), source=partner)
+            tensor += received
+            distance *= 2
+        return tensor
 
     def sum_async_(self, tensor: torch.Tensor, name: str) -> Any:
         """Horovod's fused ring-allreduce, in the background."""
@@ -157,7 +180,7 @@ class HorovodCommunicator:
         if self._mpi and tensor.device.type == "cpu":
             self._mpi.Bcast(tensor.detach().numpy(), root=root)
             return tensor
-        return self._hvd.broadcast_(tensor, root_rank=root, name=f"broadcast.{tensor.shape}")
+        return self._hvd.broadcast_(tensor, root_rank=root, name=f"broadcast.{tuple(tensor.shape)}")
 
     def broadcast_object(self, value: Any, root: int = 0) -> Any:
         """Small objects only: they are serialised."""
@@ -189,8 +212,3 @@ def connect() -> Communicator:
     if "SLURM_STEP_ID" in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
         return HorovodCommunicator()
     return SerialCommunicator()
-
-
-def host() -> str:
-    """This machine's name, for logs and locks."""
-    return socket.gethostname()

@@ -63,6 +63,11 @@ class RunDir:
         """Its existence asks the ranks to save and stop, whatever the launcher does with signals."""
         return self.path / "stop"
 
+    @property
+    def failure(self) -> Path:
+        """Left by the first rank that fails, for the supervisor to read and remove."""
+        return self.logs / "failure.json"
+
     def checkpoint(self, step: int, phase: int) -> Path:
         """The checkpoint after `step` optimizer steps; names sort by age."""
         return self.checkpoints / f"step-{step:010d}-phase-{phase:03d}.h5"

@@ -102,9 +102,7 @@ class Status:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON: plain values, null for what is unknown or not finite."""
-        plain = _plain(asdict(self))
-        assert isinstance(plain, dict)
-        return plain
+        return {key: _plain(value) for key, value in asdict(self).items()}
 
     def render(self, console: Console) -> None:
         """Print it for people."""
@@ -243,20 +241,22 @@ def _state(written: Sequence[Event], lock: Lock | None, now: float) -> tuple[Sta
 
 
 def _last_word(written: Sequence[Event]) -> str:
-    """The kind of the last event that says where a run stands; a phase's end tells its outcome."""
+    """How the log ends: `done`, `failure`, a phase's outcome, `at work`, or nothing at all."""
     for event in reversed(written):
         kind = str(event["event"])
-        if kind == "phase_end":
-            return str(event.get("outcome", "in_place"))
-        if kind in ("done", "failure", "phase_start", "epoch", "decision", "resize"):
+        if kind in ("done", "failure"):
             return kind
+        if kind == "phase_end":
+            return f"phase {event.get('outcome', 'in_place')}"
+        if kind in ("phase_start", "epoch", "decision", "resize"):
+            return "at work"
     return ""
 
 
 def _elsewhere(written: Sequence[Event], lock: Lock, now: float) -> tuple[State, str]:
     """The holder is on another host; it is believed, unless the events came to an end since."""
     last = max((finite(e.get("time"), 0.0) for e in written), default=math.nan)
-    if _last_word(written) == "stopped" and last >= lock.started:
+    if _last_word(written) == "phase stopped" and last >= lock.started:
         return _at_rest(written)
     seen = f"; last event {text.duration(max(0.0, now - last))} ago" if written else ""
     return "running", (
@@ -270,13 +270,10 @@ def _at_rest(written: Sequence[Event]) -> tuple[State, str]:
     word = _last_word(written)
     if not word:
         return "not started", "No event has been written yet."
-    if word == "stopped":
+    if word == "phase stopped":
         return "stopped", "Stopped on request, with everything saved."
-    if word == "resize":
-        # The event `resize` comes after the next phase's start, and that one was cut off.
-        started = any(e["event"] == "resize" for e in written[-1:])
-        if not started:
-            return "stopped", "Between two phases: everything is saved, nobody has gone on yet."
+    if word == "phase resize":
+        return "stopped", "Between two phases: everything is saved, nobody has gone on yet."
     if word == "failure":
         failure = next(e for e in reversed(written) if e["event"] == "failure")
         return "failed", f"Ended by a failure: {_failure(failure)}."

@@ -1,0 +1,1 @@
+"""Adversarial examples: inputs moved a little so that the loss rises."""

@@ -1,0 +1,265 @@
+"""The commands. Heavy imports stand inside each, so that `status` and errors answer in a blink."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import typer
+
+from hpc_absa import __version__
+from hpc_absa.errors import ExitStatus, HpcAbsaError
+
+app = typer.Typer(
+    name="hpc-absa",
+    help="Train with Horovod over MPI: start small, watch the Hessian, grow batch and ranks.",
+    epilog="Begin with: hpc-absa run jobs/digits.toml",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+
+JobFile = Annotated[
+    Path, typer.Argument(metavar="JOB", help="Job file (TOML); jobs/ has examples.")
+]
+RunFolder = Annotated[
+    Path | None, typer.Option("--run-dir", help="Folder of the run; default runs/<job name>.")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Override a key, e.g. --set train.epochs=3; repeatable."
+    ),
+]
+AllowChanged = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="KEY", help="Go on though this key differs from the run begun; repeatable."
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
+MaxRanks = Annotated[
+    int | None,
+    typer.Option(min=1, help="Largest number of ranks, in place of the job's ranks.max."),
+]
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        print(f"hpc-absa {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def run(
+    job: JobFile,
+    run_dir: RunFolder = None,
+    launcher: Annotated[
+        str | None, typer.Option(help="mpirun, horovodrun, srun; in place of the job's.")
+    ] = None,
+    max_ranks: MaxRanks = None,
+    overrides: Overrides = None,
+    allow_changed: AllowChanged = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Remove the run directory first and begin anew.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the command of the next phase; start nothing.")
+    ] = False,
+) -> int:
+    """Run a job to its end, phase by phase, with more ranks as the batch grows.
+
+    On a run directory that holds an unfinished run it goes on from the newest good checkpoint; so
+    after Ctrl-C, a crash or a reboot, the same command continues. Exit status: 0 done, 1 failed,
+    2 bad usage or job file, 75 stopped on request with everything saved.
+    """
+    import shlex
+
+    from hpc_absa import job as jobs
+    from hpc_absa import worldsize
+    from hpc_absa.rundir import RunDir
+    from hpc_absa.supervisor import driver
+
+    extra = [f"launch.launcher={launcher}"] if launcher else []
+    extra += [f"ranks.max={max_ranks}"] if max_ranks else []
+    loaded = jobs.load(job, (*(overrides or ()), *extra))
+    resolved = {"ranks": loaded.ranks.model_copy(update={"max": worldsize.limit(loaded)})}
+    loaded = loaded.model_copy(update=resolved)
+    folder = RunDir(run_dir or driver.default_run_dir(loaded))
+    supervisor = driver.Supervisor(loaded, folder, tuple(allow_changed or ()), _show)
+    if dry_run:
+        print(shlex.join(supervisor.launch_command()))
+        return ExitStatus.OK
+    if fresh:
+        driver.clear(folder)
+    if done := driver.finished(folder):
+        _show(
+            f"{folder.path}: already done after {done['steps']} steps; "
+            "--fresh begins anew, --run-dir names another place"
+        )
+        return ExitStatus.OK
+    status = supervisor.supervise()
+    if folder.events.exists():
+        _write_report([folder.path], None)
+    return status
+
+
+@app.command()
+def train(
+    job: JobFile,
+    run_dir: Annotated[Path, typer.Option("--run-dir", help="Folder of the run.")],
+    overrides: Overrides = None,
+    allow_changed: AllowChanged = None,
+) -> int:
+    """Be one rank: what horovodrun, mpirun and srun start, for example
+
+    `mpirun -np 4 hpc-absa train jobs/digits.toml --run-dir runs/digits`
+
+    It works alone and at any number of ranks: it resumes from the newest good checkpoint, trains
+    until the job is done or a decision asks for more ranks, and prints the command to go on.
+    """
+    from hpc_absa.training import worker
+
+    return worker.main(job, run_dir, tuple(overrides or ()), tuple(allow_changed or ()))
+
+
+@app.command()
+def plan(
+    job: JobFile,
+    overrides: Overrides = None,
+    max_ranks: MaxRanks = None,
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="Training samples, where the data set is your own.")
+    ] = None,
+    as_json: Json = False,
+) -> int:
+    """Show the phases a job goes through and its SGD iterations, without training.
+
+    Where the eigenvalue decides, the earliest and the latest possible course are shown.
+    """
+    from hpc_absa import job as jobs
+    from hpc_absa import plan as planner
+    from hpc_absa import worldsize
+
+    loaded = jobs.load(job, (*(overrides or ()),))
+    count = samples or planner.training_samples(loaded)
+    limit = max_ranks or loaded.ranks.max or loaded.schedule.largest_batch // loaded.train.microbatch
+    if loaded.launch.hosts and not max_ranks:
+        limit = worldsize.limit(loaded)
+    plans = planner.plan(loaded, count, limit)
+    if as_json:
+        _print_json(
+            plans["course"].to_dict()
+            if "course" in plans
+            else {"steps": None, "phases": None, **{k: p.to_dict() for k, p in plans.items()}}
+        )
+        return ExitStatus.OK
+    for name, planned in plans.items():
+        _print_plan(loaded.name if name == "course" else f"{loaded.name}, {name} course", planned)
+    return ExitStatus.OK
+
+
+@app.command()
+def status(
+    directory: Annotated[Path, typer.Argument(metavar="D", help="Run directory.")],
+    as_json: Json = False,
+) -> int:
+    """Say where a run stands, from its files alone: while it runs, after its end, after a crash."""
+    from hpc_absa.status import status as of
+
+    found = of(directory)
+    if as_json:
+        _print_json(found.to_dict())
+    else:
+        from rich.console import Console
+
+        found.render(Console())
+    return ExitStatus.OK
+
+
+@app.command()
+def verify(
+    path: Annotated[Path, typer.Argument(help="A checkpoint, or a run directory with several.")],
+    as_json: Json = False,
+) -> int:
+    """Check checkpoints against their digests: exit 0 good, 1 damaged, 2 not a checkpoint."""
+    from hpc_absa.checkpoint import verification
+
+    results = verification.verify(path)
+    if as_json:
+        _print_json({"checkpoints": [r.to_dict() for r in results]})
+    else:
+        for result in results:
+            print(f"{result.path}: {result.error or 'good'}")
+    return max(result.exit_status for result in results)
+
+
+@app.command()
+def report(
+    directories: Annotated[list[Path], typer.Argument(metavar="D...", help="Run directories.")],
+    out: Annotated[
+        Path | None, typer.Option(help="HTML file; default D/report.html for one run.")
+    ] = None,
+) -> int:
+    """Write one self-contained HTML page, and a PNG, with a run's or several runs' figures."""
+    _write_report(directories, out)
+    return ExitStatus.OK
+
+
+def _write_report(directories: list[Path], out: Path | None) -> None:
+    from hpc_absa.report import write_report
+
+    paths = write_report(directories, out)
+    _show(f"report: {paths.html} and {paths.png}")
+
+
+def _print_plan(title: str, planned: Any) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{title}: {planned.steps} SGD iterations", title_justify="left")
+    for column in ("epochs", "steps", "global batch", "ranks", "learning rate"):
+        table.add_column(column, justify="right")
+    for phase in planned.phases:
+        table.add_row(
+            f"{phase.epochs:.2f}",
+            str(phase.steps),
+            str(phase.global_batch),
+            str(phase.ranks),
+            f"{phase.lr:.4g}",
+        )
+    Console().print(table)
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    print(json.dumps(value, allow_nan=False))
+
+
+def _show(line: str) -> None:
+    print(line, flush=True)
+
+
+def main() -> None:
+    """The console script: turns every error of a user's into one line and its exit status."""
+    try:
+        status = app(standalone_mode=False)
+    except HpcAbsaError as error:
+        print(f"hpc-absa: {error}", file=sys.stderr)
+        status = error.status
+    except click.ClickException as error:
+        hint = f" (see {error.ctx.command_path} --help)" if getattr(error, "ctx", None) else ""
+        print(f"hpc-absa: {error.format_message()}{hint}", file=sys.stderr)
+        status = error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        status = ExitStatus.STOPPED
+    except BrokenPipeError:
+        sys.stderr.close()
+        status = ExitStatus.FAILED
+    sys.exit(int(status or 0))

@@ -1,0 +1,129 @@
+"""The user's own code by name: `"package.module:function"` for data, models, losses, schedules."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from hpc_absa.errors import UsageError
+
+
+def is_reference(name: str) -> bool:
+    """Whether `name` names a user's own code rather than something built in."""
+    return ":" in name
+
+
+def resolve(reference: str, key: str) -> Callable[..., Any]:
+    """The function or class that `"package.module:name"` names.
+
+    Modules are looked for where Python looks, and last in the folder the command was started in.
+
+    Args:
+        reference: `"package.module:name"`; `name` may have dots.
+        key: Of the job file, for error messages: `"model.name"`.
+
+    Raises:
+        UsageError: No such module, an error while it is imported, no such name in it, or one that
+            cannot be called.
+    """
+    module_name, _, attribute = reference.partition(":")
+    if not all(part.isidentifier() for part in [*module_name.split("."), *attribute.split(".")]):
+        raise UsageError(f'{key}: "{reference}" is not of the form "package.module:function"')
+    target: Any = _module(module_name, key)
+    for part in attribute.split("."):
+        if not hasattr(target, part):
+            raise UsageError(
+                f'{key}: module "{module_name}" has no "{attribute}"'
+                + suggestion(part, [name for name in dir(target) if not name.startswith("_")])
+            )
+        target = getattr(target, part)
+    if not callable(target):
+        raise UsageError(
+            f'{key}: "{reference}" is of type {type(target).__name__}, expected something callable'
+        )
+    return target
+
+
+def call(
+    function: Callable[..., Any],
+    key: str,
+    arguments: Mapping[str, Any],
+    offered: Mapping[str, Any],
+    title: str = "",
+) -> Any:
+    """Call `function` with all of `arguments`, and with those of `offered` that it has a use for.
+
+    Args:
+        function: What `resolve` returned, or one of our own.
+        key: For error messages: `"model"`.
+        arguments: From the job file; each must be a parameter of `function`.
+        offered: What we know ourselves; given where the signature takes it and the job is silent.
+        title: What the function is called in messages; its own name where empty.
+
+    Raises:
+        UsageError: An argument that the function does not take (the message lists those it does),
+            or one that it needs and does not get.
+    """
+    parameters = _parameters(function)
+    if parameters is None:  # some functions written in C do not tell
+        return function(**arguments)
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    named = {
+        name: parameter
+        for name, parameter in parameters.items()
+        if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+    }
+    title = title or getattr(function, "__name__", repr(function))
+    for name in arguments:
+        if name not in named and not takes_any:
+            valid = [each for each in named if each not in offered]
+            raise UsageError(f"{key}.{name}: {title} has no such argument; {valid_ones(valid)}")
+    given = {name: value for name, value in offered.items() if name in named or takes_any}
+    given.update(arguments)
+    for name, parameter in named.items():
+        if name not in given and parameter.default is parameter.empty:
+            raise UsageError(f"{key}.{name}: {title} needs this argument, and it is not given")
+    return function(**given)
+
+
+def valid_ones(names: Iterable[str]) -> str:
+    """The end of a message about an unknown argument."""
+    listed = ", ".join(sorted(names))
+    return f"valid ones: {listed}" if listed else "it takes none"
+
+
+def suggestion(name: str, known: Iterable[str], count: int = 3) -> str:
+    """The end of a message about an unknown name: those like it, or a full stop."""
+    close = difflib.get_close_matches(name, list(known), n=count, cutoff=0.5)
+    return f"; did you mean {' or '.join(close)}?" if close else "."
+
+
+def _module(name: str, key: str) -> Any:
+    folder = str(Path.cwd())
+    # A console script has its own folder on the path, and not the user's as `python -m` has.
+    if folder not in sys.path and "" not in sys.path:
+        sys.path.append(folder)
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name and (name == error.name or name.startswith(error.name + ".")):
+            raise UsageError(
+                f'{key}: no module "{error.name}" in {folder} or on PYTHONPATH'
+            ) from error
+        raise UsageError(f'{key}: module "{name}" needs a missing module: {error}') from error
+    except Exception as error:
+        raise UsageError(
+            f'{key}: importing module "{name}" failed: {type(error).__name__}: {error}'
+        ) from error
+
+
+def _parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter] | None:
+    try:
+        return inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return None

@@ -1,0 +1,111 @@
+"""ABS and ABSA: the batch grows when the loss surface has become flatter (arXiv:1810.01021)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from hpc_absa.records import Decision, Eigenvalue, Observation, ScheduleState
+from hpc_absa.schedules.rule import Milestones
+
+
+@dataclass(frozen=True)
+class Adversarial:
+    """How ABSA's share of adversarial examples fades."""
+
+    ratio: float
+    """Share r at the start."""
+    omega: float
+    """Divisor of r at each growth."""
+    until: float
+    """Epochs after which r = 0: half of the run (talk)."""
+
+
+@dataclass(frozen=True)
+class AdaptiveBatch:
+    """If `λ ≤ λ_ref/α`: `B ← min(β·B, B_max)`, `lr ← lr·B_new/B_old`, `λ_ref ← λ`.
+
+    The first trustworthy λ becomes the reference. After κ decision points without growth the batch
+    grows all the same. An eigenvalue that is unconverged, not finite or not positive is no evidence:
+    it neither grows the batch nor becomes a reference, though patience runs on.
+    """
+
+    base_batch: int
+    max_batch: int
+    base_lr: float
+    alpha: float
+    beta: int
+    kappa: int
+    milestones: Milestones
+    adversarial: Adversarial | None = None
+
+    def initial(self) -> ScheduleState:
+        """The base batch, with adversarial examples where there is room to grow."""
+        fraction = self.adversarial.ratio if self.adversarial and self._can_grow() else 0.0
+        return ScheduleState(self.base_batch, self.base_lr, adversarial_fraction=fraction)
+
+    def wants_eigenvalue(self, state: ScheduleState) -> bool:
+        """Until the batch has reached its maximum."""
+        return state.global_batch < self.max_batch
+
+    def decide(self, state: ScheduleState, seen: Observation) -> Decision:
+        """Milestones first, then growth; both may come at the same boundary."""
+        state, milestone = self.milestones.apply(state, seen)
+        if self.adversarial and seen.epoch >= self.adversarial.until:
+            state = replace(state, adversarial_fraction=0.0)
+        if not seen.decision_point:
+            return Decision("continue", milestone or "no decision point", state)
+        if not self.wants_eigenvalue(state):
+            reason = f"batch is at its maximum {self.max_batch}"
+            return Decision("continue", milestone or reason, state)
+        decision = self._decide_growth(replace(state, waited=state.waited + 1), seen.eigenvalue)
+        return replace(decision, reason="; ".join(filter(None, [decision.reason, milestone])))
+
+    def lr(self, state: ScheduleState, epoch: float) -> float:
+        """The state's own: growth comes in steps of β, so no warm-up (talk)."""
+        return state.lr
+
+    def _decide_growth(self, state: ScheduleState, eigenvalue: Eigenvalue | None) -> Decision:
+        value, doubt = _trusted(eigenvalue)
+        reference = state.reference
+        if value is not None and reference is not None and value <= reference / self.alpha:
+            return self._grow(state, value, f"λ {value:.4g} ≤ {reference:.4g}/{self.alpha:g}")
+        if state.waited >= self.kappa:
+            why = f"no growth for {state.waited} decisions"
+            return self._grow(state, value, f"{doubt}; {why}" if doubt else why)
+        if doubt:
+            return Decision("continue", f"{doubt}: no growth", state)
+        if reference is None:
+            first = f"λ {value:.4g} is the reference"
+            return Decision("continue", first, replace(state, reference=value))
+        return Decision("continue", f"λ {value:.4g} > {reference:.4g}/{self.alpha:g}", state)
+
+    def _grow(self, state: ScheduleState, value: float | None, why: str) -> Decision:
+        batch = min(self.beta * state.global_batch, self.max_batch)
+        fraction = state.adversarial_fraction / self.adversarial.omega if self.adversarial else 0.0
+        grown = replace(
+            state,
+            global_batch=batch,
+            lr=state.lr * batch / state.global_batch,
+            adversarial_fraction=fraction if batch < self.max_batch else 0.0,
+            reference=value if value is not None else state.reference,
+            waited=0,
+        )
+        return Decision("grow", f"{why}: batch {state.global_batch} → {batch}", grown)
+
+    def _can_grow(self) -> bool:
+        return self.base_batch < self.max_batch
+
+
+def _trusted(eigenvalue: Eigenvalue | None) -> tuple[float | None, str]:
+    """The value where it may be acted on; otherwise None and what is wrong with it."""
+    if eigenvalue is None:
+        return None, "λ was not estimated"
+    value = eigenvalue.value
+    if not math.isfinite(value):
+        return None, "λ is not finite"
+    if not eigenvalue.converged:
+        return None, f"λ {value:.4g} has not converged (residual {eigenvalue.residual:.2g})"
+    if value <= 0:
+        return None, f"λ {value:.4g} is not positive"
+    return value, ""

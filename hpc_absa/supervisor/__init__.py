@@ -1,0 +1,1 @@
+"""Launches phases, reads how they ended, relaunches with more ranks, restarts after failures."""

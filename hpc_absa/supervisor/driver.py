@@ -1,0 +1,207 @@
+"""`hpc-absa run`: a job from its first phase to its last."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from hpc_absa import events, worldsize
+from hpc_absa import job as jobs
+from hpc_absa.errors import ExitStatus, UsageError
+from hpc_absa.job import Job
+from hpc_absa.lock import RunLock
+from hpc_absa.rundir import RunDir
+from hpc_absa.supervisor.launchers import command
+from hpc_absa.supervisor.world import Ending, World
+
+SUPERVISED = "HPC_ABSA_SUPERVISED"
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a world ended before its time."""
+
+    reason: str
+    rank: int | None = None
+    host: str | None = None
+    exit_code: int | None = None
+    final: bool = False
+    """Another try would fail the same way."""
+
+
+class Supervisor:
+    """Launches one world after the other until the job is done, stopped, or beyond help."""
+
+    def __init__(
+        self,
+        job: Job,
+        run: RunDir,
+        allow_changed: tuple[str, ...],
+        show: Callable[[str], None] = print,
+    ) -> None:
+        """`show` gets every line for people."""
+        self._job, self._run, self._allow, self._show = job, run, allow_changed, show
+        self._lock = RunLock(run)
+        self._world: World | None = None
+        self._stops = 0
+
+    def supervise(self) -> ExitStatus:
+        """Run the job to its end; the status `hpc-absa run` exits with."""
+        self._claim()
+        try:
+            for number in STOPS:
+                signal.signal(number, self._on_signal)
+            return self._supervise()
+        finally:
+            self._run.stop_request.unlink(missing_ok=True)
+            self._lock.release()
+
+    def launch_command(self) -> tuple[str, ...]:
+        """The command of the next phase, for `--dry-run`."""
+        return command(self._job, self._ranks(), self._worker()).words
+
+    def _supervise(self) -> ExitStatus:
+        restarts, best = 0, self._newest_step()
+        while True:
+            outcome = self._phase()
+            if outcome == "done":
+                return ExitStatus.OK
+            if self._stops or outcome == "stopped":
+                self._show("stopped, everything saved; the same command goes on from here")
+                return ExitStatus.STOPPED
+            if outcome == "resize":
+                restarts = 0
+                continue
+            assert isinstance(outcome, Failure)
+            self._report(outcome)
+            if outcome.final:
+                return ExitStatus(outcome.exit_code or ExitStatus.FAILED)
+            reached = self._newest_step()
+            restarts = 1 if reached > best else restarts + 1
+            best = max(best, reached)
+            if restarts > self._job.launch.max_restarts:
+                self._show(
+                    f"gave up after {self._job.launch.max_restarts} restarts without progress; "
+                    f"logs are in {self._run.logs}"
+                )
+                return ExitStatus.FAILED
+            self._show(f"restart {restarts} of {self._job.launch.max_restarts}")
+
+    def _claim(self) -> None:
+        """Make the run directory this run's: its lock, its job file, no leftovers."""
+        job = self._job
+        self._run.create()
+        self._lock.acquire()
+        if self._run.job.exists() and any(self._run.checkpoints.glob("*.h5")):
+            saved = jobs.load(self._run.job)
+            jobs.refuse_changes(saved, job, str(self._run.job), self._allow)
+        self._run.job.write_text(jobs.dump(job), encoding="utf-8")
+        self._run.stop_request.unlink(missing_ok=True)
+        self._run.failure.unlink(missing_ok=True)
+
+    def _phase(self) -> str | Failure:
+        """One world from its start to its end: done, resize, stopped, or why it failed."""
+        ranks = self._ranks()
+        known = len(events.read(self._run.events))
+        start = command(self._job, ranks, self._worker())
+        start.environment[SUPERVISED] = "1"
+        log = self._run.logs / f"world-{known:06d}-{self._job.launch.launcher}.log"
+        self._world = World(start, log, self._lock.descriptor, self._show)
+        ending = self._world.wait()
+        self._world = None
+        ended = [e for e in events.read(self._run.events)[known:] if e["event"] == "phase_end"]
+        if ended and ended[-1]["outcome"] in ("done", "resize", "stopped"):
+            self._run.failure.unlink(missing_ok=True)
+            return str(ended[-1]["outcome"])
+        return self._failure(ending)
+
+    def _failure(self, ending: Ending) -> Failure:
+        """The rank's own word where it left one, otherwise what the launcher said."""
+        try:
+            left: dict[str, Any] = json.loads(self._run.failure.read_text(encoding="utf-8"))
+            self._run.failure.unlink()
+            return Failure(**left)
+        except (OSError, ValueError):
+            pass
+        if killed := ending.killed_rank():
+            rank, host, number = killed
+            name = signal.Signals(number).name
+            return Failure(f"killed by {name}", rank, host, 128 + number)
+        said = next((line for line in reversed(ending.tail) if line.strip(" -")), "nothing")
+        return Failure(f"the launcher exited and last said: {said}", exit_code=ending.exit_code)
+
+    def _report(self, failure: Failure) -> None:
+        place = f"rank {failure.rank} on {failure.host}: " if failure.rank is not None else ""
+        if not failure.final:
+            self._show(f"failed: {place}{failure.reason}")
+        last = events.read(self._run.events)[-1:]
+        events.append(
+            self._run.events,
+            "failure",
+            last[0]["phase"] if last else 1,
+            reason=failure.reason,
+            rank=failure.rank,
+            host=failure.host,
+            exit_code=failure.exit_code,
+        )
+
+    def _ranks(self) -> int:
+        """Ranks of the next world: those that the present global batch can feed."""
+        batch = self._job.schedule.base_batch
+        if self._job.schedule.method in ("bl", "fb"):
+            batch = self._job.schedule.largest_batch
+        for event in events.effective(events.read(self._run.events)):
+            batch = event.get("next_batch") or event.get("global_batch") or batch
+        return worldsize.ranks_for(self._job, batch, worldsize.limit(self._job))
+
+    def _worker(self) -> tuple[str, ...]:
+        words = [sys.executable, "-m", "hpc_absa", "train", str(self._run.job.resolve())]
+        words += ["--run-dir", str(self._run.path.resolve())]
+        for key in self._allow:
+            words += ["--allow-changed", key]
+        return tuple(words)
+
+    def _newest_step(self) -> int:
+        """Steps behind the newest checkpoint, by its name; -1 without any."""
+        names = sorted(path.name for path in self._run.checkpoints.glob("step-*.h5"))
+        return int(names[-1].split("-")[1]) if names else -1
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        """First: ask the ranks to save and stop. Second: end the world now."""
+        self._stops += 1
+        self._run.stop_request.touch()
+        if self._stops > 1 and self._world:
+            self._world.kill()
+
+
+def finished(run: RunDir) -> events.Event | None:
+    """The `done` event of a run that is over."""
+    last = [e for e in events.read(run.events) if e["event"] == "done"][-1:]
+    return last[0] if last else None
+
+
+def clear(run: RunDir) -> None:
+    """Remove a run directory to begin anew.
+
+    Raises:
+        UsageError: the folder holds something that is no run.
+    """
+    if not run.path.exists():
+        return
+    known = run.job.exists() or run.events.exists() or not any(run.path.iterdir())
+    if not known:
+        raise UsageError(f"{run.path}: not a run directory; --fresh removes nothing else")
+    shutil.rmtree(run.path)
+
+
+def default_run_dir(job: Job) -> Path:
+    """Where a run goes unless told: `runs/` under the present folder."""
+    return Path("runs") / job.name

@@ -1,0 +1,48 @@
+"""Where the seconds of a phase go."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+KINDS = ("comp", "adversarial", "comm", "hessian", "data", "eval", "checkpoint", "start", "other")
+
+
+class Clock:
+    """Charges every second to exactly one kind: the innermost one open."""
+
+    def __init__(self) -> None:
+        """Everything is `other` until told otherwise."""
+        self._open = ["other"]
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget what has been charged."""
+        self._seconds = dict.fromkeys(KINDS, 0.0)
+        self._since = time.perf_counter()
+
+    @contextmanager
+    def __call__(self, kind: str) -> Iterator[None]:
+        """Charge the body to `kind`, except what a clock opened inside takes."""
+        self._charge()
+        self._open.append(kind)
+        try:
+            yield
+        finally:
+            self._charge()
+            self._open.pop()
+
+    def add(self, kind: str, seconds: float) -> None:
+        """Charge time that passed before this clock began."""
+        self._seconds[kind] += seconds
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds by kind since the last restart; they sum to the wall time."""
+        self._charge()
+        return dict(self._seconds)
+
+    def _charge(self) -> None:
+        now = time.perf_counter()
+        self._seconds[self._open[-1]] += now - self._since
+        self._since = now

@@ -1,0 +1,74 @@
+"""What a run tells: events for programs, lines for people. Only rank 0's narrator speaks."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, TextIO
+
+from hpc_absa import events
+from hpc_absa.checkpoint.store import Published
+from hpc_absa.rundir import RunDir
+
+LINE_EVERY = 10.0
+"""Seconds between progress lines where epochs are longer than that."""
+
+
+class Narrator:
+    """Appends events and prints lines; on other ranks than 0 it does nothing."""
+
+    def __init__(self, run: RunDir, rank: int, output: TextIO) -> None:
+        """`output` is where people look; a rank's log gets the same through its own stdout."""
+        self._run = run
+        self._speaks = rank == 0
+        self._output = output
+        self._pending: list[tuple[str, int, dict[str, Any]]] = []
+        self._last_line = time.monotonic()
+
+    def say(self, line: str) -> None:
+        """Print a line for people, to the launcher and into the rank's own log."""
+        if not self._speaks:
+            return
+        self._last_line = time.monotonic()
+        print(line, file=self._output, flush=True)
+        print(line, flush=True)
+
+    def progress(self, line: str) -> None:
+        """Print `line` if nothing has been said for a while."""
+        if time.monotonic() - self._last_line >= LINE_EVERY:
+            self.say(line)
+
+    def emit(self, event: str, phase: int, **fields: Any) -> None:
+        """Append an event now."""
+        if self._speaks:
+            events.append(self._run.events, event, phase, **fields)
+
+    def emit_when_saved(self, event: str, phase: int, **fields: Any) -> None:
+        """Append an event once the next checkpoint is durable: what is logged is never redone."""
+        if self._speaks:
+            self._pending.append((event, phase, {"time": time.time(), **fields}))
+
+    def on_saved(self, phase: int, step: int, samples: int) -> Any:
+        """What the store calls when the checkpoint that closes the pending events is durable."""
+        pending, self._pending = self._pending, []
+
+        def saved(published: Published) -> None:
+            for event, of_phase, fields in pending:
+                self.emit(event, of_phase, **fields)
+            self.emit(
+                "checkpoint",
+                phase,
+                path=published.path.name,
+                bytes=published.bytes,
+                seconds=published.seconds,
+                step=step,
+                samples=samples,
+            )
+
+        return saved
+
+
+def duration(seconds: float) -> str:
+    """`h:mm:ss`, or `m:ss` below an hour."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

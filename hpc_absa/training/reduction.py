@@ -1,0 +1,193 @@
+"""How a step's gradients become one sum over all microbatches and ranks.
+
+`Overlapped` is the fast one: Horovod's ring-allreduce of each gradient starts as soon as the last
+local backward pass has finished it, so that communication hides behind the rest of that pass.
+`Reproducible` is the exact one: the sum is taken along one fixed binary tree over `LANES` lanes of
+microbatches, whatever the number of ranks, so that any power-of-two world comes to the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from hpc_absa.comm import Communicator
+from hpc_absa.worldsize import share
+
+LANES = 64
+"""Leaves of the fixed summation tree: the largest world whose bits agree."""
+
+
+class Reduction(Protocol):
+    """Adds up the gradients of one step; every rank calls every method, also with no microbatch."""
+
+    def lanes(self, microbatches: range) -> list[range]:
+        """This rank's microbatches, in the groups that are summed one after the other."""
+        ...
+
+    def begin(self) -> None:
+        """Start a step with all gradients zero."""
+        ...
+
+    @contextmanager
+    def backward(self, *, last: bool) -> Iterator[None]:
+        """Wrap the backward pass of a microbatch; `last` is this rank's last of the step."""
+        ...
+
+    def end_lane(self, extra: Tensor) -> None:
+        """A group of `lanes` is complete; `extra` is its flat sum of everything but gradients."""
+        ...
+
+    def finish(self, extra: Tensor) -> Tensor:
+        """Gradients hold the sum over all ranks on return; returns the sum of the extras."""
+        ...
+
+
+class Overlapped:
+    """Horovod's ring-allreduce, overlapped with the backward pass."""
+
+    def __init__(self, model: nn.Module, comm: Communicator) -> None:
+        """Hooks every parameter that requires a gradient."""
+        self._comm = comm
+        self._parameters = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        self._handles: dict[str, Any] = {}
+        self._last = False
+        if comm.size > 1:
+            for name, parameter in self._parameters:
+                parameter.register_post_accumulate_grad_hook(self._hook(name))
+
+    def lanes(self, microbatches: range) -> list[range]:
+        """One group: this rank's share."""
+        return [share(microbatches, self._comm.rank, self._comm.size)]
+
+    def begin(self) -> None:
+        """Zero the gradients in place, so that their memory stays where Horovod knows it."""
+        for _, parameter in self._parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        torch._foreach_zero_([p.grad for _, p in self._parameters])
+
+    @contextmanager
+    def backward(self, *, last: bool) -> Iterator[None]:
+        """During the last pass, each finished gradient sets off on its way."""
+        self._last = last
+        try:
+            yield
+        finally:
+            self._last = False
+
+    def end_lane(self, extra: Tensor) -> None:
+        """Nothing to do: there is one group."""
+
+    def finish(self, extra: Tensor) -> Tensor:
+        """Send what no backward pass reached (unused parameters, no microbatch) and wait for all."""
+        extra_handle = self._comm.sum_async_(extra, "extra")
+        for name, parameter in self._parameters:
+            if name not in self._handles:
+                self._send(name, parameter)
+        for handle in self._handles.values():
+            self._comm.wait(handle)
+        self._handles.clear()
+        self._comm.wait(extra_handle)
+        return extra
+
+    def _hook(self, name: str) -> Any:
+        def on_gradient(parameter: Tensor) -> None:
+            if self._last:
+                self._send(name, parameter)
+
+        return on_gradient
+
+    def _send(self, name: str, parameter: Tensor) -> None:
+        assert parameter.grad is not None, "begin() gives every parameter a gradient"
+        self._handles[name] = self._comm.sum_async_(parameter.grad, f"gradient.{name}")
+
+
+class Reproducible:
+    """One fixed tree: sums of neighbouring lanes, then of pairs of ranks, nearest first.
+
+    Lane `l` holds the microbatches `share(step, l, LANES)`, added one after the other. A rank owns
+    `LANES / size` neighbouring lanes and adds them up as a binary counter does; ranks then exchange
+    whole sums with the partner at distance 1, 2, 4, .... Addition of two numbers commutes exactly,
+    so both partners hold the same bits.
+    """
+
+    def __init__(self, model: nn.Module, comm: Communicator) -> None:
+        """`comm.size` must be a power of two up to `LANES`."""
+        self._comm = comm
+        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self._levels: list[Tensor | None] = []
+
+    def lanes(self, microbatches: range) -> list[range]:
+        """This rank's lanes of the fixed tree; empty ones keep the tree's shape."""
+        first = self._comm.rank * LANES // self._comm.size
+        count = LANES // self._comm.size
+        return [share(microbatches, lane, LANES) for lane in range(first, first + count)]
+
+    def begin(self) -> None:
+        """Forget the step before."""
+        self._levels = []
+        for parameter in self._parameters:
+            parameter.grad = None
+
+    @contextmanager
+    def backward(self, *, last: bool) -> Iterator[None]:
+        """Nothing travels before the local tree is complete."""
+        yield
+
+    def end_lane(self, extra: Tensor) -> None:
+        """Carry this lane's sum into the tree; an empty lane adds exact zeros, so it is skipped."""
+        present = any(parameter.grad is not None for parameter in self._parameters)
+        carry = self._take(extra) if present else None
+        level = 0
+        while level < len(self._levels) and self._levels[level] is not _EMPTY:
+            carry = _add(self._levels[level], carry)
+            self._levels[level] = _EMPTY
+            level += 1
+        if level == len(self._levels):
+            self._levels.append(_EMPTY)
+        self._levels[level] = carry
+
+    def finish(self, extra: Tensor) -> Tensor:
+        """Add up across ranks and hand the sum back to the gradients."""
+        total = self._levels[-1]
+        if total is None:
+            total = torch.zeros(self._length() + extra.numel(), device=extra.device)
+        total[-1] = extra[-1]  # the stop flag belongs to the rank, not to a lane
+        self._comm.sum_in_pairs_(total)
+        start = 0
+        for parameter in self._parameters:
+            stop = start + parameter.numel()
+            parameter.grad = total[start:stop].view_as(parameter).to(parameter.dtype)
+            start = stop
+        return total[start:]
+
+    def _length(self) -> int:
+        return sum(parameter.numel() for parameter in self._parameters)
+
+    def _take(self, extra: Tensor) -> Tensor:
+        """The gradients and `extra` as one flat tensor; the gradients start anew."""
+        parts = [
+            torch.zeros(p.numel(), device=extra.device)
+            if p.grad is None
+            else p.grad.float().reshape(-1)
+            for p in self._parameters
+        ]
+        for parameter in self._parameters:
+            parameter.grad = None
+        return torch.cat([*parts, extra])
+
+
+_EMPTY = torch.empty(0)
+"""Marks a free place of the binary counter (None is a lane without microbatches)."""
+
+
+def _add(left: Tensor | None, right: Tensor | None) -> Tensor | None:
+    """Sum of two subtrees; one without microbatches is left out, which is exact."""
+    if left is None or right is None:
+        return right if left is None else left
+    return left + right

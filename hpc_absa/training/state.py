@@ -1,0 +1,221 @@
+"""The live state of a run as a checkpoint's content, and back."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from hpc_absa import __version__
+from hpc_absa.checkpoint import Content, Group
+from hpc_absa.checkpoint.schema import Scalar
+from hpc_absa.comm import Communicator
+from hpc_absa.course import Position
+from hpc_absa.errors import CheckpointError
+from hpc_absa.records import ScheduleState
+
+CHUNK = 1 << 30
+"""Bytes of one broadcast: MPI counts are 32-bit."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Everything that changes during a run and is not a tensor."""
+
+    position: Position
+    schedule: ScheduleState
+    phase: int = 1
+    """1-based; a new phase begins where batch or world size change."""
+    epoch: int = 0
+    """Epochs finished."""
+    epoch_loss: float = 0.0
+    """Sum of the training loss over the samples of the epoch begun."""
+    epoch_samples: int = 0
+    """Samples behind `epoch_loss`."""
+    eigenvalue: float | None = None
+    """The last estimate."""
+    test_accuracy: float | None = None
+    """The last evaluation."""
+
+
+@dataclass(frozen=True)
+class Live:
+    """The objects whose tensors a checkpoint holds."""
+
+    model: nn.Module
+    optimizer: torch.optim.SGD
+    eigenvector: Tensor | None
+    """Of the last estimate: the next one starts from it."""
+
+
+def snapshot(live: Live, progress: Progress, seed: int, digest: str, text: str) -> Content:
+    """A copy of everything, so that training may go on while it is written.
+
+    Args:
+        live: the tensors.
+        progress: the rest.
+        seed: the job's.
+        digest: of the data set.
+        text: the resolved job.
+    """
+    buffers = {
+        name: live.optimizer.state.get(parameter, {}).get("momentum_buffer")
+        for name, parameter in live.model.named_parameters()
+    }
+    momentum = {f"momentum.{k}": _array(v) for k, v in buffers.items() if v is not None}
+    position, schedule = progress.position, progress.schedule
+    curvature = {} if live.eigenvector is None else {"eigenvector": _array(live.eigenvector)}
+    rest = {
+        field.name: getattr(progress, field.name)
+        for field in fields(progress)
+        if field.name not in ("position", "schedule", "eigenvalue", "epoch")
+    }
+    return Content(
+        attributes={"epoch": progress.epoch, "step": position.step},
+        groups={
+            "model": Group({}, {k: _array(v) for k, v in live.model.state_dict().items()}),
+            "optimizer": Group({"name": "sgd"}, momentum),
+            "schedule": Group(_present(asdict(schedule))),
+            "data": Group(
+                {
+                    "seed": seed,
+                    "digest": digest,
+                    "epoch": progress.epoch,
+                    "position": position.microbatch,
+                    "boundary": position.boundary,
+                }
+            ),
+            "progress": Group(_present(rest)),
+            "rng": Group({"seed": seed, "rule": "seed and microbatch index"}),
+            "curvature": Group(_present({"eigenvalue": progress.eigenvalue}), curvature),
+            "job": Group({"text": text}),
+            "versions": Group(
+                {
+                    "hpc_absa": __version__,
+                    "torch": torch.__version__,
+                    "numpy": np.__version__,
+                    "python": sys.version.split()[0],
+                }
+            ),
+        },
+    )
+
+
+def described(content: Content, *, world_size: int, global_batch: int, samples: int) -> Content:
+    """`content` with the root attributes that people and other programs read first."""
+    extra = {"world_size": world_size, "global_batch": global_batch, "samples": samples}
+    return replace(content, attributes={**content.attributes, **extra})
+
+
+def restore(content: Content, live: Live, origin: str) -> tuple[Live, Progress]:
+    """Put a checkpoint's tensors into `live`; returns it with the eigenvector, and the progress.
+
+    Raises:
+        CheckpointError: the checkpoint is of another model; names the first difference.
+    """
+    groups = content.groups
+    _load_model(live.model, groups["model"].arrays, origin)
+    for name, parameter in live.model.named_parameters():
+        array = groups["optimizer"].arrays.get(f"momentum.{name}")
+        if array is not None:
+            live.optimizer.state[parameter]["momentum_buffer"] = _like(parameter, array)
+    vector = groups["curvature"].arrays.get("eigenvector")
+    data = groups["data"].attributes
+    position = Position(
+        int(data["position"]), int(content.attributes["step"]), int(data["boundary"])
+    )
+    schedule = ScheduleState(**groups["schedule"].attributes)  # type: ignore[arg-type]
+    progress = Progress(
+        position,
+        schedule,
+        epoch=int(data["epoch"]),
+        eigenvalue=groups["curvature"].attributes.get("eigenvalue"),  # type: ignore[arg-type]
+        **groups["progress"].attributes,  # type: ignore[arg-type]
+    )
+    if vector is not None:
+        live = replace(live, eigenvector=torch.from_numpy(vector.copy()))
+    return live, progress
+
+
+def broadcast(content: Content | None, comm: Communicator) -> Content:
+    """Rank 0's content on every rank: the names in one message, the bytes in one buffer."""
+    outline = None
+    if content is not None:
+        groups = {
+            name: (dict(g.attributes), {k: (a.dtype.str, a.shape) for k, a in g.arrays.items()})
+            for name, g in content.groups.items()
+        }
+        outline = (dict(content.attributes), groups)
+    attributes, groups = comm.broadcast_object(outline)
+    if comm.size == 1:
+        assert content is not None
+        return content
+    lengths = [
+        int(np.dtype(dtype).itemsize * np.prod(shape))
+        for _, arrays in groups.values()
+        for dtype, shape in arrays.values()
+    ]
+    buffer = torch.empty(sum(lengths), dtype=torch.uint8)
+    if content is not None:
+        parts = [a for g in content.groups.values() for a in g.arrays.values()]
+        for part, target in zip(parts, buffer.split(lengths), strict=True):
+            target.numpy()[:] = np.ascontiguousarray(part).reshape(-1).view(np.uint8)
+    for chunk in buffer.split(CHUNK):
+        comm.broadcast_(chunk)
+    pieces = iter(buffer.split(lengths))
+    return Content(
+        attributes,
+        {
+            name: Group(
+                attrs,
+                {
+                    key: next(pieces).numpy().view(np.dtype(dtype)).reshape(shape)
+                    for key, (dtype, shape) in arrays.items()
+                },
+            )
+            for name, (attrs, arrays) in groups.items()
+        },
+    )
+
+
+def _load_model(model: nn.Module, arrays: Mapping[str, np.ndarray], origin: str) -> None:
+    state = model.state_dict()
+    for name in sorted(state.keys() ^ arrays.keys()):
+        where = "the model" if name in state else "the checkpoint"
+        raise CheckpointError(f"{origin}: of another model: {name} is only in {where}")
+    for name, tensor in state.items():
+        shape = arrays[name].shape
+        if shape != tuple(tensor.shape):
+            raise CheckpointError(
+                f"{origin}: of another model: {name} has shape {list(shape)}, "
+                f"the model's has {list(tensor.shape)}"
+            )
+    with torch.no_grad():
+        for name, tensor in state.items():
+            tensor.copy_(_like(tensor, arrays[name]))
+
+
+def _present(values: Mapping[str, Any]) -> dict[str, Scalar]:
+    """HDF5 attributes have no None: what is absent is left out."""
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def _array(tensor: Tensor) -> np.ndarray:
+    """A copy in host memory; bfloat16, which numpy lacks, as its bits."""
+    host = tensor.detach().to("cpu", copy=True).contiguous()
+    if host.dtype == torch.bfloat16:
+        return host.view(torch.uint16).numpy()
+    return host.numpy()
+
+
+def _like(tensor: Tensor, array: np.ndarray) -> Tensor:
+    """The saved values on the device of `tensor`, and bfloat16 from its bits."""
+    saved = torch.from_numpy(array.copy())
+    if tensor.dtype == torch.bfloat16:
+        saved = saved.view(torch.bfloat16)
+    return saved.to(tensor.device)

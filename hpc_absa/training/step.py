@@ -1,0 +1,146 @@
+"""One optimizer step from microbatches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from hpc_absa.adversarial import fgsm
+from hpc_absa.data.batches import Microbatch
+from hpc_absa.training.clock import Clock
+from hpc_absa.training.reduction import Reduction
+from hpc_absa.training.statistics import RunningStatistics
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step found, summed over all ranks."""
+
+    loss: float
+    """Sum over the step's samples of the loss before the update."""
+    samples: int
+    stop: bool
+    """Whether any rank has been asked to stop."""
+
+
+@dataclass(frozen=True)
+class Adversary:
+    """What the fast gradient sign method needs to know of the inputs."""
+
+    step: Tensor
+    """ε in the model's input space, `[1, C, 1, 1]`."""
+    valid: tuple[Tensor, Tensor]
+    """The images of 0 and 1 under the normalisation."""
+
+
+class Stepper:
+    """Takes steps; knows nothing of schedules, epochs and checkpoints."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Loss,
+        optimizer: torch.optim.Optimizer,
+        statistics: RunningStatistics,
+        reduction: Reduction,
+        adversary: Adversary | None,
+        clock: Clock,
+        seed: int,
+    ) -> None:
+        """`seed` is the job's: dropout masks are a function of it and the microbatch's place."""
+        self._model = model
+        self._loss = loss
+        self._optimizer = optimizer
+        self._statistics = statistics
+        self._reduction = reduction
+        self._adversary = adversary
+        self._clock = clock
+        self._seed = seed
+
+    def lanes(self, microbatches: range) -> list[range]:
+        """The microbatches that this rank will compute, in order."""
+        return self._reduction.lanes(microbatches)
+
+    def take(
+        self,
+        microbatches: range,
+        feed: Iterator[Microbatch],
+        *,
+        divisor: int,
+        lr: float,
+        adversarial_fraction: float,
+        steps_before: int,
+        stop_here: bool,
+    ) -> StepResult:
+        """Step over `microbatches` of the stream; `feed` yields this rank's, in order.
+
+        Gradients are summed over the microbatches and divided by `divisor`, the M of a full step;
+        a step that was cut short so gives every sample the weight it has in a full one.
+        """
+        lanes = self.lanes(microbatches)
+        mine = [k for lane in lanes for k in lane]
+        totals = self._extras()
+        self._reduction.begin()
+        for lane in lanes:
+            extra = self._extras()
+            for k in lane:
+                with self._clock("data"):
+                    microbatch = next(feed)
+                assert microbatch.index == k, "the feed follows the step's own order"
+                last = k == mine[-1]
+                self._pass(microbatch, divisor, adversarial_fraction, extra, last=last)
+            self._reduction.end_lane(extra)
+            totals += extra
+        totals[-1] = float(stop_here)
+        with self._clock("comm"):
+            totals = self._reduction.finish(totals)
+            loss, samples, stop = totals[-3:].tolist()
+        with self._clock("comp"):
+            self._statistics.update(totals[:-3], len(microbatches), steps_before)
+            for group in self._optimizer.param_groups:
+                group["lr"] = lr
+            self._optimizer.step()
+        return StepResult(loss, round(samples), stop > 0)
+
+    def _extras(self) -> Tensor:
+        """What travels beside the gradients: batch-norm statistics, loss, samples, stop flag."""
+        return torch.cat([self._statistics.sum_buffer(), self._statistics.sum_buffer().new_zeros(3)])
+
+    def _pass(
+        self, microbatch: Microbatch, divisor: int, fraction: float, extra: Tensor, *, last: bool
+    ) -> None:
+        """Forward and backward of one microbatch, with everything it adds to `extra`."""
+        inputs, targets = microbatch.inputs, microbatch.targets
+        torch.manual_seed(_mixed(self._seed, microbatch.index))
+        count = int(fraction * len(targets))
+        if count and self._adversary:
+            with self._clock("adversarial"):
+                moved = fgsm.perturb(
+                    self._model,
+                    self._loss,
+                    inputs[:count],
+                    targets[:count],
+                    self._adversary.step,
+                    self._adversary.valid,
+                )
+                inputs = torch.cat([moved, inputs[count:]])
+        with self._clock("comp"):
+            with self._statistics.collecting(extra[:-3]):
+                loss = self._loss(self._model(inputs), targets)
+            with self._reduction.backward(last=last):
+                (loss / divisor).backward()
+            extra[-3] += loss.detach() * len(targets)
+            extra[-2] += len(targets)
+
+
+def _mixed(seed: int, index: int) -> int:
+    """A seed for one microbatch, well mixed (splitmix64's finaliser) as neighbours differ by 1."""
+    mask = (1 << 64) - 1
+    z = (seed * 0x9E3779B97F4A7C15 + index + 1) * 0xBF58476D1CE4E5B9 & mask
+    z = (z ^ (z >> 30)) * 0x94D049BB133111EB & mask
+    return (z ^ (z >> 31)) & 0x7FFF_FFFF

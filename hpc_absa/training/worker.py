@@ -1,0 +1,161 @@
+"""`hpc-absa train`: one rank's whole life, from joining the world to its exit status."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import TextIO
+
+from hpc_absa import events, worldsize
+from hpc_absa import job as jobs
+from hpc_absa.comm import Communicator, connect
+from hpc_absa.errors import ExitStatus
+from hpc_absa.job import Job
+from hpc_absa.lock import RunLock, host
+from hpc_absa.records import PhaseOutcome
+from hpc_absa.rundir import RunDir
+from hpc_absa.training.agreement import AgreedError, agreed
+from hpc_absa.training.assembly import assemble
+from hpc_absa.training.clock import Clock
+from hpc_absa.training.loop import Loop
+from hpc_absa.training.narrator import Narrator
+from hpc_absa.training.stop import StopRequest
+
+SUPERVISED = "HPC_ABSA_SUPERVISED"
+"""Set by the supervisor, which holds the run directory's lock for its worlds."""
+
+
+def main(
+    job_path: Path, run_path: Path, overrides: tuple[str, ...], allow_changed: tuple[str, ...]
+) -> int:
+    """Run one rank; returns the process's exit status, or ends the whole world on an error."""
+    comm = connect()
+    people = _duplicate(sys.stdout)
+    run = RunDir(run_path)
+    lock = RunLock(run)
+    try:
+        job = agreed(comm, lambda: jobs.load(job_path, overrides))
+        agreed(comm, lambda: _prepare(job, run, comm, lock))
+        outcome = work(job, run, comm, people, allow_changed)
+        comm.gather_objects(None)  # nobody leaves before everybody's last event is written
+    except AgreedError as error:
+        if comm.rank == 0:
+            print(f"hpc-absa: {error}", file=people, flush=True)
+            _leave_failure(run, comm, str(error), error.status)
+        comm.close()
+        return int(error.status)
+    except BaseException as error:
+        _die(error, run, comm, people)
+        raise AssertionError("abort does not return") from error
+    finally:
+        lock.release()
+    if comm.rank == 0 and outcome.kind != "done" and SUPERVISED not in os.environ:
+        print(_next_command(outcome, comm, job_path, run_path, overrides), file=people, flush=True)
+    comm.close()
+    return int(ExitStatus.STOPPED if outcome.kind == "stopped" else ExitStatus.OK)
+
+
+def work(
+    job: Job, run: RunDir, comm: Communicator, people: TextIO, allow_changed: tuple[str, ...]
+) -> PhaseOutcome:
+    """Assemble and train; the body of a rank once its world stands (a collective)."""
+    stop = StopRequest(comm, run.stop_request)
+    clock = Clock()
+    clock.add("start", _seconds_since_start())
+    with clock("start"):
+        parts, live, progress, origin = assemble(job, run, comm, clock, allow_changed)
+        _redirect_output(run, progress.phase, comm.rank)
+    narrator = Narrator(run, comm.rank, people)
+    loop = Loop(
+        parts,
+        live,
+        progress,
+        origin,
+        comm,
+        run,
+        narrator,
+        stop,
+        worldsize.limit(job),
+        _resized_from(run),
+    )
+    return loop.run()
+
+
+def _prepare(job: Job, run: RunDir, comm: Communicator, lock: RunLock) -> None:
+    """Rank 0 makes the run directory its own; a supervised world's supervisor has done so."""
+    if comm.rank != 0:
+        return
+    run.create()
+    if SUPERVISED not in os.environ:
+        lock.acquire()
+        run.stop_request.unlink(missing_ok=True)
+        run.job.write_text(jobs.dump(job), encoding="utf-8")
+
+
+def _resized_from(run: RunDir) -> events.Event | None:
+    """The last event, where it is the end of a phase whose decision asked for this world."""
+    last = [e for e in events.read(run.events) if e["event"] in ("phase_end", "failure")][-1:]
+    if last and last[0]["event"] == "phase_end" and last[0].get("outcome") == "resize":
+        return last[0]
+    return None
+
+
+def _next_command(
+    outcome: PhaseOutcome, comm: Communicator, job: Path, run: Path, overrides: tuple[str, ...]
+) -> str:
+    words = ["hpc-absa", "train", str(job), "--run-dir", str(run)]
+    for override in overrides:
+        words += ["--set", override]
+    command = shlex.join(words)
+    if outcome.kind == "stopped":
+        return f"stopped, everything saved; to go on: mpirun -np {comm.size} {command}"
+    return f"next phase: mpirun -np {outcome.next_ranks} {command}"
+
+
+def _die(error: BaseException, run: RunDir, comm: Communicator, people: TextIO) -> None:
+    """This rank's error as the last thing that people read, then the end of the world."""
+    trace = "".join(traceback.format_exception(error))
+    print(trace, file=sys.stderr, flush=True)
+    reason = f"{type(error).__name__}: {error}".splitlines()[0]
+    _leave_failure(run, comm, reason, ExitStatus.FAILED)
+    print(
+        f"{trace}hpc-absa: rank {comm.rank} on {host()} failed: {reason}", file=people, flush=True
+    )
+    comm.abort(ExitStatus.FAILED)
+
+
+def _leave_failure(run: RunDir, comm: Communicator, reason: str, status: int) -> None:
+    """Leave word for the supervisor; the first rank to fail is the one that counts."""
+    record = {"reason": reason, "rank": comm.rank, "host": host(), "exit_code": int(status)}
+    try:
+        with run.failure.open("x", encoding="utf-8") as file:
+            json.dump(record, file)
+    except OSError:
+        pass  # another rank was first, or the disk is what failed: the launcher's output tells
+
+
+def _duplicate(stream: TextIO) -> TextIO:
+    """The launcher's end of `stream`, which stays when the rank's own output goes to its log."""
+    return os.fdopen(os.dup(stream.fileno()), "w", buffering=1, encoding="utf-8")
+
+
+def _redirect_output(run: RunDir, phase: int, rank: int) -> None:
+    """Send this rank's standard output and error, native libraries' too, to its log."""
+    log = run.rank_log(phase, rank)
+    descriptor = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+        os.dup2(descriptor, stream.fileno())
+    os.close(descriptor)
+
+
+def _seconds_since_start() -> float:
+    """Seconds since the process was started: interpreter, imports, MPI."""
+    import psutil
+
+    return max(0.0, time.time() - psutil.Process().create_time())

@@ -1,0 +1,53 @@
+"""How many ranks a global batch can feed, and how its microbatches are dealt to them."""
+
+from __future__ import annotations
+
+import os
+
+from hpc_absa.errors import UsageError
+from hpc_absa.job import Job
+
+
+def limit(job: Job) -> int:
+    """The largest number of ranks: the job's, or the slots of its hosts, or this host's cores."""
+    if job.ranks.max is not None:
+        return job.ranks.max
+    if job.launch.hosts:
+        return sum(slots for _, slots in hosts(job.launch.hosts))
+    return max(job.ranks.initial, len(os.sched_getaffinity(0)))
+
+
+def hosts(words: str) -> list[tuple[str, int]]:
+    """`a:4,b` as `[("a", 4), ("b", 1)]`.
+
+    Raises:
+        UsageError: a word that is not `host` or `host:slots`.
+    """
+    parsed = []
+    for word in words.split(","):
+        name, colon, slots = word.strip().partition(":")
+        if not name or (colon and not slots.isdecimal()) or slots == "0":
+            raise UsageError(
+                f"launch.hosts = {words!r}: {word!r}, expected host or host:slots, with commas"
+            )
+        parsed.append((name, int(slots or 1)))
+    return parsed
+
+
+def ranks_for(job: Job, global_batch: int, limit: int) -> int:
+    """Ranks worth having for one step of `global_batch` samples, at most `limit`.
+
+    Each rank should carry `ranks.microbatches_per_rank` microbatches. Ranks that would not shorten
+    the step are not asked for: 5 microbatches take two rounds on 4 ranks and on 3.
+    """
+    microbatches = global_batch // job.train.microbatch
+    most = max(1, microbatches // job.ranks.microbatches_per_rank)
+    most = max(job.ranks.initial, min(most, limit))
+    rounds = -(-microbatches // most)
+    return max(job.ranks.initial, -(-microbatches // rounds))
+
+
+def share(microbatches: range, rank: int, size: int) -> range:
+    """The contiguous microbatches of one rank; shares differ by at most one."""
+    count = len(microbatches)
+    return microbatches[rank * count // size : (rank + 1) * count // size]

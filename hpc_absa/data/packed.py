@@ -1,0 +1,196 @@
+"""The packed form of a data set: one HDF5 file that all ranks map into memory.
+
+Layout (`docs/data.md`): contiguous data sets `/train/images`, `/train/labels`, `/test/images`,
+`/test/labels`, the names `/classes`, and root attributes. The ranks of a node share the pages of
+the file, so a data set is in a node's memory once, however many ranks there are, and only as far
+as it was read. `packing.py` writes the file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from hpc_absa.data.content import Samples
+from hpc_absa.errors import HpcAbsaError, UsageError
+
+FORMAT = "hpc-absa-data"
+FORMAT_VERSION = 1
+SPLITS = ("train", "test")
+
+
+@dataclass(frozen=True)
+class Split:
+    """Training or test samples, as they lie in the file."""
+
+    images: NDArray[Any]
+    """uint8 [N, C, H, W] for pictures, float32 [N, C, ...] for other data; mapped, read-only."""
+    labels: NDArray[np.int64]
+    """[N], from 0."""
+
+    def __len__(self) -> int:
+        """Samples."""
+        return len(self.labels)
+
+
+@dataclass(frozen=True)
+class PackedDataset:
+    """An open packed data set; its arrays are read from the disk when they are touched."""
+
+    name: str
+    """The source it was packed from: `digits`, `cifar10`, `package.module:function`, ..."""
+    arguments: dict[str, Any]
+    """What the source was called with, root excepted."""
+    train: Split
+    test: Split
+    classes: tuple[str, ...]
+    mean: NDArray[np.float64]
+    """[C], of the training pixels, in pixel units (0 black, 1 white); 0 for float data."""
+    std: NDArray[np.float64]
+    """[C] likewise; 1 for float data."""
+    digest: str
+    """SHA-256 over the content, in hexadecimal."""
+    path: Path
+
+    @property
+    def is_image(self) -> bool:
+        """Whether samples are pictures (uint8), which can be cropped, flipped and attacked."""
+        return self.train.images.dtype == np.uint8
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one sample: (C, H, W), or (F,) for feature vectors."""
+        return self.train.images.shape[1:]
+
+    @property
+    def channels(self) -> int:
+        """C; the number of features where a sample is a vector."""
+        return self.shape[0]
+
+    @property
+    def image_size(self) -> int:
+        """H in pixels; 1 where a sample is a vector."""
+        return self.shape[1] if len(self.shape) > 1 else 1
+
+
+def open_packed(path: Path) -> PackedDataset:
+    """Map a packed data set; takes milliseconds, whatever its size.
+
+    Raises:
+        UsageError: No such file, not a packed data set, or one of a newer version.
+        HpcAbsaError: Truncated or otherwise damaged.
+    """
+    if not path.is_file():
+        raise UsageError(f"{path}: no packed data set here; make one with `hpc-absa data`")
+    if not h5py.is_hdf5(path):
+        raise UsageError(f"{path}: not an HDF5 file, expected a data set packed by `hpc-absa data`")
+    try:
+        # Nobody writes a packed file in place, and locks are refused on many network file systems.
+        with h5py.File(path, "r", locking=False) as file:
+            return _read(file, path)
+    except (OSError, KeyError, ValueError) as error:
+        raise HpcAbsaError(f"{path}: damaged ({one_line(error)}); pack it again") from error
+
+
+def check_content(dataset: PackedDataset) -> None:
+    """Read the whole data set and compare it with its digest.
+
+    Raises:
+        HpcAbsaError: The content is not what was packed.
+    """
+    digest = hashlib.sha256()
+    for split in (dataset.train, dataset.test):
+        for start in range(0, len(split), 4096):
+            digest.update(np.ascontiguousarray(split.images[start : start + 4096]))
+        digest.update(np.ascontiguousarray(split.labels))
+    digest.update(header(dataset.train, dataset.test, dataset.classes, dataset.mean, dataset.std))
+    if digest.hexdigest() != dataset.digest:
+        raise HpcAbsaError(f"{dataset.path}: damaged (content and digest differ); pack it again")
+
+
+def header(
+    train: Split | Samples,
+    test: Split | Samples,
+    classes: tuple[str, ...],
+    mean: NDArray[np.float64],
+    std: NDArray[np.float64],
+) -> bytes:
+    """What the digest covers besides the arrays: how they are to be understood."""
+    description = {
+        "samples": [len(train), len(test)],
+        "classes": list(classes),
+        "mean": [float(value).hex() for value in mean],
+        "std": [float(value).hex() for value in std],
+    }
+    return json.dumps(description, sort_keys=True).encode()
+
+
+def _read(file: h5py.File, path: Path) -> PackedDataset:
+    if file.attrs.get("format") != FORMAT:
+        raise UsageError(f"{path}: an HDF5 file, but not a data set packed by `hpc-absa data`")
+    version = int(file.attrs["format_version"])
+    if version > FORMAT_VERSION:
+        raise UsageError(
+            f"{path}: packed in format version {version}, this hpc-absa reads up to "
+            f"{FORMAT_VERSION}; update hpc-absa or pack it again"
+        )
+    train, test = (_split(file, name, path) for name in SPLITS)
+    dataset = PackedDataset(
+        name=str(file.attrs["name"]),
+        arguments=json.loads(file.attrs["arguments"]),
+        train=train,
+        test=test,
+        classes=tuple(file["classes"].asstr()[()]),
+        mean=np.asarray(file.attrs["mean"], np.float64),
+        std=np.asarray(file.attrs["std"], np.float64),
+        digest=str(file.attrs["digest"]),
+        path=path,
+    )
+    _check_shapes(dataset)
+    return dataset
+
+
+def _split(file: h5py.File, name: str, path: Path) -> Split:
+    return Split(
+        images=_mapped(file[name]["images"], path), labels=_mapped(file[name]["labels"], path)
+    )
+
+
+def _mapped(dataset: h5py.Dataset, path: Path) -> NDArray[Any]:
+    """The bytes of a contiguous HDF5 data set as an array over the file itself."""
+    offset = dataset.id.get_offset()
+    if offset is None:
+        raise ValueError(f"{dataset.name} is not stored contiguously")
+    mapped = np.memmap(path, dtype=dataset.dtype, mode="r", offset=offset, shape=dataset.shape)
+    # A plain array over the same memory: the subclass costs time at every index operation.
+    return mapped.view(np.ndarray)
+
+
+def _check_shapes(dataset: PackedDataset) -> None:
+    """Raises ValueError naming what does not fit."""
+    for name, split in zip(SPLITS, (dataset.train, dataset.test), strict=True):
+        images, labels = split.images, split.labels
+        if labels.dtype != np.int64 or labels.shape != (len(images),):
+            raise ValueError(
+                f"/{name}/labels is {labels.dtype} {list(labels.shape)}, "
+                f"expected int64 [{len(images)}]"
+            )
+        if images.shape[1:] != dataset.shape or images.dtype != dataset.train.images.dtype:
+            raise ValueError(
+                f"/{name}/images is {images.dtype} {list(images.shape)}, expected "
+                f"{dataset.train.images.dtype} [N, {', '.join(map(str, dataset.shape))}]"
+            )
+    if dataset.mean.shape != (dataset.channels,) or dataset.std.shape != (dataset.channels,):
+        raise ValueError(f"mean and std must have {dataset.channels} numbers, one for each channel")
+
+
+def one_line(error: BaseException) -> str:
+    """An error's message for people: its first line, without HDF5's trace."""
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,87 @@
+"""Small networks for small pictures: digits on one core, and the ABSA authors' C1."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from hpc_absa.errors import UsageError
+
+
+class DigitsCNN(nn.Module):
+    """Three convolutions with batch norm, averaged over the picture, and one linear layer.
+
+    SiLU and not ReLU, so that the loss has a Hessian everywhere.
+    """
+
+    def __init__(self, channels: int, classes: int, width: int) -> None:
+        super().__init__()
+        self.features = nn.Sequential(
+            *_convolution(channels, width),
+            *_convolution(width, 2 * width, stride=2),
+            *_convolution(2 * width, 4 * width),
+        )
+        self.classifier = nn.Linear(4 * width, classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[b, C, H, W] → [b, classes]."""
+        return self.classifier(self.features(x).mean(dim=(2, 3)))
+
+
+class C1(nn.Module):
+    """C1 of the ABSA study (arXiv:1802.08241, table 6; ReLU before batch norm as in its code).
+
+    Conv(5, 5, 64) – pool(3) – Conv(5, 5, 64) – pool(3) – 384 – 192 – classes.
+    """
+
+    def __init__(self, channels: int, image_size: int, classes: int) -> None:
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.Conv2d(channels, 64, kernel_size=5, padding=2),
+            nn.ReLU(),
+            nn.BatchNorm2d(64),
+            nn.MaxPool2d(3, stride=2, padding=1),
+            nn.Conv2d(64, 64, kernel_size=5, padding=2),
+            nn.ReLU(),
+            nn.BatchNorm2d(64),
+            nn.MaxPool2d(3, stride=2, padding=1),
+            nn.Flatten(),
+        )
+        side = (image_size + 3) // 4  # two poolings, each rounding up
+        self.classifier = nn.Sequential(
+            nn.Linear(64 * side * side, 384),
+            nn.ReLU(),
+            nn.Linear(384, 192),
+            nn.ReLU(),
+            nn.Linear(192, classes),
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[b, C, H, W] → [b, classes]."""
+        return self.classifier(self.features(x))
+
+
+def digits_cnn(channels: int, classes: int, width: int = 16) -> nn.Module:
+    """Some 25,000 weights at `width` 16, for any picture of 4 × 4 pixels or more.
+
+    Args:
+        channels: Of the pictures.
+        classes: Outputs.
+        width: Channels of the first convolution; the others have two and four times as many.
+    """
+    if width < 1:
+        raise UsageError(f"model.width: {width}, expected 1 or more")
+    return DigitsCNN(channels, classes, width)
+
+
+def c1(channels: int, image_size: int, classes: int) -> nn.Module:
+    """The AlexNet-like net of the ABSA authors."""
+    return C1(channels, image_size, classes)
+
+
+def _convolution(inputs: int, outputs: int, stride: int = 1) -> tuple[nn.Module, ...]:
+    return (
+        nn.Conv2d(inputs, outputs, kernel_size=3, stride=stride, padding=1, bias=False),
+        nn.BatchNorm2d(outputs),
+        nn.SiLU(),
+    )

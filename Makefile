@@ -21,7 +21,7 @@ test: setup check ## the checks of `make check`, then the whole test suite
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 test-mpi: setup ## only the tests that run under mpirun
-	$(BIN)/python -m pytest tests/mpi $(PYTEST_ARGS)
+	$(BIN)/python -m pytest tests/mpi tests/setup/test_environment.py $(PYTEST_ARGS)
 
 check: setup ## ruff, mypy, import-linter and shellcheck
 	$(BIN)/ruff check

@@ -92,8 +92,10 @@ def attempts(events: Sequence[Event]) -> tuple[Attempt, ...]:
     What came before the first `phase_start` (launches that failed) belongs to no attempt.
     """
     starts = [i for i, event in enumerate(events) if event["event"] == "phase_start"]
-    bounds = zip(starts, [*starts[1:], len(events)], strict=True)
-    return tuple(_attempt(n, tuple(events[a:b])) for n, (a, b) in enumerate(bounds))
+    stops = [*starts[1:], len(events)][: len(starts)]
+    return tuple(
+        _attempt(n, tuple(events[a:b])) for n, (a, b) in enumerate(zip(starts, stops, strict=True))
+    )
 
 
 def account(events: Sequence[Event]) -> tuple[AttemptSeconds, ...]:
@@ -182,7 +184,7 @@ def _attempt_seconds(
 ) -> AttemptSeconds:
     gap, gap_seconds = before
     length = part.end - part.begin
-    work = _itemised(part)
+    work = _itemised(part, kept_until)
     # A breakdown longer than the attempt began before `phase_start`, with starting the processes.
     early = min(max(0.0, sum(work.values()) - length), work.get("start", 0.0))
     wall = length + gap_seconds
@@ -198,17 +200,21 @@ def _attempt_seconds(
         overhead[gap] = gap_seconds + inside
         if gap == "resize":
             overhead[gap] = min(_reported_resize(part, overhead[gap]), wall)
-    work = _fit(work, wall - sum(overhead.values()), part)
-    undone = min(part.end - kept_until, sum(work.values()))
-    if undone > 0:
-        share = 1 - undone / sum(work.values())
+    worked = wall - sum(overhead.values())
+    undone = min(part.end - kept_until, worked)
+    if part.ending == "ended":
+        # A breakdown does not tell when; what was undone was like the rest.
+        work = _fit(work, worked, part)
+        share = 1 - undone / worked if worked > 0 else 1.0
         work = {key: value * share for key, value in work.items()}
-        overhead["lost"] = overhead.get("lost", 0.0) + undone
+    else:
+        work = _fit(work, worked - undone, part)
+    overhead["lost"] = overhead.get("lost", 0.0) + undone
     wall += _tail(part, parts, overhead)
     return AttemptSeconds(part, total((work, overhead)), wall, paused)
 
 
-def _itemised(part: Attempt) -> dict[str, float]:
+def _itemised(part: Attempt, kept_until: float) -> dict[str, float]:
     """What an attempt itself said about its seconds."""
     if part.phase_end is not None and part.ending == "ended":
         told = part.phase_end.get("seconds")
@@ -217,7 +223,11 @@ def _itemised(part: Attempt) -> dict[str, float]:
         for key, value in items:
             known[key if key in CATEGORIES else "other"] += max(0.0, finite(value, 0.0))
         return known
-    decisions = [e for e in part.events if e["event"] == "decision"]
+    decisions = [
+        event
+        for event in part.events
+        if event["event"] == "decision" and finite(event.get("time"), kept_until) <= kept_until
+    ]
     return {"hessian": sum(max(0.0, finite(e.get("seconds"), 0.0)) for e in decisions)}
 
 

@@ -43,7 +43,7 @@ def draw_seconds(figure: Any, histories: Sequence[History], theme: Theme) -> Non
         where = {"xytext": (5, 0), "textcoords": "offset points", "va": "center", "fontsize": 9}
         ax.annotate(text.duration(sum(seconds.values())), (left[i], i), color=theme.ink, **where)
     ax.set_yticks(range(len(bars)), [name for name, _ in bars])
-    ax.set_ylim(len(bars) - 0.5, -0.5)
+    ax.set_ylim(max(1, len(bars)) - 0.5, -0.5)
     ax.set_xlim(0, max(left, default=0) * 1.13 or 1)
     ax.tick_params(axis="y", length=0, labelcolor=theme.ink)
     if used:

@@ -39,7 +39,7 @@ def svg_uri(figure: Any) -> str:
 
 def dress(ax: Any, title: str, theme: Theme) -> None:
     """One look for all panels: title over the panel, faint grid, no box."""
-    ax.set_title(title, loc="left", fontsize=10, color=theme.ink, pad=5)
+    ax.set_title(title, loc="left", y=1.0, fontsize=10, color=theme.ink, pad=5)
     ax.set_facecolor(theme.paper)
     ax.grid(visible=True, color=theme.grid, linewidth=0.7)
     ax.set_axisbelow(True)

@@ -1,0 +1,137 @@
+"""A run directory becomes records: what counts, what was undone, what is missing."""
+
+import math
+
+import pytest
+
+from hpc_absa.errors import UsageError
+from hpc_absa.report.history import Held, labels, load
+from tests.report.synthetic import EPOCH_SAMPLES, Log, whole_run
+
+
+@pytest.fixture
+def whole(tmp_path):
+    whole_run(tmp_path / "run")
+    return load(tmp_path / "run")
+
+
+def test_what_a_crash_undid_does_not_count(whole):
+    assert [e.epoch for e in whole.epochs] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert whole.epochs[5].test_accuracy == 0.945
+    assert whole.steps == 2 * 50 + 2 * 25 + 2 * 12 + 2 * 6
+
+
+def test_values_hold_over_spans_of_epochs(whole):
+    spans = {(h.begin, h.end): h.value for h in whole.global_batch}
+    assert spans[0, 1] == spans[1, 2] == 32
+    assert spans[2, 3] == 64
+    assert spans[5, 6] == 128
+    assert spans[7, 8] == 256
+    assert [h.value for h in whole.ranks] == [1, 1, 2, 2, 4, 4, 4, 4]
+    assert whole.lr[-1].value == pytest.approx(0.4)
+
+
+def test_warm_up_is_a_staircase(tmp_path):
+    log = Log(tmp_path).start(lr=0.1).train_epoch(lr=0.2).train_epoch(lr=0.3)
+    log.end("done")
+    assert load(tmp_path).lr == (Held(0, 1, 0.2), Held(1, 2, 0.3))
+
+
+def test_growth_within_an_epoch(tmp_path):
+    log = Log(tmp_path).start()
+    log.samples = EPOCH_SAMPLES // 2
+    log.decide(9.0, grow_to=(64, 2)).end("resize").start()
+    log.samples = EPOCH_SAMPLES
+    log.event("epoch", epoch=1, step=10, samples=log.samples, lr=log.lr, global_batch=64, ranks=2)
+    batch = load(tmp_path).global_batch
+    assert batch == (Held(0, 0.5, 32), Held(0.5, 1, 64))
+
+
+def test_null_is_not_zero(whole):
+    third = whole.decisions[2]
+    assert math.isnan(third.eigenvalue)
+    assert not third.converged
+    assert third.reference == 19.0
+
+
+def test_phases_sum_up_their_attempts(whole):
+    assert [(p.number, p.attempts, p.outcome) for p in whole.phases] == [
+        (0, 1, "resize"),
+        (1, 1, "resize"),
+        (2, 2, "in_place"),
+        (3, 1, "done"),
+    ]
+    assert [(p.epoch_begin, p.epoch_end) for p in whole.phases] == [(0, 2), (2, 4), (4, 6), (6, 8)]
+    assert sum(p.wall for p in whole.phases) == pytest.approx(whole.wall)
+    assert whole.missing == ()
+
+
+def test_failure_is_where_it_happened_not_where_it_was_resumed(whole):
+    (failure,) = whole.interruptions
+    assert (failure.epoch, failure.rank, failure.exit_code) == (6, 1, 137)
+
+
+def test_silent_end_is_an_interruption_once_another_attempt_follows(tmp_path):
+    log = Log(tmp_path).start().train_epoch()
+    assert load(tmp_path).interruptions == ()
+    log.tick(100).start()
+    (interruption,) = load(tmp_path).interruptions
+    assert interruption.silent
+    assert interruption.epoch == 1
+
+
+def test_truncated_line_is_told_of(tmp_path):
+    Log(tmp_path).start().train_epoch().cut_short()
+    history = load(tmp_path)
+    assert len(history.epochs) == 1
+    assert any("1 line(s) of events.jsonl are unfinished" in words for words in history.missing)
+
+
+@pytest.mark.parametrize(
+    ("write", "words"),
+    [
+        (lambda p: Log(p), "never started"),
+        (lambda p: Log(p, job=None).start(), "job.toml is not there"),
+        (lambda p: Log(p, job="name = ").start(), "job.toml cannot be read"),
+        (lambda p: Log(p).start(), "No epoch has been finished"),
+        (lambda p: Log(p).start().end("stopped"), "stopped on request"),
+        (lambda p: Log(p).start().event("failure", reason="x"), "last event is a failure"),
+        (lambda p: Log(p).start().end("resize"), "next phase has not started"),
+        (lambda p: Log(p).event("failure", reason="x"), "No phase has started"),
+    ],
+)
+def test_says_what_is_missing(tmp_path, write, words):
+    write(tmp_path)
+    assert words in " ".join(load(tmp_path).missing)
+
+
+def test_events_of_strange_types_do_no_harm(tmp_path):
+    log = Log(tmp_path).start(ranks="four", hosts="n1", lr=None, epoch=True)
+    log.event("epoch", epoch=None, test_accuracy="high").event("phase_end", seconds=3)
+    log.event("decision", reason=None, eigenvalue={}).event("unheard_of")
+    history = load(tmp_path)
+    assert math.isnan(history.test_accuracy)
+    assert history.phases[0].hosts == ()
+
+
+@pytest.mark.parametrize("kind", ["absent", "file", "empty"])
+def test_not_a_run_is_a_usage_error_of_one_line(tmp_path, kind):
+    path = tmp_path / "x"
+    if kind == "file":
+        path.write_text("")
+    elif kind == "empty":
+        path.mkdir()
+    with pytest.raises(UsageError, match=r"run directory") as caught:
+        load(path)
+    assert "\n" not in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+def test_labels_tell_runs_apart(tmp_path):
+    job = 'name = "{}"\n'
+    for folder, name in (("a", "one"), ("b", "one"), ("c/a", "two")):
+        Log(tmp_path / folder, job.format(name)).start()
+    a, b, c = (load(tmp_path / folder) for folder in ("a", "b", "c/a"))
+    assert labels([a, c]) == ["one", "two"]
+    assert labels([a, b]) == ["a", "b"]
+    assert labels([a, b, c]) == ["one (a)", "one (b)", "two (a)"]

@@ -1,0 +1,196 @@
+"""The page parses, needs nothing from elsewhere, and shows what happened; the picture is one."""
+
+import base64
+import re
+import struct
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+from html.parser import HTMLParser
+
+import pytest
+
+from hpc_absa.errors import UsageError
+from hpc_absa.report import figures
+from hpc_absa.report.history import load
+from hpc_absa.report.page import headline, page, write_report
+from tests.report.synthetic import JOB, Log, whole_run
+
+VOID = {"meta", "img", "source", "br", "hr", "link", "input"}
+
+
+class Page(HTMLParser):
+    """Notes every unbalanced tag and every address."""
+
+    def __init__(self, source):
+        super().__init__(convert_charrefs=True)
+        self.open, self.wrong, self.addresses, self.tags, self.words = [], [], [], [], []
+        self.feed(source)
+        self.close()
+        self.wrong += self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        named = {"src", "srcset", "href", "xlink:href", "data", "action", "poster"}
+        self.addresses += [value for name, value in attrs if name in named]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        if not self.open or self.open.pop() != tag:
+            self.wrong.append(f"/{tag}")
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """One report, written once: drawing is what takes the time here."""
+    folder = tmp_path_factory.mktemp("whole")
+    whole_run(folder)
+    return folder, write_report([folder])
+
+
+def size_of(png):
+    assert png[:8] == b"\x89PNG\r\n\x1a\n"
+    return struct.unpack(">II", png[16:24])
+
+
+def test_files_are_where_the_run_directory_has_them(whole):
+    folder, paths = whole
+    assert (paths.html, paths.png) == (folder / "report.html", folder / "report.png")
+    assert sorted(p.name for p in folder.iterdir()) == [
+        *("events.jsonl", "job.toml", "report.html", "report.png")
+    ]
+
+
+def test_page_parses_and_loads_nothing(whole):
+    source = whole[1].html.read_text()
+    parsed = Page(source)
+    assert parsed.wrong == []
+    assert parsed.addresses
+    assert all(address.startswith("data:image/svg+xml;base64,") for address in parsed.addresses)
+    assert not {"script", "link", "iframe", "object"} & set(parsed.tags)
+    style = source[source.index("<style>") : source.index("</style>")]
+    assert "url(" not in style
+    assert "@import" not in style
+    assert "prefers-color-scheme: dark" in style
+
+
+def test_pictures_in_the_page_are_svg_without_references(whole):
+    addresses = Page(whole[1].html.read_text()).addresses
+    assert len(addresses) == 4
+    for address in addresses:
+        svg = base64.b64decode(address.partition(",")[2])
+        root = ET.fromstring(svg)
+        links = [v for e in root.iter() for k, v in e.attrib.items() if k.endswith("href")]
+        assert all(link.startswith("#") for link in links)
+        assert len(svg) < 200_000
+
+
+def test_page_tells_the_story(whole):
+    words = " ".join(Page(whole[1].html.read_text()).words)
+    assert "97.40 %" in words
+    assert "ABSA: 97.40 % test accuracy after 8 epochs and 186 steps in 51.1 s" in words
+    assert "λ 19 against 42: batch 32 → 64" in words
+    assert "(not converged)" in words
+    assert "killed by signal 9" in words
+    assert 'method = "absa"' in words
+    assert "Horovod over MPI" in words
+    assert "lost to failures" in words
+
+
+def test_picture_has_both_figures_and_the_expected_size(whole):
+    folder, paths = whole
+    width, height = size_of(paths.png.read_bytes())
+    inches = figures.COURSE_HEIGHT + figures.seconds_height([load(folder)])
+    assert width == round(130 * figures.WIDTH)
+    assert height == pytest.approx(130 * inches, abs=2)
+    assert paths.png.stat().st_size > 50_000
+
+
+def test_users_text_is_escaped_everywhere(tmp_path):
+    job = JOB.replace('"digits"', '"<script>alert(1)</script> $x^{$"') + '# </pre><b onload="x">\n'
+    log = Log(tmp_path / "a", job).start(hosts=["<i>host"], backend="<u>", device="<s>")
+    log.train_epoch().decide(3.0, reason="<img src=http://evil.example/x>", action="<q>")
+    log.event("failure", reason="</table><script>", rank=0, host="<em>", exit_code=1)
+    source = page([load(log.path)])
+    parsed = Page(source)
+    assert parsed.wrong == []
+    assert not {"script", "i", "u", "s", "q", "em"} & set(parsed.tags)
+    assert parsed.tags.count("img") == 2
+    assert "<script>alert(1)</script>" in "".join(parsed.words)
+
+
+@pytest.mark.parametrize(
+    ("write", "words"),
+    [
+        (lambda log: log, "the run never started"),
+        (lambda log: log.event("epoch", epoch=1, test_accuracy=0.5), "No phase has started"),
+    ],
+)
+def test_nearly_nothing_still_makes_a_page_that_says_so(tmp_path, write, words):
+    write(Log(tmp_path))
+    parsed = Page(page([load(tmp_path)]))
+    assert parsed.wrong == []
+    assert words in " ".join(parsed.words)
+
+
+def test_several_runs_in_one_page(tmp_path):
+    whole_run(tmp_path / "one")
+    second = JOB.replace("absa", "bl").replace("digits", "other")
+    Log(tmp_path / "two", second).start().train_epoch(0.5).cut_short()
+    parsed = Page(page([load(tmp_path / "one"), load(tmp_path / "two")]))
+    assert parsed.wrong == []
+    words = " ".join(parsed.words)
+    assert "2 runs" in words
+    assert "other: The run is not done" in words
+    assert "speed-up" in words
+    assert len(parsed.addresses) == 4
+
+
+def test_smallest_run_written_to_another_place(tmp_path):
+    Log(tmp_path / "run").start()
+    paths = write_report([tmp_path / "run"], tmp_path / "deep" / "x.html")
+    assert "No epoch has been finished" in paths.html.read_text()
+    assert size_of(paths.png.read_bytes())[0] == 1170
+    assert (paths.html, paths.png) == (tmp_path / "deep/x.html", tmp_path / "deep/x.png")
+
+
+def test_headline_of_an_unfinished_run(tmp_path):
+    Log(tmp_path).start().train_epoch(0.5).train_epoch(0.625)
+    assert headline(load(tmp_path)) == (
+        "ABSA: unfinished, 62.50 % test accuracy after 2 of 8 epochs and 100 steps in 8.0 s; "
+        "ranks 1, global batch 32"
+    )
+
+
+def test_no_run_is_a_usage_error(tmp_path):
+    with pytest.raises(UsageError, match=r"neither job\.toml nor events\.jsonl"):
+        write_report([tmp_path])
+    with pytest.raises(UsageError, match="no run directory"):
+        write_report([])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_threshold_and_growth_points_are_drawn(tmp_path):
+    whole_run(tmp_path)
+    figure = figures.course_figure([load(tmp_path)])
+    panel = next(ax for ax in figure.axes if "eigenvalue" in ax.get_title(loc="left"))
+    assert panel.get_yscale() == "log"
+    names = panel.get_legend_handles_labels()[1]
+    assert any(name.startswith("growth threshold") for name in names)
+    (grown,) = [c for c in panel.collections if c.get_label() == "λ, batch grows"]
+    assert [tuple(point) for point in grown.get_offsets()] == [(2, 19.0), (4, 8.1), (6, 3.9)]
+    threshold = next(line for line in panel.lines if "threshold" in str(line.get_label()))
+    assert max(threshold.get_ydata()) == 21.0
+
+
+def test_nothing_heavy_is_imported_before_a_figure_is_drawn():
+    code = (
+        "import sys, hpc_absa.report.page, hpc_absa.report.tables\n"
+        "print([m for m in ('matplotlib', 'numpy', 'torch', 'mpi4py') if m in sys.modules])"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert re.sub(r"\s", "", out.stdout) == "[]"

@@ -1,0 +1,234 @@
+"""Where a run stands, in each of its states, from its files alone."""
+
+import json
+import math
+import os
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+from rich.console import Console
+
+from hpc_absa.errors import UsageError
+from hpc_absa.status import status
+from tests.report.synthetic import JOB, Log, whole_run
+
+
+def lock(log, pid, host=None, started=None):
+    told = {
+        "host": host or socket.gethostname(),
+        "pid": pid,
+        "started": time.time() if started is None else started,
+    }
+    (log.path / "lock").write_text(json.dumps(told))
+
+
+def gone_pid():
+    """The number of a process that has just ended."""
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+def printed(now):
+    console = Console(width=100, file=open(os.devnull, "w"), record=True)  # noqa: SIM115
+    now.render(console)
+    return console.export_text()
+
+
+def test_not_started(tmp_path):
+    now = status(Log(tmp_path).path)
+    assert now.state == "not started"
+    assert now.epochs == 8
+    assert now.phase is None
+    assert now.next_command == f"hpc-absa run {tmp_path}/job.toml --run-dir {tmp_path}"
+    assert "not started" in printed(now)
+
+
+def test_running(tmp_path):
+    log = Log(tmp_path).start().train_epoch(0.8, seconds=4.0).decide(9.5)
+    lock(log, os.getpid())
+    now = status(tmp_path, now=log.now + 30)
+    assert now.state == "running"
+    assert now.next_command is None
+    assert (now.phase, now.epoch, now.step, now.samples) == (0, 1.0, 50, 1600)
+    assert (now.ranks, now.global_batch, now.lr) == (1, 32, 0.05)
+    assert (now.eigenvalue, now.reference) == (9.5, 9.5)
+    assert now.last_decision == "λ 9.5 against 9.5: batch 32 → 32"
+    assert now.test_accuracy == 0.8
+    assert now.seconds_used == pytest.approx(4.5 + 30)
+    assert now.seconds_left == pytest.approx(7 * 4.5)
+    assert now.last_event_age == pytest.approx(30)
+
+
+def test_failure_is_no_end_while_the_supervisor_lives(tmp_path):
+    log = Log(tmp_path).start().event("failure", reason="killed", rank=1)
+    lock(log, os.getpid())
+    assert status(tmp_path).state == "running"
+
+
+def test_done(tmp_path):
+    log = whole_run(tmp_path)
+    now = status(tmp_path, now=log.now + 9999)
+    assert now.state == "done"
+    assert (now.epoch, now.step, now.ranks, now.global_batch) == (8.0, 186, 4, 256)
+    assert now.test_accuracy == 0.974
+    assert now.failures == 1
+    assert now.last_failure == "killed by signal 9 (rank 1, on node1, exit code 137)"
+    assert now.eigenvalue == 3.9
+    assert now.seconds_used == pytest.approx(51.1)
+    assert now.seconds_left == 0
+    assert now.next_command == f"hpc-absa report {tmp_path}"
+
+
+def test_stopped(tmp_path):
+    log = Log(tmp_path).start().train_epoch().save().end("stopped", comp=4.0)
+    now = status(tmp_path, now=log.now + 3600)
+    assert now.state == "stopped"
+    assert now.seconds_used == pytest.approx(4.1)
+    assert "--run-dir" in now.next_command
+
+
+def test_between_two_phases(tmp_path):
+    Log(tmp_path).start().train_epoch().decide(4.0, grow_to=(64, 2)).end("resize")
+    now = status(tmp_path)
+    assert now.state == "stopped"
+    assert (now.ranks, now.next_ranks) == (1, 2)
+    assert "1, next phase 2" in printed(now)
+
+
+@pytest.mark.parametrize("left_lock", [True, False])
+def test_interrupted(tmp_path, left_lock):
+    log = Log(tmp_path).start().train_epoch().cut_short()
+    if left_lock:
+        lock(log, gone_pid())
+    now = status(tmp_path)
+    assert now.state == "interrupted"
+    assert now.epoch == 1
+
+
+def test_interrupted_right_after_a_resize(tmp_path):
+    log = Log(tmp_path).start().end("resize")
+    log.tick(2).start().event("resize", from_ranks=1, to_ranks=2, seconds=2.0)
+    assert status(tmp_path).state == "interrupted"
+
+
+def test_failed(tmp_path):
+    Log(tmp_path).start().event("failure", reason="out of memory", rank=0, host="n1", exit_code=9)
+    now = status(tmp_path)
+    assert now.state == "failed"
+    assert "out of memory (rank 0, on n1, exit code 9)" in now.explanation
+
+
+def test_lock_of_a_later_process_with_the_same_number_is_dead(tmp_path):
+    log = Log(tmp_path).start()
+    lock(log, os.getpid(), started=time.time() - 1e6)
+    assert status(tmp_path).state == "interrupted"
+
+
+def test_lock_of_a_zombie_is_dead(tmp_path):
+    log = Log(tmp_path).start()
+    process = subprocess.Popen([sys.executable, "-c", ""], stdout=subprocess.PIPE)
+    process.stdout.read()  # its end: the process has exited, and nobody has asked for its status
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    lock(log, process.pid)
+    try:
+        assert status(tmp_path).state == "interrupted"
+    finally:
+        process.communicate()
+
+
+def test_lock_on_another_host_is_believed_and_said_so(tmp_path):
+    log = Log(tmp_path).start()
+    lock(log, 1, host="login7.example")
+    now = status(tmp_path, now=log.now + 90)
+    assert now.state == "running"
+    assert "cannot be checked" in now.explanation
+    assert "1 min 30 s ago" in now.explanation
+    assert now.lock.live is None
+
+
+def test_stop_on_another_host_counts_though_the_lock_is_left(tmp_path):
+    log = Log(tmp_path).start().end("stopped")
+    lock(log, 1, host="login7.example", started=log.now - 10)
+    assert status(tmp_path).state == "stopped"
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"pid": "x"}', '{"host": "h"}', "\x00"])
+def test_unreadable_lock_holds_nobody(tmp_path, content):
+    log = Log(tmp_path).start()
+    (log.path / "lock").write_text(content)
+    assert status(tmp_path).state == "interrupted"
+
+
+def test_what_a_crash_undid_does_not_count(tmp_path):
+    log = Log(tmp_path).start().train_epoch(0.5).save()
+    saved = log.step, log.samples
+    log.train_epoch(0.9).event("failure", reason="x").rewind(*saved).start()
+    now = status(tmp_path)
+    assert (now.epoch, now.step, now.test_accuracy) == (1.0, 50, 0.5)
+
+
+def test_newest_checkpoint_by_name_half_written_ones_aside(tmp_path):
+    log = Log(tmp_path).start()
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    for name in ("step-0000000010-phase-000.h5", "step-0000000200-phase-001.h5"):
+        (folder / name).write_bytes(b"not opened")
+    for name in (".step-0000000300-phase-001.h5", "step-0000000400-phase-001.h5.part"):
+        (folder / name).write_bytes(b"")
+    os.utime(folder / "step-0000000200-phase-001.h5", (log.now, log.now))
+    now = status(tmp_path, now=log.now + 120)
+    assert now.checkpoint.name == "step-0000000200-phase-001.h5"
+    assert (now.checkpoint.bytes, now.checkpoint.age_seconds) == (10, 120)
+    assert "step-0000000200-phase-001.h5, 10 B, 2 min 00 s ago" in printed(now)
+
+
+def test_json_is_strict_whatever_was_measured(tmp_path):
+    log = Log(tmp_path).start().train_epoch(math.nan).decide(math.nan)
+    lock(log, os.getpid(), started=math.inf)
+    told = json.loads(json.dumps(status(tmp_path).to_dict(), allow_nan=False))
+    assert told["eigenvalue"] is None
+    assert told["test_accuracy"] is None
+    assert told["lock"]["pid"] == os.getpid()
+    assert told["state"] == "running"
+
+
+def test_users_text_is_no_markup(tmp_path):
+    job = JOB.replace('"digits"', '"[bold]x[/nonsense]"')
+    Log(tmp_path, job).start().decide(3.0, reason="[red]why[/blue]")
+    shown = printed(status(tmp_path))
+    assert "[bold]x[/nonsense]" in shown
+    assert "[red]why[/blue]" in shown
+
+
+def test_next_command_can_be_copied_from_any_width(tmp_path):
+    deep = tmp_path / ("with space " + "x" * 150)
+    Log(deep)
+    now = status(deep)
+    assert now.next_command in printed(now).splitlines()[-1]
+    assert f"'{deep}'" in now.next_command
+
+
+def test_not_a_run_is_a_usage_error(tmp_path):
+    with pytest.raises(UsageError, match="not a run directory"):
+        status(tmp_path)
+    with pytest.raises(UsageError, match="does not exist"):
+        status(tmp_path / "nowhere")
+
+
+def test_answers_in_a_blink():
+    code = (
+        "import sys, hpc_absa.status\n"
+        "third = {m.partition('.')[0] for m in sys.modules} - set(sys.stdlib_module_names)\n"
+        "print(sorted(third))"
+    )
+    out = subprocess.run(
+        [sys.executable, "-I", "-c", f"sys_path = {sys.path!r}\nimport sys\n"
+         f"sys.path[:] = sys_path\n{code}"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    for heavy in ("numpy", "matplotlib", "torch", "h5py", "pydantic", "mpi4py", "typer"):
+        assert heavy not in out.stdout

@@ -108,8 +108,8 @@ def check_content(dataset: PackedDataset) -> None:
     digest = hashlib.sha256()
     for split in (dataset.train, dataset.test):
         for start in range(0, len(split), 4096):
-            digest.update(np.ascontiguousarray(split.images[start : start + 4096]))
-        digest.update(np.ascontiguousarray(split.labels))
+            digest.update(split.images[start : start + 4096].data)
+        digest.update(split.labels.data)
     digest.update(header(dataset.train, dataset.test, dataset.classes, dataset.mean, dataset.std))
     if digest.hexdigest() != dataset.digest:
         raise HpcAbsaError(f"{dataset.path}: damaged (content and digest differ); pack it again")

@@ -148,10 +148,8 @@ def _checked(samples: Samples, part: str) -> Iterator[NDArray[Any]]:
             break
         yield np.ascontiguousarray(block)
     if seen != len(samples):
-        raise UsageError(
-            f"the {part} set has {len(samples)} labels but {'more' if seen > len(samples) else seen}"
-            " images"
-        )
+        counted = "more" if seen > len(samples) else seen
+        raise UsageError(f"the {part} set has {len(samples)} labels but {counted} images")
 
 
 class _Moments:
@@ -175,11 +173,8 @@ class _Moments:
     def mean_std(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """[C] each, of pixels in [0, 1]; a constant channel has std 1, not 0."""
         mean = [total / self.count for total in self.sums]
-        variance = [
-            max(0.0, total / self.count - m * m)
-            for total, m in zip(self.squares, mean, strict=True)
-        ]
-        std = np.sqrt(variance) / 255.0
+        squares = np.array([total / self.count for total in self.squares])
+        std = np.sqrt(np.maximum(0.0, squares - np.square(mean))) / 255.0
         return np.array(mean) / 255.0, np.where(std > 0.0, std, 1.0)
 
 

@@ -89,9 +89,8 @@ def progress_bar(title: str) -> Iterator[Any]:
     from rich.progress import TimeRemainingColumn as TimeLeft
 
     columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TextColumn("images"))
-    with Progress(
-        *columns, TimeLeft(elapsed_when_finished=True), console=Console(stderr=True)
-    ) as bar:
+    left = TimeLeft(elapsed_when_finished=True)
+    with Progress(*columns, left, console=Console(stderr=True)) as bar:
         task = bar.add_task(title, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 

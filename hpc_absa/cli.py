@@ -214,7 +214,7 @@ def report(
 
 
 def _write_report(directories: list[Path], out: Path | None) -> None:
-    from hpc_absa.report import write_report
+    from hpc_absa.report.page import write_report
 
     paths = write_report(directories, out)
     _show(f"report: {paths.html} and {paths.png}")

@@ -13,11 +13,11 @@ from torch import nn
 from hpc_absa import job as jobs
 from hpc_absa.checkpoint import Content, Store
 from hpc_absa.comm import Communicator
-from hpc_absa.course import Course
+from hpc_absa.course import Course, Position
 from hpc_absa.data import order
 from hpc_absa.data.batches import Batches
-from hpc_absa.data.packed import PackedDataset, open_packed
-from hpc_absa.data.sources import prepare
+from hpc_absa.data.packed import PackedDataset
+from hpc_absa.data.prepare import prepare
 from hpc_absa.errors import CheckpointError, UsageError
 from hpc_absa.job import Job
 from hpc_absa.models import build as build_model
@@ -89,8 +89,8 @@ def assemble(
     device = agreed(comm, lambda: _device(job, comm))
     _make_reproducible(job, comm)
     packed = packed_path(job, run)
-    if not packed.exists():
-        agreed(comm, lambda: _pack(job, packed) if comm.rank == 0 else None)
+    if any(comm.gather_objects(not packed.exists())):
+        agreed(comm, lambda: _open(job, packed) if comm.rank == 0 else None)
     dataset = agreed(comm, lambda: _open(job, packed))
     course = course_of(job, len(dataset.train.labels))
     batches = Batches(
@@ -111,7 +111,7 @@ def assemble(
     rule = build_rule(job)
     store = Store(run.checkpoints, job.checkpoint.keep, background=job.checkpoint.background)
     statistics = RunningStatistics(model)
-    live, progress = Live(model, optimizer, None), Progress(schedule=rule.initial())
+    live, progress = Live(model, optimizer, None), Progress(Position(), rule.initial())
     live, progress, origin = _resume(job, dataset, store, comm, live, progress, allow_changed)
     reduction: Reduction
     reduction = (Reproducible if job.train.reproducible else Overlapped)(model, comm)
@@ -196,15 +196,14 @@ def packed_path(job: Job, run: RunDir) -> Path:
     return run.data / f"{job.data.name.replace(':', '.')}.h5"
 
 
-def _pack(job: Job, packed: Path) -> None:
-    if job.data.root.endswith(".h5"):
-        raise UsageError(f"data.root = {job.data.root!r}: no such file")
-    packed.parent.mkdir(parents=True, exist_ok=True)
-    prepare(job.data.name, job.data.root, job.data.arguments, packed)
-
-
 def _open(job: Job, packed: Path) -> PackedDataset:
-    dataset = open_packed(packed)
+    """The packed data set, packed first where it is absent."""
+    if not packed.exists():
+        if job.data.root.endswith(".h5"):
+            raise UsageError(f"data.root = {job.data.root!r}: no such file")
+        packed.parent.mkdir(parents=True, exist_ok=True)
+    root = Path(job.data.root).expanduser() if job.data.root else None
+    dataset = prepare(job.data.name, root, job.data.arguments, packed)
     if len(dataset.train.labels) < job.train.microbatch:
         raise UsageError(
             f"train.microbatch = {job.train.microbatch}: expected at most the "

@@ -97,7 +97,7 @@ def snapshot(live: Live, progress: Progress, seed: int, digest: str, text: str) 
             "versions": Group(
                 {
                     "hpc_absa": __version__,
-                    "torch": torch.__version__,
+                    "torch": str(torch.__version__),
                     "numpy": np.__version__,
                     "python": sys.version.split()[0],
                 }

@@ -91,7 +91,7 @@ class Stepper:
             for k in lane:
                 with self._clock("data"):
                     microbatch = next(feed)
-                assert microbatch.index == k, "the feed follows the step's own order"
+                torch.manual_seed(_mixed(self._seed, k))
                 last = k == mine[-1]
                 self._pass(microbatch, divisor, adversarial_fraction, extra, last=last)
             self._reduction.end_lane(extra)
@@ -116,7 +116,6 @@ class Stepper:
     ) -> None:
         """Forward and backward of one microbatch, with everything it adds to `extra`."""
         inputs, targets = microbatch.inputs, microbatch.targets
-        torch.manual_seed(_mixed(self._seed, microbatch.index))
         count = int(fraction * len(targets))
         if count and self._adversary:
             with self._clock("adversarial"):

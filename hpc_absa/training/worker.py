@@ -119,13 +119,11 @@ def _next_command(
 
 def _die(error: BaseException, run: RunDir, comm: Communicator, people: TextIO) -> None:
     """This rank's error as the last thing that people read, then the end of the world."""
-    trace = "".join(traceback.format_exception(error))
-    print(trace, file=sys.stderr, flush=True)
+    traceback.print_exception(error, file=sys.stderr)
+    sys.stderr.flush()
     reason = f"{type(error).__name__}: {error}".splitlines()[0]
     _leave_failure(run, comm, reason, ExitStatus.FAILED)
-    print(
-        f"{trace}hpc-absa: rank {comm.rank} on {host()} failed: {reason}", file=people, flush=True
-    )
+    print(f"hpc-absa: rank {comm.rank} on {host()} failed: {reason}", file=people, flush=True)
     comm.abort(ExitStatus.FAILED)
 
 

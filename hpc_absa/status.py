@@ -23,7 +23,7 @@ from rich.text import Text
 from hpc_absa import events as event_log
 from hpc_absa.events import Event
 from hpc_absa.report import text
-from hpc_absa.report.accounting import AttemptSeconds, account, attempts, finite
+from hpc_absa.report.accounting import AttemptSeconds, account, attempts, finite, in_order
 from hpc_absa.report.history import read_job, require_run
 from hpc_absa.rundir import RunDir
 
@@ -136,15 +136,17 @@ def status(path: Path, now: float | None = None) -> Status:
     """
     run = require_run(path)
     now = time.time() if now is None else now
-    written = event_log.read(run.events)
+    written = in_order(event_log.read(run.events))
     kept = event_log.effective(written)
     _, job = read_job(run)
     lock = read_lock(run.lock)
     state, explanation = _state(written, lock, now)
+    if state == "running" and run.stop_request.exists():
+        explanation += " It was asked to stop, and is saving."
     parts = account(written)
     last_seen = max((finite(e.get("time"), 0.0) for e in written), default=math.nan)
     epochs = finite(_section(job, "train").get("epochs"))
-    epoch = _latest(kept, "epoch")
+    epoch = _epochs_visited(kept)
     failures = [event for event in written if event["event"] == "failure"]
     used = sum(part.wall for part in parts)
     used += max(0.0, now - last_seen) if state == "running" and written else 0.0
@@ -397,6 +399,12 @@ def _latest(events: Sequence[Event], *names: str) -> float:
             if math.isfinite(value):
                 return value
     return math.nan
+
+
+def _epochs_visited(kept: Sequence[Event]) -> float:
+    told = [finite(event.get("epoch")) for event in kept]
+    told += [finite(event.get("epochs")) for event in kept if event["event"] == "done"]
+    return max((epoch for epoch in told if math.isfinite(epoch)), default=math.nan)
 
 
 def _known(value: float) -> float | None:

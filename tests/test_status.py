@@ -63,6 +63,13 @@ def test_running(tmp_path):
     assert now.last_event_age == pytest.approx(30)
 
 
+def test_running_and_asked_to_stop(tmp_path):
+    log = Log(tmp_path).start()
+    lock(log, os.getpid())
+    (tmp_path / "stop").touch()
+    assert "asked to stop" in status(tmp_path).explanation
+
+
 def test_failure_is_no_end_while_the_supervisor_lives(tmp_path):
     log = Log(tmp_path).start().event("failure", reason="killed", rank=1)
     lock(log, os.getpid())
@@ -81,6 +88,13 @@ def test_done(tmp_path):
     assert now.seconds_used == pytest.approx(51.1)
     assert now.seconds_left == 0
     assert now.next_command == f"hpc-absa report {tmp_path}"
+
+
+def test_a_last_phase_that_ends_a_microbatch_short_is_whole(tmp_path):
+    log = Log(tmp_path).start().train_epoch()
+    log.samples -= 32
+    log.end("done").event("done", steps=50, epochs=1, test_accuracy=0.9)
+    assert status(tmp_path).epoch == 1.0
 
 
 def test_stopped(tmp_path):

@@ -86,6 +86,29 @@ def finite(value: Any, default: float = math.nan) -> float:
     return float(value)
 
 
+def in_order(events: Iterable[Event]) -> list[Event]:
+    """Events in the order in which things happened, told by phases and not by clocks.
+
+    An `epoch` or a `decision` is written once a checkpoint that holds it is durable. Where a batch
+    grew in place, that can be after the next phase's start; such events go back to their phase.
+    """
+    ordered: list[Event] = []
+    for event in events:
+        at = len(ordered)
+        if event["event"] in ("epoch", "decision"):
+            phase = finite(event.get("phase"), math.inf)
+            while at and _is_later(ordered[at - 1], phase):
+                at -= 1
+        ordered.insert(at, event)
+    return ordered
+
+
+def _is_later(event: Event, phase: float) -> bool:
+    """Whether what a phase told of its work comes before this event."""
+    here = finite(event.get("phase"), -math.inf)
+    return here > phase or (here == phase and event["event"] == "phase_end")
+
+
 def attempts(events: Sequence[Event]) -> tuple[Attempt, ...]:
     """Split all events of a run, superseded ones included, into attempts.
 
@@ -198,7 +221,7 @@ def _attempt_seconds(
     else:
         inside = work.pop("start", 0.0) - early
         overhead[gap] = gap_seconds + inside
-        if gap == "resize":
+        if gap == "resize" and part.ending != "ended":
             overhead[gap] = min(_reported_resize(part, overhead[gap]), wall)
     worked = wall - sum(overhead.values())
     undone = min(part.end - kept_until, worked)
@@ -232,7 +255,7 @@ def _itemised(part: Attempt, kept_until: float) -> dict[str, float]:
 
 
 def _reported_resize(part: Attempt, derived: float) -> float:
-    """The `resize` event's own figure, which ends at the first step of the new world."""
+    """The `resize` event's figure, where no breakdown tells what the start of the world took."""
     for event in part.events:
         if event["event"] == "resize":
             return max(0.0, finite(event.get("seconds"), derived))

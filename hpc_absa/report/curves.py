@@ -113,8 +113,7 @@ def _draw_eigenvalues(
         if points:
             xs, ys = [d.epoch for d in points], [d.eigenvalue for d in points]
             ax.scatter(xs, ys, label=key, zorder=4, **looks[key])
-    useless = [d.epoch for d in history.decisions if not d.eigenvalue > 0]
-    useless = useless if any(d.matvecs > 0 for d in history.decisions) else []
+    useless = [d.epoch for d in history.decisions if not d.eigenvalue > 0 and d.matvecs > 0]
     if useless and shown:
         ax.scatter(
             useless,

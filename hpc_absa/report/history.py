@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from hpc_absa import events as event_log
 from hpc_absa.errors import UsageError
 from hpc_absa.events import Event
-from hpc_absa.report.accounting import AttemptSeconds, account, finite, total
+from hpc_absa.report.accounting import AttemptSeconds, account, finite, in_order, total
 from hpc_absa.rundir import RunDir
 
 Row = TypeVar("Row")
@@ -186,7 +186,7 @@ def load(path: Path) -> History:
         UsageError: `path` is no folder, or holds neither `job.toml` nor `events.jsonl`.
     """
     run = require_run(path)
-    written = event_log.read(run.events)
+    written = in_order(event_log.read(run.events))
     kept = event_log.effective(written)
     text, job = read_job(run)
     parts = account(written)
@@ -357,7 +357,7 @@ def _held(kept: Sequence[Event], name: str) -> tuple[Held, ...]:
     """The spans over which `lr`, `global_batch` or `ranks` held, from what each event tells.
 
     An `epoch`, a `decision` and a `phase_end` close a span that had their value; a `phase_start`
-    says which value holds from there on.
+    says which value holds from there on. (A decision's `lr` is the one before warm-up.)
     """
     spans: list[Held] = []
     at, value = math.nan, math.nan
@@ -372,7 +372,8 @@ def _held(kept: Sequence[Event], name: str) -> tuple[Held, ...]:
                 spans.append(Held(at, x, value))
         elif math.isfinite(told):
             value = told
-        at = x
+        # A phase may end a microbatch short of the epoch that it has finished.
+        at = x if math.isnan(at) else max(at, x)
     return tuple(spans)
 
 
@@ -380,8 +381,8 @@ _SPANNED = ("phase_start", "epoch", "decision", "phase_end")
 
 
 def _told(event: Event, name: str) -> float:
-    if event["event"] == "decision" and name == "global_batch":
-        return finite(event.get("batch"))
+    if event["event"] == "decision" and name != "ranks":
+        return finite(event.get("batch")) if name == "global_batch" else math.nan
     return finite(event.get(name))
 
 

@@ -76,6 +76,20 @@ def test_start_of_a_resized_world_counts_once(tmp_path):
     assert seconds == pytest.approx({"comp": 11.0, "resize": 4.0})
 
 
+def test_running_world_after_a_resize_counts_what_its_event_says(tmp_path):
+    log = Log(tmp_path).start().tick(5).end("resize", comp=5.0)
+    log.tick(3).start().tick(1).event("resize", from_ranks=1, to_ranks=2, seconds=4.0).tick(6)
+    log.event("epoch", epoch=1, step=0)
+    assert accounted(log)[1] == pytest.approx({"comp": 5.0, "resize": 4.0, "unmeasured": 6.0})
+
+
+def test_first_step_of_a_new_world_is_computing_though_resize_ends_after_it(tmp_path):
+    log = Log(tmp_path).start().tick(5).end("resize", comp=5.0)
+    log.tick(3).start().tick(2).event("resize", from_ranks=1, to_ranks=2, seconds=5.0)
+    log.tick(6).end("done", comp=8.0, start=3.0)
+    assert accounted(log)[1] == pytest.approx({"comp": 13.0, "resize": 3.0})
+
+
 def test_resize_without_its_event_is_the_gap_and_the_start(tmp_path):
     log = Log(tmp_path).start().tick(5).end("resize", comp=5.0)
     log.tick(3).start().tick(7).end("done", comp=6.0, start=4.0)

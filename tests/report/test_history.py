@@ -47,6 +47,27 @@ def test_growth_within_an_epoch(tmp_path):
     assert batch == (Held(0, 0.5, 32), Held(0.5, 1, 64))
 
 
+def test_what_was_written_late_goes_back_to_its_phase(tmp_path):
+    """Growth in place: the decision is durable only after the next phase has begun."""
+    whole_run(tmp_path / "a")
+    lines = (tmp_path / "a" / "events.jsonl").read_text().splitlines(keepends=True)
+    end = next(i for i, line in enumerate(lines) if '"in_place"' in line)
+    late = [*lines[: end - 2], *lines[end : end + 2], *lines[end - 2 : end], *lines[end + 2 :]]
+    assert '"phase_start"' in late[end - 1]
+    assert '"decision"' in late[end + 1]
+    Log(tmp_path / "b")
+    (tmp_path / "b" / "events.jsonl").write_text("".join(late))
+    a, b = load(tmp_path / "a"), load(tmp_path / "b")
+    for name in ("epochs", "decisions", "lr", "global_batch", "ranks", "phases", "seconds"):
+        assert repr(getattr(a, name)) == repr(getattr(b, name)), name
+
+
+def test_decision_tells_no_learning_rate_of_warm_up(tmp_path):
+    log = Log(tmp_path).start(lr=0.01).train_epoch(lr=0.02)
+    log.decide(4.0, lr=0.4).train_epoch(lr=0.03)
+    assert load(tmp_path).lr == (Held(0, 1, 0.02), Held(1, 2, 0.03))
+
+
 def test_null_is_not_zero(whole):
     third = whole.decisions[2]
     assert math.isnan(third.eigenvalue)

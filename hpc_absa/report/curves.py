@@ -149,8 +149,9 @@ def _draw_threshold(ax: Any, history: History, theme: Theme) -> None:
     name = ref if alpha is None else f"growth threshold {ref}/{alpha:g}"
     xs: list[float] = []
     ys: list[float] = []
-    before = history.decisions[0].epoch if history.decisions else 0.0
-    for decision in history.decisions:
+    estimated = [decision for decision in history.decisions if decision.matvecs > 0]
+    before = estimated[0].epoch if estimated else 0.0
+    for decision in estimated:
         if decision.reference > 0:
             xs += [before, decision.epoch]
             ys += [decision.reference / (alpha or 1.0)] * 2

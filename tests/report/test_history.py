@@ -1,9 +1,11 @@
 """A run directory becomes records: what counts, what was undone, what is missing."""
 
 import math
+from pathlib import Path
 
 import pytest
 
+from hpc_absa import events
 from hpc_absa.errors import UsageError
 from hpc_absa.report.history import Held, labels, load
 from tests.report.synthetic import EPOCH_SAMPLES, Log, whole_run
@@ -156,3 +158,14 @@ def test_labels_tell_runs_apart(tmp_path):
     assert labels([a, c]) == ["one", "two"]
     assert labels([a, b]) == ["a", "b"]
     assert labels([a, b, c]) == ["one (a)", "one (b)", "two (a)"]
+
+
+def test_every_event_and_field_is_documented(tmp_path):
+    """`docs/run-directory.md` names whatever the logs of these tests have."""
+    document = (Path(__file__).parents[2] / "docs" / "run-directory.md").read_text()
+    log = whole_run(tmp_path)
+    for event in events.read(log.path / "events.jsonl"):
+        assert f"**`{event['event']}`**" in document
+        told = event.get("seconds")
+        fields = {*event, *(told if isinstance(told, dict) else ())}
+        assert [name for name in fields if f"`{name}`" not in document] == []

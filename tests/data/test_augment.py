@@ -1,0 +1,112 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hpc_absa.data.augment import augment, normalise
+from hpc_absa.data.order import uniform
+
+
+def pictures(b, c=3, h=8, w=8, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(1, 256, (b, c, h, w), dtype=torch.uint8, generator=generator)
+
+
+def reference(image, seed, epoch, sample, padding, flip):
+    """One image the slow and plain way."""
+    row, column, mirror = (
+        float(uniform(seed, epoch, np.array([sample]), stream)[0]) for stream in range(3)
+    )
+    offsets = 2 * padding + 1
+    c, h, w = image.shape
+    padded = torch.zeros(c, h + 2 * padding, w + 2 * padding, dtype=torch.uint8)
+    padded[:, padding : padding + h, padding : padding + w] = image
+    top, left = int(row * offsets), int(column * offsets)
+    cropped = padded[:, top : top + h, left : left + w]
+    return cropped.flip(-1) if flip and mirror < 0.5 else cropped
+
+
+@settings(max_examples=40)
+@given(
+    seed=st.integers(0, 2**63),
+    visits=st.lists(st.tuples(st.integers(0, 5), st.integers(0, 999)), min_size=1, max_size=12),
+    padding=st.integers(0, 5),
+    flip=st.booleans(),
+    shape=st.tuples(st.integers(1, 4), st.integers(1, 9), st.integers(1, 9)),
+)
+def test_a_batch_is_augmented_as_each_image_alone(seed, visits, padding, flip, shape):
+    epochs, samples = np.array(visits, dtype=np.int64).T
+    images = pictures(len(visits), *shape)
+    before = images.clone()
+    result = augment(images, seed, epochs, samples, padding, flip)
+    for i, (epoch, sample) in enumerate(visits):
+        expected = reference(images[i], seed, epoch, sample, padding, flip)
+        assert torch.equal(result[i], expected)
+    assert torch.equal(images, before)
+
+
+def test_every_offset_occurs_and_half_of_the_images_are_mirrored():
+    b, padding = 2000, 2
+    # One bright pixel in the middle tells where the image went.
+    images = torch.zeros(b, 1, 7, 7, dtype=torch.uint8)
+    images[:, 0, 3, 3] = 255
+    epochs, samples = np.zeros(b, np.int64), np.arange(b)
+    moved = augment(images, 0, epochs, samples, padding, flip=False)
+    places = moved.flatten(1).argmax(1).bincount(minlength=49).view(7, 7)
+    assert (places > 0).sum() == 25
+    assert places[1:6, 1:6].min() > b / 25 / 2
+    stripes = torch.arange(7, dtype=torch.uint8).expand(b, 1, 7, 7)
+    mirrored = augment(stripes, 0, epochs, samples, 0, flip=True)[:, 0, 0, 0] == 6
+    assert 0.45 < mirrored.float().mean() < 0.55
+
+
+def test_what_is_cropped_in_is_black():
+    white = torch.full((200, 3, 4, 4), 255, dtype=torch.uint8)
+    result = augment(white, 0, np.zeros(200, np.int64), np.arange(200), 4, flip=False)
+    assert set(result.unique().tolist()) == {0, 255}
+
+
+def test_epochs_differ():
+    images = pictures(64)
+    samples = np.arange(64)
+    one, two = (augment(images, 0, np.full(64, e), samples, 2, True) for e in (0, 1))
+    assert not torch.equal(one, two)
+
+
+def test_without_crop_and_flip_images_stay():
+    images = pictures(4)
+    assert augment(images, 0, np.zeros(4, np.int64), np.arange(4), 0, False) is images
+
+
+def test_normalise_is_the_formula():
+    images = pictures(5)
+    mean, std = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([0.5, 0.25, 1.0])
+    result = normalise(images, mean, std)
+    expected = (images.double() / 255 - mean.view(1, 3, 1, 1)) / std.view(1, 3, 1, 1)
+    assert result.dtype == torch.float32
+    torch.testing.assert_close(result.double(), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_pixel_is_normalised_alike_wherever_it_stands():
+    images = pictures(13, h=5, w=3)
+    mean, std = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([0.3, 0.7, 0.9])
+    together = normalise(images, mean, std)
+    for i in range(13):
+        assert torch.equal(together[i : i + 1], normalise(images[i : i + 1], mean, std))
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_memory_layout(channels_last):
+    images = pictures(5)
+    mean, std = torch.zeros(3), torch.ones(3)
+    result = normalise(images, mean, std, channels_last)
+    assert result.is_contiguous(memory_format=torch.channels_last) is channels_last
+    assert torch.equal(result, normalise(images, mean, std))
+
+
+def test_other_data_is_not_divided_by_255():
+    values = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    result = normalise(values, torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.0]))
+    assert result.tolist() == [[0.0, 0.0], [2.0, 1.0]]
+    assert values.tolist() == [[1.0, 2.0], [3.0, 4.0]]

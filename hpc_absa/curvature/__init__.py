@@ -1,0 +1,1 @@
+"""Curvature of the loss: its top eigenvalue for decisions, its spectrum for people."""

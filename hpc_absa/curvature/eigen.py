@@ -1,0 +1,381 @@
+"""Eigenvalues of a symmetric operator known only by its products with vectors.
+
+Shapes: P the operator's size, m the number of basis vectors. Vectors are of the operator's type
+(float32 in training); every coefficient is float64. Eigenvalues are ordered by value, not by
+magnitude: a strongly negative one is not "the top".
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Matvec = Callable[[Tensor], Tensor]
+"""`v ↦ H v`, [P] to [P], H symmetric."""
+
+Agree = Callable[[Tensor], Tensor]
+"""Replaces a small float64 tensor by rank 0's, so that all ranks go the same way."""
+
+_CHUNK = 1 << 20
+"""Elements turned into float64 at a time: bounds the memory a dot product takes."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """An approximate eigenpair with its evidence."""
+
+    value: float
+    """Rayleigh quotient of `vector`: for the top eigenvalue always a lower bound."""
+    vector: Tensor
+    """[P], unit length."""
+    residual: float
+    """`‖Hv − λv‖ / |λ|`: some eigenvalue lies within this relative distance."""
+    error: float
+    """Estimated relative error of `value`: `min(r, r² / gap)`, see `error_bound`."""
+    converged: bool
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run of an eigensolver found."""
+
+    pairs: tuple[Pair, ...]
+    """Largest value first."""
+    matvecs: int
+    lowest: float
+    """Smallest Ritz value: an upper bound of the smallest eigenvalue, negative at a saddle."""
+    stopped: bool
+    """Ended by the caller's `stop`, not by the tolerance."""
+    combination: Tensor
+    """[m] float64: the top pair's vector in terms of the vectors multiplied."""
+
+    @property
+    def top(self) -> Pair:
+        """The largest eigenvalue."""
+        return self.pairs[0]
+
+
+def dots(vectors: Tensor, vector: Tensor) -> Tensor:
+    """`Vᵀ w` in float64: [m, P] and [P] to [m], on the CPU."""
+    total = torch.zeros(len(vectors), dtype=torch.float64, device=vector.device)
+    for start in range(0, vector.numel(), _CHUNK):
+        part = slice(start, start + _CHUNK)
+        total += vectors[:, part].double() @ vector[part].double()
+    return total.cpu()
+
+
+def combine(vectors: Tensor, weights: Tensor) -> Tensor:
+    """`Σ_i c_i v_i`: [m, P] and [m] float64 to [P]."""
+    return torch.mv(vectors.T, weights.to(vectors.dtype).to(vectors.device))
+
+
+def negligible(like: Tensor) -> float:
+    """Relative to the operator's norm: below it a product cannot be told from zero (8 ulp)."""
+    return 8 * torch.finfo(like.dtype).eps
+
+
+def norm(vector: Tensor) -> Tensor:
+    """`‖v‖` as a float64 scalar tensor on the CPU."""
+    return dots(vector[None], vector).sqrt()[0]
+
+
+def error_bound(residual: float, value: float, rival: float) -> float:
+    """Absolute error of a Ritz value: `min(r, r² / gap)`.
+
+    The square is Kato and Temple's bound (Parlett, The Symmetric Eigenvalue Problem, 11.7) for a
+    gap to the rest of the spectrum; `rival` is the best estimate of where that begins.
+    """
+    gap = value - rival
+    return min(residual, residual * residual / gap) if gap > 0 else residual
+
+
+class Subspace:
+    """An orthonormal basis V, its image W = HV and the projection T = VᵀHV."""
+
+    def __init__(self, like: Tensor, capacity: int, agree: Agree) -> None:
+        self.V = like.new_empty(capacity, like.numel())
+        self.W = like.new_empty(capacity, like.numel())
+        self.T = np.zeros((0, 0))
+        self.agree = agree
+
+    def __len__(self) -> int:
+        return len(self.T)
+
+    @property
+    def full(self) -> bool:
+        """No room for another vector."""
+        return len(self) == len(self.V)
+
+    def orthogonal(self, vector: Tensor) -> Tensor | None:
+        """The unit vector along what `vector` adds to the basis; None where it adds nothing."""
+        before = float(self.agree(norm(vector)))
+        if not (math.isfinite(before) and before > 0):
+            return None
+        vector = vector / before
+        for _ in range(3):  # "twice is enough" (Parlett 6.9), once more for float32
+            basis = self.V[: len(self)]
+            vector = vector - combine(basis, self.agree(dots(basis, vector)))
+            length = float(self.agree(norm(vector)))
+            if length < negligible(vector):
+                return None
+            vector = vector / length
+        return vector
+
+    def add(self, vector: Tensor, image: Tensor) -> bool:
+        """Take in a unit vector and its product; False, with nothing taken, unless finite."""
+        m = len(self)
+        self.V[m], self.W[m] = vector, image
+        column = self.agree(dots(self.V[: m + 1], image)).numpy()
+        if not np.isfinite(column).all():
+            return False
+        projected = np.zeros((m + 1, m + 1))
+        projected[:m, :m] = self.T
+        projected[m, :] = projected[:, m] = column
+        self.T = projected
+        return True
+
+    def ritz(self) -> tuple[np.ndarray, np.ndarray]:
+        """Ritz values, largest first [m], and their coordinates, one a column [m, m]."""
+        values, coordinates = np.linalg.eigh(self.T)
+        return values[::-1], coordinates[:, ::-1]
+
+    def residual(self, value: float, coordinates: np.ndarray) -> Tensor:
+        """`H y − θ y` of a Ritz pair, [P]."""
+        weights = torch.from_numpy(np.ascontiguousarray(coordinates))
+        m = len(self)
+        return combine(self.W[:m], weights) - value * combine(self.V[:m], weights)
+
+    def restart(self, keep: int) -> None:
+        """Compress to the `keep` leading Ritz vectors (thick restart, Wu and Simon 2000)."""
+        values, coordinates = self.ritz()
+        weights = torch.from_numpy(np.ascontiguousarray(coordinates[:, :keep].T))
+        m = len(self)
+        for block in (self.V, self.W):
+            block[:keep] = torch.stack([combine(block[:m], row) for row in weights])
+        self.T = np.diag(values[:keep].copy())
+
+
+def lanczos(
+    matvec: Matvec,
+    starts: Sequence[Tensor],
+    *,
+    tol: float,
+    max_iter: int,
+    k: int = 1,
+    capacity: int = 0,
+    agree: Agree = lambda scalars: scalars,
+    stop: Callable[[float], bool] | None = None,
+    seed: int = 0,
+) -> Result:
+    """The `k` largest eigenvalues by Lanczos with full re-orthogonalization.
+
+    The basis begins with `starts`, orthogonalized, and grows by the residual of the leading pair
+    that has not converged. From a single start that residual points along the next Lanczos vector,
+    so this is Lanczos's method; from several it goes on from the best their span holds, where a
+    block method would multiply the whole block each time.
+
+    Args:
+        matvec: the operator.
+        starts: guesses [P], best first; zero and dependent ones are passed over.
+        tol: relative error at which a pair counts as converged (`Pair.error`).
+        max_iter: products at most.
+        k: eigenvalues wanted.
+        capacity: basis vectors in memory, each with its product; 0 for as many as `max_iter`.
+            When full, the basis is compressed to the leading Ritz vectors (thick restart).
+        agree: makes scalars the same on all ranks.
+        stop: asked with the top Ritz value after each product; True ends the run.
+        seed: of the vectors that replace exhausted guesses.
+
+    Raises:
+        ValueError: no start to take the size from, or fewer than one product.
+    """
+    if not starts or max_iter < 1:
+        raise ValueError(f"expected a start and max_iter >= 1, got {len(starts)} and {max_iter}")
+    size = starts[0].numel()
+    capacity = max(capacity or max_iter, 2 * k + 2)
+    space = Subspace(starts[0], min(capacity, size), agree)
+    queue = list(starts)
+    generator = torch.Generator().manual_seed(seed)
+    leading: list[_Leading] = []
+    lowest, matvecs, stopped = math.inf, 0, False
+    while matvecs < max_iter and len(space) < size:
+        if space.full:
+            space.restart(max(k + 1, len(space) // 2))
+        direction = _next_direction(space, queue, leading, generator)
+        if direction is None:
+            break
+        image = matvec(direction)
+        matvecs += 1
+        if not space.add(direction, image):
+            return _broken(starts[0], matvecs)
+        leading = _leading(space, k, tol)
+        lowest = min(lowest, float(space.ritz()[0][-1]))
+        if stop is not None and stop(leading[0].value):
+            stopped = True
+            break
+        enough = len(space) >= min(size, k + 1)
+        if not queue and enough and all(pair.converged for pair in leading[:k]):
+            break
+    pairs = tuple(_pair(space, index, found) for index, found in enumerate(leading[:k]))
+    return Result(pairs, matvecs, lowest, stopped, _coordinates(space.ritz()[1][:, 0]))
+
+
+@dataclass(frozen=True)
+class _Leading:
+    """A leading Ritz pair without its vector."""
+
+    value: float
+    direction: Tensor
+    """`H y − θ y`, [P]."""
+    residual: float
+    """Absolute."""
+    error: float
+    """Absolute."""
+    converged: bool
+
+
+def _leading(space: Subspace, k: int, tol: float) -> list[_Leading]:
+    """The `k` leading pairs and one more, with their error bounds."""
+    values, coordinates = space.ritz()
+    count = min(k + 1, len(space))
+    directions = [space.residual(values[i], coordinates[:, i]) for i in range(count)]
+    lengths = [float(space.agree(norm(direction))) for direction in directions]
+    floor = negligible(space.V) * float(np.abs(values).max())
+    found = []
+    for i in range(count):
+        error = lengths[i]
+        if i + 1 < count:
+            error = error_bound(lengths[i], values[i], values[i + 1] + lengths[i + 1])
+        if i > 0:
+            error = max(error, error_bound(lengths[i], values[i - 1] - lengths[i - 1], values[i]))
+        if len(space) == space.V.shape[1]:
+            error = min(error, floor)
+        good = bool(error <= max(tol * abs(float(values[i])), floor))
+        found.append(_Leading(float(values[i]), directions[i], lengths[i], error, good))
+    return found
+
+
+def _next_direction(
+    space: Subspace, queue: list[Tensor], leading: list[_Leading], generator: torch.Generator
+) -> Tensor | None:
+    """A unit vector that adds to the basis: a guess, a leading pair's residual, or a random one."""
+    while queue:
+        direction = space.orthogonal(queue.pop(0))
+        if direction is not None:
+            return direction
+    unfinished = [pair for pair in leading if not pair.converged]
+    for pair in unfinished + leading:
+        if pair.residual > negligible(space.V) * max(abs(other.value) for other in leading):
+            direction = space.orthogonal(pair.direction)
+            if direction is not None:
+                return direction
+    for _ in range(3):
+        guess = torch.randn(space.V.shape[1], generator=generator, dtype=torch.float64)
+        direction = space.orthogonal(guess.to(space.V))
+        if direction is not None:
+            return direction
+    return None
+
+
+def _coordinates(column: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(column))
+
+
+def _relative(absolute: float, value: float) -> float:
+    if absolute == 0:
+        return 0.0
+    return absolute / abs(value) if value else math.inf
+
+
+def _pair(space: Subspace, index: int, found: _Leading) -> Pair:
+    vector = combine(space.V[: len(space)], _coordinates(space.ritz()[1][:, index]))
+    vector = vector / float(space.agree(norm(vector)))
+    residual, error = (_relative(x, found.value) for x in (found.residual, found.error))
+    return Pair(found.value, vector, residual, error, found.converged)
+
+
+def _broken(like: Tensor, matvecs: int) -> Result:
+    """What a NaN or an infinity among the products leaves to say."""
+    nan = math.nan
+    pair = Pair(nan, torch.full_like(like, nan), nan, nan, False)
+    return Result((pair,), matvecs, nan, False, torch.zeros(0, dtype=torch.float64))
+
+
+def power(
+    matvec: Matvec,
+    start: Tensor,
+    *,
+    tol: float,
+    max_iter: int,
+    agree: Agree = lambda scalars: scalars,
+    stop: Callable[[float], bool] | None = None,
+) -> Result:
+    """The largest eigenvalue by power iteration, the talk's method: the reference for `lanczos`.
+
+    Rayleigh quotients approach their limit geometrically, so the error still to come is estimated
+    from the last two changes d and d' as `2 d · q / (1 − q)`, `q = |d / d'|` (Aitken, doubled).
+    Where the iteration settles on a negative value, the largest by magnitude but not by value, it
+    goes on with `H + σI`, which has the same vectors and its largest value on top.
+
+    Args, errors and result as `lanczos`, for one pair.
+    """
+    if max_iter < 1:
+        raise ValueError(f"max_iter: expected 1 or more, got {max_iter}")
+    vector = start / float(agree(norm(start)))
+    shift, lowest, stopped = 0.0, math.inf, False
+    history: list[float] = []
+    pair = _broken(start, 0).top
+    matvecs = 0
+    while matvecs < max_iter:
+        image = matvec(vector)
+        matvecs += 1
+        value = float(agree(dots(vector[None], image))[0])
+        length = float(agree(norm(image - value * vector)))
+        if not (math.isfinite(value) and math.isfinite(length)):
+            return _broken(start, matvecs)
+        lowest = min(lowest, value)
+        history.append(value)
+        error = min(length, _aitken(history))
+        floor = negligible(start) * max(abs(value), shift)
+        settled = error <= max(tol * abs(value), floor)
+        done = settled and (value >= 0 or shift > 0)
+        pair = Pair(value, vector, _relative(length, value), _relative(error, value), done)
+        if stop is not None and stop(value):
+            stopped = True
+            break
+        if pair.converged:
+            break
+        if settled:
+            shift, history = abs(value), []
+            vector = _perturbed(vector, start)
+            continue
+        following = image + shift * vector
+        length = float(agree(norm(following)))
+        if length == 0:
+            break
+        vector = following / length
+    return Result((pair,), matvecs, lowest, stopped, torch.ones(1, dtype=torch.float64))
+
+
+def _aitken(history: list[float]) -> float:
+    """Estimated distance of a geometric sequence from its limit; infinite where it is not one."""
+    if len(history) < 3:
+        return math.inf
+    before, last = history[-2] - history[-3], history[-1] - history[-2]
+    if last == 0:
+        return 0.0
+    ratio = abs(last / before) if before else math.inf
+    return 2 * abs(last) * ratio / (1 - ratio) if ratio < 1 else math.inf
+
+
+def _perturbed(vector: Tensor, start: Tensor) -> Tensor:
+    """Half the found vector, half noise: a start for the shifted operator."""
+    generator = torch.Generator().manual_seed(1)
+    noise = torch.randn(start.numel(), generator=generator, dtype=torch.float64).to(start)
+    mixed = vector + noise / torch.linalg.vector_norm(noise)
+    return mixed / torch.linalg.vector_norm(mixed)

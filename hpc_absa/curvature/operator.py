@@ -1,0 +1,209 @@
+"""The Hessian of the mean loss over a fixed sample as a linear operator over all ranks.
+
+Shapes: P trainable parameters in all, N samples, M microbatches of n_m samples, Σ n_m = N.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from hpc_absa.comm import Communicator
+from hpc_absa.curvature import fast
+from hpc_absa.curvature.state import trainable
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+"""`loss_fn(outputs, targets)`, a mean over the microbatch."""
+
+
+class HessianSample(Protocol):
+    """Training samples in a fixed order; a smaller sample is a prefix of a larger one."""
+
+    size: int
+    """Samples available."""
+
+    def load(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Inputs and targets at positions [start, stop), un-augmented, on the model's device."""
+        ...
+
+
+@dataclass(frozen=True)
+class Graph:
+    """One microbatch differentiated once, ready to be differentiated again."""
+
+    leaves: tuple[Tensor, ...]
+    gradient: tuple[Tensor, ...]
+
+
+def share(samples: int, microbatch: int, rank: int, ranks: int) -> list[tuple[int, int, int]]:
+    """The microbatches (index, start, stop) of one rank: dealt in turn, sizes as on one rank."""
+    starts = range(0, samples, microbatch)
+    return [
+        (index, start, min(start + microbatch, samples))
+        for index, start in enumerate(starts)
+        if index % ranks == rank
+    ]
+
+
+def differentiate(
+    model: nn.Module, loss_fn: Loss, inputs: Tensor, targets: Tensor, plan: fast.Plan | None
+) -> Graph:
+    """`∇L` at the model's parameters, with the graph that leads to it.
+
+    The model runs on detached copies of its parameters and buffers, so that no hook on a parameter
+    fires and a buffer that a module writes to in evaluation mode is thrown away.
+    """
+    leaves = {name: fast.leaf(p) for name, p in trainable(model).items()}
+    copies = {name: b.clone() for name, b in model.named_buffers()}
+    fixed = {n: p.detach() for n, p in model.named_parameters() if not p.requires_grad}
+    tensors = {**leaves, **fixed, **copies}
+    with fast.products(plan, tensors):
+        outputs = functional_call(model, tensors, (fast.arranged(inputs),))
+    loss = loss_fn(outputs, targets)
+    wanted = tuple(leaves.values())
+    gradient = torch.autograd.grad(loss, wanted, create_graph=True, materialize_grads=True)
+    return Graph(wanted, gradient)
+
+
+def differentiate_again(graph: Graph, vector: Sequence[Tensor], *, keep: bool) -> Tensor:
+    """`∇(∇L · v)`, flat [P]: the Hessian of one microbatch times `vector`, shaped as `leaves`."""
+    pairs = [(g, v) for g, v in zip(graph.gradient, vector, strict=True) if g.requires_grad]
+    if not pairs:
+        return flatten([torch.zeros_like(leaf) for leaf in graph.leaves])
+    product = torch.autograd.grad(
+        [g for g, _ in pairs],
+        graph.leaves,
+        [v for _, v in pairs],
+        retain_graph=keep,
+        materialize_grads=True,
+    )
+    return flatten(product)
+
+
+def flatten(tensors: Sequence[Tensor]) -> Tensor:
+    """One vector [P] from tensors shaped as the parameters."""
+    return torch.cat([t.detach().reshape(-1) for t in tensors])
+
+
+class HessianOperator:
+    """`v ↦ H v` with `H = Σ_m (n_m / N) ∇²L_m`, every rank over its share of the microbatches.
+
+    A product ends with one sum over the ranks; before it each rank adds up its microbatches in
+    float64, so that the result hardly depends on how many ranks there are. All ranks must call
+    the methods together. Use it inside `state.observed(model)`.
+
+    Args:
+        model: any module; parameters that do not require grad are constants.
+        loss_fn: mean loss of a microbatch.
+        sample: where microbatches come from.
+        comm: the world.
+        samples: N, the first samples of `sample`.
+        microbatch: samples differentiated at a time, whatever the number of ranks.
+        kept: microbatches per rank whose graph stays in memory from product to product; each
+            takes about the memory of a training step on it, and saves a gradient per product.
+        accelerate: use the faster convolution and normalization of `fast` where they apply.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: Loss,
+        sample: HessianSample,
+        comm: Communicator,
+        *,
+        samples: int,
+        microbatch: int,
+        kept: int = 2,
+        accelerate: bool = True,
+    ) -> None:
+        if not 0 < samples <= sample.size:
+            raise ValueError(f"samples: expected 1 to {sample.size} (all there are), got {samples}")
+        if microbatch < 1:
+            raise ValueError(f"microbatch: expected 1 or more, got {microbatch}")
+        self.model, self.loss_fn, self.sample, self.comm = model, loss_fn, sample, comm
+        self.samples, self.microbatch = samples, microbatch
+        self.microbatches = -(-samples // microbatch)
+        self.kept, self.accelerate = kept, accelerate
+        self.parameters = tuple(trainable(model).values())
+        if not self.parameters:
+            raise ValueError("model: expected parameters that require grad, got none")
+        self.size = sum(p.numel() for p in self.parameters)
+        self.matvecs = 0
+        self._share = share(samples, microbatch, comm.rank, comm.size)
+        self._graphs: dict[int, Graph] = {}
+        self._plan: fast.Plan | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the vectors live."""
+        return self.parameters[0].device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The vectors' type: the parameters' own."""
+        return self.parameters[0].dtype
+
+    def gradient(self) -> Tensor:
+        """`∇L` over the sample, flat [P]; kept graphs are built on the way."""
+        total = self._zeros()
+        for index, start, stop in self._share:
+            graph = self._graph(index, start, stop)
+            total.add_(flatten(graph.gradient), alpha=(stop - start) / self.samples)
+        return self._reduced(total)
+
+    def matvec(self, vector: Tensor, against: Sequence[Tensor] = ()) -> tuple[Tensor, Tensor]:
+        """`H v`, flat [P], and `uᵀ H_m v` for every microbatch m and u in `against`: [M, len].
+
+        Args:
+            vector: [P].
+            against: vectors [P] for which the microbatches' own values are wanted.
+        """
+        total = self._zeros()
+        parts = torch.zeros(self.microbatches, len(against), dtype=torch.float64)
+        shaped = self._shaped(vector)
+        for index, start, stop in self._share:
+            graph = self._graph(index, start, stop)
+            product = differentiate_again(graph, shaped, keep=index in self._graphs)
+            del graph
+            total.add_(product, alpha=(stop - start) / self.samples)
+            for column, other in enumerate(against):
+                parts[index, column] = float(other @ product)
+        self.matvecs += 1
+        return self._reduced(total), parts
+
+    def close(self) -> None:
+        """Let go of the kept graphs."""
+        self._graphs.clear()
+
+    def _graph(self, index: int, start: int, stop: int) -> Graph:
+        if index in self._graphs:
+            return self._graphs[index]
+        inputs, targets = self.sample.load(start, stop)
+        if self.accelerate and self._plan is None:
+            self._plan = fast.plan(self.model, inputs)
+        try:
+            graph = differentiate(self.model, self.loss_fn, inputs, targets, self._plan)
+        except fast.PlanMismatchError:
+            self._plan = fast.Plan()
+            graph = differentiate(self.model, self.loss_fn, inputs, targets, self._plan)
+        if len(self._graphs) < self.kept:
+            self._graphs[index] = graph
+        return graph
+
+    def _zeros(self) -> Tensor:
+        return torch.zeros(self.size, dtype=torch.float64, device=self.device)
+
+    def _reduced(self, total: Tensor) -> Tensor:
+        return self.comm.sum_(total.to(self.dtype))
+
+    def _shaped(self, vector: Tensor) -> list[Tensor]:
+        pieces = vector.to(self.dtype).split([p.numel() for p in self.parameters])
+        return [
+            fast.arranged(piece.view_as(p))
+            for piece, p in zip(pieces, self.parameters, strict=True)
+        ]

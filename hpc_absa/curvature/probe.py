@@ -1,0 +1,184 @@
+"""The estimate that decisions rest on: which Hessian, how long, how sure."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from hpc_absa.comm import Communicator
+from hpc_absa.curvature import eigen
+from hpc_absa.curvature.operator import HessianOperator, HessianSample, Loss
+from hpc_absa.curvature.state import observed
+from hpc_absa.records import Eigenvalue
+
+__all__ = ["Estimate", "HessianSample", "Interrupted", "estimate"]
+
+Method = Literal["lanczos", "power"]
+
+
+class Interrupted(Exception):  # noqa: N818 - a request, not an error
+    """The caller's `poll` asked to give up; nothing was changed."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The top eigenvalue of the Hessian of the mean loss over a sample, with its vector."""
+
+    eigenvalue: Eigenvalue
+    vector: Tensor
+    """[P] float32, unit length: parameters that require grad, in `model.parameters()` order."""
+    error: float = math.nan
+    """Estimated relative error of the value as an eigenvalue of this sample's Hessian."""
+    sampling_error: float = math.nan
+    """Standard error of the value for being of a sample, from the microbatches' scatter, absolute;
+    NaN with fewer than two microbatches."""
+    lowest: float = math.nan
+    """Smallest Ritz value seen; negative proves a direction of negative curvature."""
+    settled: bool = False
+    """Ended early because the value is already above `threshold`, which no product can undo."""
+
+
+def estimate(
+    model: nn.Module,
+    loss_fn: Loss,
+    sample: HessianSample,
+    comm: Communicator,
+    *,
+    method: Method,
+    samples: int,
+    microbatch: int,
+    tol: float,
+    max_iter: int,
+    start: Tensor | None = None,
+    threshold: float | None = None,
+    poll: Callable[[], bool] | None = None,
+) -> Estimate:
+    """The top eigenvalue of `∇²(1/N Σ loss)` at the model's parameters, the same on all ranks.
+
+    All ranks call it together with equal arguments (`sample` holding the same data). The model is
+    looked at in evaluation mode and left bit for bit as it was.
+
+    Args:
+        model: on the device the sample loads to.
+        loss_fn: `loss_fn(outputs, targets)`, a mean over the microbatch.
+        sample: training samples in a fixed order; the first `samples` are used.
+        comm: the world.
+        method: `lanczos`, or `power` as in the talk.
+        samples: N, at most `sample.size`.
+        microbatch: samples differentiated at a time.
+        tol: relative error at which the estimate counts as converged.
+        max_iter: Hessian-vector products at most.
+        start: [P], the previous estimate's vector, or None.
+        threshold: the caller only asks whether λ ≤ threshold. A Rayleigh quotient above it answers
+            that for good (it never exceeds λ), and the estimate ends there, unconverged, `settled`.
+        poll: asked between products, with the same answer on all ranks.
+
+    Raises:
+        Interrupted: `poll` answered True.
+        ValueError: an argument out of range.
+    """
+    if method not in ("lanczos", "power"):
+        raise ValueError(f"method: expected 'lanczos' or 'power', got {method!r}")
+    begin = time.perf_counter()
+    with observed(model):
+        operator = HessianOperator(
+            model, loss_fn, sample, comm, samples=samples, microbatch=microbatch
+        )
+        search = _Search(operator, comm, poll)
+        result = search.run(method, start, tol, max_iter, threshold)
+        spread = search.sampling_error(result)
+    top = result.top
+    value = Eigenvalue(
+        value=top.value,
+        residual=top.residual,
+        matvecs=result.matvecs,
+        samples=samples,
+        seconds=time.perf_counter() - begin,
+        converged=top.converged,
+    )
+    vector = comm.broadcast_(top.vector.float().contiguous())
+    return Estimate(value, vector, top.error, spread, result.lowest, result.stopped)
+
+
+class _Search:
+    """One estimate under way: products, their microbatches' shares, the world's agreement."""
+
+    def __init__(
+        self, operator: HessianOperator, comm: Communicator, poll: Callable[[], bool] | None
+    ) -> None:
+        self.operator, self.comm, self.poll = operator, comm, poll
+        self.basis = True
+        """Whether the vectors multiplied are the basis the result is a combination of."""
+        self.vectors: list[Tensor] = []
+        self.parts: list[Tensor] = []
+
+    def run(
+        self,
+        method: Method,
+        start: Tensor | None,
+        tol: float,
+        max_iter: int,
+        threshold: float | None,
+    ) -> eigen.Result:
+        gradient = self.operator.gradient()
+        stop = None if threshold is None else (lambda value: value > threshold)
+        guesses = [gradient, *self._previous(start), self._noise()]
+        usable = [guess for guess in guesses if _usable(guess)]
+        if method == "power":
+            self.basis = False
+            return eigen.power(
+                self.matvec, usable[0], tol=tol, max_iter=max_iter, agree=self.agree, stop=stop
+            )
+        starts = usable[: max(1, len(usable) - 1)]
+        return eigen.lanczos(
+            self.matvec, starts, tol=tol, max_iter=max_iter, agree=self.agree, stop=stop
+        )
+
+    def matvec(self, vector: Tensor) -> Tensor:
+        if self.poll is not None and self.poll():
+            raise Interrupted
+        self.vectors = [*self.vectors, vector] if self.basis else [vector]
+        image, parts = self.operator.matvec(vector, self.vectors)
+        self.parts.append(parts)
+        return image
+
+    def agree(self, scalars: Tensor) -> Tensor:
+        return self.comm.broadcast_(scalars.contiguous())
+
+    def sampling_error(self, result: eigen.Result) -> float:
+        """Standard error of `yᵀHy` from its values over the microbatches, all ranks' together."""
+        count, m = self.operator.microbatches, len(result.combination)
+        if count < 2 or not 0 < m <= len(self.parts):
+            return math.nan
+        own = torch.zeros(count, dtype=torch.float64)
+        for j, part in enumerate(self.parts[-m:]):  # uᵀ H_m v of v_j against v_0 … v_j
+            weights = 2 * result.combination[: j + 1] * result.combination[j]
+            weights[j] /= 2
+            own += part[:, -(j + 1) :] @ weights
+        own = self.comm.sum_(own)
+        share = torch.full((count,), float(self.operator.microbatch), dtype=torch.float64)
+        share[-1] = self.operator.samples - self.operator.microbatch * (count - 1)
+        share /= self.operator.samples
+        variance = (share**2 * (own - share @ own) ** 2).sum() * count / (count - 1)
+        return float(variance.sqrt())
+
+    def _previous(self, start: Tensor | None) -> list[Tensor]:
+        if start is None or start.numel() != self.operator.size:
+            return []
+        return [start.to(device=self.operator.device, dtype=self.operator.dtype)]
+
+    def _noise(self) -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        noise = torch.randn(self.operator.size, generator=generator, dtype=torch.float64)
+        return noise.to(device=self.operator.device, dtype=self.operator.dtype)
+
+
+def _usable(guess: Tensor) -> bool:
+    length = float(torch.linalg.vector_norm(guess))
+    return math.isfinite(length) and length > 0

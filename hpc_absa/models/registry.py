@@ -37,7 +37,7 @@ def build(
 
     offered = {"channels": channels, "image_size": image_size, "classes": classes}
     if plugins.is_reference(name):
-        model = plugins.call(plugins.resolve(name, "model.name"), "model", arguments, offered)
+        model = plugins.call(plugins.resolve(name, "model.name"), "model", arguments, offered, name)
         if not isinstance(model, nn.Module):
             raise UsageError(
                 f"model.name: {name} returned {type(model).__name__}, expected a torch.nn.Module"

@@ -30,7 +30,8 @@ class PaddedShortcut(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[b, inputs, H, W] → [b, outputs, H/stride, W/stride]."""
-        x = x[:, :, :: self.stride, :: self.stride]
+        # Pooling over one pixel picks as indexing would, but keeps channels_last.
+        x = functional.avg_pool2d(x, kernel_size=1, stride=self.stride)
         return functional.pad(x, (0, 0, 0, 0, self.before, self.after))
 
 

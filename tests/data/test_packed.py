@@ -164,7 +164,7 @@ def test_not_ours(tmp_path):
 def test_truncated(packed, kept):
     size = packed.path.stat().st_size
     os.truncate(packed.path, int(size * kept))
-    with pytest.raises(HpcAbsaError, match="set.h5: damaged .*; pack it again") as error:
+    with pytest.raises(HpcAbsaError, match=r"set.h5: damaged .*; pack it again") as error:
         open_packed(packed.path)
     assert one_line(error)
 

@@ -84,6 +84,7 @@ def run(
 
     from hpc_absa import job as jobs
     from hpc_absa import worldsize
+    from hpc_absa.report.tensorboard import TensorBoardLog
     from hpc_absa.rundir import RunDir
     from hpc_absa.supervisor import driver
 
@@ -93,7 +94,13 @@ def run(
     resolved = {"ranks": loaded.ranks.model_copy(update={"max": worldsize.limit(loaded)})}
     loaded = loaded.model_copy(update=resolved)
     folder = RunDir(run_dir or driver.default_run_dir(loaded))
-    supervisor = driver.Supervisor(loaded, folder, tuple(allow_changed or ()), _show)
+    board = TensorBoardLog(folder)
+
+    def show(line: str) -> None:
+        _show(line)
+        board.update()
+
+    supervisor = driver.Supervisor(loaded, folder, tuple(allow_changed or ()), show)
     if dry_run:
         print(shlex.join(supervisor.launch_command()))
         return ExitStatus.OK
@@ -106,6 +113,7 @@ def run(
         )
         return ExitStatus.OK
     status = supervisor.supervise()
+    board.close()
     if folder.events.exists():
         _write_report([folder.path], None)
     return status
@@ -202,6 +210,44 @@ def verify(
 
 
 @app.command()
+def data(
+    name: Annotated[
+        str | None,
+        typer.Argument(help="digits, imagefolder, cifar10, cifar100, svhn, tinyimagenet, imagenet"),
+    ] = None,
+    root: Annotated[Path | None, typer.Option(help="Folder of the raw data set.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Packed file; default ROOT.h5, beside the folder.")
+    ] = None,
+    image_size: Annotated[
+        int | None, typer.Option(min=1, help="Pixels to resize pictures to, where they differ.")
+    ] = None,
+    show: Annotated[
+        Path | None, typer.Option(help="Describe a packed file instead of making one.")
+    ] = None,
+) -> int:
+    """Pack a data set into the one HDF5 file that all ranks read, for example
+
+    `hpc-absa data cifar10 --root ~/data/cifar10`
+
+    Give `data.root` in the job either the folder or the packed file: a folder whose packed file lies
+    beside it is not read again.
+    """
+    from hpc_absa.data import prepare
+
+    if show:
+        print(json.dumps(prepare.describe(show), indent=2))
+        return ExitStatus.OK
+    if not name:
+        raise click.UsageError("Missing argument 'NAME', or --show FILE.")
+    packed = out or Path(f"{root or name}.h5")
+    arguments = {"image_size": image_size} if image_size else {}
+    prepare.pack(name, root, arguments, packed, progress=True)
+    _show(f"packed: {packed}; in the job: [data] name = {name!r}, root = {str(packed)!r}")
+    return ExitStatus.OK
+
+
+@app.command()
 def report(
     directories: Annotated[list[Path], typer.Argument(metavar="D...", help="Run directories.")],
     out: Annotated[
@@ -209,6 +255,12 @@ def report(
     ] = None,
 ) -> int:
     """Write one self-contained HTML page, and a PNG, with a run's or several runs' figures."""
+    from hpc_absa.report.tensorboard import TensorBoardLog
+    from hpc_absa.rundir import RunDir
+
+    for directory in directories:
+        if not any(directory.glob("tensorboard/*")):
+            TensorBoardLog(RunDir(directory)).close()
     _write_report(directories, out)
     return ExitStatus.OK
 

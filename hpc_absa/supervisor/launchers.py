@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sys
@@ -92,7 +93,9 @@ def _crowded(job: Job, ranks: int) -> bool:
 
 
 def _program(name: str) -> str:
-    """The launcher beside this Python, where the set-up puts it, else the one on PATH."""
+    """The mpirun that Horovod was built with, a program beside this Python, or one on PATH."""
+    if name == "mpirun" and (recorded := _recorded_mpirun()):
+        return recorded
     beside = Path(sys.executable).parent / name
     found = str(beside) if beside.exists() else shutil.which(name)
     if not found:
@@ -101,3 +104,13 @@ def _program(name: str) -> str:
             "run `make setup`, load your site's MPI module, or choose another --launcher"
         )
     return found
+
+
+def _recorded_mpirun() -> str | None:
+    """What the set-up recorded of the environment (`launch/bootstrap.sh`), None where it did not."""
+    try:
+        record = json.loads((Path(sys.prefix) / "hpc-absa-env.json").read_text(encoding="utf-8"))
+        mpirun = str(record["mpi"]["mpirun"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return mpirun if os.access(mpirun, os.X_OK) else None

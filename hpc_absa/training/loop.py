@@ -304,7 +304,7 @@ class Loop:
         )
         resumed = f" · from {self._origin}" if self._origin else ""
         self._narrator.say(
-            f"phase {progress.phase} · {self._comm.size} ranks ({self._comm.backend}) · "
+            f"phase {progress.phase} · {_ranks(self._comm.size)} ({self._comm.backend}) · "
             f"batch {progress.schedule.global_batch} · learning rate {self._lr():.4g} · "
             f"{self._parts.threads} threads a rank on {self._parts.device}{resumed}"
         )
@@ -413,3 +413,7 @@ class Loop:
             f"loss {loss:.3f}{eigenvalue} · B {progress.schedule.global_batch} · "
             f"ranks {self._comm.size} · {remaining} left"
         )
+
+
+def _ranks(count: int) -> str:
+    return f"{count} rank" if count == 1 else f"{count} ranks"

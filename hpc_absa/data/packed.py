@@ -95,7 +95,7 @@ def open_packed(path: Path) -> PackedDataset:
         # Nobody writes a packed file in place, and locks are refused on many network file systems.
         with h5py.File(path, "r", locking=False) as file:
             return _read(file, path)
-    except (OSError, KeyError, ValueError) as error:
+    except (OSError, KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
         raise HpcAbsaError(f"{path}: damaged ({one_line(error)}); pack it again") from error
 
 
@@ -133,7 +133,7 @@ def header(
 
 
 def _read(file: h5py.File, path: Path) -> PackedDataset:
-    if file.attrs.get("format") != FORMAT:
+    if _text(file.attrs.get("format", b"")) != FORMAT:
         raise UsageError(f"{path}: an HDF5 file, but not a data set packed by `hpc-absa data`")
     version = int(file.attrs["format_version"])
     if version > FORMAT_VERSION:
@@ -143,18 +143,23 @@ def _read(file: h5py.File, path: Path) -> PackedDataset:
         )
     train, test = (_split(file, name, path) for name in SPLITS)
     dataset = PackedDataset(
-        name=str(file.attrs["name"]),
-        arguments=json.loads(file.attrs["arguments"]),
+        name=_text(file.attrs["name"]),
+        arguments=json.loads(_text(file.attrs["arguments"])),
         train=train,
         test=test,
-        classes=tuple(file["classes"].asstr()[()]),
+        classes=tuple(_text(name) for name in file["classes"][()]),
         mean=np.asarray(file.attrs["mean"], np.float64),
         std=np.asarray(file.attrs["std"], np.float64),
-        digest=str(file.attrs["digest"]),
+        digest=_text(file.attrs["digest"]),
         path=path,
     )
     _check_shapes(dataset)
     return dataset
+
+
+def _text(value: Any) -> str:
+    """A string of HDF5, which come as bytes where their length is fixed."""
+    return value.decode("utf-8") if isinstance(value, bytes) else str(value)
 
 
 def _split(file: h5py.File, name: str, path: Path) -> Split:

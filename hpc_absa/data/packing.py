@@ -13,7 +13,7 @@ import io
 import json
 import os
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -37,6 +37,7 @@ from hpc_absa.errors import HpcAbsaError, UsageError
 Progress = Callable[[int, int], None]
 """Called with the images done and the images in total."""
 
+_FORMAT_OF_HDF5 = ("v110", "v110")  # its metadata carry checksums; HDF5 1.10 and later read it
 _ALIGNMENT = 64  # bytes: of every array within the file, so that it can be mapped as it is
 
 
@@ -199,15 +200,21 @@ def _metadata(
 ) -> tuple[_SparseFile, dict[str, int]]:
     """All of the HDF5 file but the arrays' content, and the offset in bytes of each array."""
     sparse = _SparseFile()
-    with h5py.File(sparse, "w", alignment_threshold=1, alignment_interval=_ALIGNMENT) as file:
-        file.attrs["format"] = FORMAT
+    with h5py.File(
+        sparse,
+        "w",
+        libver=_FORMAT_OF_HDF5,
+        alignment_threshold=1,
+        alignment_interval=_ALIGNMENT,
+    ) as file:
+        file.attrs["format"] = _text(FORMAT)
         file.attrs["format_version"] = FORMAT_VERSION
-        file.attrs["name"] = labels["name"]
-        file.attrs["arguments"] = json.dumps(labels["arguments"], sort_keys=True)
+        file.attrs["name"] = _text(labels["name"])
+        file.attrs["arguments"] = _text(json.dumps(labels["arguments"], sort_keys=True))
         file.attrs["mean"] = mean
         file.attrs["std"] = std
-        file.attrs["digest"] = digest
-        file.create_dataset("classes", data=list(source.classes), dtype=h5py.string_dtype())
+        file.attrs["digest"] = _text(digest)
+        file.create_dataset("classes", data=_text(source.classes))
         offsets = {}
         for part, samples in zip(SPLITS, (source.train, source.test), strict=True):
             group = file.create_group(part)
@@ -268,6 +275,17 @@ class _SparseFile(io.RawIOBase):
     def seekable(self) -> bool:
         """Yes."""
         return True
+
+
+def _text(words: str | Sequence[str]) -> NDArray[Any]:
+    """Strings of fixed length in HDF5's UTF-8.
+
+    Those of variable length lie in a heap without a checksum, and one flipped bit in it can make
+    the library read in circles for ever.
+    """
+    encoded = np.char.encode(np.asarray(words, np.str_), "utf-8")
+    length = max(1, encoded.dtype.itemsize)
+    return encoded.astype(h5py.string_dtype("utf-8", length))
 
 
 def _reserve(group: h5py.Group, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> int:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
 
+from hpc_absa.checkpoint import seal
 from hpc_absa.checkpoint.schema import FORMAT, FORMAT_VERSION, Content, Group, Scalar
 from hpc_absa.errors import CheckpointError
 
@@ -24,54 +25,52 @@ class NotACheckpointError(CheckpointError):
 
 
 def write(path: Path, content: Content) -> int:
-    """Publish `content` at `path`, whole or not at all; returns the bytes written.
+    """Publish `content` at `path`, whole and verified or not at all; returns the bytes written.
 
-    Temporary file in the same folder, flush, fsync, rename, fsync of the folder: after a crash at any
-    moment `path` is absent, the former file, or this one complete.
+    Temporary file in the same folder, fsync, read back, rename, fsync of the folder: after a crash
+    at any moment `path` is absent, the former file, or this one complete.
 
     Raises:
-        CheckpointError: names path and cause (full disk, no permission, ...); nothing is left behind.
+        CheckpointError: names path and cause (full disk, no permission, ...); nothing is left.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with h5py.File(temporary, "w", locking=False) as file:
+        with h5py.File(temporary, "w", locking=False, userblock_size=seal.SIZE) as file:
             _fill(file, content)
-        descriptor = os.open(temporary, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-            size = os.fstat(descriptor).st_size
-        finally:
-            os.close(descriptor)
+        size = seal.seal(temporary)
+        verify(temporary)
         os.replace(temporary, path)
         _sync_folder(path.parent)
-    except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        if not isinstance(error, Exception):
+            raise
         raise CheckpointError(f"{path}: cannot be written: {_cause(path, error)}") from None
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
     return size
 
 
 def read(path: Path) -> Content:
-    """The content of the checkpoint at `path`, verified against its digest.
+    """The content of the checkpoint at `path`, verified against its checksum and its digest.
 
     Raises:
-        NotACheckpointError: no such file, not HDF5, or HDF5 of another program.
+        NotACheckpointError: no such file, or one that does not begin as a checkpoint.
         CheckpointError: damaged, or written by a newer version.
     """
-    with _opened(path) as file:
-        version = int(file.attrs.get("format_version", 0))
-        if version > FORMAT_VERSION:
-            raise CheckpointError(
-                f"{path}: format version {version}, expected at most {FORMAT_VERSION}: "
-                "it was written by a newer hpc-absa; install that one to read it"
-            )
-        try:
+    _require_sealed(path)
+    try:
+        with h5py.File(path, "r", locking=False) as file:
+            version = int(file.attrs["format_version"])
             digest = str(file.attrs["digest"])
-            content = _content(file)
-        except (KeyError, OSError, RuntimeError, ValueError, TypeError) as error:
-            raise CheckpointError(f"{path}: damaged: {error}") from None
+            content = _content(file) if version <= FORMAT_VERSION else Content({}, {})
+    # h5py has no one kind of error for what it cannot make sense of.
+    except Exception as error:
+        raise CheckpointError(f"{path}: damaged: {_first_line(error)}") from None
+    if version > FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path}: format version {version}, expected at most {FORMAT_VERSION}: "
+            "it was written by a newer hpc-absa; install that one to read it"
+        )
     found = content.digest()
     if found != digest:
         raise CheckpointError(f"{path}: damaged: its content has digest {found}, not {digest}")
@@ -83,32 +82,25 @@ def verify(path: Path) -> None:
     read(path)
 
 
-@contextmanager
-def _opened(path: Path) -> Iterator[h5py.File]:
-    if not path.is_file():
-        raise NotACheckpointError(f"{path}: no such file")
+def _require_sealed(path: Path) -> None:
+    """Refuse whatever is not, byte for byte, a file that `write` has made."""
     try:
-        file = h5py.File(path, "r", locking=False)
+        if not path.exists():
+            raise NotACheckpointError(f"{path}: no such file")
+        if not path.is_file():
+            raise NotACheckpointError(f"{path}: not a file")
+        if seal.is_sealed(path):
+            wrong = seal.broken(path)
+        elif seal.is_hdf5(path):
+            raise NotACheckpointError(f"{path}: an HDF5 file, but no checkpoint of {FORMAT}")
+        elif path.suffix == ".h5":
+            wrong = "it does not begin as a checkpoint"
+        else:
+            raise NotACheckpointError(f"{path}: not a checkpoint")
     except OSError as error:
-        if _has_signature(path):
-            raise CheckpointError(f"{path}: damaged: {error}") from None
-        raise NotACheckpointError(f"{path}: not an HDF5 file") from None
-    with file:
-        try:
-            name = file.attrs.get("format")
-        except (OSError, RuntimeError) as error:
-            raise CheckpointError(f"{path}: damaged: {error}") from None
-        if name != FORMAT:
-            raise NotACheckpointError(
-                f"{path}: an HDF5 file of format {name!r}, expected {FORMAT!r}"
-            )
-        yield file
-
-
-def _has_signature(path: Path) -> bool:
-    """A file that HDF5 cannot open though it begins as one, or is named as one, is damaged."""
-    with path.open("rb") as file:
-        return file.read(8) == b"\x89HDF\r\n\x1a\n" or path.suffix == ".h5"
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
+    if wrong:
+        raise CheckpointError(f"{path}: damaged: {wrong}")
 
 
 def _fill(file: h5py.File, content: Content) -> None:
@@ -125,11 +117,17 @@ def _fill(file: h5py.File, content: Content) -> None:
 
 def _content(file: h5py.File) -> Content:
     attributes = {k: v for k, v in _attributes(file).items() if k not in RESERVED}
-    return Content(attributes, {name: _group(file[name]) for name in file})
+    groups = {name: Group(_attributes(file[name]), dict(_arrays(file[name]))) for name in file}
+    return Content(attributes, groups)
 
 
-def _group(group: h5py.Group) -> Group:
-    return Group(_attributes(group), {name: np.asarray(group[name][()]) for name in group})
+def _arrays(group: h5py.Group, prefix: str = "") -> Iterator[tuple[str, np.ndarray]]:
+    """Names and arrays; HDF5 made groups of the slashes that a name had."""
+    for name, item in group.items():
+        if isinstance(item, h5py.Group):
+            yield from _arrays(item, f"{prefix}{name}/")
+        else:
+            yield prefix + name, np.asarray(item[()])
 
 
 def _attributes(place: Any) -> dict[str, Scalar]:
@@ -141,7 +139,7 @@ def _attributes(place: Any) -> dict[str, Scalar]:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make a rename durable; a file system that cannot sync a folder loses no more than the name."""
+    """Make a rename durable; where a file system cannot sync a folder, no more than it is lost."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -157,4 +155,8 @@ def _cause(path: Path, error: BaseException) -> str:
     if "No space left" in text or "errno = 28" in text:
         free = os.statvfs(path.parent).f_bavail * os.statvfs(path.parent).f_frsize
         return f"no space left on the device ({free / 1e6:.0f} MB free)"
-    return text.splitlines()[0] if text else type(error).__name__
+    return _first_line(error)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]

@@ -39,13 +39,14 @@ class Content:
     def digest(self) -> str:
         """SHA-256 over the content in a fixed order, whatever way HDF5 lays it out.
 
-        The hash runs over one record for each attribute and array, sorted by path:
+        The hash runs over one record for each group, attribute and array, in order of their names:
         path, kind, and value with their lengths, so that no two contents share a byte stream.
         """
         hasher = hashlib.sha256()
         _hash_attributes(hasher, "/", self.attributes)
         for name in sorted(self.groups):
             group = self.groups[name]
+            _hash(hasher, f"/{name}", "group", b"")
             _hash_attributes(hasher, f"/{name}", group.attributes)
             for key in sorted(group.arrays):
                 array = np.ascontiguousarray(group.arrays[key])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable
@@ -42,6 +43,7 @@ class Store:
         self._background = background
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
+        self._damaged: set[Path] = set()
 
     def save(
         self, path: Path, content: Content, then: Callable[[Published], None] = lambda _: None
@@ -85,6 +87,7 @@ class Store:
                 return Loaded(path, file.read(path), tuple(damaged))
             except CheckpointError as error:
                 damaged.append(str(error))
+                self._damaged.add(path)
         if damaged:
             raise CheckpointError(
                 f"{self._folder}: no checkpoint is good; remove the folder to start anew: "
@@ -100,12 +103,26 @@ class Store:
 
     def _publish(self, path: Path, content: Content, then: Callable[[Published], None]) -> None:
         begun = time.perf_counter()
+        for leftover in self._folder.glob(".*.h5.*.tmp"):
+            leftover.unlink(missing_ok=True)  # of a process that was killed while it wrote
         size = file.write(path, content)
-        file.verify(path)
+        self._damaged.discard(path)
         then(Published(path, size, time.perf_counter() - begun))
         # Only now, with a verified successor, may an old generation go.
-        for old in listed(self._folder)[: -self._keep]:
-            old.unlink(missing_ok=True)
+        for old in self._outlived(path):
+            # What cannot be removed costs space, not the run.
+            with contextlib.suppress(OSError):
+                old.unlink()
+
+    def _outlived(self, newest: Path) -> list[Path]:
+        """Checkpoints older than the generations to keep; known damaged ones are no generation."""
+        older = [path for path in listed(self._folder) if path.name < newest.name]
+        kept = self._keep - 1
+        good = [path for path in older if path not in self._damaged]
+        if len(good) < kept:
+            return []
+        oldest = good[-kept] if kept else newest
+        return [path for path in older if path.name < oldest.name]
 
 
 def listed(folder: Path) -> list[Path]:

@@ -7,17 +7,16 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 
 from hpc_absa import __version__
-from hpc_absa.errors import ExitStatus, HpcAbsaError
+from hpc_absa.errors import ExitStatus, HpcAbsaError, UsageError
 
 app = typer.Typer(
     name="hpc-absa",
     help="Train with Horovod over MPI: start small, watch the Hessian, grow batch and ranks.",
     epilog="Begin with: hpc-absa run jobs/digits.toml",
-    no_args_is_help=True,
+    invoke_without_command=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
@@ -50,11 +49,15 @@ MaxRanks = Annotated[
 
 @app.callback()
 def _options(
+    context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
 ) -> None:
     if version:
         print(f"hpc-absa {__version__}")
         raise typer.Exit
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+        raise typer.Exit(ExitStatus.USAGE)
 
 
 @app.command()
@@ -158,7 +161,9 @@ def plan(
 
     loaded = jobs.load(job, (*(overrides or ()),))
     count = samples or planner.training_samples(loaded)
-    limit = max_ranks or loaded.ranks.max or loaded.schedule.largest_batch // loaded.train.microbatch
+    limit = (
+        max_ranks or loaded.ranks.max or loaded.schedule.largest_batch // loaded.train.microbatch
+    )
     if loaded.launch.hosts and not max_ranks:
         limit = worldsize.limit(loaded)
     plans = planner.plan(loaded, count, limit)
@@ -239,7 +244,7 @@ def data(
         print(json.dumps(prepare.describe(show), indent=2))
         return ExitStatus.OK
     if not name:
-        raise click.UsageError("Missing argument 'NAME', or --show FILE.")
+        raise UsageError("Missing argument 'NAME', or --show FILE.")
     packed = out or Path(f"{root or name}.h5")
     arguments = {"image_size": image_size} if image_size else {}
     prepare.pack(name, root, arguments, packed, progress=True)
@@ -298,6 +303,10 @@ def _show(line: str) -> None:
     print(line, flush=True)
 
 
+_ClickError: Any = typer.BadParameter.__mro__[2]
+"""Base of usage errors, from click or, in newer releases of Typer, from its own copy of click."""
+
+
 def main() -> None:
     """The console script: turns every error of a user's into one line and its exit status."""
     try:
@@ -305,11 +314,12 @@ def main() -> None:
     except HpcAbsaError as error:
         print(f"hpc-absa: {error}", file=sys.stderr)
         status = error.status
-    except click.ClickException as error:
-        hint = f" (see {error.ctx.command_path} --help)" if getattr(error, "ctx", None) else ""
+    except _ClickError as error:
+        context = getattr(error, "ctx", None)
+        hint = f" (see {context.command_path} --help)" if context else ""
         print(f"hpc-absa: {error.format_message()}{hint}", file=sys.stderr)
         status = error.exit_code
-    except (click.Abort, KeyboardInterrupt):
+    except (typer.Abort, KeyboardInterrupt):
         status = ExitStatus.STOPPED
     except BrokenPipeError:
         sys.stderr.close()

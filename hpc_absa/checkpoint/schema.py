@@ -49,9 +49,10 @@ class Content:
             _hash(hasher, f"/{name}", "group", b"")
             _hash_attributes(hasher, f"/{name}", group.attributes)
             for key in sorted(group.arrays):
-                array = np.ascontiguousarray(group.arrays[key])
+                array = group.arrays[key]
                 kind = f"array {array.dtype.str} {list(array.shape)}"
-                _hash(hasher, f"/{name}/{key}", kind, array.reshape(-1).view(np.uint8).data)
+                flat = np.ascontiguousarray(array).reshape(-1)
+                _hash(hasher, f"/{name}/{key}", kind, flat.view(np.uint8).data)
         return f"sha256:{hasher.hexdigest()}"
 
 

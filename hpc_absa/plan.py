@@ -83,20 +83,27 @@ def plan(job: Job, samples: int, limit: int) -> dict[str, Plan]:
     """
     rule = build(job)
     if not rule.wants_eigenvalue(rule.initial()):
-        return {"course": _walk(job, rule, samples, limit, lambda met: None)}
-    falling = _walk(job, rule, samples, limit, lambda met: _scripted(2.0**-met))
-    level = _walk(job, rule, samples, limit, lambda met: _scripted(1.0))
+        return {"course": _walk(job, rule, samples, limit, lambda state: None)}
+    alpha = getattr(job.schedule, "alpha", 1.0)
+    falling = _walk(job, rule, samples, limit, lambda state: _scripted(state, alpha))
+    level = _walk(job, rule, samples, limit, lambda state: _scripted(state, 1.0))
     return {"earliest": falling, "latest": level}
 
 
-def _scripted(value: float) -> Eigenvalue:
+def _scripted(state: ScheduleState, fall: float) -> Eigenvalue:
+    """An eigenvalue that has fallen by a factor since the reference was taken."""
+    value = 1.0 if state.reference is None else state.reference / fall
     return Eigenvalue(value, 0.0, 0, 0, 0.0, converged=True)
 
 
 def _walk(
-    job: Job, rule: Rule, samples: int, limit: int, eigenvalue: Callable[[int], Eigenvalue | None]
+    job: Job,
+    rule: Rule,
+    samples: int,
+    limit: int,
+    eigenvalue: Callable[[ScheduleState], Eigenvalue | None],
 ) -> Plan:
-    """Follow the course; `eigenvalue` gives the estimate at the n-th boundary met."""
+    """Follow the course; `eigenvalue` gives the estimate that a decision in some state meets."""
     course = course_of(job, samples)
     position, state = Position(), rule.initial()
     b = job.train.microbatch
@@ -112,7 +119,9 @@ def _walk(
             else:
                 epochs = length / samples
             epoch = position.microbatch * b / samples
-            ranks = ranks_for(job, state.global_batch, limit)
+            # A run never gives ranks back.
+            before = phases[-1].ranks if phases else 1
+            ranks = max(before, ranks_for(job, state.global_batch, limit))
             lr = rule.lr(state, epoch)
             steps = position.step - begun.step
             phases.append(PlannedPhase(round(epochs, 4), steps, state.global_batch, ranks, lr))
@@ -129,10 +138,12 @@ def _walk(
                 step=position.step + count,
             )
             continue
-        met = eigenvalue(position.boundary) if move.decision_point else None
+        met = eigenvalue(state) if move.decision_point else None
         seen = Observation(move.epoch, move.decision_point, met)
         decision = rule.decide(state, seen)
         position = replace(position, boundary=position.boundary + 1)
+        if position.boundary == len(course.boundaries):
+            break  # the run is over: nothing is decided any more
         if decision.action == "grow" and position.microbatch < move.microbatch:
             position = replace(position, microbatch=move.microbatch, step=position.step + 1)
         if (decision.state.global_batch, decision.state.lr) != (state.global_batch, state.lr):

@@ -1,0 +1,266 @@
+"""The planner: published counts, and the same course as a slow simulation step by step."""
+
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from hpc_absa import job as jobs
+from hpc_absa.errors import UsageError
+from hpc_absa.plan import plan, training_samples
+from hpc_absa.records import Eigenvalue, Observation
+from hpc_absa.schedules import build
+
+JOBS = Path(__file__).parents[1] / "jobs"
+JOB = """
+[data]
+name = "cifar10"
+[model]
+name = "resnet18"
+[train]
+epochs = 90
+microbatch = 128
+lr = 0.1
+milestones = [30, 60, 80]
+[schedule]
+method = "bl"
+base_batch = 128
+"""
+
+
+def job(*overrides):
+    return jobs.parse("name = 'a'\n" + JOB, "test", overrides)
+
+
+def course(*overrides, samples=50_000, limit=64):
+    return plan(job(*overrides), samples, limit)["course"]
+
+
+def phases(planned):
+    return [(phase.steps, phase.global_batch) for phase in planned.phases]
+
+
+# The talk's tables
+
+
+@pytest.mark.parametrize("method", ["bl", "fb"])
+@pytest.mark.parametrize(
+    ("batch", "steps"),
+    [(128, 35156), (640, 7031), (3200, 1406), (5120, 878), (10240, 439), (16000, 281)],
+)
+def test_constant_batches_of_the_talk(method, batch, steps):
+    assert course(f"schedule.method={method}", f"schedule.max_batch={batch}").steps == steps
+
+
+@pytest.mark.parametrize(
+    ("batch", "steps"),
+    [(640, 16380), (3200, 14508), (5120, 14449), (10240, 14400), (16000, 14383)],
+)
+def test_gg_of_the_talk(batch, steps):
+    planned = course("schedule.method=gg", f"schedule.max_batch={batch}", "train.remainder=drop")
+    assert planned.steps == steps
+
+
+@pytest.mark.parametrize(("method", "largest", "thousands"), [("bl", 256, 450), ("gg", 2**20, 166)])
+def test_imagenet_of_the_talk(method, largest, thousands):
+    planned = course(
+        f"schedule.method={method}",
+        "train.microbatch=256",
+        "schedule.base_batch=256",
+        f"schedule.max_batch={largest}",
+        "train.lr_decay=0.1",
+        samples=1_281_167,
+    )
+    assert round(planned.steps / 1000) == thousands
+
+
+# Phases
+
+
+def test_milestones_part_phases():
+    planned = course()
+    assert [round(p.lr, 6) for p in planned.phases] == [0.1, 0.02, 0.004, 0.0008]
+    assert [round(p.epochs) for p in planned.phases] == [30, 30, 20, 10]
+    assert sum(p.steps for p in planned.phases) == planned.steps
+
+
+def test_warm_up_is_told_by_the_rate_it_ends_with():
+    planned = course("schedule.method=fb", "schedule.max_batch=1280")
+    assert planned.phases[0].lr == pytest.approx(1.0)
+
+
+def test_gg_gives_the_rest_of_the_factor_to_the_rate():
+    planned = course("schedule.method=gg", "schedule.max_batch=1280", "ranks.max=10", limit=10)
+    assert [p.global_batch for p in planned.phases] == [128, 640, 1280, 1280]
+    assert [p.ranks for p in planned.phases] == [1, 5, 10, 10]
+    assert [p.lr for p in planned.phases] == pytest.approx([0.1, 0.1, 0.04, 0.008])
+
+
+def test_earliest_grows_at_every_decision_after_the_first():
+    for alpha in (1.01, 2, 3, 8):
+        plans = plan(
+            job("schedule.method=abs", "schedule.max_batch=1024", f"schedule.alpha={alpha}"),
+            50_000,
+            8,
+        )
+        grown = plans["earliest"].phases[:4]
+        assert [p.global_batch for p in grown] == [128, 256, 512, 1024]
+        assert [round(p.epochs) for p in grown] == [2, 1, 1, 26]
+
+
+def test_latest_grows_when_patience_runs_out():
+    plans = plan(
+        job("schedule.method=absa", "schedule.max_batch=512", "train.milestones=[]"), 50_000, 8
+    )
+    latest = plans["latest"].phases
+    assert [p.global_batch for p in latest] == [128, 256, 512]
+    assert [round(p.epochs) for p in latest] == [10, 10, 70]
+
+
+def test_nothing_grows_at_the_very_end():
+    """A growth due with the last sample has no step to act on, and no step is cut for it."""
+    settings = ("schedule.method=abs", "schedule.kappa=2", "train.epochs=4", "train.milestones=[]")
+    sizes = ("train.microbatch=10", "schedule.base_batch=30", "schedule.max_batch=120")
+    latest = plan(job(*settings, *sizes), 100, 8)["latest"]
+    # Two epochs of 20 microbatches by threes with the last step cut, then 20 by sixes: 7 + 3.
+    assert latest.steps == 10
+    assert phases(latest) == [(7, 30), (3, 60)]
+
+
+def test_ranks_are_never_given_back():
+    overrides = ("schedule.method=abs", "schedule.base_batch=512", "schedule.max_batch=640")
+    for planned in plan(job(*overrides), 50_000, 4).values():
+        assert {p.ranks for p in planned.phases} == {4}
+
+
+@pytest.mark.parametrize(
+    ("name", "samples"), [("digits", 1437), ("cifar10", 50_000), ("imagenet", 1_281_167)]
+)
+def test_known_data_sets_need_no_files(name, samples):
+    assert training_samples(job(f"data.name={name}")) == samples
+
+
+def test_digits_are_as_many_as_scikit_learn_has(tmp_path):
+    from hpc_absa.data.prepare import prepare
+
+    dataset = prepare("digits", None, {}, tmp_path / "digits.h5")
+    assert len(dataset.train.labels) == training_samples(job("data.name=digits"))
+
+
+def test_a_data_set_of_one_s_own_needs_its_size():
+    with pytest.raises(UsageError, match=r"data\.name = 'my\.own:data': .* --samples N"):
+        training_samples(job("data.name=my.own:data"))
+
+
+# Against a simulation
+
+
+def simulate(of, samples, eigenvalue):
+    """Steps and batches as (steps, batch) runs, one microbatch at a time in exact fractions."""
+    train, rule = of.train, build(of)
+    b, N, E = train.microbatch, samples, train.epochs
+    per_epoch = Fraction(N // b) if train.remainder == "drop" else Fraction(N, b)
+    total = int(per_epoch * E)
+    every = of.hessian.every or N
+    marks = dict.fromkeys(range(every, E * N + 1, every), True)
+    marks |= {e * N: e * N in marks for e in range(1, E + 1)}
+    waiting = sorted(marks.items())
+    at, state, steps = 0, rule.initial(), []
+    while waiting:
+        size = state.global_batch // b
+        visited, decides = waiting[0]
+        place = next((k for k in range(at, total) if k >= Fraction(visited, N) * per_epoch), total)
+        if place >= at + size:
+            steps.append((state.global_batch, rule.lr(state, at * b / N), size))
+            at += size
+            continue
+        waiting.pop(0)
+        if not waiting:
+            break
+        seen = Observation(visited / N, decides, eigenvalue(state) if decides else None)
+        decision = rule.decide(state, seen)
+        if decision.action == "grow" and at < place:
+            steps.append((state.global_batch, rule.lr(state, at * b / N), place - at))
+            at = place
+        state = decision.state
+    return steps, at
+
+
+def value(of, falls):
+    def estimate(state):
+        factor = of.schedule.alpha if falls else 1.0
+        number = (state.reference or 1.0) / (factor if state.reference else 1.0)
+        return Eigenvalue(number, 0.0, 1, 1, 0.0, converged=True)
+
+    return estimate
+
+
+@st.composite
+def tasks(draw):
+    method = draw(st.sampled_from(["bl", "fb", "gg", "abs", "absa"]))
+    b = draw(st.integers(1, 8))
+    samples = draw(st.integers(b, 90))
+    base = b * draw(st.integers(1, 4))
+    epochs = draw(st.integers(1, 6))
+    milestones = sorted(draw(st.sets(st.integers(1, epochs + 1), max_size=3)))
+    words = [
+        f"schedule.method={method}",
+        f"train.microbatch={b}",
+        f"train.epochs={epochs}",
+        f"train.milestones={milestones}",
+        f"train.lr_decay={draw(st.sampled_from([0.1, 0.2, 0.5, 1.0]))}",
+        f"train.remainder={draw(st.sampled_from(['carry', 'drop']))}",
+        f"schedule.base_batch={base}",
+        f"schedule.max_batch={base + b * draw(st.integers(0, 20))}",
+    ]
+    if draw(st.booleans()):
+        words.append(f"hessian.every={draw(st.integers(3, 200))}")
+    if method.startswith("abs"):
+        words.append(f"schedule.kappa={draw(st.integers(1, 4))}")
+        words.append(f"schedule.beta={draw(st.integers(2, 3))}")
+        words.append(f"schedule.alpha={draw(st.sampled_from([1.5, 2.0, 5.0]))}")
+    return job(*words), samples
+
+
+@given(tasks())
+@settings(max_examples=300)
+def test_plans_are_what_a_simulation_finds(task):
+    of, samples = task
+    for name, planned in plan(of, samples, 4).items():
+        steps, at = simulate(
+            of, samples, value(of, name == "earliest") if name != "course" else lambda _: None
+        )
+        assert planned.steps == len(steps)
+        batches = [
+            batch for phase in planned.phases for batch in [phase.global_batch] * phase.steps
+        ]
+        assert batches == [batch for batch, _, _ in steps]
+        if of.schedule.method != "fb":
+            rates = [phase.lr for phase in planned.phases for _ in range(phase.steps)]
+            assert rates == [rate for _, rate, _ in steps]
+        assert sum(size for _, _, size in steps) == at
+        assert sum(p.epochs for p in planned.phases) <= of.train.epochs + 1e-3
+
+
+@given(tasks())
+@settings(max_examples=100)
+def test_the_earliest_course_is_the_shortest(task):
+    of, samples = task
+    plans = plan(of, samples, 4)
+    assume("earliest" in plans)
+    # A growth in the middle of a step cuts it, and the pieces count as steps of their own.
+    cuts = len(plans["earliest"].phases)
+    assert plans["earliest"].steps <= plans["latest"].steps + cuts
+    whole_epochs = of.train.remainder == "drop" and not samples % of.schedule.base_batch
+    if whole_epochs and of.hessian.every is None and of.schedule.largest_batch <= samples:
+        assert plans["earliest"].steps <= plans["latest"].steps
+
+
+@pytest.mark.parametrize("path", sorted(JOBS.rglob("*.toml")), ids=lambda path: path.stem)
+def test_every_job_of_the_package_can_be_planned(path):
+    loaded = jobs.load(path)
+    for planned in plan(loaded, training_samples(loaded), 8).values():
+        assert planned.steps > 0
+        assert planned.phases[-1].global_batch <= loaded.schedule.largest_batch

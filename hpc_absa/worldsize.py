@@ -26,7 +26,7 @@ def hosts(words: str) -> list[tuple[str, int]]:
     parsed = []
     for word in words.split(","):
         name, colon, slots = word.strip().partition(":")
-        if not name or (colon and not slots.isdecimal()) or slots == "0":
+        if not name or (colon and (not slots.isdecimal() or int(slots) == 0)):
             raise UsageError(
                 f"launch.hosts = {words!r}: {word!r}, expected host or host:slots, with commas"
             )
@@ -38,13 +38,19 @@ def ranks_for(job: Job, global_batch: int, limit: int) -> int:
     """Ranks worth having for one step of `global_batch` samples, at most `limit`.
 
     Each rank should carry `ranks.microbatches_per_rank` microbatches. Ranks that would not shorten
-    the step are not asked for: 5 microbatches take two rounds on 4 ranks and on 3.
+    the step are not asked for: 5 microbatches take two rounds on 4 ranks and on 3. A reproducible
+    job has a power of two.
     """
     microbatches = global_batch // job.train.microbatch
     most = max(1, microbatches // job.ranks.microbatches_per_rank)
     most = max(job.ranks.initial, min(most, limit))
+    if job.train.reproducible:
+        most = max(job.ranks.initial, 1 << (most.bit_length() - 1))
     rounds = -(-microbatches // most)
-    return max(job.ranks.initial, -(-microbatches // rounds))
+    wanted = max(job.ranks.initial, -(-microbatches // rounds))
+    if job.train.reproducible:
+        return min(most, 1 << (wanted - 1).bit_length())
+    return wanted
 
 
 def share(microbatches: range, rank: int, size: int) -> range:

@@ -129,9 +129,9 @@ def train(
     overrides: Overrides = None,
     allow_changed: AllowChanged = None,
 ) -> int:
-    """Be one rank: what horovodrun, mpirun and srun start, for example
+    """Be one rank: what horovodrun, mpirun and srun start.
 
-    `mpirun -np 4 hpc-absa train jobs/digits.toml --run-dir runs/digits`
+    For example `mpirun -np 4 hpc-absa train jobs/digits.toml --run-dir runs/digits`
 
     It works alone and at any number of ranks: it resumes from the newest good checkpoint, trains
     until the job is done or a decision asks for more ranks, and prints the command to go on.
@@ -231,12 +231,12 @@ def data(
         Path | None, typer.Option(help="Describe a packed file instead of making one.")
     ] = None,
 ) -> int:
-    """Pack a data set into the one HDF5 file that all ranks read, for example
+    """Pack a data set into the one HDF5 file that all ranks read.
 
-    `hpc-absa data cifar10 --root ~/data/cifar10`
+    For example `hpc-absa data cifar10 --root ~/data/cifar10`
 
-    Give `data.root` in the job either the folder or the packed file: a folder whose packed file lies
-    beside it is not read again.
+    Give `data.root` in the job either the folder or the packed file: a folder with its packed
+    file beside it is not read again.
     """
     from hpc_absa.data import prepare
 

@@ -3,9 +3,10 @@
 The one semantics that the planner and the training loop share. All of it is integers; nothing here
 knows a clock, a rank or a tensor.
 
-The epochs of a run form one stream of microbatches of `b` samples. With `remainder = "carry"` nothing
-is dropped and a microbatch may straddle an epoch's end; with `"drop"` an epoch is its `N // b` whole
-microbatches. A step takes the next `M = B // b` microbatches of the stream wherever epochs end.
+The epochs of a run form one stream of microbatches of `b` samples. With `remainder = "carry"`
+nothing is dropped and a microbatch may straddle an epoch's end; with `"drop"` an epoch is its
+`N // b` whole microbatches. A step takes the next `M = B // b` microbatches of the stream wherever
+epochs end.
 A boundary that falls inside a step is met before that step begins: the weights are the same there.
 Where the boundary's decision changes `M`, the step is cut at the boundary (its shorter sum still
 divided by the full `M`, so that every sample weighs the same); otherwise it goes on over it.

@@ -66,7 +66,7 @@ def _lines(path: Path) -> Iterator[Event]:
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity; they become null, as `Infinity` would break other readers."""
+    """JSON has no NaN and no infinity; they become null, lest they break other readers."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, dict):

@@ -25,7 +25,7 @@ class RunLock:
 
     @property
     def descriptor(self) -> int | None:
-        """Handed to the launcher's process, so that the lock lives as long as the world it guards."""
+        """Handed to the launcher, so that the lock lives as long as the world it guards."""
         return self._descriptor
 
     def acquire(self) -> None:

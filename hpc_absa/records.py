@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Action = Literal["continue", "grow", "finish"]
-"""What a decision asks for; `grow` means a larger global batch, and more ranks where it feeds them."""
+"""What a decision asks for; `grow` is a larger global batch, and more ranks if it feeds them."""
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,7 @@ class RunDir:
 
     @property
     def stop_request(self) -> Path:
-        """Its existence asks the ranks to save and stop, whatever the launcher does with signals."""
+        """Asks the ranks to save and stop by existing, whatever launchers do with signals."""
         return self.path / "stop"
 
     @property

@@ -24,8 +24,10 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 class HessianSample(Protocol):
     """Training samples in a fixed order; a smaller sample is a prefix of a larger one."""
 
-    size: int
-    """Samples available."""
+    @property
+    def size(self) -> int:
+        """Samples available."""
+        ...
 
     def load(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Inputs and targets at positions [start, stop), un-augmented, on the model's device."""

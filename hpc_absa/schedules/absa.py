@@ -26,8 +26,8 @@ class AdaptiveBatch:
     """If `λ ≤ λ_ref/α`: `B ← min(β·B, B_max)`, `lr ← lr·B_new/B_old`, `λ_ref ← λ`.
 
     The first trustworthy λ becomes the reference. After κ decision points without growth the batch
-    grows all the same. An eigenvalue that is unconverged, not finite or not positive is no evidence:
-    it neither grows the batch nor becomes a reference, though patience runs on.
+    grows all the same. An eigenvalue that is unconverged, not finite or not positive is no
+    evidence: it neither grows the batch nor becomes a reference, though patience runs on.
     """
 
     base_batch: int

@@ -14,7 +14,7 @@ from typing import Any
 
 from hpc_absa import events, worldsize
 from hpc_absa import job as jobs
-from hpc_absa.errors import ExitStatus, UsageError
+from hpc_absa.errors import ExitStatus, HpcAbsaError, UsageError
 from hpc_absa.job import Job
 from hpc_absa.lock import RunLock
 from hpc_absa.rundir import RunDir
@@ -35,6 +35,15 @@ class Failure:
     exit_code: int | None = None
     final: bool = False
     """Another try would fail the same way."""
+
+
+class FinalError(HpcAbsaError):
+    """The user's own to mend; starting again would end the same way."""
+
+    def __init__(self, failure: Failure) -> None:
+        """Exits with the status that the ranks agreed on."""
+        super().__init__(failure.reason)
+        self.status = ExitStatus(failure.exit_code or ExitStatus.FAILED)
 
 
 class Supervisor:
@@ -81,9 +90,9 @@ class Supervisor:
                 restarts = 0
                 continue
             assert isinstance(outcome, Failure)
-            self._report(outcome)
             if outcome.final:
-                return ExitStatus(outcome.exit_code or ExitStatus.FAILED)
+                raise FinalError(outcome)
+            self._report(outcome)
             reached = self._newest_step()
             restarts = 1 if reached > best else restarts + 1
             best = max(best, reached)
@@ -140,8 +149,7 @@ class Supervisor:
 
     def _report(self, failure: Failure) -> None:
         place = f"rank {failure.rank} on {failure.host}: " if failure.rank is not None else ""
-        if not failure.final:
-            self._show(f"failed: {place}{failure.reason}")
+        self._show(f"failed: {place}{failure.reason}")
         last = events.read(self._run.events)[-1:]
         events.append(
             self._run.events,

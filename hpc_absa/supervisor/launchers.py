@@ -68,7 +68,13 @@ def _mpirun(job: Job, ranks: int, worker: tuple[str, ...]) -> Command:
 
 
 def _horovodrun(job: Job, ranks: int, worker: tuple[str, ...]) -> Command:
-    words = [_program("horovodrun"), "-np", str(ranks), "-H", job.launch.hosts or f"localhost:{ranks}"]
+    words = [
+        _program("horovodrun"),
+        "-np",
+        str(ranks),
+        "-H",
+        job.launch.hosts or f"localhost:{ranks}",
+    ]
     options = f"--bind-to none --mca odls_base_sigkill_timeout {SAVE_SECONDS}"
     if _crowded(job, ranks):
         options += " --oversubscribe"
@@ -87,7 +93,7 @@ def _srun(job: Job, ranks: int, worker: tuple[str, ...]) -> Command:
 
 def _crowded(job: Job, ranks: int) -> bool:
     """More ranks than this machine has cores: Open MPI wants to be told that it is meant."""
-    return not job.launch.hosts and ranks > len(os.sched_getaffinity(0)) or (
+    return (not job.launch.hosts and ranks > len(os.sched_getaffinity(0))) or (
         bool(job.launch.hosts) and ranks > worldsize.limit(job)
     )
 
@@ -107,7 +113,7 @@ def _program(name: str) -> str:
 
 
 def _recorded_mpirun() -> str | None:
-    """What the set-up recorded of the environment (`launch/bootstrap.sh`), None where it did not."""
+    """What `launch/bootstrap.sh` recorded of the environment, None where it did not make it."""
     try:
         record = json.loads((Path(sys.prefix) / "hpc-absa-env.json").read_text(encoding="utf-8"))
         mpirun = str(record["mpi"]["mpirun"])

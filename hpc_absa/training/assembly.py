@@ -266,5 +266,3 @@ def _adversary(job: Job, batches: Batches) -> Adversary | None:
     if not isinstance(job.schedule, jobs.AdversarialAdaptiveBatch):
         return None
     return Adversary(job.schedule.epsilon * batches.pixel_scale, batches.pixel_range)
-
-

@@ -26,7 +26,7 @@ from hpc_absa.worldsize import ranks_for
 
 
 class Loop:
-    """One world's work: steps, boundaries, decisions, until the ranks must change or all is done."""
+    """One world's work: steps, boundaries and decisions, until done or in need of more ranks."""
 
     def __init__(
         self,
@@ -391,9 +391,7 @@ class Loop:
 
     def _lr(self) -> float:
         progress = self._progress
-        return self._parts.rule.lr(
-            progress.schedule, self._epochs(progress.position.microbatch)
-        )
+        return self._parts.rule.lr(progress.schedule, self._epochs(progress.position.microbatch))
 
     def _rate(self) -> float:
         """Samples a second since the phase began."""

@@ -69,7 +69,7 @@ class Overlapped:
         for _, parameter in self._parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        torch._foreach_zero_([p.grad for _, p in self._parameters])
+        torch._foreach_zero_([p.grad for _, p in self._parameters if p.grad is not None])
 
     @contextmanager
     def backward(self, *, last: bool) -> Iterator[None]:
@@ -84,7 +84,7 @@ class Overlapped:
         """Nothing to do: there is one group."""
 
     def finish(self, extra: Tensor) -> Tensor:
-        """Send what no backward pass reached (unused parameters, no microbatch) and wait for all."""
+        """Send what no backward pass reached (unused parameter, no microbatch); wait for all."""
         extra_handle = self._comm.sum_async_(extra, "extra")
         for name, parameter in self._parameters:
             if name not in self._handles:

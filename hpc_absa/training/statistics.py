@@ -2,8 +2,9 @@
 
 PyTorch's own update folds each rank's microbatches into that rank's buffers, so that ranks drift
 apart and the result depends on their number. Here a forward pass leaves the statistics of its
-microbatch in a scratch buffer; a step's are averaged over all its microbatches on all ranks, and the
-average enters the running statistics once: `running ← (1 − momentum)·running + momentum·mean`.
+microbatch in a scratch buffer; a step's are averaged over all its microbatches on all ranks, and
+the average enters the running statistics once: `running ← (1 − m)·running + m·average`, where m is
+the layer's momentum.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class RunningStatistics:
         ):
             mean.copy_(layer.running_mean)  # type: ignore[arg-type]
             variance.copy_(layer.running_var)  # type: ignore[arg-type]
-            self._tracked[index] = layer.num_batches_tracked
+            self._tracked[index] = int(layer.num_batches_tracked or 0)
             layer._buffers["num_batches_tracked"] = self._tracked[index]
         self._point_at(self._views)
 

@@ -109,7 +109,9 @@ class Stepper:
 
     def _extras(self) -> Tensor:
         """What travels beside the gradients: batch-norm statistics, loss, samples, stop flag."""
-        return torch.cat([self._statistics.sum_buffer(), self._statistics.sum_buffer().new_zeros(3)])
+        return torch.cat(
+            [self._statistics.sum_buffer(), self._statistics.sum_buffer().new_zeros(3)]
+        )
 
     def _pass(
         self, microbatch: Microbatch, divisor: int, fraction: float, extra: Tensor, *, last: bool

@@ -45,10 +45,9 @@ def main(
         comm.gather_objects(None)  # nobody leaves before everybody's last event is written
     except AgreedError as error:
         if comm.rank == 0:
-            print(f"hpc-absa: {error}", file=people, flush=True)
-            _leave_failure(run, comm, str(error), error.status)
+            _tell_agreed(error, run, comm, people)
         comm.close()
-        return int(error.status)
+        return _status(error.status)
     except BaseException as error:
         _die(error, run, comm, people)
         raise AssertionError("abort does not return") from error
@@ -57,7 +56,7 @@ def main(
     if comm.rank == 0 and outcome.kind != "done" and SUPERVISED not in os.environ:
         print(_next_command(outcome, comm, job_path, run_path, overrides), file=people, flush=True)
     comm.close()
-    return int(ExitStatus.STOPPED if outcome.kind == "stopped" else ExitStatus.OK)
+    return _status(ExitStatus.STOPPED if outcome.kind == "stopped" else ExitStatus.OK)
 
 
 def work(
@@ -117,6 +116,19 @@ def _next_command(
     return f"next phase: mpirun -np {outcome.next_ranks} {command}"
 
 
+def _status(status: ExitStatus) -> int:
+    """What a rank exits with: 0 under a supervisor, which needs no noise of the launcher's."""
+    return int(ExitStatus.OK if SUPERVISED in os.environ else status)
+
+
+def _tell_agreed(error: AgreedError, run: RunDir, comm: Communicator, people: TextIO) -> None:
+    """Say what the user can mend: to the supervisor, or where there is none to the user."""
+    if SUPERVISED in os.environ:
+        _leave_failure(run, comm, str(error), error.status, final=True)
+    else:
+        print(f"hpc-absa: {error}", file=people, flush=True)
+
+
 def _die(error: BaseException, run: RunDir, comm: Communicator, people: TextIO) -> None:
     """This rank's error as the last thing that people read, then the end of the world."""
     traceback.print_exception(error, file=sys.stderr)
@@ -127,9 +139,17 @@ def _die(error: BaseException, run: RunDir, comm: Communicator, people: TextIO) 
     comm.abort(ExitStatus.FAILED)
 
 
-def _leave_failure(run: RunDir, comm: Communicator, reason: str, status: int) -> None:
+def _leave_failure(
+    run: RunDir, comm: Communicator, reason: str, status: int, *, final: bool = False
+) -> None:
     """Leave word for the supervisor; the first rank to fail is the one that counts."""
-    record = {"reason": reason, "rank": comm.rank, "host": host(), "exit_code": int(status)}
+    record = {
+        "reason": reason,
+        "rank": comm.rank,
+        "host": host(),
+        "exit_code": int(status),
+        "final": final,
+    }
     try:
         with run.failure.open("x", encoding="utf-8") as file:
             json.dump(record, file)

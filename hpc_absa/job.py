@@ -35,20 +35,27 @@ WITHOUT_EFFECT = (
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class Section(BaseModel):
     """A table of the job file."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    # Strict: `true` is no number and "3" no integer, whatever Python could make of them.
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True
+    )
 
 
 class Named(BaseModel):
     """A table that names a thing and passes its other keys on as that thing's own arguments."""
 
-    model_config = ConfigDict(frozen=True, extra="allow", use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="allow", strict=True, use_attribute_docstrings=True
+    )
 
     name: str
+    """A built-in one's name, or `package.module:function`."""
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -79,13 +86,13 @@ class Train(Section):
     """Passes over the training set."""
     microbatch: PositiveInt
     """Samples of one forward and backward pass on one rank; batch-norm statistics are over it."""
-    lr: PositiveFloat
+    lr: Positive
     """Learning rate at the base batch."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """SGD momentum (talk)."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     """L2 penalty added to the gradient (the talk names none; 5e-4 is common for CIFAR)."""
-    milestones: tuple[PositiveInt, ...] = ()
+    milestones: Annotated[tuple[PositiveInt, ...], Field(strict=False)] = ()
     """Epochs after which the learning rate is decayed (GG: after which the batch grows)."""
     lr_decay: Annotated[float, Field(gt=0, le=1)] = 0.2
     """Factor ρ at each milestone (talk, CIFAR-10)."""
@@ -108,6 +115,8 @@ class Train(Section):
 
 
 class _Schedule(Section):
+    """What all schedules have."""
+
     base_batch: PositiveInt
     """Global batch B0 for which `train.lr` was chosen; adaptive schedules start there. Samples."""
     max_batch: PositiveInt | None = None
@@ -131,12 +140,14 @@ class Baseline(_Schedule):
     """BL: constant batch, learning rate as given, decayed at milestones."""
 
     method: Literal["bl"]
+    """`bl`."""
 
 
 class FacebookRule(_Schedule):
     """FB: constant batch, learning rate scaled with it after a warm-up (Goyal)."""
 
     method: Literal["fb"]
+    """`fb`."""
     warmup_epochs: Annotated[float, Field(ge=0)] = 5
     """Epochs of linear warm-up from `lr` to `lr · B/B0` (Goyal, section 2.2)."""
 
@@ -145,12 +156,14 @@ class GoogleRule(_Schedule):
     """GG: the batch grows by 1/ρ at each milestone instead of the learning rate's decay (Smith)."""
 
     method: Literal["gg"]
+    """`gg`."""
 
 
 class AdaptiveBatch(_Schedule):
     """ABS: the batch grows when the top Hessian eigenvalue has fallen."""
 
     method: Literal["abs"]
+    """`abs`."""
     alpha: Annotated[float, Field(gt=1)] = 2.0
     """Growth needs an eigenvalue at most `reference / alpha` (talk)."""
     beta: Annotated[int, Field(ge=2)] = 2
@@ -163,9 +176,10 @@ class AdversarialAdaptiveBatch(AdaptiveBatch):
     """ABSA: ABS with adversarial examples in every microbatch."""
 
     method: Literal["absa"]  # type: ignore[assignment]
+    """`absa`."""
     ratio: Fraction = 0.2
     """Fraction r of a microbatch that becomes adversarial (talk)."""
-    epsilon: Annotated[float, Field(gt=0)] = 0.005
+    epsilon: Positive = 0.005
     """Step of the fast gradient sign method; pixel units, inputs in [0, 1] (talk)."""
     omega: Annotated[float, Field(ge=1)] = 2.0
     """Divisor of `ratio` at each growth (talk)."""
@@ -223,7 +237,7 @@ class Launch(Section):
     """Program that starts a phase."""
     hosts: str = ""
     """`host:slots,host:slots` as for `mpirun -H`; empty means this machine."""
-    extra: tuple[str, ...] = ()
+    extra: Annotated[tuple[str, ...], Field(strict=False)] = ()
     """Words passed to the launcher as they are."""
     max_restarts: Count = 3
     """Restarts after failures without any progress in between before a run is given up (ours)."""
@@ -236,16 +250,24 @@ class Job(Section):
 
     name: str
     """Name of the job, for people."""
-    seed: Count = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of initial weights, sample order, augmentation and dropout."""
     data: Data
+    """What is learnt from."""
     model: Model
+    """What learns."""
     train: Train
+    """How steps are taken."""
     schedule: Schedule
+    """What decides batch and learning rate."""
     hessian: Hessian = Hessian()
+    """How the decisions' eigenvalue is found."""
     ranks: Ranks = Ranks()
+    """How many processes there are."""
     checkpoint: Checkpoint = Checkpoint()
+    """When states are saved."""
     launch: Launch = Launch()
+    """How the processes are started."""
 
     @model_validator(mode="after")
     def _batches_are_whole_microbatches(self) -> Job:
@@ -350,7 +372,7 @@ def _override(tables: dict[str, Any], override: str) -> None:
     try:
         table[words[-1]] = tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
-        table[words[-1]] = value
+        table[words[-1]] = value.strip()
 
 
 def _explain(error: ValidationError) -> str:
@@ -359,6 +381,8 @@ def _explain(error: ValidationError) -> str:
     first = complaints[0]
     union_tags = {"bl", "fb", "gg", "abs", "absa"}
     place = [str(word) for word in first["loc"] if word not in union_tags]
+    if place[:2] == ["launch", "slurm"]:
+        place = place[:3]  # after the option comes the type that was tried
     key = ".".join(place) or "job"
     more = f" (and {len(complaints) - 1} more)" if len(complaints) > 1 else ""
     match first["type"]:
@@ -369,12 +393,14 @@ def _explain(error: ValidationError) -> str:
         case "value_error":
             section = f"{key}." if place else ""
             message = f"{section}{first['ctx']['error']}"
-        case "union_tag_invalid" | "union_tag_not_found":
-            tags = "one of " + ", ".join(sorted(union_tags))
-            got = first.get("ctx", {}).get("tag", "nothing")
-            message = f"{key}.method = {got!r}: expected {tags}"
+        case "union_tag_invalid":
+            tags = ", ".join(sorted(union_tags))
+            message = f"{key}.method = {first['ctx']['tag']!r}: expected one of {tags}"
+        case "union_tag_not_found":
+            message = f"{key}.method: missing, expected one of {', '.join(sorted(union_tags))}"
         case _:
             wanted = first["msg"].removeprefix("Input should be ")
+            wanted = _IN_TOML.get(first["type"], wanted)
             message = f"{key} = {first['input']!r}: expected {wanted}"
     return message + more
 
@@ -395,6 +421,15 @@ def _siblings(location: tuple[int | str, ...]) -> str:
     close = difflib.get_close_matches(str(location[-1]), known, n=1)
     return f"{close[0]!r}?" if close else "one of " + ", ".join(sorted(known))
 
+
+_IN_TOML = {
+    "tuple_type": "a list",
+    "dict_type": "a table",
+    "model_type": "a table",
+    "model_attributes_type": "a table",
+    "bool_type": "true or false",
+}
+"""What TOML calls things."""
 
 _SCHEDULES = {
     "bl": Baseline,

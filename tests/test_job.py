@@ -1,0 +1,329 @@
+"""The job file: what it takes, what it refuses and how, what may change in a run begun."""
+
+import tomllib
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import BaseModel, ValidationError
+
+from hpc_absa import job as jobs
+from hpc_absa.errors import ExitStatus, UsageError
+
+JOBS = Path(__file__).parents[1] / "jobs"
+JOB = """
+name = "a"
+[data]
+name = "digits"
+[model]
+name = "digits-cnn"
+[train]
+epochs = 4
+microbatch = 32
+lr = 0.05
+[schedule]
+method = "absa"
+base_batch = 32
+max_batch = 128
+"""
+
+
+def parse(*overrides, text=JOB):
+    return jobs.parse(text, "job.toml", overrides)
+
+
+def refusal(*overrides, text=JOB):
+    """The error's one line."""
+    with pytest.raises(UsageError) as caught:
+        parse(*overrides, text=text)
+    assert caught.value.status == ExitStatus.USAGE
+    line = str(caught.value)
+    assert "\n" not in line
+    return line
+
+
+# What it takes
+
+
+@pytest.mark.parametrize("path", sorted(JOBS.rglob("*.toml")), ids=lambda path: path.stem)
+def test_every_job_of_the_package_loads(path):
+    job = jobs.load(path)
+    assert jobs.parse(jobs.dump(job), "dump") == job
+
+
+def test_defaults_are_filled_in():
+    job = parse()
+    assert job.schedule.alpha == 2.0
+    assert job.hessian == jobs.Hessian()
+    assert job.checkpoint.background
+    assert job.schedule.largest_batch == 128
+    assert parse(text=JOB.replace("max_batch = 128", "")).schedule.largest_batch == 32
+
+
+def test_further_keys_of_data_and_model_are_their_arguments():
+    job = parse("data.root=/d", "data.fold=2", "model.depth=20", "model.widen={to=4, by=[1, 2]}")
+    assert job.data.arguments == {"fold": 2}
+    assert job.model.arguments == {"depth": 20, "widen": {"to": 4, "by": [1, 2]}}
+    assert jobs.parse(jobs.dump(job), "dump") == job
+
+
+VALUES = {
+    "name": st.text(max_size=8),
+    "seed": st.integers(0, 2**63 - 1),
+    "data.root": st.text(max_size=8),
+    "data.flip": st.booleans(),
+    "model.anything": st.lists(st.integers() | st.text(max_size=3), max_size=2),
+    "train.lr": st.floats(1e-300, 1e300),
+    "train.milestones": st.sets(st.integers(1, 10**9), max_size=4).map(sorted),
+    "train.weight_decay": st.floats(0, 1),
+    "schedule.kappa": st.integers(1, 2**62),
+    "hessian.every": st.integers(1, 2**62),
+    "checkpoint.async": st.booleans(),
+    "checkpoint.every_seconds": st.floats(1e-9) | st.just(float("inf")),
+    "launch.extra": st.lists(st.text(max_size=6), max_size=3),
+    "launch.slurm": st.dictionaries(st.text(max_size=4), st.text(max_size=4) | st.integers()),
+}
+
+
+@given(st.fixed_dictionaries({}, optional=VALUES))
+@settings(max_examples=50)
+def test_a_dumped_job_reads_back_the_same(changes):
+    tables = tomllib.loads(JOB)
+    for key, value in changes.items():
+        *section, word = key.split(".")
+        target = tables.setdefault(section[0], {}) if section else tables
+        target[word] = value
+    job = jobs.Job.model_validate(tables)
+    assert jobs.parse(jobs.dump(job), "dump") == job
+
+
+def models():
+    return [m for m in vars(jobs).values() if isinstance(m, type) and issubclass(m, BaseModel)]
+
+
+@pytest.mark.parametrize("model", models(), ids=lambda model: model.__name__)
+def test_every_field_is_described(model):
+    assert model.__doc__
+    assert [name for name, field in model.model_fields.items() if not field.description] == []
+
+
+def test_a_job_is_frozen():
+    job = parse()
+    with pytest.raises(ValidationError, match="frozen"):
+        job.seed = 1
+    with pytest.raises(ValidationError, match="frozen"):
+        job.train.lr = 1.0
+    with pytest.raises(ValidationError, match="frozen"):
+        job.data.root = "elsewhere"
+
+
+# What it refuses
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        # Unknown keys
+        ("train.epoch=3", "train.epoch = 3: unknown key, expected 'epochs'?"),
+        ("schedule.alfa=3", "schedule.alfa = 3: unknown key, expected 'alpha'?"),
+        ("hesian.tol=1", "hesian = {'tol': 1}: unknown key, expected 'hessian'?"),
+        ("checkpoint.asynch=true", "checkpoint.asynch = True: unknown key, expected 'async'?"),
+        ("ranks.zzz=1", "ranks.zzz = 1: unknown key, expected one of initial, max, microb"),
+        # Types
+        ("train.epochs=three", "train.epochs = 'three': expected a valid integer"),
+        ("train.epochs='3'", "train.epochs = '3': expected a valid integer"),
+        ("train.epochs=3.0", "train.epochs = 3.0: expected a valid integer"),
+        ("train.epochs=true", "train.epochs = True: expected a valid integer"),
+        ("train.epochs=", "train.epochs = '': expected a valid integer"),
+        ("train.lr=fast", "train.lr = 'fast': expected a valid number"),
+        ("train.reproducible=1", "train.reproducible = 1: expected true or false"),
+        ("train.milestones=3", "train.milestones = 3: expected a list"),
+        ("train.milestones=[3, 4.5]", "train.milestones.1 = 4.5: expected a valid integer"),
+        ("launch.extra=--x", "launch.extra = '--x': expected a list"),
+        ("launch.slurm.time=1.5", "launch.slurm.time = 1.5: expected a valid string"),
+        ("name=3", "name = 3: expected a valid string"),
+        ("train=3", "train = 3: expected a table"),
+        ("schedule=[]", "schedule = []: expected a table"),
+        # Ranges
+        ("seed=-1", "seed = -1: expected greater than or equal to 0"),
+        ("seed=9223372036854775808", "seed = 9223372036854775808: expected less than"),
+        ("train.epochs=0", "train.epochs = 0: expected greater than 0"),
+        ("train.lr=0", "train.lr = 0: expected greater than 0"),
+        ("train.lr=inf", "train.lr = inf: expected a finite number"),
+        ("train.lr=nan", "train.lr = nan: expected a finite number"),
+        ("train.momentum=1", "train.momentum = 1: expected less than 1"),
+        ("train.momentum=nan", "train.momentum = nan: expected"),
+        ("train.lr_decay=1.5", "train.lr_decay = 1.5: expected less than or equal to 1"),
+        ("schedule.alpha=1", "schedule.alpha = 1: expected greater than 1"),
+        ("schedule.ratio=1.1", "schedule.ratio = 1.1: expected less than or equal to 1"),
+        ("hessian.tol=1", "hessian.tol = 1: expected less than 1"),
+        ("checkpoint.keep=1", "checkpoint.keep = 1: expected greater than or equal to 2"),
+        ("train.remainder=keep", "train.remainder = 'keep': expected 'carry' or 'drop'"),
+        ("launch.launcher=ssh", "launch.launcher = 'ssh': expected 'mpirun', 'horovodrun', "),
+        # Parts that do not go together
+        (
+            "schedule.base_batch=33",
+            "schedule.base_batch = 33: expected a multiple of train.microbatch = 32",
+        ),
+        (
+            "schedule.max_batch=100",
+            "schedule.max_batch = 100: expected a multiple of train.microbatch = 32",
+        ),
+        ("schedule.max_batch=16", "schedule.max_batch = 16: expected at least base_batch = 32"),
+        ("train.milestones=[3, 2]", "train.milestones = [3, 2]: expected rising epochs"),
+        ("train.milestones=[2, 2]", "train.milestones = [2, 2]: expected rising epochs"),
+        ("schedule.method=sgd", "schedule.method = 'sgd': expected one of abs, absa, bl, fb, gg"),
+    ],
+)
+def test_refused_with_key_value_and_what_was_expected(override, line):
+    assert refusal(override).startswith(f"job.toml: {line}")
+
+
+def test_more_ranks_at_first_than_at_most():
+    assert refusal("ranks.initial=4", "ranks.max=2") == (
+        "job.toml: ranks.max = 2: expected at least ranks.initial = 4"
+    )
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line"),
+    [
+        ("lr = 0.05", "", "train.lr: missing, expected a value"),
+        ('name = "a"', "", "name: missing, expected a value"),
+        ('method = "absa"', "", "schedule.method: missing, expected one of abs, absa, bl"),
+        ('[data]\nname = "digits"', "", "data: missing, expected a value"),
+        ("lr = 0.05", "lr = ", "not valid TOML: Invalid value (at line 10, column 6)"),
+        ("[train]", "[train", "not valid TOML: "),
+        ("lr = 0.05", "lr = 0.05\nlr = 0.1", "not valid TOML: Cannot overwrite a value"),
+    ],
+)
+def test_a_file_that_lacks_something_or_is_no_toml(old, new, line):
+    assert refusal(text=JOB.replace(old, new)).startswith(f"job.toml: {line}")
+
+
+def test_one_line_counts_the_other_complaints():
+    assert refusal("train.lr=0", "train.epochs=0", "seed=-1").endswith(" (and 2 more)")
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda path: None, "No such file"),
+        (Path.mkdir, "Is a directory"),
+        (lambda path: path.write_bytes(b"name = '\xff'"), "utf-8"),
+    ],
+)
+def test_a_file_that_cannot_be_read(tmp_path, make, words):
+    path = tmp_path / "job.toml"
+    make(path)
+    with pytest.raises(UsageError, match=f"job.toml: cannot be read as a job file: .*{words}"):
+        jobs.load(path)
+
+
+# Overrides
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "value"),
+    [
+        ("seed=7", "seed", 7),
+        ("train.lr=1e-3", "train.lr", 1e-3),
+        (" train.epochs = 9 ", "train.epochs", 9),
+        ("train.milestones=[1, 2]", "train.milestones", (1, 2)),
+        ("name=plain", "name", "plain"),
+        ("name = plain", "name", "plain"),
+        ('name="a = b"', "name", "a = b"),
+        ("name=a=b", "name", "a=b"),
+        ("data.name=package.module:function", "data.name", "package.module:function"),
+        ("data.root=/a/b c", "data.root", "/a/b c"),
+        ("checkpoint.async=false", "checkpoint.background", False),
+        ("launch.slurm.time=1:00:00", "launch.slurm", {"time": "1:00:00"}),
+        ('launch.extra=["--x", "y"]', "launch.extra", ("--x", "y")),
+    ],
+)
+def test_override(override, key, value):
+    found = parse(override)
+    for word in key.split("."):
+        found = getattr(found, word)
+    assert found == value
+
+
+def test_the_last_override_of_a_key_holds():
+    assert parse("seed=1", "seed=2").seed == 2
+
+
+@pytest.mark.parametrize("override", ["seed", "=1", "train..lr=1", ".seed=1", "train.=1", ""])
+def test_an_override_of_another_form(override):
+    assert refusal(override) == (
+        f"--set {override}: expected key=value, for example train.epochs=3"
+    )
+
+
+def test_an_override_below_a_value():
+    assert refusal("train.lr.x=1") == "--set train.lr.x=1: lr is a value, expected a table"
+
+
+def test_overrides_do_not_touch_the_file(tmp_path):
+    path = tmp_path / "job.toml"
+    path.write_text(JOB)
+    assert jobs.load(path, ("seed=5",)).seed == 5
+    assert jobs.load(path).seed == 0
+
+
+# Changes to a run begun
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "name=b",
+        "data.root=/elsewhere",
+        "ranks.initial=2",
+        "ranks.max=8",
+        "ranks.microbatches_per_rank=2",
+        "checkpoint.keep=5",
+        "launch.launcher=srun",
+        "launch.slurm.time=2:00",
+        "train.device=cpu",
+        "train.threads_per_rank=1",
+    ],
+)
+def test_what_does_not_change_the_result_may_change(override):
+    jobs.refuse_changes(parse(), parse(override), "D/job.toml", ())
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("seed=1", "seed = 0 there, 1 here"),
+        ("train.lr=0.1", "train.lr = 0.05 there, 0.1 here"),
+        ("train.epochs=5", "train.epochs = 4 there, 5 here"),
+        ("train.milestones=[1]", r"train.milestones = \(\) there, \(1,\) here"),
+        ("train.reproducible=true", "train.reproducible = False there, True here"),
+        ("schedule.kappa=3", "schedule.kappa = 10 there, 3 here"),
+        ("hessian.every=9", "hessian.every = None there, 9 here"),
+        ("data.name=cifar10", "data.name = 'digits' there, 'cifar10' here"),
+        ("data.fold=2", "data.fold = None there, 2 here"),
+        ("model.depth=20", "model.depth = None there, 20 here"),
+        ("model.more={depth=20}", r"model.more.depth = None there, 20 here"),
+    ],
+)
+def test_what_changes_the_result_is_refused_unless_insisted_on(override, words):
+    saved, now, key = parse(), parse(override), words.split(" ")[0]
+    with pytest.raises(UsageError, match=f"D/job.toml: .*{words}; .*--allow-changed {key}$"):
+        jobs.refuse_changes(saved, now, "D/job.toml", ())
+    with pytest.raises(UsageError):
+        jobs.refuse_changes(saved, now, "D/job.toml", ("some.other",))
+    jobs.refuse_changes(saved, now, "D/job.toml", (key,))
+
+
+def test_every_difference_is_named():
+    with pytest.raises(UsageError, match=r"seed = 0 there, 1 here; train\.lr = 0\.05"):
+        jobs.refuse_changes(parse(), parse("seed=1", "train.lr=1"), "D", ("train.epochs",))
+
+
+def test_another_method_is_a_change():
+    text = JOB.replace('"absa"', '"abs"')
+    with pytest.raises(UsageError, match=r"schedule\.method = 'absa' there, 'abs' here"):
+        jobs.refuse_changes(parse(), parse(text=text), "D", ())

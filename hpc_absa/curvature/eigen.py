@@ -7,6 +7,7 @@ magnitude: a strongly negative one is not "the top".
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -75,8 +76,8 @@ def combine(vectors: Tensor, weights: Tensor) -> Tensor:
 
 
 def negligible(like: Tensor) -> float:
-    """Relative to the operator's norm: below it a product cannot be told from zero (8 ulp)."""
-    return 8 * torch.finfo(like.dtype).eps
+    """Relative to the operator's norm: below it a product cannot be told from zero (64 ulp)."""
+    return 64 * torch.finfo(like.dtype).eps
 
 
 def norm(vector: Tensor) -> Tensor:
@@ -179,6 +180,11 @@ def lanczos(
     so this is Lanczos's method; from several it goes on from the best their span holds, where a
     block method would multiply the whole block each time.
 
+    Where the products stay in the basis, an invariant subspace is found and says nothing about the
+    rest: a random vector is taken in, and the run ends only when the pairs it leads to have
+    converged without changing the answer. With k > 1 that is done in any case, so that the copies
+    of a repeated eigenvalue are found too.
+
     Args:
         matvec: the operator.
         starts: guesses [P], best first; zero and dependent ones are passed over.
@@ -203,10 +209,13 @@ def lanczos(
     generator = torch.Generator().manual_seed(seed)
     leading: list[_Leading] = []
     lowest, matvecs, stopped = math.inf, 0, False
+    challenged: list[float] | None = None
     while matvecs < max_iter and len(space) < size:
         if space.full:
             space.restart(max(k + 1, len(space) // 2))
-        direction = _next_direction(space, queue, leading, generator)
+        direction = _next_direction(space, queue, leading)
+        if direction is None:
+            direction, challenged = _random_direction(space, generator), _values(leading[:k])
         if direction is None:
             break
         image = matvec(direction)
@@ -218,9 +227,15 @@ def lanczos(
         if stop is not None and stop(leading[0].value):
             stopped = True
             break
-        enough = len(space) >= min(size, k + 1)
-        if not queue and enough and all(pair.converged for pair in leading[:k]):
+        if queue or len(space) < min(size, k + 1) or not all(p.converged for p in leading[:k]):
+            continue
+        if challenged is None and k == 1 and _open(space, leading):
             break
+        if all(p.converged for p in leading):  # also what the last random vector led to
+            after = _values(leading[:k])
+            if challenged is not None and _unchanged(challenged, after, tol):
+                break
+            leading = [dataclasses.replace(p, residual=0.0) for p in leading]
     pairs = tuple(_pair(space, index, found) for index, found in enumerate(leading[:k]))
     return Result(pairs, matvecs, lowest, stopped, _coordinates(space.ritz()[1][:, 0]))
 
@@ -253,6 +268,8 @@ def _leading(space: Subspace, k: int, tol: float) -> list[_Leading]:
             error = error_bound(lengths[i], values[i], values[i + 1] + lengths[i + 1])
         if i > 0:
             error = max(error, error_bound(lengths[i], values[i - 1] - lengths[i - 1], values[i]))
+        if len(space) < 3:
+            error = min(2 * error, lengths[i])  # two vectors know little of where the rest begins
         if len(space) == space.V.shape[1]:
             error = min(error, floor)
         good = bool(error <= max(tol * abs(float(values[i])), floor))
@@ -260,20 +277,29 @@ def _leading(space: Subspace, k: int, tol: float) -> list[_Leading]:
     return found
 
 
-def _next_direction(
-    space: Subspace, queue: list[Tensor], leading: list[_Leading], generator: torch.Generator
-) -> Tensor | None:
-    """A unit vector that adds to the basis: a guess, a leading pair's residual, or a random one."""
+def _next_direction(space: Subspace, queue: list[Tensor], leading: list[_Leading]) -> Tensor | None:
+    """A unit vector that adds to the basis: a guess, or the residual of a leading pair."""
     while queue:
         direction = space.orthogonal(queue.pop(0))
         if direction is not None:
             return direction
     unfinished = [pair for pair in leading if not pair.converged]
     for pair in unfinished + leading:
-        if pair.residual > negligible(space.V) * max(abs(other.value) for other in leading):
+        if _open(space, [pair]):
             direction = space.orthogonal(pair.direction)
             if direction is not None:
                 return direction
+    return None
+
+
+def _open(space: Subspace, leading: Sequence[_Leading]) -> bool:
+    """Whether the products of these pairs leave the basis."""
+    floor = negligible(space.V) * float(np.abs(space.ritz()[0]).max())
+    return any(pair.residual > floor for pair in leading)
+
+
+def _random_direction(space: Subspace, generator: torch.Generator) -> Tensor | None:
+    """A challenge to a basis that its own products never leave: what it lacks shows up in this."""
     for _ in range(3):
         guess = torch.randn(space.V.shape[1], generator=generator, dtype=torch.float64)
         direction = space.orthogonal(guess.to(space.V))
@@ -284,6 +310,14 @@ def _next_direction(
 
 def _coordinates(column: np.ndarray) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(column))
+
+
+def _values(leading: Sequence[_Leading]) -> list[float]:
+    return [pair.value for pair in leading]
+
+
+def _unchanged(before: Sequence[float], after: Sequence[float], tol: float) -> bool:
+    return len(before) == len(after) and np.allclose(before, after, rtol=tol, atol=0)
 
 
 def _relative(absolute: float, value: float) -> float:

@@ -1,4 +1,4 @@
-"""The estimate that decisions rest on: which Hessian, how long, how sure."""
+"""The estimate that decisions rest on: on how much data, how long, how sure."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from hpc_absa.curvature.operator import HessianOperator, HessianSample, Loss
 from hpc_absa.curvature.state import observed
 from hpc_absa.records import Eigenvalue
 
-__all__ = ["Estimate", "HessianSample", "Interrupted", "estimate"]
+__all__ = ["Estimate", "HessianSample", "Interrupted", "affordable", "estimate", "resolve"]
 
 Method = Literal["lanczos", "power"]
 
@@ -53,7 +53,7 @@ COARSENESS = 8
 """The search starts on this fraction of the sample, where a product costs as much less."""
 COARSE_LEAST = 16
 """Samples below which a coarse Hessian is no guide any more."""
-COARSE_TOLERANCE = 0.1
+COARSE_TOLERANCE = 0.05
 """Of the coarse search: only its direction matters, the sample's own error is larger than this."""
 COARSE_ITERATIONS = 6
 NOISE = 0.01
@@ -150,6 +150,65 @@ def estimate(
     )
 
 
+def resolve(
+    model: nn.Module,
+    loss_fn: Loss,
+    sample: HessianSample,
+    comm: Communicator,
+    *,
+    samples: int,
+    most: int,
+    threshold: float,
+    start: Tensor | None = None,
+    confidence: float = 1.0,
+    **settings: Any,
+) -> Estimate:
+    """An estimate on as much of the sample as it takes to tell on which side of `threshold` λ lies.
+
+    Begins with `samples` and doubles them, up to `most`, while λ is within `confidence` standard
+    errors of the threshold; each larger sample contains the smaller one and starts from its vector.
+
+    Every argument not named here, and what is raised, as `estimate`.
+
+    Args:
+        model: as there.
+        loss_fn: as there.
+        sample: as there.
+        comm: as there.
+        samples: to begin with.
+        most: samples at most.
+        threshold: the question.
+        start: as there.
+        confidence: standard errors that count as doubt.
+        settings: as there.
+    """
+    while True:
+        found = estimate(
+            model, loss_fn, sample, comm,
+            samples=samples, threshold=threshold, start=start, **settings,
+        )  # fmt: skip
+        distance = abs(found.eigenvalue.value - threshold)
+        doubtful = distance < confidence * found.sampling_error
+        if found.settled or not doubtful or 2 * samples > min(most, sample.size):
+            return found
+        samples, start = 2 * samples, found.vector
+
+
+def affordable(probe_seconds: float, work_seconds: float, share: float = 0.01) -> int:
+    """Every how many decision points a probe keeps within its share of the time.
+
+    Args:
+        probe_seconds: the last probe's time.
+        work_seconds: time between two decision points, probes left out.
+        share: of the whole, probes included, that probes may take.
+    """
+    if not 0 < share < 1:
+        raise ValueError(f"share: expected between 0 and 1, got {share}")
+    if work_seconds <= 0:
+        return 1
+    return max(1, math.ceil(probe_seconds * (1 - share) / (share * work_seconds)))
+
+
 class _Search:
     """One estimate under way: products, their microbatches' shares, the world's agreement."""
 
@@ -190,7 +249,7 @@ class _Search:
         )
 
     def _starts(self, previous: Tensor | None) -> list[Tensor]:
-        """The coarse search's vector if there is one, else the previous estimate's and the gradient.
+        """The coarse search's vector if there is one, else the previous one and the gradient.
 
         A little noise keeps a start from missing the top eigenvector by symmetry, and stands in for
         gradient and vector where both are zero or not finite.

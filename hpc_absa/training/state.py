@@ -137,9 +137,8 @@ def restore(content: Content, live: Live, origin: str) -> tuple[Live, Progress]:
         eigenvalue=groups["curvature"].attributes.get("eigenvalue"),  # type: ignore[arg-type]
         **groups["progress"].attributes,  # type: ignore[arg-type]
     )
-    if vector is not None:
-        live = replace(live, eigenvector=torch.from_numpy(vector.copy()))
-    return live, progress
+    eigenvector = None if vector is None else torch.from_numpy(vector.copy())
+    return replace(live, eigenvector=eigenvector), progress
 
 
 def broadcast(content: Content | None, comm: Communicator) -> Content:

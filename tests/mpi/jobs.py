@@ -1,0 +1,57 @@
+"""A job small enough to run many times: digits, 4 epochs, growing twice."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+from hpc_absa.checkpoint.store import listed
+from hpc_absa.rundir import RunDir
+
+SMALL = """
+name = "small"
+[data]
+name = "digits"
+[model]
+name = "digits-cnn"
+width = 4
+[train]
+epochs = 4
+microbatch = 32
+lr = 0.05
+threads_per_rank = 1
+reproducible = {reproducible}
+[schedule]
+method = "absa"
+base_batch = 32
+max_batch = 128
+kappa = 1
+[hessian]
+samples = 128
+tol = 0.1
+[ranks]
+initial = {initial}
+max = {most}
+"""
+"""Patience of one: B is 32, 64 and 128 in the first three epochs, whatever the eigenvalue says."""
+
+
+def write_job(folder: Path, *, initial: int = 1, most: int = 4, reproducible: bool = False) -> Path:
+    """The small job as a file; returns its path."""
+    path = folder / "small.toml"
+    text = SMALL.format(initial=initial, most=most, reproducible=str(reproducible).lower())
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def final_weights(run: Path) -> np.ndarray:
+    """All parameters and statistics of the newest checkpoint as one vector."""
+    with h5py.File(listed(RunDir(run).checkpoints)[-1]) as file:
+        return np.concatenate([file["model"][name][()].ravel() for name in sorted(file["model"])])
+
+
+def relative_difference(one: np.ndarray, other: np.ndarray) -> float:
+    """Of two weight vectors."""
+    return float(np.linalg.norm(one - other) / np.linalg.norm(one))

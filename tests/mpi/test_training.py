@@ -1,0 +1,137 @@
+"""Invariants 1 and 2 of the contract on real ranks: same samples, same mathematics."""
+
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hpc_absa import events
+from hpc_absa.rundir import RunDir
+from tests.mpi.conftest import find_mpirun, mpi_environment
+from tests.mpi.jobs import final_weights, relative_difference, write_job
+
+pytestmark = pytest.mark.mpi
+
+LEDGER = Path(__file__).with_name("ledger_program.py")
+SAMPLES, EPOCHS, LARGEST = 1437, 4, 128
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("training")
+
+
+@pytest.fixture(scope="module")
+def fixed(folder):
+    """The small job at 1, 2 and 4 fixed ranks: weights and visits by number of ranks."""
+    return {}
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_fixed_ranks_visit_each_sample_once_an_epoch(mpirun, folder, fixed, ranks):
+    place = folder / f"fixed{ranks}"
+    place.mkdir()
+    job = write_job(place, initial=ranks, most=ranks)
+    mpirun(ranks, LEDGER, place, job, place / "run", timeout=120)
+    ledgers = [np.load(path) for path in place.glob("*.npy")]
+    assert len(ledgers) == ranks
+    assert all(len(ledger) for ledger in ledgers), "a rank had nothing to do"
+    visits = Counter(map(tuple, np.concatenate(ledgers).tolist()))
+    assert max(visits.values()) == 1, "a sample was visited twice in an epoch"
+    by_epoch = Counter(epoch for epoch, _ in visits)
+    assert [by_epoch[e] for e in range(EPOCHS - 1)] == [SAMPLES] * (EPOCHS - 1)
+    # The last step of the run that cannot be filled is not taken.
+    assert SAMPLES - LARGEST < by_epoch[EPOCHS - 1] <= SAMPLES
+    fixed[ranks] = final_weights(place / "run")
+
+
+def test_fixed_ranks_end_with_the_same_weights(fixed):
+    assert set(fixed) == {1, 2, 4}, "the runs above failed"
+    assert relative_difference(fixed[1], fixed[2]) < 1e-4
+    assert relative_difference(fixed[1], fixed[4]) < 1e-4
+
+
+def test_resumed_by_hand_under_other_launchers_it_ends_the_same(mpirun, folder, fixed):
+    """mpirun -np 1, then horovodrun -np 2, then mpirun -np 4, each until it asks for more."""
+    place = folder / "by-hand"
+    place.mkdir()
+    job, run = write_job(place), place / "run"
+    arguments = ["train", job, "--run-dir", run]
+    first = mpirun(1, "hpc_absa", *arguments)
+    assert f"next phase: mpirun -np 2 hpc-absa train {job} --run-dir {run}" in first.stdout
+    horovodrun = Path(sys.executable).with_name("horovodrun")
+    second = subprocess.run(
+        [horovodrun, "-np", "2", sys.executable, "-m", "hpc_absa", *map(str, arguments)],
+        env=mpi_environment(find_mpirun()),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert second.returncode == 0, second.stdout + second.stderr
+    assert "next phase: mpirun -np 4" in second.stdout
+    last = mpirun(4, "hpc_absa", *arguments, timeout=120)
+    assert "done ·" in last.stdout
+    assert relative_difference(fixed[1], final_weights(run)) < 1e-4
+    ended = [e["outcome"] for e in events.read(RunDir(run).events) if e["event"] == "phase_end"]
+    assert ended == ["resize", "resize", "done"]
+
+
+def test_reproducible_runs_end_with_the_same_bits(mpirun, folder):
+    weights = []
+    for ranks in (1, 2, 4):
+        place = folder / f"reproducible{ranks}"
+        place.mkdir()
+        job = write_job(place, initial=ranks, most=ranks, reproducible=True)
+        mpirun(ranks, "hpc_absa", "train", job, "--run-dir", place / "run", timeout=120)
+        weights.append(final_weights(place / "run"))
+    place = folder / "reproducible-grown"
+    place.mkdir()
+    job = write_job(place, reproducible=True)
+    for ranks in (1, 2, 4):
+        mpirun(ranks, "hpc_absa", "train", job, "--run-dir", place / "run", timeout=120)
+    weights.append(final_weights(place / "run"))
+    for other in weights[1:]:
+        assert np.array_equal(weights[0], other)
+
+
+def test_three_ranks_share_four_microbatches_unevenly(mpirun, folder, fixed):
+    place = folder / "three"
+    place.mkdir()
+    job = write_job(place, initial=3, most=3)
+    mpirun(3, "hpc_absa", "train", job, "--run-dir", place / "run", timeout=120)
+    assert relative_difference(fixed[1], final_weights(place / "run")) < 1e-4
+
+
+def test_one_ranks_error_ends_the_world_and_is_named(mpirun, folder):
+    place = folder / "error"
+    place.mkdir()
+    (place / "faulty.py").write_text(
+        "import torch, os\n"
+        "def loss(outputs, targets):\n"
+        "    if os.environ['OMPI_COMM_WORLD_RANK'] == '1':\n"
+        "        raise ArithmeticError('on purpose')\n"
+        "    return torch.nn.functional.cross_entropy(outputs, targets)\n"
+    )
+    job = write_job(place, initial=2, most=2)
+    text = job.read_text().replace("[train]\n", '[train]\nloss = "faulty:loss"\n')
+    job.write_text(text)
+    done = mpirun(
+        2,
+        "hpc_absa",
+        "train",
+        job,
+        "--run-dir",
+        place / "run",
+        timeout=60,
+        check=False,
+        env={"PYTHONPATH": str(place)},
+    )
+    assert done.returncode != 0
+    assert "rank 1 on" in done.stdout
+    assert "failed: ArithmeticError: on purpose" in done.stdout
+    log = RunDir(place / "run").rank_log(1, 1).read_text()
+    assert "Traceback" in log
+    assert "on purpose" in log

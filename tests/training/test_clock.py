@@ -1,0 +1,38 @@
+import time
+
+import pytest
+
+from hpc_absa.training.clock import KINDS, Clock
+
+
+def test_every_second_is_charged_to_the_innermost_kind(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    clock = Clock()
+    now[0] += 1
+    with clock("comp"):
+        now[0] += 2
+        with clock("comm"):
+            now[0] += 4
+        now[0] += 8
+    now[0] += 16
+    clock.add("start", 32)
+    seconds = clock.seconds()
+    assert seconds == dict.fromkeys(KINDS, 0.0) | {
+        "other": 17,
+        "comp": 10,
+        "comm": 4,
+        "start": 32,
+    }
+    clock.restart()
+    assert sum(clock.seconds().values()) == 0
+
+
+def test_an_exception_closes_its_kind(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    clock = Clock()
+    with pytest.raises(ValueError, match="x"), clock("eval"):
+        raise ValueError("x")
+    now[0] += 5
+    assert clock.seconds()["other"] == 5

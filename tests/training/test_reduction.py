@@ -1,0 +1,79 @@
+"""The fixed tree in one process: ranks are played by pieces of one list of lanes."""
+
+import pytest
+import torch
+from torch import nn
+
+from hpc_absa.comm import SerialCommunicator
+from hpc_absa.training.reduction import LANES, Overlapped, Reproducible
+
+
+class Played(SerialCommunicator):
+    """One of several ranks whose exchange is done by the test."""
+
+    def __init__(self, rank, size):
+        self.rank, self.size = rank, size
+
+    def sum_in_pairs_(self, tensor):
+        self.sent = tensor.clone()
+        return tensor
+
+
+def local_sum(gradients, rank, size):
+    """What a rank brings to the exchange, `gradients` holding one number a microbatch."""
+    net = nn.Linear(1, 1, bias=False)
+    comm = Played(rank, size)
+    reduction = Reproducible(net, comm)
+    reduction.begin()
+    for lane in reduction.lanes(range(len(gradients))):
+        extra = torch.zeros(3)
+        for k in lane:
+            with reduction.backward(last=False):
+                (net.weight.sum() * gradients[k]).backward()
+            extra[-2] += 1
+        reduction.end_lane(extra)
+    reduction.finish(torch.zeros(3))
+    return comm.sent
+
+
+@pytest.mark.parametrize("microbatches", [1, 3, 8, 50, 64, 200])
+def test_any_power_of_two_world_sums_to_the_same_bits(microbatches):
+    torch.manual_seed(microbatches)
+    gradients = (torch.randn(microbatches) * 10 ** torch.randn(microbatches)).tolist()
+    sums = {}
+    for size in (1, 2, 4, 16, LANES):
+        level = [local_sum(gradients, rank, size) for rank in range(size)]
+        while len(level) > 1:
+            level = [a + b for a, b in zip(level[::2], level[1::2], strict=True)]
+        sums[size] = level[0]
+    assert sums[1][0].item() == pytest.approx(sum(gradients), rel=1e-4)
+    assert sums[1][-2].item() == microbatches
+    for size, total in sums.items():
+        assert torch.equal(total, sums[1]), f"{size} ranks sum to other bits"
+
+
+def test_the_order_of_summation_matters_otherwise():
+    """The property above is no accident: plain halves differ from the whole in the last bits."""
+    differences = 0
+    for seed in range(20):
+        torch.manual_seed(seed)
+        values = torch.randn(200) * 10 ** torch.randn(200)
+        whole = first = second = torch.zeros(())
+        for value in values:
+            whole = whole + value
+        for a, b in zip(values[:100], values[100:], strict=True):
+            first, second = first + a, second + b
+        differences += (first + second).item() != whole.item()
+    assert differences
+
+
+def test_both_reductions_deal_the_same_microbatches_to_a_rank():
+    net = nn.Linear(1, 1)
+    for size in (1, 2, 4, 8):
+        for rank in range(size):
+            for count in (1, 5, 8, 100):
+                fast = Overlapped.__new__(Overlapped)
+                fast._comm = Played(rank, size)
+                exact = Reproducible(net, Played(rank, size))
+                lanes = [k for lane in exact.lanes(range(count)) for k in lane]
+                assert lanes == [k for lane in fast.lanes(range(count)) for k in lane]

@@ -1,0 +1,130 @@
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from hpc_absa.comm import SerialCommunicator
+from hpc_absa.data.batches import Microbatch
+from hpc_absa.training.clock import Clock
+from hpc_absa.training.reduction import Overlapped, Reproducible
+from hpc_absa.training.statistics import RunningStatistics
+from hpc_absa.training.step import Adversary, Stepper
+
+NONE = np.empty(0, np.int64)
+
+
+def feed(count, b=4):
+    torch.manual_seed(3)
+    return [
+        Microbatch(torch.randn(b, 5), torch.randint(0, 3, (b,)), NONE, NONE) for _ in range(count)
+    ]
+
+
+def model(dropout=0.0):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Dropout(dropout), nn.Linear(8, 3))
+
+
+def stepper(net, reduction=Overlapped, adversary=None, seed=0):
+    loss = nn.CrossEntropyLoss()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+    return Stepper(
+        net,
+        loss,
+        optimizer,
+        RunningStatistics(net),
+        reduction(net, SerialCommunicator()),
+        adversary,
+        Clock(),
+        seed,
+    )
+
+
+def take(net, batches, *, start=0, divisor=None, fraction=0.0, reduction=Overlapped, **more):
+    steps = range(start, start + len(batches))
+    return stepper(net, reduction, **more).take(
+        steps,
+        iter(batches),
+        divisor=divisor or len(batches),
+        lr=0.1,
+        adversarial_fraction=fraction,
+        steps_before=0,
+        stop_here=False,
+    )
+
+
+@pytest.mark.parametrize("reduction", [Overlapped, Reproducible])
+def test_accumulated_microbatches_are_one_step_of_the_global_batch(reduction):
+    batches = feed(6)
+    ours, theirs = model(), model()
+    result = take(ours, batches, reduction=reduction)
+    optimizer = torch.optim.SGD(theirs.parameters(), lr=0.1, momentum=0.9)
+    inputs, targets = (torch.cat([getattr(b, k) for b in batches]) for k in ("inputs", "targets"))
+    loss = nn.functional.cross_entropy(theirs(inputs), targets)
+    loss.backward()
+    optimizer.step()
+    assert result.samples == 24
+    assert result.loss == pytest.approx(24 * loss.item(), rel=1e-5)
+    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("reduction", [Overlapped, Reproducible])
+def test_a_cut_step_gives_each_sample_the_weight_it_has_in_a_full_one(reduction):
+    batches = feed(2)
+    cut, full = model(), model()
+    before = copy.deepcopy(list(cut.parameters()))
+    take(cut, batches, divisor=4, reduction=reduction)
+    take(full, batches, reduction=reduction)
+    for p, c, f in zip(before, cut.parameters(), full.parameters(), strict=True):
+        torch.testing.assert_close(c - p, (f - p) / 2, rtol=1e-4, atol=1e-7)
+
+
+def test_dropout_is_a_function_of_seed_and_place_in_the_stream():
+    batches = feed(1)
+    first, same, elsewhere = model(0.5), model(0.5), model(0.5)
+    take(first, batches, start=7)
+    torch.manual_seed(99)
+    take(same, batches, start=7)
+    take(elsewhere, batches, start=8)
+    assert torch.equal(first[0].weight, same[0].weight)
+    assert not torch.equal(first[0].weight, elsewhere[0].weight)
+
+
+def test_a_stop_request_and_unused_parameters_travel_with_the_step():
+    net = model()
+    net.unused = nn.Parameter(torch.ones(2))
+    outcome = stepper(net).take(
+        range(1),
+        iter(feed(1)),
+        divisor=1,
+        lr=0.1,
+        adversarial_fraction=0.0,
+        steps_before=0,
+        stop_here=True,
+    )
+    assert outcome.stop
+    assert torch.equal(net.unused, torch.ones(2))
+
+
+def test_a_fraction_of_each_microbatch_becomes_adversarial():
+    seen = []
+
+    class Recording(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = model()
+
+        def forward(self, x):
+            if self.training:
+                seen.append(x.detach())
+            return self.inner(x)
+
+    batch = feed(1, b=8)
+    wide = (torch.full((1, 1), -9.0), torch.full((1, 1), 9.0))
+    take(Recording(), batch, fraction=0.25, adversary=Adversary(torch.tensor(0.1), wide))
+    moved = (seen[-1] - batch[0].inputs).abs()
+    assert torch.allclose(moved[:2].amax(dim=1), torch.tensor([0.1, 0.1]), atol=1e-6)
+    assert torch.equal(moved[2:], torch.zeros(6, 5))

@@ -26,7 +26,8 @@ def append(path: Path, event: str, phase: int, /, **fields: Any) -> Event:
         size = os.fstat(descriptor).st_size
         if size and os.pread(descriptor, 1, size - 1) != b"\n":
             line = b"\n" + line
-        os.write(descriptor, line)
+        while line:  # more than once only on a full disk, which the second write then reports
+            line = line[os.write(descriptor, line) :]
     finally:
         os.close(descriptor)
     return record

@@ -1,0 +1,155 @@
+"""The event log: whole lines only, from any number of writers, also after a crash."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hpc_absa import events
+from tests.checkpoint.contents import mounted
+
+
+@pytest.fixture(name="log")
+def _log(tmp_path):
+    return tmp_path / "events.jsonl"
+
+
+def test_append_and_read(log):
+    before = time.time()
+    written = [
+        events.append(log, "phase_start", 1, ranks=2, hosts=["a", "b"]),
+        events.append(log, "decision", 1, reason="λ 3.1 ≤ 7.4/2\nnext", seconds={"comp": 1.5}),
+    ]
+    assert events.read(log) == written
+    assert written[0]["event"] == "phase_start"
+    assert written[0]["phase"] == 1
+    assert before <= written[0]["time"] <= time.time()
+    assert len(log.read_text().splitlines()) == 2
+
+
+def test_a_field_may_give_the_time(log):
+    assert events.append(log, "epoch", 1, time=12.5)["time"] == 12.5
+
+
+def test_no_log_has_no_events(log):
+    assert events.read(log) == []
+
+
+def test_what_json_has_not_becomes_null(log):
+    nan, inf = float("nan"), float("inf")
+    events.append(log, "decision", 1, eigenvalue=nan, all=[inf, 1.0], parts={"x": (-inf, 2)})
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    found = json.loads(log.read_text(), parse_constant=refuse)
+    assert found["eigenvalue"] is None
+    assert found["all"] == [None, 1.0]
+    assert found["parts"] == {"x": [None, 2]}
+
+
+@given(st.integers(0, 10**6))
+def test_a_line_cut_anywhere_is_passed_over_and_closed(tmp_path_factory, cut):
+    log = tmp_path_factory.mktemp("run") / "events.jsonl"
+    first = events.append(log, "epoch", 1, note="λ ≤ κ")
+    whole = log.read_bytes()
+    second = events.append(log, "epoch", 2, note="α → β")
+    length = len(whole) + cut % (log.stat().st_size - len(whole))
+    os.truncate(log, length)
+    # Only the newline may be missing from a line that is otherwise whole.
+    left = [first, second] if length == len(whole) + len(line_of(second)) else [first]
+    assert events.read(log) == left
+    third = events.append(log, "epoch", 3)
+    assert events.read(log) == [*left, third]
+
+
+def line_of(record):
+    return json.dumps(record, ensure_ascii=False).encode()
+
+
+def test_lines_that_are_no_events_are_passed_over(log):
+    log.write_bytes(
+        b'\n[1]\n"event"\n{"time": 1}\n{"event": "epoch"}\n\xff\xfe\n{"event": "done"}\n'
+    )
+    assert [event["event"] for event in events.read(log)] == ["epoch", "done"]
+
+
+APPENDING = """
+import sys
+from pathlib import Path
+from hpc_absa import events
+for number in range(300):
+    fields = {"writer": sys.argv[2], "number": number, "text": sys.argv[2] * (number * 40)}
+    events.append(Path(sys.argv[1]), "epoch", 1, **fields)
+"""
+
+
+def test_lines_of_several_processes_never_mix(log):
+    writers = [subprocess.Popen([sys.executable, "-c", APPENDING, log, name]) for name in "abc"]
+    assert [writer.wait(60) for writer in writers] == [0, 0, 0]
+    found = events.read(log)
+    assert len(found) == 900
+    for name in "abc":
+        mine = [event for event in found if event["writer"] == name]
+        assert [event["number"] for event in mine] == list(range(300))
+        assert all(event["text"] == name * (event["number"] * 40) for event in mine)
+
+
+def test_an_event_that_a_full_disk_cut_is_reported(tmp_path):
+    with mounted(tmp_path / "small", "size=16k") as folder:
+        log, written = folder / "events.jsonl", []
+
+        def fill():
+            for _ in range(9):
+                written.append(events.append(log, "epoch", 1, text="x" * 3000))
+
+        with pytest.raises(OSError, match="No space left"):
+            fill()
+        assert written
+        assert events.read(log) == written
+
+
+# What counts
+
+
+def event(kind, step=None, **fields):
+    return {"event": kind, **fields} | ({} if step is None else {"step": step})
+
+
+def test_what_a_crash_undid_does_not_count():
+    log = [
+        event("phase_start", 0),
+        event("epoch", 10, accuracy=0.5),
+        event("checkpoint", 10),
+        event("epoch", 20, accuracy=0.6),
+        event("failure"),
+        event("phase_start", 10),
+        event("epoch", 20, accuracy=0.7),
+    ]
+    assert events.effective(log) == [*log[:3], *log[4:]]
+
+
+def test_each_of_several_restarts_undoes_what_lay_behind_it():
+    log = [
+        event("phase_start", 0),
+        event("epoch", 10),
+        event("epoch", 20),
+        event("phase_start", 10),
+        event("epoch", 20),
+        event("epoch", 30),
+        event("phase_start", 0),
+        event("epoch", 10),
+    ]
+    assert events.effective(log) == [log[0], *log[6:]]
+
+
+def test_a_restart_where_nothing_was_lost_undoes_nothing():
+    log = [event("phase_start", 0), event("epoch", 10), event("phase_end", 10)]
+    log += [event("resize"), event("phase_start", 10), event("done")]
+    assert events.effective(log) == log
+    assert events.effective([]) == []

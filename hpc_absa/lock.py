@@ -85,6 +85,7 @@ def _lives(holder: dict[str, object]) -> bool:
 
 def _holder(text: bytes) -> dict[str, object]:
     try:
-        return dict(json.loads(text))
+        holder = json.loads(text)
     except ValueError:
         return {}
+    return holder if isinstance(holder, dict) else {}

@@ -1,0 +1,145 @@
+"""One writer a run directory: refused, freed, waited for."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from hpc_absa import lock as locks
+from hpc_absa.errors import ExitStatus, RunLockedError
+from hpc_absa.lock import RunLock, host
+from hpc_absa.rundir import RunDir
+
+HOLDER = """
+import subprocess, sys, time
+from pathlib import Path
+from hpc_absa.lock import RunLock
+from hpc_absa.rundir import RunDir
+lock = RunLock(RunDir(Path(sys.argv[1])))
+lock.acquire()
+if len(sys.argv) > 2:
+    # A world that outlives its supervisor by so many seconds.
+    subprocess.Popen(["sleep", sys.argv[2]], pass_fds=(lock.descriptor,), stdout=sys.stderr)
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.fixture(name="run")
+def _run(tmp_path):
+    return RunDir(tmp_path)
+
+
+@pytest.fixture(name="start")
+def _start(run):
+    """Starts another process that holds the lock."""
+    started = []
+
+    def start(*words):
+        command = [sys.executable, "-c", HOLDER, run.path, *words]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        started.append(process)
+        assert process.stdout.readline() == "held\n"
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def test_a_second_process_is_refused_with_the_first_one_s_name(run, start):
+    other = start()
+    lock = RunLock(run)
+    with pytest.raises(RunLockedError) as caught:
+        lock.acquire()
+    assert str(caught.value) == (
+        f"{run.path}: in use by process {other.pid} on {host()}; stop that one, "
+        "or use another --run-dir"
+    )
+    assert caught.value.status == ExitStatus.FAILED
+    assert lock.descriptor is None
+
+
+def test_a_killed_holder_frees_it_at_once(run, start):
+    other = start()
+    other.send_signal(signal.SIGKILL)
+    other.wait()
+    lock = RunLock(run)
+    begun = time.monotonic()
+    lock.acquire()
+    assert time.monotonic() - begun < 1
+    assert json.loads(run.lock.read_text())["pid"] == os.getpid()
+    lock.release()
+
+
+def test_the_world_of_a_killed_holder_is_waited_for(run, start):
+    other = start("1.5")
+    begun = time.monotonic()
+    other.send_signal(signal.SIGKILL)
+    other.wait()
+    lock = RunLock(run)
+    lock.acquire()
+    assert 0.5 < time.monotonic() - begun < 10
+    lock.release()
+
+
+def test_a_world_that_does_not_end_is_not_waited_for_for_ever(run, start, monkeypatch):
+    monkeypatch.setattr(locks, "PATIENCE", 0.5)
+    other = start("5")
+    other.send_signal(signal.SIGKILL)
+    other.wait()
+    with pytest.raises(RunLockedError, match=f"in use by process {other.pid}"):
+        RunLock(run).acquire()
+
+
+def test_a_holder_on_another_host_is_taken_to_live(run, start):
+    start()
+    run.lock.write_text(json.dumps({"host": "far-away", "pid": 1}))
+    with pytest.raises(RunLockedError, match="process 1 on far-away"):
+        RunLock(run).acquire()
+
+
+def test_released_it_can_be_taken_again(run):
+    first, second = RunLock(run), RunLock(run)
+    first.acquire()
+    assert {"host", "pid", "started"} == json.loads(run.lock.read_text()).keys()
+    with pytest.raises(RunLockedError):
+        second.acquire()
+    first.release()
+    assert run.lock.read_text() == ""
+    second.acquire()
+    second.release()
+    second.release()
+
+
+@pytest.mark.parametrize("left", ["", "not json", "[1, 2]", "3", '{"pid": "x"}'])
+def test_whatever_a_dead_holder_left_in_the_file_blocks_nobody(run, left):
+    run.lock.write_text(left)
+    lock = RunLock(run)
+    lock.acquire()
+    assert json.loads(run.lock.read_text())["pid"] == os.getpid()
+    lock.release()
+
+
+@pytest.mark.parametrize("left", ["not json", "[1, 2]", "3", '{"pid": "x"}'])
+def test_an_unreadable_holder_is_still_refused(run, start, left, monkeypatch):
+    monkeypatch.setattr(locks, "PATIENCE", 0.3)
+    start()
+    run.lock.write_text(left)
+    with pytest.raises(RunLockedError, match="in use by process"):
+        RunLock(run).acquire()
+
+
+def test_it_is_not_inherited_unless_handed_over(run):
+    lock = RunLock(run)
+    lock.acquire()
+    child = subprocess.Popen(["sleep", "5"], close_fds=False)
+    lock.release()
+    RunLock(run).acquire()
+    child.kill()
+    child.wait()

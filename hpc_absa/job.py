@@ -6,6 +6,7 @@ arXiv:1711.00489, *ours* a choice of this project, with its reason.
 
 from __future__ import annotations
 
+import re
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -34,6 +35,7 @@ WITHOUT_EFFECT = (
 """Parts of a job that do not change its result, beyond the order of summation."""
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
+_HOST = re.compile(r"[^\s:,]+(:0*[1-9][0-9]*)?")
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -243,6 +245,15 @@ class Launch(Section):
     """Restarts after failures without any progress in between before a run is given up (ours)."""
     slurm: dict[str, str | int | list[str]] = {}
     """Options of `sbatch` by their long names (`partition`, `account`, `time`, ...)."""
+
+    @model_validator(mode="after")
+    def _hosts_are_a_list(self) -> Launch:
+        words = self.hosts.split(",") if self.hosts else []
+        if not all(_HOST.fullmatch(word.strip()) for word in words):
+            raise ValueError(
+                f"hosts = {self.hosts!r}: expected host or host:slots, with commas between"
+            )
+        return self
 
 
 class Job(Section):

@@ -161,6 +161,8 @@ def test_a_job_is_frozen():
         ("checkpoint.keep=1", "checkpoint.keep = 1: expected greater than or equal to 2"),
         ("train.remainder=keep", "train.remainder = 'keep': expected 'carry' or 'drop'"),
         ("launch.launcher=ssh", "launch.launcher = 'ssh': expected 'mpirun', 'horovodrun', "),
+        ("launch.hosts=a:4,b:x", "launch.hosts = 'a:4,b:x': expected host or host:slots, with"),
+        ("launch.hosts=a,", "launch.hosts = 'a,': expected host or host:slots"),
         # Parts that do not go together
         (
             "schedule.base_batch=33",

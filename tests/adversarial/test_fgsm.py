@@ -1,0 +1,129 @@
+"""FGSM: within ε and the valid range, up the loss, and nothing else touched."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from hpc_absa.adversarial.fgsm import perturb
+
+EPSILON = 0.03
+MEAN = torch.tensor([0.5, 0.4, 0.3]).view(1, 3, 1, 1)
+STD = torch.tensor([0.2, 0.25, 0.3]).view(1, 3, 1, 1)
+VALID = ((0 - MEAN) / STD, (1 - MEAN) / STD)
+
+
+@pytest.fixture(name="model")
+def _model():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Dropout(0.5),
+        nn.Flatten(),
+        nn.Linear(288, 4),
+    )
+    model(torch.randn(16, 3, 8, 8))  # running statistics that are not those of the start
+    model[1].eval()
+    return model
+
+
+@pytest.fixture(name="pixels")
+def _pixels():
+    """Images in [0, 1], many of whose pixels are black or white."""
+    torch.manual_seed(1)
+    return (torch.rand(32, 3, 8, 8) * 1.4 - 0.2).clamp(0, 1)
+
+
+@pytest.fixture(name="targets")
+def _targets():
+    return torch.arange(32) % 4
+
+
+def attack(model, pixels, targets, loss=F.cross_entropy, epsilon=EPSILON):
+    return perturb(model, loss, (pixels - MEAN) / STD, targets, epsilon / STD, VALID)
+
+
+def test_every_pixel_stays_within_epsilon_and_the_valid_range(model, pixels, targets):
+    moved = attack(model, pixels, targets) * STD + MEAN
+    assert (moved - pixels).abs().max() <= EPSILON + 1e-6
+    assert moved.min() >= -1e-6
+    assert moved.max() <= 1 + 1e-6
+    free = (pixels > EPSILON) & (pixels < 1 - EPSILON)
+    assert ((moved - pixels).abs()[free] > EPSILON - 1e-5).float().mean() > 0.9
+
+
+def test_the_loss_rises(model, pixels, targets):
+    inputs, moved = (pixels - MEAN) / STD, attack(model, pixels, targets)
+    model.eval()
+    with torch.no_grad():
+        before = F.cross_entropy(model(inputs), targets, reduction="none")
+        after = F.cross_entropy(model(moved), targets, reduction="none")
+    assert (after > before).float().mean() > 0.95
+
+
+def test_it_is_the_sign_of_the_gradient_in_eval_mode(model, pixels, targets):
+    inputs = ((pixels - MEAN) / STD).requires_grad_()
+    moved = attack(model, pixels, targets)
+    model.eval()
+    F.cross_entropy(model(inputs), targets).backward()
+    wanted = (inputs + EPSILON / STD * inputs.grad.sign()).clamp(*VALID)
+    torch.testing.assert_close(moved, wanted.detach())
+
+
+def test_nothing_else_is_touched(model, pixels, targets):
+    inputs = (pixels - MEAN) / STD
+    F.cross_entropy(model(inputs), targets).backward()
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    gradients = [parameter.grad.clone() for parameter in model.parameters()]
+    flags = [module.training for module in model.modules()]
+    assert set(flags) == {True, False}
+    kept, random = inputs.clone(), torch.get_rng_state()
+
+    moved = perturb(model, F.cross_entropy, inputs, targets, EPSILON / STD, VALID)
+
+    assert torch.equal(torch.get_rng_state(), random)
+    assert [module.training for module in model.modules()] == flags
+    assert all(torch.equal(state[name], now) for name, now in model.state_dict().items())
+    pairs = zip(gradients, model.parameters(), strict=True)
+    assert all(torch.equal(gradient, parameter.grad) for gradient, parameter in pairs)
+    assert torch.equal(inputs, kept)
+    assert not inputs.requires_grad
+    assert not moved.requires_grad
+    assert moved.data_ptr() != inputs.data_ptr()
+
+
+def test_no_gradient_appears_where_there_was_none(model, pixels, targets):
+    attack(model, pixels, targets)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_hooks_that_reduce_gradients_are_not_called(model, pixels, targets):
+    def reduced(_):
+        raise AssertionError("a collective would have been entered")
+
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(reduced)
+    attack(model, pixels, targets)
+
+
+def test_it_works_where_gradients_are_off(model, pixels, targets):
+    with torch.no_grad():
+        off = attack(model, pixels, targets)
+        assert not torch.is_grad_enabled()
+    assert torch.equal(off, attack(model, pixels, targets))
+
+
+def test_a_failing_loss_leaves_the_training_flags(model, pixels, targets):
+    def failing(*_):
+        raise FloatingPointError
+
+    flags = [module.training for module in model.modules()]
+    with pytest.raises(FloatingPointError):
+        attack(model, pixels, targets, loss=failing)
+    assert [module.training for module in model.modules()] == flags
+
+
+def test_a_step_of_zero_changes_nothing(model, pixels, targets):
+    torch.testing.assert_close(attack(model, pixels, targets, epsilon=0.0), (pixels - MEAN) / STD)

@@ -127,6 +127,13 @@ class Subspace:
             vector = vector / length
         return vector
 
+    def project_out(self, vector: Tensor) -> Tensor:
+        """`(I − VVᵀ) v`, not normalized."""
+        basis = self.V[: len(self)]
+        for _ in range(2):
+            vector = vector - combine(basis, self.agree(dots(basis, vector)))
+        return vector
+
     def add(self, vector: Tensor, image: Tensor) -> bool:
         """Take in a unit vector and its product; False, with nothing taken, unless finite."""
         m = len(self)

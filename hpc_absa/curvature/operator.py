@@ -6,19 +6,21 @@ Shapes: P trainable parameters in all, N samples, M microbatches of n_m samples,
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from hpc_absa.comm import Communicator
 from hpc_absa.curvature import fast
+from hpc_absa.curvature.graphs import Graph, Loss, Matrix, differentiate, flatten, forward
 from hpc_absa.curvature.state import trainable
 
-Loss = Callable[[Tensor, Tensor], Tensor]
-"""`loss_fn(outputs, targets)`, a mean over the microbatch."""
+__all__ = ["HessianOperator", "HessianSample", "Interrupted", "Loss", "Matrix", "share"]
+
+
+class Interrupted(Exception):  # noqa: N818 - a request, not an error
+    """The caller's `poll` asked to give up; nothing was changed."""
 
 
 class HessianSample(Protocol):
@@ -34,14 +36,6 @@ class HessianSample(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Graph:
-    """One microbatch differentiated once, ready to be differentiated again."""
-
-    leaves: tuple[Tensor, ...]
-    gradient: tuple[Tensor, ...]
-
-
 def share(samples: int, microbatch: int, rank: int, ranks: int) -> list[tuple[int, int, int]]:
     """The microbatches (index, start, stop) of one rank: dealt in turn, sizes as on one rank."""
     starts = range(0, samples, microbatch)
@@ -50,46 +44,6 @@ def share(samples: int, microbatch: int, rank: int, ranks: int) -> list[tuple[in
         for index, start in enumerate(starts)
         if index % ranks == rank
     ]
-
-
-def differentiate(
-    model: nn.Module, loss_fn: Loss, inputs: Tensor, targets: Tensor, plan: fast.Plan | None
-) -> Graph:
-    """`∇L` at the model's parameters, with the graph that leads to it.
-
-    The model runs on detached copies of its parameters and buffers, so that no hook on a parameter
-    fires and a buffer that a module writes to in evaluation mode is thrown away.
-    """
-    leaves = {name: fast.leaf(p) for name, p in trainable(model).items()}
-    copies = {name: b.clone() for name, b in model.named_buffers()}
-    fixed = {n: p.detach() for n, p in model.named_parameters() if not p.requires_grad}
-    tensors = {**leaves, **fixed, **copies}
-    with fast.products(plan, tensors):
-        outputs = functional_call(model, tensors, (fast.arranged(inputs),))
-    loss = loss_fn(outputs, targets)
-    wanted = tuple(leaves.values())
-    gradient = torch.autograd.grad(loss, wanted, create_graph=True, materialize_grads=True)
-    return Graph(wanted, gradient)
-
-
-def differentiate_again(graph: Graph, vector: Sequence[Tensor], *, keep: bool) -> Tensor:
-    """`∇(∇L · v)`, flat [P]: the Hessian of one microbatch times `vector`, shaped as `leaves`."""
-    pairs = [(g, v) for g, v in zip(graph.gradient, vector, strict=True) if g.requires_grad]
-    if not pairs:
-        return flatten([torch.zeros_like(leaf) for leaf in graph.leaves])
-    product = torch.autograd.grad(
-        [g for g, _ in pairs],
-        graph.leaves,
-        [v for _, v in pairs],
-        retain_graph=keep,
-        materialize_grads=True,
-    )
-    return flatten(product)
-
-
-def flatten(tensors: Sequence[Tensor]) -> Tensor:
-    """One vector [P] from tensors shaped as the parameters."""
-    return torch.cat([t.detach().reshape(-1) for t in tensors])
 
 
 class HessianOperator:
@@ -109,6 +63,12 @@ class HessianOperator:
         kept: microbatches per rank whose graph stays in memory from product to product; each
             takes about the memory of a training step on it, and saves a gradient per product.
         accelerate: use the faster convolution and normalization of `fast` where they apply.
+        matrix: the Hessian, or its Gauss-Newton part.
+        poll: asked before each product, with the same answer on all ranks; True gives up.
+
+    Raises:
+        Interrupted: by a product, when `poll` answered True.
+        ValueError: an argument out of range.
     """
 
     def __init__(
@@ -122,6 +82,8 @@ class HessianOperator:
         microbatch: int,
         kept: int = 2,
         accelerate: bool = True,
+        matrix: Matrix = "hessian",
+        poll: Callable[[], bool] | None = None,
     ) -> None:
         if not 0 < samples <= sample.size:
             raise ValueError(f"samples: expected 1 to {sample.size} (all there are), got {samples}")
@@ -131,6 +93,7 @@ class HessianOperator:
         self.samples, self.microbatch = samples, microbatch
         self.microbatches = -(-samples // microbatch)
         self.kept, self.accelerate = kept, accelerate
+        self.matrix, self.poll = matrix, poll
         self.parameters = tuple(trainable(model).values())
         if not self.parameters:
             raise ValueError("model: expected parameters that require grad, got none")
@@ -165,18 +128,50 @@ class HessianOperator:
             vector: [P].
             against: vectors [P] for which the microbatches' own values are wanted.
         """
+        if self.poll is not None and self.poll():
+            raise Interrupted
         total = self._zeros()
         parts = torch.zeros(self.microbatches, len(against), dtype=torch.float64)
         shaped = self._shaped(vector)
         for index, start, stop in self._share:
             graph = self._graph(index, start, stop)
-            product = differentiate_again(graph, shaped, keep=index in self._graphs)
+            product = graph.product(shaped, keep=index in self._graphs)
             del graph
             total.add_(product, alpha=(stop - start) / self.samples)
             for column, other in enumerate(against):
                 parts[index, column] = float(other @ product)
         self.matvecs += 1
         return self._reduced(total), parts
+
+    def loss(self, offset: Tensor | None = None) -> float:
+        """The mean loss over the sample at the parameters plus `offset` [P]."""
+        total = torch.zeros(1, dtype=torch.float64)
+        shift = self._shaped(torch.zeros(self.size) if offset is None else offset)
+        names = trainable(self.model)
+        leaves = {name: (p + s).detach() for (name, p), s in zip(names.items(), shift, strict=True)}
+        with torch.no_grad():
+            for _, start, stop in self._share:
+                inputs, targets = self.sample.load(start, stop)
+                mean = self.loss_fn(forward(self.model, inputs, leaves, None), targets)
+                total += float(mean) * (stop - start) / self.samples
+        return float(self.agree(self.comm.sum_(total)))
+
+    def agree(self, scalars: Tensor) -> Tensor:
+        """Rank 0's copy of a small tensor, so that all ranks take the same turns."""
+        return self.comm.broadcast_(scalars.contiguous())
+
+    def span(self, name: str) -> slice:
+        """Where a parameter lies in the vectors."""
+        start = 0
+        for other, parameter in trainable(self.model).items():
+            if other == name:
+                return slice(start, start + parameter.numel())
+            start += parameter.numel()
+        raise KeyError(f"{name}: expected one of {list(trainable(self.model))}")
+
+    def vector(self) -> Tensor:
+        """Zeros [P] of the operator's type, on its device."""
+        return torch.zeros(self.size, dtype=self.dtype, device=self.device)
 
     def close(self) -> None:
         """Let go of the kept graphs."""
@@ -189,13 +184,16 @@ class HessianOperator:
         if self.accelerate and self._plan is None:
             self._plan = fast.plan(self.model, inputs)
         try:
-            graph = differentiate(self.model, self.loss_fn, inputs, targets, self._plan)
+            graph = self._differentiate(inputs, targets)
         except fast.PlanMismatchError:
             self._plan = fast.Plan()
-            graph = differentiate(self.model, self.loss_fn, inputs, targets, self._plan)
+            graph = self._differentiate(inputs, targets)
         if len(self._graphs) < self.kept:
             self._graphs[index] = graph
         return graph
+
+    def _differentiate(self, inputs: Tensor, targets: Tensor) -> Graph:
+        return differentiate(self.model, self.loss_fn, inputs, targets, self._plan, self.matrix)
 
     def _zeros(self) -> Tensor:
         return torch.zeros(self.size, dtype=torch.float64, device=self.device)
@@ -204,7 +202,7 @@ class HessianOperator:
         return self.comm.sum_(total.to(self.dtype))
 
     def _shaped(self, vector: Tensor) -> list[Tensor]:
-        pieces = vector.to(self.dtype).split([p.numel() for p in self.parameters])
+        pieces = vector.to(self.device, self.dtype).split([p.numel() for p in self.parameters])
         return [
             fast.arranged(piece.view_as(p))
             for piece, p in zip(pieces, self.parameters, strict=True)

@@ -13,17 +13,13 @@ from torch import Tensor, nn
 
 from hpc_absa.comm import Communicator
 from hpc_absa.curvature import eigen
-from hpc_absa.curvature.operator import HessianOperator, HessianSample, Loss
+from hpc_absa.curvature.operator import HessianOperator, HessianSample, Interrupted, Loss
 from hpc_absa.curvature.state import observed
 from hpc_absa.records import Eigenvalue
 
 __all__ = ["Estimate", "HessianSample", "Interrupted", "affordable", "estimate", "resolve"]
 
 Method = Literal["lanczos", "power"]
-
-
-class Interrupted(Exception):  # noqa: N818 - a request, not an error
-    """The caller's `poll` asked to give up; nothing was changed."""
 
 
 @dataclass(frozen=True)
@@ -114,8 +110,10 @@ def estimate(
     cascade = method == "lanczos" and 2 * coarse <= samples
 
     def search(count: int, size: int) -> _Search:
-        operator = HessianOperator(model, loss_fn, sample, comm, samples=count, microbatch=size)
-        return _Search(operator, comm, poll)
+        operator = HessianOperator(
+            model, loss_fn, sample, comm, samples=count, microbatch=size, poll=poll
+        )
+        return _Search(operator)
 
     with observed(model):
         last = search(samples, microbatch)
@@ -212,10 +210,8 @@ def affordable(probe_seconds: float, work_seconds: float, share: float = 0.01) -
 class _Search:
     """One estimate under way: products, their microbatches' shares, the world's agreement."""
 
-    def __init__(
-        self, operator: HessianOperator, comm: Communicator, poll: Callable[[], bool] | None
-    ) -> None:
-        self.operator, self.comm, self.poll = operator, comm, poll
+    def __init__(self, operator: HessianOperator) -> None:
+        self.operator, self.agree = operator, operator.agree
         self.guess: Tensor | None = None
         self.gradients = 0
         self.basis = True
@@ -264,15 +260,10 @@ class _Search:
         return [guess + NOISE * noise for guess in usable] or [noise]
 
     def matvec(self, vector: Tensor) -> Tensor:
-        if self.poll is not None and self.poll():
-            raise Interrupted
         self.vectors = [*self.vectors, vector] if self.basis else [vector]
         image, parts = self.operator.matvec(vector, self.vectors)
         self.parts.append(parts)
         return image
-
-    def agree(self, scalars: Tensor) -> Tensor:
-        return self.comm.broadcast_(scalars.contiguous())
 
     def sampling_error(self, result: eigen.Result) -> float:
         """Standard error of `yᵀHy` from its values over the microbatches, all ranks' together."""
@@ -284,7 +275,7 @@ class _Search:
             weights = 2 * result.combination[: j + 1] * result.combination[j]
             weights[j] /= 2
             own += part[:, -(j + 1) :] @ weights
-        own = self.comm.sum_(own)
+        own = self.operator.comm.sum_(own)
         share = torch.full((count,), float(self.operator.microbatch), dtype=torch.float64)
         share[-1] = self.operator.samples - self.operator.microbatch * (count - 1)
         share /= self.operator.samples

@@ -1,0 +1,54 @@
+"""The spectrum as a figure: density, the layers' top eigenvalues, the loss along directions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from hpc_absa.curvature.spectrum import Spectrum
+
+
+def draw(found: Spectrum, path: Path) -> None:
+    """Write the figure; the format follows the name (`.png`, `.svg`, `.pdf`)."""
+    from matplotlib.figure import Figure
+
+    panels = 1 + bool(found.layers) + bool(found.slices)
+    figure = Figure(figsize=(5.5 * panels, 4), layout="constrained")
+    axes = iter(figure.subplots(1, panels, squeeze=False)[0])
+    _density(next(axes), found)
+    if found.layers:
+        _layers(next(axes), found)
+    if found.slices:
+        _slices(next(axes), found)
+    figure.savefig(path, dpi=120)
+
+
+def _density(axis: Any, found: Spectrum) -> None:
+    density = found.density
+    axis.semilogy(density.grid, density.density.clip(1e-12))
+    axis.fill_between(
+        density.grid,
+        (density.density - density.error).clip(1e-12),
+        (density.density + density.error).clip(1e-12),
+        alpha=0.3,
+    )
+    for value in found.top.values:
+        axis.axvline(value, color="tab:red", linewidth=0.8)
+    axis.set_ylim(bottom=1e-7 * float(density.density.max(initial=1e-5)))
+    axis.set(xlabel="eigenvalue", ylabel="density")
+    axis.set_title(f"{found.density.negative:.0%} of the eigenvalues negative")
+
+
+def _layers(axis: Any, found: Spectrum) -> None:
+    names = [layer.name for layer in found.layers]
+    axis.barh(names, [layer.top for layer in found.layers])
+    axis.invert_yaxis()
+    axis.tick_params(axis="y", labelsize=max(3, 8 - len(names) // 12))
+    axis.set(xlabel="top eigenvalue of the layer's own block")
+
+
+def _slices(axis: Any, found: Spectrum) -> None:
+    for rank, line in enumerate(found.slices, 1):
+        axis.plot(line.distances, line.losses, label=f"v{rank}, λ = {line.eigenvalue:.3g}")
+    axis.set(xlabel="distance along the eigenvector", ylabel="loss")
+    axis.legend()

@@ -1,0 +1,151 @@
+"""Top eigenvalues, trace, density, layers and slices against a dense float64 Hessian."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import h5py
+import numpy as np
+import pytest
+import torch
+
+from hpc_absa.comm import SerialCommunicator
+from hpc_absa.curvature.operator import HessianOperator, Interrupted
+from hpc_absa.curvature.picture import draw
+from hpc_absa.curvature.spectrum import hutch, quadrature, save, spectrum, to_dict
+from hpc_absa.curvature.state import observed, trainable
+from tests.curvature.nets import build, dense
+from tests.curvature.test_eigen import operator
+
+
+@pytest.fixture(scope="module")
+def found():
+    model, loss, sample = build("conv", dtype=torch.float64)
+    result = spectrum(
+        model, loss, sample, SerialCommunicator(),
+        samples=20, microbatch=6, k=4, tol=1e-6, max_iter=200, trace_matvecs=60,
+        density_steps=30, density_probes=6, slice_points=5,
+    )  # fmt: skip
+    return result, dense(model, loss, sample, 20), model, loss, sample
+
+
+def test_top_values_and_vectors(found):
+    result, hessian, *_ = found
+    values, vectors = torch.linalg.eigh(hessian)
+    expected = values.flip(0)[:4].numpy()
+    assert result.top.converged.all()
+    np.testing.assert_allclose(result.top.values, expected, rtol=1e-6)
+    cosines = np.abs(result.top.vectors @ vectors.flip(1)[:, :4].numpy()).diagonal()
+    np.testing.assert_allclose(cosines, 1, atol=1e-4)
+
+
+def test_trace_within_its_error(found):
+    result, hessian, *_ = found
+    truth = float(hessian.trace())
+    assert abs(result.trace.value - truth) <= 3 * result.trace.error + 1e-9
+    assert result.trace.error < 0.05 * abs(truth)
+
+
+def test_density_integrates_to_one_and_counts_negative_directions(found):
+    result, hessian, *_ = found
+    density, values = result.density, torch.linalg.eigvalsh(hessian).numpy()
+    assert np.trapezoid(density.density, density.grid) == pytest.approx(1, abs=1e-3)
+    truth = float((values < -density.cutoff).mean())
+    assert abs(density.negative - truth) <= 4 * density.negative_error + 0.02
+    bells = np.exp(-0.5 * ((density.grid[:, None] - values) / density.width) ** 2)
+    exact = bells.mean(1) / (density.width * math.sqrt(2 * math.pi))
+    distance = np.trapezoid(np.abs(exact - density.density), density.grid)
+    assert distance < 0.15
+
+
+def test_each_layers_own_block(found):
+    result, hessian, model, *_ = found
+    start = 0
+    for layer, (name, parameter) in zip(result.layers, trainable(model).items(), strict=True):
+        stop = start + parameter.numel()
+        block = hessian[start:stop, start:stop]
+        assert layer.name == name
+        if layer.converged:
+            top = float(torch.linalg.eigvalsh(block)[-1])
+            assert layer.top == pytest.approx(top, rel=1e-4, abs=1e-12)
+        assert abs(layer.trace - float(block.trace())) <= 5 * layer.trace_error + 1e-9
+        start = stop
+    assert sum(layer.converged for layer in result.layers) >= len(result.layers) / 2
+
+
+def test_the_loss_along_the_top_vectors(found):
+    result, _, model, loss, sample = found
+    model.eval()
+    inputs, targets = sample.load(0, 20)
+    assert result.loss == pytest.approx(loss(model(inputs), targets).item())
+    assert len(result.slices) == 2
+    for line in result.slices:
+        assert line.losses[2] == pytest.approx(result.loss)
+    model.train()
+
+
+def test_goes_to_json_and_hdf5(found, tmp_path):
+    result = found[0]
+    plain = json.loads(json.dumps(to_dict(result), allow_nan=False))
+    assert plain["top"]["values"] == result.top.values.tolist()
+    assert "vectors" not in plain["top"]
+    draw(result, tmp_path / "spectrum.png")
+    assert (tmp_path / "spectrum.png").stat().st_size > 1000
+    save(result, tmp_path / "spectrum.h5")
+    with h5py.File(tmp_path / "spectrum.h5") as file:
+        assert file["top/vectors"].shape == (4, result.parameters)
+        assert file["trace"].attrs["value"] == result.trace.value
+        assert file["layers/0000"].attrs["name"] == result.layers[0].name
+
+
+def test_trace_is_exact_where_the_sketch_spans_the_range():
+    matvec, matrix, start = operator([7.0, -3.0, 2.0] + [0.0] * 30)
+    trace = hutch(matvec, start, matvecs=15)
+    assert trace.value == pytest.approx(float(matrix.trace()))
+
+
+def test_density_of_a_zero_operator():
+    density = quadrature(torch.zeros_like, torch.zeros(9), steps=5, probes=2)
+    assert np.trapezoid(density.density, density.grid) == pytest.approx(1, abs=1e-3)
+    assert density.negative == 0
+
+
+@pytest.mark.parametrize("kind", ["conv", "attention", "mlp"])
+def test_gauss_newton(kind):
+    """`Jᵀ H_f J` from the dense Jacobian and the softmax's own Hessian."""
+    model, loss, sample = build(kind, dtype=torch.float64)
+    with observed(model):
+        op = HessianOperator(
+            model, loss, sample, SerialCommunicator(),
+            samples=20, microbatch=6, matrix="gauss-newton",
+        )  # fmt: skip
+        generator = torch.Generator().manual_seed(1)
+        vector = torch.randn(op.size, generator=generator, dtype=torch.float64)
+        product, _ = op.matvec(vector)
+        names = trainable(model)
+        inputs, _ = sample.load(0, 20)
+        shaped = [v.view_as(p) for v, p in zip(
+            vector.split([p.numel() for p in names.values()]), names.values(), strict=True
+        )]  # fmt: skip
+
+        def outputs(*parameters):
+            return torch.func.functional_call(
+                model, dict(zip(names, parameters, strict=True)), (inputs,)
+            )
+
+        f, tangent = torch.autograd.functional.jvp(outputs, tuple(names.values()), tuple(shaped))
+        p = f.softmax(1)
+        bent = (p * tangent - p * (p * tangent).sum(1, keepdim=True)) / 20
+        expected = torch.autograd.functional.vjp(outputs, tuple(names.values()), bent)[1]
+    torch.testing.assert_close(product, torch.cat([e.reshape(-1) for e in expected]))
+
+
+def test_poll_interrupts():
+    model, loss, sample = build("mlp")
+    with pytest.raises(Interrupted):
+        spectrum(
+            model, loss, sample, SerialCommunicator(),
+            samples=20, microbatch=6, poll=lambda: True,
+        )  # fmt: skip
+    assert model.training

@@ -1,0 +1,1 @@
+"""The top Hessian eigenvalue against PyHessian and curvlinops."""

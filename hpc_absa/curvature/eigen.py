@@ -22,6 +22,8 @@ Matvec = Callable[[Tensor], Tensor]
 Agree = Callable[[Tensor], Tensor]
 """Replaces a small float64 tensor by rank 0's, so that all ranks go the same way."""
 
+CHALLENGE = 6
+"""Products for which a random vector is followed: enough for what stands out of the rest."""
 _CHUNK = 1 << 20
 """Elements turned into float64 at a time: bounds the memory a dot product takes."""
 
@@ -188,9 +190,9 @@ def lanczos(
     block method would multiply the whole block each time.
 
     Where the products stay in the basis, an invariant subspace is found and says nothing about the
-    rest: a random vector is taken in, and the run ends only when the pairs it leads to have
-    converged without changing the answer. With k > 1 that is done in any case, so that the copies
-    of a repeated eigenvalue are found too.
+    rest: a random vector is taken in and followed for `CHALLENGE` products, and the run ends only
+    when that has not changed the answer. With k > 1 it is done in any case, so that the copies of a
+    repeated eigenvalue are found too.
 
     Args:
         matvec: the operator.
@@ -217,12 +219,14 @@ def lanczos(
     leading: list[_Leading] = []
     lowest, matvecs, stopped = math.inf, 0, False
     challenged: list[float] | None = None
+    follow = 0
     while matvecs < max_iter and len(space) < size:
         if space.full:
             space.restart(max(k + 1, len(space) // 2))
         direction = _next_direction(space, queue, leading)
         if direction is None:
             direction, challenged = _random_direction(space, generator), _values(leading[:k])
+            follow = CHALLENGE
         if direction is None:
             break
         image = matvec(direction)
@@ -234,15 +238,15 @@ def lanczos(
         if stop is not None and stop(leading[0].value):
             stopped = True
             break
+        if follow > 0:
+            queue, follow = [*queue, image], follow - 1
         if queue or len(space) < min(size, k + 1) or not all(p.converged for p in leading[:k]):
             continue
         if challenged is None and k == 1 and _open(space, leading):
             break
-        if all(p.converged for p in leading):  # also what the last random vector led to
-            after = _values(leading[:k])
-            if challenged is not None and _unchanged(challenged, after, tol):
-                break
-            leading = [dataclasses.replace(p, residual=0.0) for p in leading]
+        if challenged is not None and _unchanged(challenged, _values(leading[:k]), tol):
+            break
+        leading = [dataclasses.replace(p, residual=0.0) for p in leading]  # a new challenge
     pairs = tuple(_pair(space, index, found) for index, found in enumerate(leading[:k]))
     return Result(pairs, matvecs, lowest, stopped, _coordinates(space.ritz()[1][:, 0]))
 

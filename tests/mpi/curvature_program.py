@@ -8,6 +8,7 @@ import torch
 
 from hpc_absa.comm import connect
 from hpc_absa.curvature.probe import estimate
+from hpc_absa.curvature.spectrum import spectrum, to_dict
 from tests.curvature.nets import build
 
 
@@ -32,6 +33,14 @@ def main(kinds: list[str]) -> None:
             "vector": result.vector.tolist(),
             "sampling_error": result.sampling_error,
         }
+    model, loss, sample = build("mlp", dtype=torch.float64)
+    whole = spectrum(
+        model, loss, sample, comm, samples=22, microbatch=8, k=2, max_iter=40,
+        trace_matvecs=9, density_steps=8, density_probes=2, slice_points=3,
+    )  # fmt: skip
+    text = json.dumps(to_dict(whole, vectors=True))
+    same = len(set(comm.gather_objects(text))) == 1
+    found["spectrum"] = {"same": same, **to_dict(whole)}
     if comm.rank == 0:
         print(json.dumps({"size": comm.size, "found": found}))
     comm.close()

@@ -10,6 +10,7 @@ import torch
 
 from hpc_absa.comm import SerialCommunicator
 from hpc_absa.curvature.probe import estimate
+from hpc_absa.curvature.spectrum import spectrum, to_dict
 from tests.curvature.nets import build, dense
 
 PROGRAM = Path(__file__).parent / "curvature_program.py"
@@ -24,6 +25,7 @@ def test_every_world_finds_the_same(mpirun, ranks):
     lines = mpirun(ranks, PROGRAM, *KINDS, timeout=120).stdout.splitlines()
     answer = json.loads(next(line for line in lines if line.startswith("{")))
     assert answer["size"] == ranks
+    _check_spectrum(answer["found"].pop("spectrum"))
     for kind in KINDS:
         found = answer["found"][kind]
         model, loss, sample = build(kind, dtype=torch.float32)
@@ -39,3 +41,19 @@ def test_every_world_finds_the_same(mpirun, ranks):
         assert found["sampling_error"] == pytest.approx(alone.sampling_error, rel=1e-4)
         cosine = float(torch.tensor(found["vector"]) @ alone.vector)
         assert cosine == pytest.approx(1, abs=1e-5)
+
+
+def _check_spectrum(found):
+    model, loss, sample = build("mlp", dtype=torch.float64)
+    alone = spectrum(
+        model, loss, sample, SerialCommunicator(), samples=22, microbatch=8, k=2, max_iter=40,
+        trace_matvecs=9, density_steps=8, density_probes=2, slice_points=3,
+    )  # fmt: skip
+    expected = to_dict(alone)
+    assert found["same"]
+    assert found["loss"] == pytest.approx(expected["loss"], rel=1e-12)
+    assert found["top"]["values"] == pytest.approx(expected["top"]["values"], rel=1e-9)
+    assert found["trace"]["value"] == pytest.approx(expected["trace"]["value"], rel=1e-9)
+    assert found["density"]["density"] == pytest.approx(
+        expected["density"]["density"], rel=1e-6, abs=1e-9
+    )

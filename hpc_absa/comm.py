@@ -9,6 +9,7 @@ or through Horovod where it runs without MPI (`horovodrun --gloo`).
 from __future__ import annotations
 
 import os
+import time
 from typing import Any, Protocol
 
 import torch
@@ -20,6 +21,9 @@ WORLD_SIZE_VARIABLES = (
     "HOROVOD_SIZE",  # horovodrun --gloo
 )
 """Set by a launcher in every rank it starts; with none of them set a process is alone."""
+
+POLL = 5e-5
+"""Seconds between looks at a sum that is under way: some 1 % of a small model's step."""
 
 
 class Communicator(Protocol):
@@ -172,7 +176,13 @@ class HorovodCommunicator:
         return self._hvd.allreduce_async_(tensor, op=self._hvd.Sum, name=name)
 
     def wait(self, handle: Any) -> None:
-        """Block until the tensor behind `handle` holds the sum."""
+        """Block until the tensor behind `handle` holds the sum.
+
+        Horovod's own wait spins on the interpreter's lock, which starves signal handlers, the other
+        threads, and ranks that share the core; looking every `POLL` seconds does not.
+        """
+        while not self._hvd.poll(handle):
+            time.sleep(POLL)
         self._hvd.synchronize(handle)
 
     def broadcast_(self, tensor: torch.Tensor, root: int = 0) -> torch.Tensor:

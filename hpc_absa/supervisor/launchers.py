@@ -13,8 +13,10 @@ from hpc_absa import worldsize
 from hpc_absa.errors import UsageError
 from hpc_absa.job import Job
 
-SAVE_SECONDS = 60
-"""Seconds between the launcher's SIGTERM and its SIGKILL: ranks save meanwhile."""
+KILL_SECONDS = 3
+"""Seconds that Open MPI waits before and after the SIGTERM with which it ends a broken world. Ranks
+that are to save and stop are asked by the supervisor instead (`RunDir.stop_request`), in their own
+time, so that a dead rank may cost seconds."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ def mpi_environment() -> dict[str, str]:
 
 def _mpirun(job: Job, ranks: int, worker: tuple[str, ...]) -> Command:
     words = [_program("mpirun"), "-np", str(ranks), "--bind-to", "none"]
-    words += ["--mca", "odls_base_sigkill_timeout", str(SAVE_SECONDS)]
+    words += ["--mca", "odls_base_sigkill_timeout", str(KILL_SECONDS)]
     if job.launch.hosts:
         words += ["-H", job.launch.hosts]
     if _crowded(job, ranks):
@@ -75,7 +77,7 @@ def _horovodrun(job: Job, ranks: int, worker: tuple[str, ...]) -> Command:
         "-H",
         job.launch.hosts or f"localhost:{ranks}",
     ]
-    options = f"--bind-to none --mca odls_base_sigkill_timeout {SAVE_SECONDS}"
+    options = f"--bind-to none --mca odls_base_sigkill_timeout {KILL_SECONDS}"
     if _crowded(job, ranks):
         options += " --oversubscribe"
     return Command(

@@ -24,6 +24,9 @@ from hpc_absa.training.step import StepResult
 from hpc_absa.training.stop import StopRequest
 from hpc_absa.worldsize import ranks_for
 
+EVALUATED = 256
+"""Test images of one forward pass."""
+
 
 class Loop:
     """One world's work: steps, boundaries and decisions, until done or in need of more ranks."""
@@ -209,7 +212,9 @@ class Loop:
             found = evaluate(
                 self._live.model,
                 self._parts.loss,
-                self._parts.batches.evaluation(self._comm.rank, self._comm.size, 512),
+                self._stop.alive(
+                    self._parts.batches.evaluation(self._comm.rank, self._comm.size, EVALUATED)
+                ),
                 self._comm,
             )
         progress = self._progress
@@ -315,7 +320,7 @@ class Loop:
     def _end(self, outcome: Any, wanted: int | None = None) -> PhaseOutcome:
         """Leave this world; the last checkpoint is durable on return."""
         self._drop_feed()
-        with self._clock("checkpoint"):
+        with self._clock("checkpoint"), self._stop.busy():
             self._parts.store.wait()
         phase = self._progress.phase - (outcome == "resize")
         self._end_phase(outcome, wanted or self._comm.size, phase)
@@ -363,7 +368,7 @@ class Loop:
         if self._comm.rank != 0:
             return
         progress = self._progress
-        with self._clock("checkpoint"):
+        with self._clock("checkpoint"), self._stop.busy():
             content = described(
                 snapshot(
                     self._live,

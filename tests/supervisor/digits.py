@@ -1,0 +1,14 @@
+"""The shipped digits job, with overrides."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hpc_absa import job as jobs
+
+PATH = Path(__file__).resolve().parents[2] / "jobs" / "digits.toml"
+
+
+def digits(*overrides: str) -> jobs.Job:
+    """`jobs/digits.toml` with `key=value` overrides."""
+    return jobs.load(PATH, overrides)

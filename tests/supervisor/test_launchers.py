@@ -1,0 +1,90 @@
+import os
+import sys
+
+import pytest
+
+from hpc_absa.errors import UsageError
+from hpc_absa.supervisor import launchers
+from tests.supervisor.digits import digits
+
+WORKER = ("python", "-m", "hpc_absa", "train", "job.toml")
+
+
+@pytest.fixture
+def programs(monkeypatch, tmp_path):
+    """mpirun and the others exist, beside a Python of which nothing is recorded."""
+    for name in ("mpirun", "horovodrun", "srun"):
+        program = tmp_path / "bin" / name
+        program.parent.mkdir(exist_ok=True)
+        program.write_text("")
+        program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "bin" / "python"))
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    return tmp_path / "bin"
+
+
+def words(job, ranks):
+    return launchers.command(job, ranks, WORKER).words
+
+
+def test_mpirun(programs):
+    assert words(digits(), 2) == (
+        str(programs / "mpirun"),
+        *("-np", "2", "--bind-to", "none", "--mca", "odls_base_sigkill_timeout", "3"),
+        *WORKER,
+    )
+
+
+def test_more_ranks_than_cores_are_meant(programs):
+    assert "--oversubscribe" in words(digits(), 3)
+    assert "--oversubscribe" not in words(digits(), 2)
+    assert "--mpi-args=--bind-to none --mca odls_base_sigkill_timeout 3 --oversubscribe" in words(
+        digits("launch.launcher=horovodrun"), 3
+    )
+
+
+def test_hosts_and_extra_words_are_passed_on(programs):
+    job = digits("launch.hosts=a:2,b:2", 'launch.extra=["--tag-output"]', "ranks.max=4")
+    command = " ".join(words(job, 4))
+    assert " -H a:2,b:2 " in command
+    assert " --tag-output python -m" in command
+    assert "oversubscribe" not in command
+
+
+def test_horovodrun_finds_mpirun_and_has_slots(programs):
+    command = launchers.command(digits("launch.launcher=horovodrun"), 4, WORKER)
+    assert command.words[1:5] == ("-np", "4", "-H", "localhost:4")
+    assert command.environment["PATH"].startswith(str(programs))
+
+
+def test_srun_wants_an_allocation(programs, monkeypatch):
+    job = digits("launch.launcher=srun")
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    with pytest.raises(UsageError, match="not inside a Slurm allocation"):
+        words(job, 2)
+    monkeypatch.setenv("SLURM_JOB_ID", "1")
+    assert words(job, 2) == (str(programs / "srun"), "-n", "2", *WORKER)
+
+
+def test_a_missing_launcher_is_named(programs, monkeypatch):
+    (programs / "mpirun").unlink()
+    monkeypatch.setenv("PATH", str(programs))
+    with pytest.raises(UsageError, match="launcher mpirun: not found beside"):
+        words(digits(), 2)
+
+
+def test_the_recorded_mpirun_comes_first(programs, tmp_path):
+    other = tmp_path / "other-mpirun"
+    other.write_text("")
+    other.chmod(0o755)
+    record = tmp_path / "hpc-absa-env.json"
+    record.write_text(f'{{"mpi": {{"mpirun": "{other}"}}}}')
+    assert words(digits(), 2)[0] == str(other)
+    record.write_text('{"mpi": 3}')
+    assert words(digits(), 2)[0] == str(programs / "mpirun")
+
+
+def test_the_launcher_named_on_the_command_line_is_checked():
+    with pytest.raises(UsageError, match=r"launch\.launcher = 'mpiexec': expected 'mpirun'"):
+        digits("launch.launcher=mpiexec")

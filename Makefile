@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 SCRIPTS := $(wildcard launch/*.sh) .ci/run
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-mpi check format clean distclean
+.PHONY: help setup demo test test-mpi soak bench check format clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -18,10 +18,17 @@ demo: setup ## train the digits job with ABSA, from 1 rank to 4, and write a rep
 	@ls runs/demo/report.html runs/demo/report.png
 
 test: setup check ## the checks of `make check`, then the whole test suite
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+
+soak: setup ## the longer proofs that `make test` leaves out
+	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+
+bench: setup ## time curvature against PyHessian and curvlinops; wants the machine for itself
+	$(BIN)/python -m pip install --quiet --editable '.[bench]'
+	$(BIN)/python -m benchmarks.curvature
 
 test-mpi: setup ## only the tests that run under mpirun
-	$(BIN)/python -m pytest tests/mpi tests/setup/test_environment.py $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not slow" tests/mpi tests/setup/test_environment.py $(PYTEST_ARGS)
 
 check: setup ## ruff, mypy, import-linter and shellcheck
 	$(BIN)/ruff check

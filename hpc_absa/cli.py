@@ -215,6 +215,28 @@ def verify(
 
 
 @app.command()
+def spectrum(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="One .h5 of a run.")],
+    samples: Annotated[int, typer.Option(min=1, help="Training samples to average over.")] = 512,
+    k: Annotated[int, typer.Option("--k", min=1, help="How many top eigenvalues.")] = 5,
+    root: Annotated[
+        str | None, typer.Option(help="data.root, where the data lies elsewhere now.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Prefix of OUT.h5 and OUT.png; default none is written.")
+    ] = None,
+    as_json: Json = False,
+) -> int:
+    """Compute top eigenvalues, trace and density of the Hessian at a checkpoint.
+
+    Alone, or over several ranks: `mpirun -np 4 hpc-absa spectrum CHECKPOINT`.
+    """
+    from hpc_absa.training import inspection
+
+    return inspection.spectrum(checkpoint, samples, k, root, out, as_json)
+
+
+@app.command()
 def data(
     name: Annotated[
         str | None,

@@ -197,11 +197,12 @@ class Hessian(Section):
     """How the top eigenvalue is estimated at a decision point."""
 
     method: Literal["lanczos", "power"] = "lanczos"
-    """Lanczos needs about half the matvecs of power iteration (`docs/curvature.md`)."""
+    """Lanczos needs about half the products of power iteration (`docs/curvature.md`)."""
     samples: PositiveInt = 512
     """Training samples the Hessian is averaged over; at 128 λ scatters by 10–15 % (ours)."""
     tol: Annotated[float, Field(gt=0, lt=1)] = 1e-2
-    """Relative residual at which an estimate has converged (talk)."""
+    """Estimated relative error at which an estimate has converged (talk). Less buys nothing for
+    decisions: λ scatters by more from sample to sample (`docs/curvature.md`)."""
     max_iter: PositiveInt = 10
     """Matvecs after which an estimate gives up, unconverged (talk)."""
     every: PositiveInt | None = None

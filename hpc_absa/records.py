@@ -16,14 +16,16 @@ class Eigenvalue:
     value: float
     """Largest eigenvalue by value (not by magnitude), in units of the loss per squared weight."""
     residual: float
-    """`‖Hv − λv‖ / |λ|` for the unit vector v returned with it: a bound on the relative error."""
+    """`‖Hv − λv‖ / |λ|` for the unit vector v returned with it: some eigenvalue is this close."""
     matvecs: int
     """Hessian-vector products spent."""
     samples: int
     """Samples the Hessian was averaged over, all ranks together."""
     seconds: float
     converged: bool
-    """Whether `residual` met the tolerance; an unconverged value never makes a run grow."""
+    """Whether the estimated error met the tolerance; otherwise the value never grows a run."""
+    settled: bool = False
+    """Ended early, unconverged: λ is above the threshold asked about, so the run does not grow."""
 
 
 @dataclass(frozen=True)

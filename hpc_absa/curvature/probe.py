@@ -153,6 +153,7 @@ def estimate(
         samples=samples,
         seconds=time.perf_counter() - begin,
         converged=top.converged and not result.stopped,
+        settled=result.stopped,
     )
     vector = comm.broadcast_(top.vector.float().contiguous())
     return Estimate(

@@ -8,7 +8,7 @@ from typing import Any
 
 from hpc_absa.report import text
 from hpc_absa.report.canvas import dress, no_math, say
-from hpc_absa.report.history import Held, History, labels
+from hpc_absa.report.history import DecisionPoint, Held, History, labels
 from hpc_absa.report.palette import Theme
 
 PANELS = ("lr", "global_batch", "ranks", "eigenvalue", "accuracy")
@@ -89,18 +89,23 @@ def _draw_run(
 def _draw_eigenvalues(
     ax: Any, history: History, line: Mapping[str, Any], theme: Theme, single: bool
 ) -> None:
-    """λ at each decision; a hollow point is one that did not converge and decided nothing."""
+    """λ at each decision; hollow points are lower bounds that sufficed, or did not converge."""
     shown = [d for d in history.decisions if d.eigenvalue > 0]
     ax.plot([d.epoch for d in shown], [d.eigenvalue for d in shown], **{**line, "linewidth": 1.2})
-    groups: dict[str, list[Any]] = {"λ": [], "λ, not converged": [], "λ, batch grows": []}
+    names = ("λ", "λ, at least", "λ, not converged", "λ, batch grows")
+    groups: dict[str, list[Any]] = {name: [] for name in names}
     for d in shown:
-        grown = d.action == "grow"
-        key = "λ, batch grows" if grown else "λ" if d.converged else "λ, not converged"
-        groups[key].append(d)
+        groups[_kind(d)].append(d)
     colour = line["color"]
     looks: dict[str, dict[str, Any]] = {
         "λ": {"marker": "o", "s": 16, "color": colour},
-        "λ, not converged": {"marker": "o", "s": 20, "facecolor": theme.paper, "edgecolor": colour},
+        "λ, at least": {"marker": "o", "s": 20, "facecolor": theme.paper, "edgecolor": colour},
+        "λ, not converged": {
+            "marker": "o",
+            "s": 20,
+            "facecolor": theme.paper,
+            "edgecolor": theme.soft,
+        },
         "λ, batch grows": {
             "marker": "^",
             "s": 62,
@@ -140,6 +145,15 @@ def _draw_eigenvalues(
                 columnspacing=1.1,
                 borderaxespad=0.1,
             )
+
+
+def _kind(decision: DecisionPoint) -> str:
+    """What the figure's legend calls this estimate."""
+    if decision.action == "grow":
+        return "λ, batch grows"
+    if decision.settled:
+        return "λ, at least"
+    return "λ" if decision.converged else "λ, not converged"
 
 
 def _draw_threshold(ax: Any, history: History, theme: Theme) -> None:

@@ -49,6 +49,8 @@ class DecisionPoint:
     eigenvalue: float
     residual: float
     converged: bool
+    settled: bool
+    """The estimate ended early, above the threshold: `eigenvalue` is as far as it came."""
     reference: float
     """Eigenvalue that this one was compared with (λ_ref)."""
     matvecs: float

@@ -219,7 +219,9 @@ def _decisions(history: History) -> list[str]:
 
 
 def _decision_numbers(decision: DecisionPoint) -> list[str]:
-    mark = "" if decision.converged or not text.known(decision.eigenvalue) else " (not converged)"
+    mark = ""
+    if text.known(decision.eigenvalue) and not decision.converged:
+        mark = " (at least)" if decision.settled else " (not converged)"
     return [
         text.epoch(decision.epoch),
         text.number(decision.eigenvalue) + mark,

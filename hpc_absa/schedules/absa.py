@@ -48,6 +48,12 @@ class AdaptiveBatch:
         """Until the batch has reached its maximum."""
         return state.global_batch < self.max_batch
 
+    def threshold(self, state: ScheduleState) -> float | None:
+        """`λ_ref/α`; None where the value itself will be the reference, as when patience ends."""
+        if state.reference is None or state.waited + 1 >= self.kappa:
+            return None
+        return state.reference / self.alpha
+
     def decide(self, state: ScheduleState, seen: Observation) -> Decision:
         """Milestones first, then growth; both may come at the same boundary."""
         state, milestone = self.milestones.apply(state, seen)
@@ -68,6 +74,10 @@ class AdaptiveBatch:
     def _decide_growth(self, state: ScheduleState, eigenvalue: Eigenvalue | None) -> Decision:
         value, doubt = _trusted(eigenvalue)
         reference = state.reference
+        if eigenvalue is not None and eigenvalue.settled and reference is not None:
+            above = f"λ above {reference:.4g}/{self.alpha:g} (at least {eigenvalue.value:.4g})"
+            if state.waited < self.kappa:
+                return Decision("continue", above, state)
         if value is not None and reference is not None and value <= reference / self.alpha:
             return self._grow(state, value, f"λ {value:.4g} ≤ {reference:.4g}/{self.alpha:g}")
         if state.waited >= self.kappa:

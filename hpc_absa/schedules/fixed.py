@@ -24,6 +24,10 @@ class Baseline:
         """Never: curvature decides nothing here."""
         return False
 
+    def threshold(self, state: ScheduleState) -> float | None:
+        """None: there is no estimate to cut short."""
+        return None
+
     def decide(self, state: ScheduleState, seen: Observation) -> Decision:
         """Continue, with the learning rate decayed at milestones."""
         state, reason = self.milestones.apply(state, seen)

@@ -22,6 +22,10 @@ class Rule(Protocol):
         """Whether the next decision needs an estimate; asked before each decision point."""
         ...
 
+    def threshold(self, state: ScheduleState) -> float | None:
+        """Eigenvalue above which the next decision is `continue` however far above; None: any."""
+        ...
+
     def decide(self, state: ScheduleState, seen: Observation) -> Decision:
         """What to do at a boundary, with the state that holds from there on."""
         ...

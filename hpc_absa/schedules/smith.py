@@ -26,6 +26,10 @@ class GoogleRule:
         """Never: milestones decide."""
         return False
 
+    def threshold(self, state: ScheduleState) -> float | None:
+        """None: there is no estimate to cut short."""
+        return None
+
     def decide(self, state: ScheduleState, seen: Observation) -> Decision:
         """Grow at milestones, otherwise continue."""
         passed = self.milestones.passed(seen.epoch)

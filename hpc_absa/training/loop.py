@@ -199,6 +199,7 @@ class Loop:
                     tol=hessian.tol,
                     max_iter=hessian.max_iter,
                     start=self._live.eigenvector,
+                    threshold=self._parts.rule.threshold(self._progress.schedule),
                     poll=self._stop.agreed,
                 )
             except Interrupted as interrupted:
@@ -245,36 +246,19 @@ class Loop:
     def _tell(
         self, boundary: Boundary, decision: Decision, before: ScheduleState, probe: Estimate | None
     ) -> None:
-        """The decision as an event and as a sentence."""
-        schedule, ranks = decision.state, self._comm.size
-        grows = decision.action == "grow"
-        next_ranks = max(ranks, self._wanted_ranks(schedule.global_batch)) if grows else ranks
-        eigenvalue = probe.eigenvalue if probe else None
-        self._narrator.emit_when_saved(
-            "decision",
+        ranks, grows = self._comm.size, decision.action == "grow"
+        wanted = self._wanted_ranks(decision.state.global_batch) if grows else ranks
+        self._narrator.decision(
             self._progress.phase - grows,
-            epoch=boundary.epoch,
+            boundary.epoch,
+            before,
+            probe.eigenvalue if probe else None,
+            decision,
             step=self._progress.position.step,
             samples=self._samples(),
-            eigenvalue=eigenvalue.value if eigenvalue else None,
-            residual=eigenvalue.residual if eigenvalue else None,
-            converged=eigenvalue.converged if eigenvalue else None,
-            matvecs=eigenvalue.matvecs if eigenvalue else 0,
-            hessian_samples=eigenvalue.samples if eigenvalue else 0,
-            seconds=eigenvalue.seconds if eigenvalue else 0.0,
-            reference=before.reference,
-            action=decision.action,
-            reason=decision.reason,
-            batch=before.global_batch,
-            next_batch=schedule.global_batch,
             ranks=ranks,
-            next_ranks=next_ranks,
-            lr=before.lr,
-            next_lr=schedule.lr,
+            next_ranks=max(ranks, wanted),
         )
-        if probe or grows:
-            moved = f", ranks {ranks} → {next_ranks}" if next_ranks != ranks else ""
-            self._narrator.say(f"decision at epoch {boundary.epoch:g} · {decision.reason}{moved}")
 
     def _wanted_ranks(self, global_batch: int) -> int:
         return ranks_for(self._parts.job, global_batch, self._limit)

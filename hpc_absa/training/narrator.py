@@ -7,7 +7,11 @@ from typing import Any, TextIO
 
 from hpc_absa import events
 from hpc_absa.checkpoint.store import Published
+from hpc_absa.records import Decision, Eigenvalue, ScheduleState
 from hpc_absa.rundir import RunDir
+
+EVIDENCE = ("residual", "converged", "settled", "seconds")
+"""Fields of an eigenvalue that an event has under the same name."""
 
 LINE_EVERY = 10.0
 """Seconds between progress lines where epochs are longer than that."""
@@ -46,6 +50,47 @@ class Narrator:
         """Append an event once the next checkpoint is durable: what is logged is never redone."""
         if self._speaks:
             self._pending.append((event, phase, {"time": time.time(), **fields}))
+
+    def decision(
+        self,
+        phase: int,
+        epoch: float,
+        before: ScheduleState,
+        eigenvalue: Eigenvalue | None,
+        decision: Decision,
+        *,
+        step: int,
+        samples: int,
+        ranks: int,
+        next_ranks: int,
+    ) -> None:
+        """A decision as an event, once it is saved, and as a sentence where there is news."""
+        evidence: dict[str, Any] = dict.fromkeys(EVIDENCE)
+        if eigenvalue:
+            evidence = {name: getattr(eigenvalue, name) for name in EVIDENCE}
+        self.emit_when_saved(
+            "decision",
+            phase,
+            epoch=epoch,
+            step=step,
+            samples=samples,
+            eigenvalue=eigenvalue.value if eigenvalue else None,
+            **evidence,
+            matvecs=eigenvalue.matvecs if eigenvalue else 0,
+            hessian_samples=eigenvalue.samples if eigenvalue else 0,
+            reference=before.reference,
+            action=decision.action,
+            reason=decision.reason,
+            batch=before.global_batch,
+            next_batch=decision.state.global_batch,
+            ranks=ranks,
+            next_ranks=next_ranks,
+            lr=before.lr,
+            next_lr=decision.state.lr,
+        )
+        if eigenvalue or decision.action == "grow":
+            moved = f", ranks {ranks} → {next_ranks}" if next_ranks != ranks else ""
+            self.say(f"decision at epoch {epoch:g} · {decision.reason}{moved}")
 
     def on_saved(self, phase: int, step: int, samples: int) -> Any:
         """What the store calls when the checkpoint that closes the pending events is durable."""

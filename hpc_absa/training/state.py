@@ -119,7 +119,7 @@ def restore(content: Content, live: Live, origin: str) -> tuple[Live, Progress]:
         CheckpointError: the checkpoint is of another model; names the first difference.
     """
     groups = content.groups
-    _load_model(live.model, groups["model"].arrays, origin)
+    load_model(live.model, groups["model"].arrays, origin)
     for name, parameter in live.model.named_parameters():
         array = groups["optimizer"].arrays.get(f"momentum.{name}")
         if array is not None:
@@ -182,7 +182,8 @@ def broadcast(content: Content | None, comm: Communicator) -> Content:
     )
 
 
-def _load_model(model: nn.Module, arrays: Mapping[str, np.ndarray], origin: str) -> None:
+def load_model(model: nn.Module, arrays: Mapping[str, np.ndarray], origin: str) -> None:
+    """Put saved parameters and buffers into `model`; errors as `restore`."""
     state = model.state_dict()
     for name in sorted(state.keys() ^ arrays.keys()):
         where = "the model" if name in state else "the checkpoint"

@@ -44,8 +44,8 @@ class StopRequest:
         self._last_beat: float | None = None
         self._longest = 0.0
         self._busy = False
-        # A handler in Python waits for the main thread, which may be stuck in a collective; what the
-        # interpreter writes to the wake-up descriptor reaches the watching thread at once.
+        # A handler in Python waits for the main thread, which may be stuck in a collective; what
+        # the interpreter writes to the wake-up descriptor reaches the watching thread at once.
         self._wakeup, told = socket.socketpair()
         told.setblocking(False)
         self._told = told

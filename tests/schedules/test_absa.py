@@ -1,14 +1,14 @@
 """ABS and ABSA over scripted eigenvalues."""
 
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from hpc_absa.checkpoint import Content, Group, file
-from hpc_absa.records import ScheduleState
+from hpc_absa.records import Eigenvalue, Observation, ScheduleState
 from hpc_absa.schedules.absa import AdaptiveBatch, Adversarial
 from hpc_absa.schedules.rule import Milestones
 from tests.schedules.tables import actions, at, batches, follow, found, rates, unconverged
@@ -242,3 +242,20 @@ def test_a_resume_in_between_decides_the_same(tmp_path, stop):
     back = ScheduleState(**file.read(tmp_path / "x.h5").groups["schedule"].attributes)
     assert back == state
     assert follow(rule, boundaries[stop + 1 :], back) == whole[stop + 1 :]
+
+
+def test_a_settled_estimate_is_above_the_threshold_and_never_grows():
+    rule = AdaptiveBatch(32, 256, 0.1, 2.0, 2, 3, Milestones((), 0.2))
+    state = replace(rule.initial(), reference=8.0)
+    assert rule.threshold(state) == 4.0
+    settled = Eigenvalue(5.5, 0.1, 1, 16, 0.0, converged=False, settled=True)
+    decision = rule.decide(state, Observation(1.0, True, settled))
+    assert (decision.action, decision.reason) == ("continue", "λ above 8/2 (at least 5.5)")
+    assert decision.state == replace(state, waited=1)
+
+
+def test_where_the_value_will_be_a_reference_nothing_is_settled_early():
+    rule = AdaptiveBatch(32, 256, 0.1, 2.0, 2, 3, Milestones((), 0.2))
+    assert rule.threshold(rule.initial()) is None
+    assert rule.threshold(replace(rule.initial(), reference=8.0, waited=2)) is None
+    assert rule.threshold(replace(rule.initial(), reference=8.0, waited=1)) == 4.0

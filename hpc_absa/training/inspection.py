@@ -1,0 +1,85 @@
+"""Looking at a checkpoint's model without training it: `hpc-absa spectrum`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hpc_absa import job as jobs
+from hpc_absa.checkpoint import Content, read
+from hpc_absa.comm import Communicator, connect
+from hpc_absa.curvature import picture
+from hpc_absa.curvature import spectrum as curvature
+from hpc_absa.job import Job
+from hpc_absa.plan import course_of
+from hpc_absa.rundir import RunDir
+from hpc_absa.training.agreement import AgreedError, agreed
+from hpc_absa.training.material import (
+    build_batches,
+    build_model_and_loss,
+    device_of,
+    hessian_sample,
+    open_data,
+    threads_per_rank,
+)
+from hpc_absa.training.state import broadcast, load_model
+
+
+def spectrum(
+    checkpoint: Path, samples: int, k: int, root: str | None, out: Path | None, as_json: bool
+) -> int:
+    """Print, and where asked for save, the spectrum at a checkpoint; one rank's whole life."""
+    comm = connect()
+    try:
+        found = _spectrum(comm, checkpoint, samples, k, root)
+    except AgreedError as error:
+        if comm.rank == 0:
+            print(f"hpc-absa: {error}", file=sys.stderr)
+        return int(error.status)
+    finally:
+        comm.close()
+    if comm.rank == 0:
+        summary = curvature.to_dict(found)
+        print(json.dumps(summary) if as_json else _lines(found))
+        if out:
+            curvature.save(found, out.with_suffix(".h5"))
+            picture.draw(found, out.with_suffix(".png"))
+            print(
+                f"written: {out.with_suffix('.h5')} and {out.with_suffix('.png')}", file=sys.stderr
+            )
+    return 0
+
+
+def _spectrum(
+    comm: Communicator, checkpoint: Path, samples: int, k: int, root: str | None
+) -> curvature.Spectrum:
+    content = broadcast(agreed(comm, lambda: read(checkpoint) if comm.rank == 0 else None), comm)
+    job = agreed(comm, lambda: _job(content, checkpoint, root))
+    torch.set_num_threads(threads_per_rank(job, comm.local_size))
+    device = agreed(comm, lambda: device_of(job, comm))
+    dataset = open_data(job, RunDir(checkpoint.resolve().parent.parent), comm)
+    model, loss = agreed(comm, lambda: build_model_and_loss(job, dataset, device))
+    agreed(comm, lambda: load_model(model, content.groups["model"].arrays, str(checkpoint)))
+    course = course_of(job, len(dataset.train.labels))
+    sample = hessian_sample(job, build_batches(job, dataset, course, device), course, samples)
+    return curvature.spectrum(
+        model, loss, sample, comm, samples=sample.size, microbatch=course.microbatch, k=k
+    )
+
+
+def _job(content: Content, checkpoint: Path, root: str | None) -> Job:
+    override = (f"data.root={json.dumps(root)}",) if root else ()
+    return jobs.parse(str(content.groups["job"].attributes["text"]), str(checkpoint), override)
+
+
+def _lines(found: curvature.Spectrum) -> str:
+    summary: dict[str, Any] = curvature.to_dict(found)
+    top, trace = summary["top"], summary["trace"]
+    values = "  ".join(f"{value:.5g}" for value in top["values"])
+    return (
+        f"top eigenvalues  {values}\ntrace            {trace['value']:.5g} ± {trace['error']:.2g}"
+    )

@@ -1,0 +1,40 @@
+"""`hpc-absa spectrum` on a checkpoint of a real run, alone."""
+
+import json
+import subprocess
+import sys
+
+import h5py
+import pytest
+
+from hpc_absa.checkpoint.store import listed
+from hpc_absa.rundir import RunDir
+from tests.mpi.jobs import write_job
+
+
+def hpc_absa(*words):
+    command = [sys.executable, "-m", "hpc_absa", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.slow
+def test_the_spectrum_of_a_checkpoint(tmp_path):
+    job, run = write_job(tmp_path, most=1), tmp_path / "run"
+    trained = hpc_absa("train", job, "--run-dir", run, "--set", "train.epochs=1")
+    assert trained.returncode == 0, trained.stdout
+    checkpoint = listed(RunDir(run).checkpoints)[-1]
+    out = tmp_path / "spectrum"
+    done = hpc_absa("spectrum", checkpoint, "--samples", 64, "--k", 2, "--out", out, "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["samples"] == 64
+    assert found["top"]["values"][0] >= found["top"]["values"][1] > 0
+    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    with h5py.File(out.with_suffix(".h5")) as file:
+        assert "top" in file
+
+
+def test_a_file_that_is_no_checkpoint_costs_one_line(tmp_path):
+    done = hpc_absa("spectrum", tmp_path / "no.h5")
+    assert done.returncode == 1
+    assert done.stderr.strip() == f"hpc-absa: {tmp_path}/no.h5: no such file"

@@ -201,13 +201,17 @@ def clear(run: RunDir) -> None:
 
     Raises:
         UsageError: the folder holds something that is no run.
+        RunLockedError: a supervisor is at work on it.
     """
     if not run.path.exists():
         return
     known = run.job.exists() or run.events.exists() or not any(run.path.iterdir())
     if not known:
         raise UsageError(f"{run.path}: not a run directory; --fresh removes nothing else")
+    lock = RunLock(run)
+    lock.acquire()
     shutil.rmtree(run.path)
+    lock.release()
 
 
 def default_run_dir(job: Job) -> Path:

@@ -65,6 +65,8 @@ class Narrator:
         next_ranks: int,
     ) -> None:
         """A decision as an event, once it is saved, and as a sentence where there is news."""
+        moved = f", ranks {ranks} → {next_ranks}" if next_ranks != ranks else ""
+        reason = decision.reason + moved
         evidence: dict[str, Any] = dict.fromkeys(EVIDENCE)
         if eigenvalue:
             evidence = {name: getattr(eigenvalue, name) for name in EVIDENCE}
@@ -80,7 +82,7 @@ class Narrator:
             hessian_samples=eigenvalue.samples if eigenvalue else 0,
             reference=before.reference,
             action=decision.action,
-            reason=decision.reason,
+            reason=reason,
             batch=before.global_batch,
             next_batch=decision.state.global_batch,
             ranks=ranks,
@@ -89,8 +91,7 @@ class Narrator:
             next_lr=decision.state.lr,
         )
         if eigenvalue or decision.action == "grow":
-            moved = f", ranks {ranks} → {next_ranks}" if next_ranks != ranks else ""
-            self.say(f"decision at epoch {epoch:g} · {decision.reason}{moved}")
+            self.say(f"decision at epoch {epoch:g} · {reason}")
 
     def on_saved(self, phase: int, step: int, samples: int) -> Any:
         """What the store calls when the checkpoint that closes the pending events is durable."""

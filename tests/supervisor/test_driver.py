@@ -87,6 +87,8 @@ def test_a_job_grows_through_three_worlds(undisturbed):
     assert [(e["ranks"], e["global_batch"]) for e in starts] == [(1, 32), (2, 64), (4, 128)]
     assert [(e["from_ranks"], e["to_ranks"]) for e in run.events("resize")] == [(1, 2), (2, 4)]
     assert "batch 32 → 64, ranks 1 → 2" in output
+    grown = [e["reason"] for e in run.events("decision") if e["action"] == "grow"]
+    assert [reason.split(", ")[-1] for reason in grown] == ["ranks 1 → 2", "ranks 2 → 4"]
     assert [e["epoch"] for e in run.events("epoch")] == [1, 2, 3, 4]
     assert (
         run.events("done")[0]["steps"] == starts[-1]["step"] + run.events("phase_end")[-1]["steps"]

@@ -1,5 +1,7 @@
 # VENV=dir, PYTHON=python3.12 and HPC_ABSA_MPI=site|package choose the environment; see CONTRIBUTING.md.
 VENV ?= .venv
+# packed CIFAR-10 for `make bench`: hpc-absa data cifar10 --root DIR makes it
+DATA ?= data/cifar10.h5
 export VENV
 BIN := $(VENV)/bin
 SCRIPTS := $(wildcard launch/*.sh) .ci/run
@@ -25,7 +27,7 @@ soak: setup ## the longer proofs that `make test` leaves out
 
 bench: setup ## time curvature against PyHessian and curvlinops; wants the machine for itself
 	$(BIN)/python -m pip install --quiet --editable '.[bench]'
-	$(BIN)/python -m benchmarks.curvature
+	$(BIN)/python -m benchmarks.curvature $(DATA)
 
 test-mpi: setup ## only the tests that run under mpirun
 	$(BIN)/python -m pytest -m "not slow" tests/mpi tests/setup/test_environment.py $(PYTEST_ARGS)

@@ -11,6 +11,9 @@ import time
 from hpc_absa.errors import RunLockedError
 from hpc_absa.rundir import RunDir
 
+SUPERVISED = "HPC_ABSA_SUPERVISED"
+"""Environment variable of ranks whose supervisor holds the run directory's lock for them."""
+
 PATIENCE = 90.0
 """Seconds that the world of a killed supervisor is given to save and end."""
 

@@ -76,6 +76,12 @@ class RunDir:
         """What one rank printed from the phase in which it was started."""
         return self.logs / f"phase-{phase:03d}-rank-{rank:04d}.log"
 
+    def write_job(self, text: str) -> None:
+        """Put the resolved job in place, whole or not at all: a kill costs nothing."""
+        temporary = self.path / f".job.{os.getpid()}.toml"
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, self.job)
+
     def create(self) -> RunDir:
         """Make the folders; existing ones are left as they are."""
         for folder in (self.path, self.checkpoints, self.logs):

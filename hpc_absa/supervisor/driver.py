@@ -16,12 +16,11 @@ from hpc_absa import events, worldsize
 from hpc_absa import job as jobs
 from hpc_absa.errors import ExitStatus, HpcAbsaError, UsageError
 from hpc_absa.job import Job
-from hpc_absa.lock import RunLock
+from hpc_absa.lock import SUPERVISED, RunLock
 from hpc_absa.rundir import RunDir
 from hpc_absa.supervisor.launchers import command
 from hpc_absa.supervisor.world import Ending, World
 
-SUPERVISED = "HPC_ABSA_SUPERVISED"
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -112,7 +111,7 @@ class Supervisor:
         if self._run.job.exists() and any(self._run.checkpoints.glob("*.h5")):
             saved = jobs.load(self._run.job)
             jobs.refuse_changes(saved, job, str(self._run.job), self._allow)
-        self._run.job.write_text(jobs.dump(job), encoding="utf-8")
+        self._run.write_job(jobs.dump(job))
         self._run.stop_request.unlink(missing_ok=True)
         self._run.failure.unlink(missing_ok=True)
 

@@ -16,7 +16,7 @@ from hpc_absa import job as jobs
 from hpc_absa.comm import Communicator, connect
 from hpc_absa.errors import ExitStatus
 from hpc_absa.job import Job
-from hpc_absa.lock import RunLock, host
+from hpc_absa.lock import SUPERVISED, RunLock, host
 from hpc_absa.records import PhaseOutcome
 from hpc_absa.rundir import RunDir
 from hpc_absa.training.agreement import AgreedError, agreed
@@ -25,9 +25,6 @@ from hpc_absa.training.clock import Clock
 from hpc_absa.training.loop import Loop
 from hpc_absa.training.narrator import Narrator
 from hpc_absa.training.stop import StopRequest
-
-SUPERVISED = "HPC_ABSA_SUPERVISED"
-"""Set by the supervisor, which holds the run directory's lock for its worlds."""
 
 
 def main(
@@ -93,7 +90,7 @@ def _prepare(job: Job, run: RunDir, comm: Communicator, lock: RunLock) -> None:
     if SUPERVISED not in os.environ:
         lock.acquire()
         run.stop_request.unlink(missing_ok=True)
-        run.job.write_text(jobs.dump(job), encoding="utf-8")
+        run.write_job(jobs.dump(job))
 
 
 def _resized_from(run: RunDir) -> events.Event | None:

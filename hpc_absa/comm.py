@@ -9,10 +9,13 @@ or through Horovod where it runs without MPI (`horovodrun --gloo`).
 from __future__ import annotations
 
 import os
+import sys
 import time
 from typing import Any, Protocol
 
 import torch
+
+from hpc_absa.errors import UsageError
 
 WORLD_SIZE_VARIABLES = (
     "OMPI_COMM_WORLD_SIZE",  # Open MPI's mpirun
@@ -122,8 +125,13 @@ class HorovodCommunicator:
     """Ranks started by mpirun, horovodrun or srun."""
 
     def __init__(self) -> None:
-        import horovod.torch as hvd
-
+        try:
+            import horovod.torch as hvd
+        except ImportError as error:
+            raise UsageError(
+                f"Horovod does not import in {sys.executable} ({error}); launch/bootstrap.sh "
+                "builds an environment that has it"
+            ) from None
         self._hvd = hvd
         self._mpi = self._mpi_world()
         hvd.init()

@@ -253,11 +253,13 @@ make_horovod() {  # OUT: builds the wheel there
   fi
   check_sdist "$sdist"
   tar -xzf "$sdist" -C "$work"
-  # PyTorch >= 2.1 wants C++17; this is the only change to the published source.
-  sed -i 's/set(CMAKE_CXX_STANDARD 14)/set(CMAKE_CXX_STANDARD 17)/' \
-    "$work/horovod-$HOROVOD"/{,horovod/torch/}CMakeLists.txt
+  # PyTorch >= 2.1 and CUDA >= 13 want C++17; this is the only change to the published source.
+  sed -i -E 's/set\(CMAKE_(CXX|CUDA)_STANDARD 1[14]\)/set(CMAKE_\1_STANDARD 17)/' \
+    "$work/horovod-$HOROVOD"/{,horovod/torch/,horovod/common/ops/cuda/}CMakeLists.txt
+  # Its sources rely on standard headers that GCC >= 13 no longer includes along with others.
   # MAKEFLAGS is set here, because one inherited from make would switch off parallel compilation.
   run env MAKEFLAGS="-j$(nproc)" PYTHONPATH="$work/tools" \
+    CXXFLAGS="${CXXFLAGS:-} -include string -include stdexcept -include cstdint" \
     PATH="$work/tools/cmake/data/bin:$MPI_PATH" ${OPAL_PREFIX_WORD:+"$OPAL_PREFIX_WORD"} \
     HOROVOD_WITH_PYTORCH=1 HOROVOD_WITH_MPI=1 HOROVOD_WITH_GLOO=1 \
     HOROVOD_WITHOUT_TENSORFLOW=1 HOROVOD_WITHOUT_MXNET=1 ${GPU:+HOROVOD_GPU_OPERATIONS="$GPU"} \

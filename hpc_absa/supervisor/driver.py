@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -105,6 +106,11 @@ class Supervisor:
 
     def _claim(self) -> None:
         """Make the run directory this run's: its lock, its job file, no leftovers."""
+        if find_spec("horovod") is None:
+            raise UsageError(
+                f"Horovod is not installed for {sys.executable}; launch/bootstrap.sh builds an "
+                "environment that has it"
+            )
         job = self._job
         self._run.create()
         self._lock.acquire()

@@ -11,7 +11,10 @@ from pathlib import Path
 import pytest
 
 from hpc_absa import events
+from hpc_absa import job as jobs
+from hpc_absa.errors import UsageError
 from hpc_absa.rundir import RunDir
+from hpc_absa.supervisor import driver
 from tests.mpi.jobs import final_weights, relative_difference, write_job
 
 pytestmark = pytest.mark.mpi
@@ -204,6 +207,14 @@ def test_a_users_mistake_costs_one_line_and_exit_2(tmp_path, override, message):
     (line,) = output.strip().splitlines()
     assert line.startswith("hpc-absa: ")
     assert message in line
+
+
+def test_without_horovod_nothing_is_started(tmp_path, monkeypatch):
+    monkeypatch.setattr(driver, "find_spec", lambda name: None)
+    run = RunDir(tmp_path / "run")
+    with pytest.raises(UsageError, match="Horovod is not installed"):
+        driver.Supervisor(jobs.load(write_job(tmp_path)), run, ()).supervise()
+    assert not run.path.exists()
 
 
 def test_a_changed_job_is_refused_and_a_fresh_one_begins_anew(tmp_path, undisturbed):

@@ -41,7 +41,7 @@ class Images:
 def main() -> None:
     options = _options()
     torch.set_num_threads(options.threads)
-    model, images = _trained(options)
+    model, images = trained(options)
     reference = _ours(model, images, tol=1e-7, microbatch=options.microbatch, max_iter=60)[0]
     gradient = partial(_gradient, model, images)
     contenders: dict[str, Callable[[], tuple[float, str]]] = {}
@@ -80,7 +80,7 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _trained(options: argparse.Namespace) -> tuple[nn.Module, Images]:
+def trained(options: argparse.Namespace) -> tuple[nn.Module, Images]:
     """A briefly trained model, and the images to take the Hessian on."""
     torch.manual_seed(0)
     with h5py.File(options.data) as file:

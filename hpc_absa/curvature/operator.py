@@ -199,7 +199,7 @@ class HessianOperator:
         return torch.zeros(self.size, dtype=torch.float64, device=self.device)
 
     def _reduced(self, total: Tensor) -> Tensor:
-        return self.comm.sum_(total.to(self.dtype))
+        return self.comm.sum_(total).to(self.dtype)
 
     def _shaped(self, vector: Tensor) -> list[Tensor]:
         pieces = vector.to(self.device, self.dtype).split([p.numel() for p in self.parameters])

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from hpc_absa.curvature.operator import HessianOperator, HessianSample, Interrup
 from hpc_absa.curvature.state import observed
 from hpc_absa.records import Eigenvalue
 
-__all__ = ["Estimate", "HessianSample", "Interrupted", "affordable", "estimate", "resolve"]
+__all__ = ["Estimate", "HessianSample", "Interrupted", "estimate"]
 
 Method = Literal["lanczos", "power"]
 
@@ -117,8 +117,9 @@ def estimate(
     cascade = method == "lanczos" and 2 * coarse <= samples
 
     keep = 3 * microbatch // 2 if keep_samples is None else keep_samples
+    piece = min(microbatch, coarse)
     if next(model.parameters()).device.type == "cpu":
-        microbatch = min(microbatch, PIECE)
+        microbatch, piece = min(microbatch, PIECE), min(piece, COARSE_LEAST)
 
     def search(count: int, size: int) -> _Search:
         kept = max(1, keep // max(size, 1))
@@ -132,7 +133,7 @@ def estimate(
         spent = coarse_matvecs = 0
         found: eigen.Result | None = None
         if cascade:
-            first = search(coarse, min(microbatch, COARSE_LEAST))
+            first = search(coarse, piece)
             limit = None if threshold is None else CERTAIN * threshold
             found = first.run(method, start, COARSE_TOLERANCE, COARSE_ITERATIONS, limit)
             spent, coarse_matvecs = first.samples_processed, found.matvecs
@@ -159,65 +160,6 @@ def estimate(
     return Estimate(
         value, vector, top.error, spread, result.lowest, result.stopped, coarse_matvecs, spent
     )
-
-
-def resolve(
-    model: nn.Module,
-    loss_fn: Loss,
-    sample: HessianSample,
-    comm: Communicator,
-    *,
-    samples: int,
-    most: int,
-    threshold: float,
-    start: Tensor | None = None,
-    confidence: float = 1.0,
-    **settings: Any,
-) -> Estimate:
-    """An estimate on as much of the sample as it takes to tell on which side of `threshold` λ lies.
-
-    Begins with `samples` and doubles them, up to `most`, while λ is within `confidence` standard
-    errors of the threshold; each larger sample contains the smaller one and starts from its vector.
-
-    Every argument not named here, and what is raised, as `estimate`.
-
-    Args:
-        model: as there.
-        loss_fn: as there.
-        sample: as there.
-        comm: as there.
-        samples: to begin with.
-        most: samples at most.
-        threshold: the question.
-        start: as there.
-        confidence: standard errors that count as doubt.
-        settings: as there.
-    """
-    while True:
-        found = estimate(
-            model, loss_fn, sample, comm,
-            samples=samples, threshold=threshold, start=start, **settings,
-        )  # fmt: skip
-        distance = abs(found.eigenvalue.value - threshold)
-        doubtful = distance < confidence * found.sampling_error
-        if found.settled or not doubtful or 2 * samples > min(most, sample.size):
-            return found
-        samples, start = 2 * samples, found.vector
-
-
-def affordable(probe_seconds: float, work_seconds: float, share: float = 0.01) -> int:
-    """Every how many decision points a probe keeps within its share of the time.
-
-    Args:
-        probe_seconds: the last probe's time.
-        work_seconds: time between two decision points, probes left out.
-        share: of the whole, probes included, that probes may take.
-    """
-    if not 0 < share < 1:
-        raise ValueError(f"share: expected between 0 and 1, got {share}")
-    if work_seconds <= 0:
-        return 1
-    return max(1, math.ceil(probe_seconds * (1 - share) / (share * work_seconds)))
 
 
 class _Search:
@@ -301,9 +243,13 @@ class _Search:
         return [start.to(device=self.operator.device, dtype=self.operator.dtype)]
 
     def _noise(self) -> Tensor:
-        generator = torch.Generator().manual_seed(0)
-        noise = torch.randn(self.operator.size, generator=generator, dtype=torch.float64)
-        return noise.to(device=self.operator.device, dtype=self.operator.dtype)
+        """Standard normal [P], made on the device; rank 0's, as a GPU's depends on its model."""
+        device = self.operator.device
+        generator = torch.Generator(device).manual_seed(0)
+        noise = torch.randn(
+            self.operator.size, generator=generator, dtype=self.operator.dtype, device=device
+        )
+        return self.operator.agree(noise)
 
 
 def _unit(vector: Tensor) -> Tensor:

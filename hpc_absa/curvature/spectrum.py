@@ -21,6 +21,7 @@ from hpc_absa.comm import Communicator
 from hpc_absa.curvature import eigen
 from hpc_absa.curvature.operator import HessianOperator, HessianSample, Loss, Matrix
 from hpc_absa.curvature.state import observed, trainable
+from hpc_absa.curvature.subspace import Agree, Subspace, dots
 from hpc_absa.curvature.surface import Slice, slices
 
 Floats = NDArray[np.float64]
@@ -125,6 +126,7 @@ def spectrum(
     kept: int = 2,
     matrix: Matrix = "hessian",
     poll: Callable[[], bool] | None = None,
+    progress: Callable[[str, int], None] = lambda part, products: None,
 ) -> Spectrum:
     """Everything about the Hessian of the mean loss over the first `samples`, same on all ranks.
 
@@ -148,10 +150,12 @@ def spectrum(
         kept: microbatches whose graph is kept, see `HessianOperator`.
         matrix: `hessian` or `gauss-newton`.
         poll: asked between products, the same answer on all ranks; True raises.
+        progress: told before each product which part it is for, and how many there were so far.
 
     Raises:
         Interrupted: `poll` answered True.
     """
+    part = ""
     with observed(model):
         operator = HessianOperator(
             model, loss_fn, sample, comm, samples=samples, microbatch=microbatch,
@@ -159,12 +163,17 @@ def spectrum(
         )  # fmt: skip
 
         def product(vector: Tensor) -> Tensor:
+            progress(part, operator.matvecs)
             return operator.matvec(vector)[0]
 
         like, agree = operator.gradient(), operator.agree
+        part = "top eigenvalues"
         top = top_eigenvalues(product, like, k=k, tol=tol, max_iter=max_iter, agree=agree)
+        part = "trace"
         trace = hutch(product, like, matvecs=trace_matvecs, agree=agree)
+        part = "density"
         density = quadrature(product, like, steps=density_steps, probes=density_probes, agree=agree)
+        progress("layers", operator.matvecs)
         blocks = tuple(_layer(operator, name, tol) for name in trainable(model)) if layers else ()
         loss = operator.loss()
         lines = slices(operator, top.vectors[:2], top.values[:2], slice_points)
@@ -178,7 +187,7 @@ def top_eigenvalues(
     k: int,
     tol: float,
     max_iter: int,
-    agree: eigen.Agree = lambda scalars: scalars,
+    agree: Agree = lambda scalars: scalars,
 ) -> TopEigenvalues:
     """The k largest by value (`eigen.lanczos` from `start`, which may be zero)."""
     starts = [start, random_vector(start, 0)]
@@ -201,7 +210,7 @@ def hutch(
     *,
     matvecs: int,
     seed: int = 0,
-    agree: eigen.Agree = lambda scalars: scalars,
+    agree: Agree = lambda scalars: scalars,
 ) -> Trace:
     """Trace by Hutch++ (Meyer, Musco, Musco, Woodruff 2021, algorithm 1).
 
@@ -219,7 +228,7 @@ def hutch(
     if matvecs < 6:
         raise ValueError(f"matvecs: expected 6 or more (a third of them sketch), got {matvecs}")
     third = min(matvecs // 3, like.numel())
-    space = eigen.Subspace(like, third, agree)
+    space = Subspace(like, third, agree)
     spent, exact = 0, 0.0
     for index in range(third):
         direction = space.orthogonal(matvec(random_signs(like, seed + index)))
@@ -235,7 +244,7 @@ def hutch(
     if len(space) < like.numel():
         for index in range(matvecs - 2 * third):
             probe = space.project_out(random_signs(like, seed + 10_000 + index))
-            rest.append(float(agree(eigen.dots(probe[None], matvec(probe)))[0]))
+            rest.append(float(agree(dots(probe[None], matvec(probe)))[0]))
             spent += 1
     estimate = float(np.mean(rest)) if rest else 0.0
     error = float(np.std(rest, ddof=1) / math.sqrt(len(rest))) if len(rest) > 1 else 0.0
@@ -251,7 +260,7 @@ def quadrature(
     points: int = 400,
     width: float = 0.0,
     seed: int = 0,
-    agree: eigen.Agree = lambda scalars: scalars,
+    agree: Agree = lambda scalars: scalars,
 ) -> Density:
     """Spectral density by stochastic Lanczos quadrature (Ubaru, Chen, Saad 2017, section 3).
 
@@ -288,10 +297,10 @@ def quadrature(
 
 
 def _nodes(
-    matvec: eigen.Matvec, start: Tensor, steps: int, agree: eigen.Agree
+    matvec: eigen.Matvec, start: Tensor, steps: int, agree: Agree
 ) -> tuple[Floats, Floats, int]:
     """Ritz values and weights of one probe vector, and the products they took."""
-    space = eigen.Subspace(start, steps, agree)
+    space = Subspace(start, steps, agree)
     vector: Tensor | None = start
     spent = 0
     while spent < steps and vector is not None:

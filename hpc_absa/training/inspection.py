@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 
 from hpc_absa import job as jobs
 from hpc_absa.checkpoint import Content, read
@@ -66,9 +67,11 @@ def _spectrum(
     agreed(comm, lambda: load_model(model, content.groups["model"].arrays, str(checkpoint)))
     course = course_of(job, len(dataset.train.labels))
     sample = hessian_sample(job, build_batches(job, dataset, course, device), course, samples)
-    return curvature.spectrum(
-        model, loss, sample, comm, samples=sample.size, microbatch=course.microbatch, k=k
-    )
+    with Console(stderr=True, quiet=comm.rank > 0).status("spectrum") as status:
+        return curvature.spectrum(
+            model, loss, sample, comm, samples=sample.size, microbatch=course.microbatch, k=k,
+            progress=lambda part, products: status.update(f"{part}, {products} products so far"),
+        )  # fmt: skip
 
 
 def _job(content: Content, checkpoint: Path, root: str | None) -> Job:

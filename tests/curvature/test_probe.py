@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from hpc_absa.comm import SerialCommunicator
-from hpc_absa.curvature.probe import Interrupted, affordable, estimate, resolve
+from hpc_absa.curvature.probe import Interrupted, estimate
 from tests.curvature.nets import build, dense
 
 SETTINGS = {"method": "lanczos", "samples": 20, "microbatch": 6, "tol": 1e-2, "max_iter": 20}
@@ -158,19 +158,6 @@ def test_a_wrong_argument_is_named(change, message):
         probe(**change)
 
 
-def test_a_doubtful_answer_takes_more_samples():
-    model, loss, sample = build("conv", 64, torch.float32)
-    settings = SETTINGS | {"microbatch": 4, "samples": 8}
-    small = estimate(model, loss, sample, SerialCommunicator(), **settings)
-    ask = settings | {"most": 64}
-    near = small.eigenvalue.value + small.sampling_error / 4
-    found = resolve(model, loss, sample, SerialCommunicator(), threshold=near, **ask)
-    assert found.eigenvalue.samples > 8
-    far = small.eigenvalue.value + 4 * small.sampling_error
-    found = resolve(model, loss, sample, SerialCommunicator(), threshold=far, **ask)
-    assert found.eigenvalue.samples == 8
-
-
 def test_a_large_sample_is_searched_from_a_small_one():
     model, loss, sample = build("conv", 64, torch.float32)
     settings = SETTINGS | {"samples": 64, "microbatch": 16}
@@ -182,10 +169,3 @@ def test_a_large_sample_is_searched_from_a_small_one():
     assert settled.settled
     assert settled.eigenvalue.samples == 16
     assert not settled.eigenvalue.converged
-
-
-@pytest.mark.parametrize(("probe_seconds", "work", "every"), [(1, 200, 1), (2, 50, 4), (1, 0, 1)])
-def test_a_probe_is_afforded_its_share(probe_seconds, work, every):
-    assert affordable(probe_seconds, work, 0.01) == every
-    if work:
-        assert probe_seconds / (probe_seconds + every * work) <= 0.01

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 KINDS = ("comp", "adversarial", "comm", "hessian", "data", "eval", "checkpoint", "start", "other")
@@ -14,6 +14,8 @@ class Clock:
 
     def __init__(self) -> None:
         """Everything is `other` until told otherwise."""
+        self.settle: Callable[[], None] = _settled
+        """Waits until the device has done what it was given, so that its time is charged here."""
         self._open = ["other"]
         self.restart()
 
@@ -43,6 +45,11 @@ class Clock:
         return dict(self._seconds)
 
     def _charge(self) -> None:
+        self.settle()
         now = time.perf_counter()
         self._seconds[self._open[-1]] += now - self._since
         self._since = now
+
+
+def _settled() -> None:
+    """A CPU has done its work when the call returns."""

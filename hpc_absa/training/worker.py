@@ -11,6 +11,8 @@ import traceback
 from pathlib import Path
 from typing import TextIO
 
+import torch
+
 from hpc_absa import events, worldsize
 from hpc_absa import job as jobs
 from hpc_absa.comm import Communicator, connect
@@ -65,6 +67,8 @@ def work(
     clock.add("start", _seconds_since_start())
     with clock("start"):
         parts, live, progress, origin = assemble(job, run, comm, clock, allow_changed)
+        if parts.device.type == "cuda":
+            clock.settle = torch.cuda.synchronize
         _redirect_output(run, progress.phase, comm.rank)
     narrator = Narrator(run, comm.rank, people)
     loop = Loop(

@@ -36,3 +36,20 @@ def test_an_exception_closes_its_kind(monkeypatch):
         raise ValueError("x")
     now[0] += 5
     assert clock.seconds()["other"] == 5
+
+
+def test_what_a_device_still_computes_is_charged_to_who_asked_for_it(monkeypatch):
+    now, queued = [0.0], [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    clock = Clock()
+
+    def settle():
+        now[0] += queued[0]
+        queued[0] = 0.0
+
+    clock.settle = settle
+    with clock("comp"):
+        queued[0] = 3.0
+    with clock("comm"):
+        now[0] += 1
+    assert (clock.seconds()["comp"], clock.seconds()["comm"]) == (3, 1)

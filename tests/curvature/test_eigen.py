@@ -27,7 +27,7 @@ def operator(values, seed=0, dtype=torch.float64):
     return (lambda v: matrix @ v), matrix, start
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(VALUES, min_size=2, max_size=24), st.integers(0, 99), st.booleans())
 @example([0.0, 0.0, 0.0], 0, False)
 @example([-1.0, -2.0, -3.0, -100.0], 0, False)
@@ -47,7 +47,7 @@ def test_the_top_value_whatever_the_spectrum(values, seed, restart):
     assert found.top.value == pytest.approx(max(values), abs=1e-8 * scale + cluster + 1e-300)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(VALUES, min_size=6, max_size=20), st.integers(0, 99))
 def test_the_k_largest(values, seed):
     matvec, _, start = operator(values, seed)

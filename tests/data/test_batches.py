@@ -35,7 +35,7 @@ def batches(dataset, b=10, remainder="carry", seed=3, padding=2, flip=True, **mo
     return Batches(dataset, course, seed, padding=padding, flip=flip, device=CPU, **more)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(b=st.integers(1, N), epochs=st.integers(1, 4), ranks=st.integers(1, 4))
 def test_every_sample_once_an_epoch_whichever_ranks_read(dataset, b, epochs, ranks):
     reading = batches(dataset, b)

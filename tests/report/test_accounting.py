@@ -163,7 +163,7 @@ stretch = st.tuples(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.lists(stretch, min_size=1, max_size=6))
 def test_seconds_always_add_up(stretches):
     """Whatever the events claim, however they contradict each other."""

@@ -1,0 +1,41 @@
+"""The job file (TOML): what it may say, reading it, and going on with a changed one."""
+
+from hpc_absa.job.base import Count, Fraction, Named, Positive, Section
+from hpc_absa.job.changes import WITHOUT_EFFECT, refuse_changes
+from hpc_absa.job.file import dump, load, parse
+from hpc_absa.job.model import Checkpoint, Data, Hessian, Job, Launch, Model, Ranks, Train
+from hpc_absa.job.schedule import (
+    AdaptiveBatch,
+    AdversarialAdaptiveBatch,
+    Baseline,
+    FacebookRule,
+    GoogleRule,
+    Schedule,
+)
+
+__all__ = [
+    "WITHOUT_EFFECT",
+    "AdaptiveBatch",
+    "AdversarialAdaptiveBatch",
+    "Baseline",
+    "Checkpoint",
+    "Count",
+    "Data",
+    "FacebookRule",
+    "Fraction",
+    "GoogleRule",
+    "Hessian",
+    "Job",
+    "Launch",
+    "Model",
+    "Named",
+    "Positive",
+    "Ranks",
+    "Schedule",
+    "Section",
+    "Train",
+    "dump",
+    "load",
+    "parse",
+    "refuse_changes",
+]

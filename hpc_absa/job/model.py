@@ -1,0 +1,173 @@
+"""The tables of a job file: frozen, unknown keys refused, every field with unit and origin.
+
+Origins named below: *talk* is the ABSA talk and arXiv:1810.01021, *Goyal* arXiv:1706.02677, *Smith*
+arXiv:1711.00489, *ours* a choice of this project, with its reason.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+
+from hpc_absa.job.base import Count, Named, Positive, Section
+from hpc_absa.job.schedule import Schedule
+
+_HOST = re.compile(r"[^\s:,]+(:0*[1-9][0-9]*)?")
+
+
+class Data(Named):
+    """The data set. Other keys go to a `package.module:function` as its arguments."""
+
+    root: str = ""
+    """Folder of the data set, or its packed HDF5 file; empty for data that needs none (digits)."""
+    padding: Count | None = None
+    """Pixels of zero padding before the random crop; None takes an eighth of the image, 4 of 32 as
+    in He et al. 2016, and none for the 8×8 digits."""
+    flip: bool | None = None
+    """Random horizontal flips; None means yes, except for digits, which have a direction."""
+
+
+class Model(Named):
+    """The network. Other keys are the model's own arguments (`depth`, `widen`, `width`, ...)."""
+
+
+class Train(Section):
+    """How one step is taken and how many samples are visited."""
+
+    epochs: PositiveInt
+    """Passes over the training set."""
+    microbatch: PositiveInt
+    """Samples of one forward and backward pass on one rank; batch-norm statistics are over it."""
+    lr: Positive
+    """Learning rate at the base batch."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """SGD momentum (talk)."""
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    """L2 penalty added to the gradient (the talk names none; 5e-4 is common for CIFAR)."""
+    milestones: Annotated[tuple[PositiveInt, ...], Field(strict=False)] = ()
+    """Epochs after which the learning rate is decayed (GG: after which the batch grows)."""
+    lr_decay: Annotated[float, Field(gt=0, le=1)] = 0.2
+    """Factor ρ at each milestone (talk, CIFAR-10)."""
+    remainder: Literal["carry", "drop"] = "carry"
+    """What becomes of the samples that do not fill an epoch's last microbatch (`absa.md`)."""
+    loss: str = "cross_entropy"
+    """`cross_entropy`, or `package.module:function` of (outputs, targets) returning the mean."""
+    threads_per_rank: PositiveInt | None = None
+    """CPU threads of one rank; None divides the cores of a host among its ranks."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto` takes one GPU a rank where there are GPUs."""
+    reproducible: bool = False
+    """The same weights bit for bit at any power-of-two world size; costs speed."""
+
+    @model_validator(mode="after")
+    def _milestones_rise(self) -> Train:
+        if list(self.milestones) != sorted(set(self.milestones)):
+            raise ValueError(f"milestones = {list(self.milestones)}: expected rising epochs")
+        return self
+
+
+class Hessian(Section):
+    """How the top eigenvalue is estimated at a decision point."""
+
+    method: Literal["lanczos", "power"] = "lanczos"
+    """Lanczos needs about half the products of power iteration (`docs/curvature.md`)."""
+    samples: PositiveInt = 512
+    """Training samples the Hessian is averaged over; at 128 λ scatters by 10–15 % (ours)."""
+    tol: Annotated[float, Field(gt=0, lt=1)] = 1e-2
+    """Estimated relative error at which an estimate has converged (talk). Less buys nothing for
+    decisions: λ scatters by more from sample to sample (`docs/curvature.md`)."""
+    max_iter: PositiveInt = 10
+    """Matvecs after which an estimate gives up, unconverged (talk)."""
+    every: PositiveInt | None = None
+    """Samples between decision points; None means once an epoch (talk)."""
+
+
+class Ranks(Section):
+    """How many ranks a phase has."""
+
+    initial: PositiveInt = 1
+    """Ranks of the first phase."""
+    max: PositiveInt | None = None
+    """Largest number of ranks; None means as many as the hosts have cores or GPUs."""
+    microbatches_per_rank: PositiveInt = 1
+    """Microbatches of one step that a rank should carry before another rank is worth it."""
+
+
+class Checkpoint(Section):
+    """When states are saved, besides at every decision point."""
+
+    model_config = ConfigDict(populate_by_name=True)
+
+    every_seconds: PositiveFloat = 600.0
+    """Longest time between checkpoints within a phase: what a kill can cost (ours)."""
+    keep: Annotated[int, Field(ge=2)] = 3
+    """Generations kept; at least two, so that a damaged one has a predecessor."""
+    background: bool = Field(default=True, alias="async")
+    """Write in a background thread while training goes on."""
+
+
+class Launch(Section):
+    """How the ranks are started."""
+
+    launcher: Literal["mpirun", "horovodrun", "srun", "slurm"] = "mpirun"
+    """Program that starts a phase."""
+    hosts: str = ""
+    """`host:slots,host:slots` as for `mpirun -H`; empty means this machine."""
+    extra: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    """Words passed to the launcher as they are."""
+    max_restarts: Count = 3
+    """Restarts after failures without any progress in between before a run is given up (ours)."""
+    slurm: dict[str, str | int | list[str]] = Field(default_factory=dict)
+    """Options of `sbatch` by their long names (`partition`, `account`, `time`, ...)."""
+
+    @model_validator(mode="after")
+    def _hosts_are_a_list(self) -> Launch:
+        words = self.hosts.split(",") if self.hosts else []
+        if not all(_HOST.fullmatch(word.strip()) for word in words):
+            raise ValueError(
+                f"hosts = {self.hosts!r}: expected host or host:slots, with commas between"
+            )
+        return self
+
+
+class Job(Section):
+    """A whole job file."""
+
+    name: str
+    """Name of the job, for people."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Seed of initial weights, sample order, augmentation and dropout."""
+    data: Data
+    """What is learnt from."""
+    model: Model
+    """What learns."""
+    train: Train
+    """How steps are taken."""
+    schedule: Schedule
+    """What decides batch and learning rate."""
+    hessian: Hessian = Hessian()
+    """How the decisions' eigenvalue is found."""
+    ranks: Ranks = Ranks()
+    """How many processes there are."""
+    checkpoint: Checkpoint = Checkpoint()
+    """When states are saved."""
+    launch: Launch = Launch()
+    """How the processes are started."""
+
+    @model_validator(mode="after")
+    def _batches_are_whole_microbatches(self) -> Job:
+        b = self.train.microbatch
+        for key in ("base_batch", "max_batch"):
+            value = getattr(self.schedule, key)
+            if value is not None and value % b:
+                raise ValueError(
+                    f"schedule.{key} = {value}: expected a multiple of train.microbatch = {b}"
+                )
+        if self.ranks.max is not None and self.ranks.max < self.ranks.initial:
+            raise ValueError(
+                f"ranks.max = {self.ranks.max}: expected at least ranks.initial = "
+                f"{self.ranks.initial}"
+            )
+        return self

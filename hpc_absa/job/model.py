@@ -106,6 +106,12 @@ class Checkpoint(Section):
     """Generations kept; at least two, so that a damaged one has a predecessor."""
     background: bool = Field(default=True, alias="async")
     """Write in a background thread while training goes on."""
+    shard_bytes: PositiveInt = 64 << 20
+    """Bytes of state that are worth a file of their own: of a state of twice this or more, each
+    rank writes a share (ours)."""
+    on_error: Literal["continue", "stop"] = "continue"
+    """Whether training goes on where a checkpoint cannot be written; where the run cannot go on
+    without it (to grow, to stop, to end) it fails in any case."""
 
 
 class Launch(Section):

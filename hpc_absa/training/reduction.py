@@ -2,8 +2,8 @@
 
 `Overlapped` is the fast one: Horovod's ring-allreduce of each gradient starts as soon as the last
 local backward pass has finished it, so that communication hides behind the rest of that pass.
-`Reproducible` is the exact one: the sum is taken along one fixed binary tree over `LANES` lanes of
-microbatches, whatever the number of ranks, so that any power-of-two world comes to the same bits.
+`Reproducible` is the exact one: the sum is taken along one fixed tree (`hpc_absa.summation`),
+whatever the number of ranks, so that any power-of-two world comes to the same bits.
 """
 
 from __future__ import annotations
@@ -15,11 +15,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from hpc_absa import summation
 from hpc_absa.comm import Communicator
 from hpc_absa.worldsize import share
-
-LANES = 64
-"""Leaves of the fixed summation tree: the largest world whose bits agree."""
 
 FLAGS = 4
 """The last values of what travels beside the gradients: they belong to a rank, not to a lane."""
@@ -111,29 +109,21 @@ class Overlapped:
 
 
 class Reproducible:
-    """One fixed tree: sums of neighbouring lanes, then of pairs of ranks, nearest first.
-
-    Lane `l` holds the microbatches `share(step, l, LANES)`, added one after the other. A rank owns
-    `LANES / size` neighbouring lanes and adds them up as a binary counter does; ranks then exchange
-    whole sums with the partner at distance 1, 2, 4, .... Addition of two numbers commutes exactly,
-    so both partners hold the same bits.
-    """
+    """Along the tree of `hpc_absa.summation`, once this rank's part of it is complete."""
 
     def __init__(self, model: nn.Module, comm: Communicator) -> None:
-        """`comm.size` must be a power of two up to `LANES`."""
+        """`comm.size` must fit the tree."""
         self._comm = comm
         self._parameters = [p for p in model.parameters() if p.requires_grad]
-        self._levels: list[Tensor | None] = []
+        self._tree = summation.Tree()
 
     def lanes(self, microbatches: range) -> list[range]:
         """This rank's lanes of the fixed tree; empty ones keep the tree's shape."""
-        first = self._comm.rank * LANES // self._comm.size
-        count = LANES // self._comm.size
-        return [share(microbatches, lane, LANES) for lane in range(first, first + count)]
+        return summation.lanes(microbatches, self._comm.rank, self._comm.size)
 
     def begin(self) -> None:
         """Forget the step before."""
-        self._levels = []
+        self._tree = summation.Tree()
         for parameter in self._parameters:
             parameter.grad = None
 
@@ -143,21 +133,13 @@ class Reproducible:
         yield
 
     def end_lane(self, extra: Tensor) -> None:
-        """Carry this lane's sum into the tree; an empty lane adds exact zeros, so it is skipped."""
+        """Carry this lane's sum into the tree; an empty lane would add exact zeros."""
         present = any(parameter.grad is not None for parameter in self._parameters)
-        carry = self._take(extra) if present else None
-        level = 0
-        while level < len(self._levels) and self._levels[level] is not _EMPTY:
-            carry = _add(self._levels[level], carry)
-            self._levels[level] = _EMPTY
-            level += 1
-        if level == len(self._levels):
-            self._levels.append(_EMPTY)
-        self._levels[level] = carry
+        self._tree.add(self._take(extra) if present else None)
 
     def finish(self, extra: Tensor) -> Tensor:
         """Add up across ranks and hand the sum back to the gradients."""
-        total = self._levels[-1]
+        total = self._tree.total()
         if total is None:
             total = torch.zeros(self._length() + extra.numel(), device=extra.device)
         total[-FLAGS:] = extra[-FLAGS:]
@@ -183,14 +165,3 @@ class Reproducible:
         for parameter in self._parameters:
             parameter.grad = None
         return torch.cat([*parts, extra])
-
-
-_EMPTY = torch.empty(0)
-"""Marks a free place of the binary counter (None is a lane without microbatches)."""
-
-
-def _add(left: Tensor | None, right: Tensor | None) -> Tensor | None:
-    """Sum of two subtrees; one without microbatches is left out, which is exact."""
-    if left is None or right is None:
-        return right if left is None else left
-    return left + right

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from hpc_absa.comm import SerialCommunicator
-from hpc_absa.training.reduction import FLAGS, LANES, Overlapped, Reproducible
+from hpc_absa.summation import LANES
+from hpc_absa.training.reduction import FLAGS, Overlapped, Reproducible
 
 
 class Played(SerialCommunicator):

@@ -125,6 +125,11 @@ class Launch(Section):
     """Words passed to the launcher as they are."""
     max_restarts: Count = 3
     """Restarts after failures without any progress in between before a run is given up (ours)."""
+    silence_seconds: PositiveFloat = 60.0
+    """A rank that gives no sign of life for so long is given up, its world ended and started again;
+    ranks give one each second (ours; over Gloo, without MPI, nobody watches)."""
+    start_seconds: PositiveFloat = 600.0
+    """A world whose ranks have not found each other after so long is ended (ours)."""
     slurm: dict[str, str | int | list[str]] = Field(default_factory=dict)
     """Options of `sbatch` by their long names (`partition`, `account`, `time`, ...)."""
 

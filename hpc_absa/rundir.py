@@ -68,6 +68,11 @@ class RunDir:
         """Left by the first rank that fails, for the supervisor to read and remove."""
         return self.logs / "failure.json"
 
+    @property
+    def joined(self) -> Path:
+        """Tells the supervisor by existing that all ranks of its world have found each other."""
+        return self.logs / "joined"
+
     def checkpoint(self, step: int, phase: int) -> Path:
         """The checkpoint after `step` optimizer steps; names sort by age."""
         return self.checkpoints / f"step-{step:010d}-phase-{phase:03d}.h5"

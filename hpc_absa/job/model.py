@@ -106,6 +106,12 @@ class Checkpoint(Section):
     """Generations kept; at least two, so that a damaged one has a predecessor."""
     background: bool = Field(default=True, alias="async")
     """Write in a background thread while training goes on."""
+    shard_bytes: PositiveInt = 64 << 20
+    """Bytes of state that are worth a file of their own: of a state of twice this or more, each
+    rank writes a share (ours)."""
+    on_error: Literal["continue", "stop"] = "continue"
+    """Whether training goes on where a checkpoint cannot be written; where the run cannot go on
+    without it (to grow, to stop, to end) it fails in any case."""
 
 
 class Launch(Section):
@@ -119,6 +125,11 @@ class Launch(Section):
     """Words passed to the launcher as they are."""
     max_restarts: Count = 3
     """Restarts after failures without any progress in between before a run is given up (ours)."""
+    silence_seconds: PositiveFloat = 60.0
+    """A rank that gives no sign of life for so long is given up, its world ended and started again;
+    ranks give one each second (ours; over Gloo, without MPI, nobody watches)."""
+    start_seconds: PositiveFloat = 600.0
+    """A world whose ranks have not found each other after so long is ended (ours)."""
     slurm: dict[str, str | int | list[str]] = Field(default_factory=dict)
     """Options of `sbatch` by their long names (`partition`, `account`, `time`, ...)."""
 

@@ -32,7 +32,8 @@ from hpc_absa.training.material import (
     threads_per_rank,
 )
 from hpc_absa.training.reduction import Overlapped, Reduction, Reproducible
-from hpc_absa.training.state import Live, Progress, broadcast, restore
+from hpc_absa.training.resuming import newest_good
+from hpc_absa.training.state import Live, Progress, restore
 from hpc_absa.training.statistics import RunningStatistics
 from hpc_absa.training.step import Adversary, Loss, Stepper
 
@@ -81,7 +82,7 @@ def assemble(
         weight_decay=job.train.weight_decay,
     )
     rule = build_rule(job)
-    store = Store(run.checkpoints, job.checkpoint.keep, background=job.checkpoint.background)
+    store = Store(run.checkpoints, job.checkpoint.keep)
     statistics = RunningStatistics(model)
     live, progress = Live(model, optimizer, None), Progress(Position(), rule.initial())
     live, progress, origin = _resume(job, dataset, store, comm, live, progress, allow_changed)
@@ -116,24 +117,20 @@ def _resume(
     progress: Progress,
     allow_changed: tuple[str, ...],
 ) -> tuple[Live, Progress, str | None]:
-    """The newest good checkpoint: read once by rank 0, then broadcast."""
-
-    def read() -> tuple[str, Content] | None:
-        loaded = store.newest_good()
-        if loaded is None:
-            return None
-        for damaged in loaded.damaged:
-            print(f"passed over a checkpoint: {damaged}", flush=True)
-        _check(job, dataset, loaded.content, str(loaded.path), allow_changed)
-        return loaded.path.name, loaded.content
-
-    found = agreed(comm, lambda: read() if comm.rank == 0 else None)
-    origin = comm.broadcast_object(found[0] if found else None)
-    if origin is None:
+    """Go on from the newest good checkpoint, where there is one."""
+    found = newest_good(store, comm)
+    if found is None:
         return live, progress, None
-    content = broadcast(found[1] if found else None, comm)
-    live, progress = agreed(comm, lambda: restore(content, live, origin))
-    return live, progress, origin
+    if comm.rank == 0:
+        for damaged in found.damaged:
+            print(f"passed over a checkpoint: {damaged}", flush=True)
+    name = found.path.name
+
+    def accept() -> tuple[Live, Progress]:
+        _check(job, dataset, found.content, str(found.path), allow_changed)
+        return restore(found.content, live, name)
+
+    return *agreed(comm, accept), name
 
 
 def _check(

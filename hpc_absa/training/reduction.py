@@ -19,6 +19,9 @@ from hpc_absa import summation
 from hpc_absa.comm import Communicator
 from hpc_absa.worldsize import share
 
+FLAGS = 4
+"""The last values of what travels beside the gradients: they belong to a rank, not to a lane."""
+
 
 class Reduction(Protocol):
     """Adds up the gradients of one step; every rank calls every method, also with no microbatch."""
@@ -139,7 +142,7 @@ class Reproducible:
         total = self._tree.total()
         if total is None:
             total = torch.zeros(self._length() + extra.numel(), device=extra.device)
-        total[-1] = extra[-1]  # the stop flag belongs to the rank, not to a lane
+        total[-FLAGS:] = extra[-FLAGS:]
         self._comm.sum_in_pairs_(total)
         start = 0
         for parameter in self._parameters:

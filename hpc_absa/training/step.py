@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import torch
 from torch import Tensor, nn
@@ -11,10 +11,27 @@ from torch import Tensor, nn
 from hpc_absa.adversarial import fgsm
 from hpc_absa.data.batches import Microbatch
 from hpc_absa.training.clock import Clock
-from hpc_absa.training.reduction import Reduction
+from hpc_absa.training.reduction import FLAGS, Reduction
 from hpc_absa.training.statistics import RunningStatistics
 
 Loss = Callable[[Tensor, Tensor], Tensor]
+
+RESERVED = 2 + FLAGS
+"""The last values of a step's extras: loss, samples and the flags."""
+
+
+@dataclass(frozen=True)
+class Flags:
+    """What ranks tell each other with every step: true or false here, how many ranks in sum."""
+
+    stop: int = 0
+    """Has been asked to stop."""
+    save: int = 0
+    """Wants a periodic checkpoint (rank 0's clock alone)."""
+    written: int = 0
+    """Has its share of the save in flight on disk."""
+    failed: int = 0
+    """Could not write its share."""
 
 
 @dataclass(frozen=True)
@@ -24,8 +41,7 @@ class StepResult:
     loss: float
     """Sum over the step's samples of the loss before the update."""
     samples: int
-    stop: bool
-    """Whether any rank has been asked to stop."""
+    flags: Flags
 
 
 @dataclass(frozen=True)
@@ -75,7 +91,7 @@ class Stepper:
         lr: float,
         adversarial_fraction: float,
         steps_before: int,
-        stop_here: bool,
+        flags: Flags,
     ) -> StepResult:
         """Step over `microbatches` of the stream; `feed` yields this rank's, in order.
 
@@ -96,22 +112,21 @@ class Stepper:
                 self._pass(microbatch, divisor, adversarial_fraction, extra, last=last)
             self._reduction.end_lane(extra)
             totals += extra
-        totals[-1] = float(stop_here)
+        totals[-FLAGS:] = torch.tensor(astuple(flags), dtype=totals.dtype)
         with self._clock("comm"):
             totals = self._reduction.finish(totals)
-            loss, samples, stop = totals[-3:].tolist()
+            loss, samples, *told = totals[-RESERVED:].tolist()
         with self._clock("comp"):
-            self._statistics.update(totals[:-3], len(microbatches), steps_before)
+            self._statistics.update(totals[:-RESERVED], len(microbatches), steps_before)
             for group in self._optimizer.param_groups:
                 group["lr"] = lr
             self._optimizer.step()
-        return StepResult(loss, round(samples), stop > 0)
+        return StepResult(loss, round(samples), Flags(*(round(count) for count in told)))
 
     def _extras(self) -> Tensor:
-        """What travels beside the gradients: batch-norm statistics, loss, samples, stop flag."""
-        return torch.cat(
-            [self._statistics.sum_buffer(), self._statistics.sum_buffer().new_zeros(3)]
-        )
+        """What travels beside the gradients: batch-norm statistics, loss, samples, flags."""
+        buffer = self._statistics.sum_buffer()
+        return torch.cat([buffer, buffer.new_zeros(RESERVED)])
 
     def _pass(
         self, microbatch: Microbatch, divisor: int, fraction: float, extra: Tensor, *, last: bool
@@ -131,12 +146,12 @@ class Stepper:
                 )
                 inputs = torch.cat([moved, inputs[count:]])
         with self._clock("comp"):
-            with self._statistics.collecting(extra[:-3]):
+            with self._statistics.collecting(extra[:-RESERVED]):
                 loss = self._loss(self._model(inputs), targets)
             with self._reduction.backward(last=last):
                 (loss / divisor).backward()
-            extra[-3] += loss.detach() * len(targets)
-            extra[-2] += len(targets)
+            extra[-RESERVED] += loss.detach() * len(targets)
+            extra[1 - RESERVED] += len(targets)
 
 
 def _mixed(seed: int, index: int) -> int:

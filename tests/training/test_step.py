@@ -10,7 +10,7 @@ from hpc_absa.data.batches import Microbatch
 from hpc_absa.training.clock import Clock
 from hpc_absa.training.reduction import Overlapped, Reproducible
 from hpc_absa.training.statistics import RunningStatistics
-from hpc_absa.training.step import Adversary, Stepper
+from hpc_absa.training.step import Adversary, Flags, Stepper
 
 NONE = np.empty(0, np.int64)
 
@@ -51,7 +51,7 @@ def take(net, batches, *, start=0, divisor=None, fraction=0.0, reduction=Overlap
         lr=0.1,
         adversarial_fraction=fraction,
         steps_before=0,
-        stop_here=False,
+        flags=Flags(),
     )
 
 
@@ -93,7 +93,7 @@ def test_dropout_is_a_function_of_seed_and_place_in_the_stream():
     assert not torch.equal(first[0].weight, elsewhere[0].weight)
 
 
-def test_a_stop_request_and_unused_parameters_travel_with_the_step():
+def test_flags_and_unused_parameters_travel_with_the_step():
     net = model()
     net.unused = nn.Parameter(torch.ones(2))
     outcome = stepper(net).take(
@@ -103,9 +103,9 @@ def test_a_stop_request_and_unused_parameters_travel_with_the_step():
         lr=0.1,
         adversarial_fraction=0.0,
         steps_before=0,
-        stop_here=True,
+        flags=Flags(stop=1, written=1),
     )
-    assert outcome.stop
+    assert outcome.flags == Flags(stop=1, written=1)
     assert torch.equal(net.unused, torch.ones(2))
 
 

@@ -195,8 +195,9 @@ def load(path: Path) -> Image:
     """
     require_checkpoint(path)
     try:
-        image = np.empty(path.stat().st_size, np.uint8)
-        wrong = seal.broken(path, image)
+        wrong = seal.wrong_length(path)
+        image = np.empty(0 if wrong else path.stat().st_size, np.uint8)
+        wrong = wrong or seal.broken(path, image)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
     if wrong is None:

@@ -13,6 +13,7 @@ from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt, model_valida
 
 from hpc_absa.job.base import Count, Named, Positive, Section
 from hpc_absa.job.schedule import Schedule
+from hpc_absa.job.slurm import SlurmOptions
 
 _HOST = re.compile(r"[^\s:,]+(:0*[1-9][0-9]*)?")
 
@@ -119,8 +120,11 @@ class Launch(Section):
     """Words passed to the launcher as they are."""
     max_restarts: Count = 3
     """Restarts after failures without any progress in between before a run is given up (ours)."""
-    slurm: dict[str, str | int | list[str]] = Field(default_factory=dict)
-    """Options of `sbatch` by their long names (`partition`, `account`, `time`, ...)."""
+    ranks_per_node: PositiveInt | None = None
+    """Ranks on one node of a batch job; None means one a GPU, or as many as a node's cores can give
+    `train.threads_per_rank` threads each."""
+    slurm: SlurmOptions = SlurmOptions()
+    """What the batch jobs of launcher `slurm` ask for."""
 
     @model_validator(mode="after")
     def _hosts_are_a_list(self) -> Launch:

@@ -19,7 +19,8 @@ from hpc_absa.errors import ExitStatus, HpcAbsaError, UsageError
 from hpc_absa.job import Job
 from hpc_absa.lock import SUPERVISED, RunLock
 from hpc_absa.rundir import RunDir
-from hpc_absa.supervisor.launchers import command
+from hpc_absa.supervisor.launchers import Command, command
+from hpc_absa.supervisor.resources import Fixed, Resources
 from hpc_absa.supervisor.world import Ending, World
 
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -55,9 +56,13 @@ class Supervisor:
         run: RunDir,
         allow_changed: tuple[str, ...],
         show: Callable[[str], None] = print,
+        resources: Resources | None = None,
     ) -> None:
-        """`show` gets every line for people."""
+        """`show` gets every line for people; `resources` are those of the job unless given."""
         self._job, self._run, self._allow, self._show = job, run, allow_changed, show
+        self._resources = resources or Fixed(worldsize.limit(job))
+        self.stopped_by: int | None = None
+        """The first signal that asked for a stop."""
         self._lock = RunLock(run)
         self._world: World | None = None
         self._stops = 0
@@ -73,9 +78,10 @@ class Supervisor:
             self._run.stop_request.unlink(missing_ok=True)
             self._lock.release()
 
-    def launch_command(self) -> tuple[str, ...]:
-        """The command of the next phase, for `--dry-run`."""
-        return command(self._job, self._ranks(), self._worker()).words
+    def launch_command(self) -> Command:
+        """The command of the next phase."""
+        ranks = self._ranks()
+        return command(self._resources.placed(self._job, ranks), ranks, self._worker())
 
     def _supervise(self) -> ExitStatus:
         restarts, best = 0, self._newest_step()
@@ -88,6 +94,8 @@ class Supervisor:
                 return ExitStatus.STOPPED
             if outcome == "resize":
                 restarts = 0
+                if self._wanted(self._resources.most()) > self._resources.here():
+                    return ExitStatus.OK  # the next batch job is as large as that
                 continue
             assert isinstance(outcome, Failure)
             if outcome.final:
@@ -123,9 +131,8 @@ class Supervisor:
 
     def _phase(self) -> str | Failure:
         """One world from its start to its end: done, resize, stopped, or why it failed."""
-        ranks = self._ranks()
         known = len(events.read(self._run.events))
-        start = command(self._job, ranks, self._worker())
+        start = self.launch_command()
         start.environment[SUPERVISED] = "1"
         log = self._run.logs / f"world-{known:06d}-{self._job.launch.launcher}.log"
         self._world = World(start, log, self._lock.descriptor, self._show)
@@ -168,16 +175,16 @@ class Supervisor:
 
     def _ranks(self) -> int:
         """Ranks of the next world: those that the present global batch can feed."""
-        batch = self._job.schedule.base_batch
-        if self._job.schedule.method in ("bl", "fb"):
-            batch = self._job.schedule.largest_batch
-        for event in events.effective(events.read(self._run.events)):
-            batch = event.get("next_batch") or event.get("global_batch") or batch
-        return worldsize.ranks_for(self._job, batch, worldsize.limit(self._job))
+        return self._wanted(min(self._resources.here(), self._resources.most()))
+
+    def _wanted(self, limit: int) -> int:
+        return worldsize.ranks_for(self._job, present_batch(self._job, self._run), limit)
 
     def _worker(self) -> tuple[str, ...]:
         words = [sys.executable, "-m", "hpc_absa", "train", str(self._run.job.resolve())]
         words += ["--run-dir", str(self._run.path.resolve())]
+        if self._job.ranks.max != (most := self._resources.most()):
+            words += ["--set", f"ranks.max={most}"]
         for key in self._allow:
             words += ["--allow-changed", key]
         return tuple(words)
@@ -190,9 +197,20 @@ class Supervisor:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         """First: ask the ranks to save and stop. Second: end the world now."""
         self._stops += 1
+        self.stopped_by = self.stopped_by or number
         self._run.stop_request.touch()
         if self._stops > 1 and self._world:
             self._world.kill()
+
+
+def present_batch(job: Job, run: RunDir) -> int:
+    """The global batch of the next step, by the run's events."""
+    batch = job.schedule.base_batch
+    if job.schedule.method in ("bl", "fb"):
+        batch = job.schedule.largest_batch
+    for event in events.effective(events.read(run.events)):
+        batch = event.get("next_batch") or event.get("global_batch") or batch
+    return batch
 
 
 def finished(run: RunDir) -> events.Event | None:

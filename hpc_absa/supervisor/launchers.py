@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import sys
 from dataclasses import dataclass, field
@@ -26,6 +27,11 @@ class Command:
     words: tuple[str, ...]
     environment: dict[str, str] = field(default_factory=dict)
     """Set in addition to the present environment."""
+
+    def __str__(self) -> str:
+        """As a shell would be given it."""
+        changed = {k: v for k, v in self.environment.items() if os.environ.get(k) != v}
+        return shlex.join((*(f"{k}={v}" for k, v in changed.items()), *self.words))
 
 
 def command(job: Job, ranks: int, worker: tuple[str, ...]) -> Command:

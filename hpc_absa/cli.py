@@ -73,6 +73,13 @@ def run(
     max_ranks: MaxRanks = None,
     overrides: Overrides = None,
     allow_changed: AllowChanged = None,
+    hosts: Annotated[
+        str | None,
+        typer.Option("--hosts", "-H", help="host:slots,... in place of the job's launch.hosts."),
+    ] = None,
+    hostfile: Annotated[
+        Path | None, typer.Option(help="File with a host a line, in place of --hosts.")
+    ] = None,
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Remove the run directory first and begin anew.")
     ] = False,
@@ -94,6 +101,8 @@ def run(
 
     extra = [f"launch.launcher={launcher}"] if launcher else []
     extra += [f"ranks.max={max_ranks}"] if max_ranks else []
+    extra += [f"launch.hosts={hosts}"] if hosts else []
+    extra += [f"launch.hostfile={hostfile}"] if hostfile else []
     loaded = jobs.load(job, (*(overrides or ()), *extra))
     folder = RunDir(run_dir or driver.default_run_dir(loaded))
     if loaded.launch.launcher == "slurm":

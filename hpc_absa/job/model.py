@@ -115,7 +115,19 @@ class Launch(Section):
     launcher: Literal["mpirun", "horovodrun", "srun", "slurm"] = "mpirun"
     """Program that starts a phase."""
     hosts: str = ""
-    """`host:slots,host:slots` as for `mpirun -H`; empty means this machine."""
+    """`host:slots,host:slots` as for `mpirun -H`, filled in this order; empty means the hosts of
+    the scheduler's allocation that we are in, or this machine."""
+    hostfile: str = ""
+    """A file with a host a line, `name slots=4` or `name:4`, in place of `hosts`."""
+    agent: str = ""
+    """Program that reaches a host, as `agent HOST COMMAND`; empty means ssh, or Open MPI's own."""
+    interface: str = ""
+    """Network interface that ranks talk over, as `ib0`; empty leaves the choice to MPI and NCCL."""
+    cool_down: Positive = 300.0
+    """Seconds for which a host that failed is set aside before it is tried again (ours)."""
+    bind: Literal["none", "core"] = "none"
+    """`core` binds each rank to as many cores as it has threads; right where a run has its nodes
+    for itself. `none` leaves it to the system (ours: safe where others work on the node)."""
     extra: Annotated[tuple[str, ...], Field(strict=False)] = ()
     """Words passed to the launcher as they are."""
     max_restarts: Count = 3
@@ -133,6 +145,8 @@ class Launch(Section):
             raise ValueError(
                 f"hosts = {self.hosts!r}: expected host or host:slots, with commas between"
             )
+        if self.hosts and self.hostfile:
+            raise ValueError(f"hostfile = {self.hostfile!r}: expected none beside hosts")
         return self
 
 

@@ -17,10 +17,10 @@ from hpc_absa import events, worldsize
 from hpc_absa import job as jobs
 from hpc_absa.errors import ExitStatus, HpcAbsaError, UsageError
 from hpc_absa.job import Job
-from hpc_absa.lock import SUPERVISED, RunLock
+from hpc_absa.lock import RunLock
 from hpc_absa.rundir import RunDir
 from hpc_absa.supervisor.launchers import Command, command
-from hpc_absa.supervisor.resources import Fixed, Resources
+from hpc_absa.supervisor.resources import Resources, resources_of
 from hpc_absa.supervisor.world import Ending, World
 
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -60,7 +60,8 @@ class Supervisor:
     ) -> None:
         """`show` gets every line for people; `resources` are those of the job unless given."""
         self._job, self._run, self._allow, self._show = job, run, allow_changed, show
-        self._resources = resources or Fixed(worldsize.limit(job))
+        self._resources = resources or resources_of(job, self._tell_host)
+        self._moving = False
         self.stopped_by: int | None = None
         """The first signal that asked for a stop."""
         self._lock = RunLock(run)
@@ -89,6 +90,8 @@ class Supervisor:
             outcome = self._phase()
             if outcome == "done":
                 return ExitStatus.OK
+            if self._moving and outcome == "stopped" and not self._stops:
+                continue
             if self._stops or outcome == "stopped":
                 self._show("stopped, everything saved; the same command goes on from here")
                 return ExitStatus.STOPPED
@@ -101,6 +104,7 @@ class Supervisor:
             if outcome.final:
                 raise FinalError(outcome)
             self._report(outcome)
+            self._resources.failed(outcome.host)
             reached = self._newest_step()
             restarts = 1 if reached > best else restarts + 1
             best = max(best, reached)
@@ -131,16 +135,21 @@ class Supervisor:
 
     def _phase(self) -> str | Failure:
         """One world from its start to its end: done, resize, stopped, or why it failed."""
+        if self._moving and not self._stops:
+            self._run.stop_request.unlink(missing_ok=True)
+        self._moving = False
         known = len(events.read(self._run.events))
         start = self.launch_command()
-        start.environment[SUPERVISED] = "1"
+        self._world_ranks = self._ranks()
         log = self._run.logs / f"world-{known:06d}-{self._job.launch.launcher}.log"
         self._world = World(start, log, self._lock.descriptor, self._show)
-        ending = self._world.wait()
+        with self._resources.watching(self._move):
+            ending = self._world.wait()
         self._world = None
         ended = [e for e in events.read(self._run.events)[known:] if e["event"] == "phase_end"]
         if ended and ended[-1]["outcome"] in ("done", "resize", "stopped"):
             self._run.failure.unlink(missing_ok=True)
+            self._resources.succeeded()
             return str(ended[-1]["outcome"])
         return self._failure(ending)
 
@@ -172,6 +181,18 @@ class Supervisor:
             host=failure.host,
             exit_code=failure.exit_code,
         )
+
+    def _move(self) -> None:
+        """A host is back: where the batch feeds its ranks, have the world save and make room."""
+        if self._ranks() > self._world_ranks:
+            self._moving = True
+            self._run.stop_request.touch()
+
+    def _tell_host(self, host: str, action: str, why: str) -> None:
+        self._show(f"host {host}: {action.replace('_', ' ')}, {why}")
+        last = events.read(self._run.events)[-1:]
+        phase = last[0]["phase"] if last else 1
+        events.append(self._run.events, "host", phase, host=host, action=action, reason=why)
 
     def _ranks(self) -> int:
         """Ranks of the next world: those that the present global batch can feed."""

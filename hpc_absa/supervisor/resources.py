@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
+from hpc_absa import allocation, worldsize
 from hpc_absa.job import Job
+from hpc_absa.supervisor.hosts import HostPool, Tell
 
 
 class Resources(Protocol):
@@ -22,9 +26,35 @@ class Resources(Protocol):
         """The job with the launcher and hosts of a world of `ranks` ranks."""
         ...
 
+    def failed(self, host: str | None) -> None:
+        """The last world failed, on this host as far as anybody knows."""
+        ...
 
-class Fixed:
-    """The same number of ranks throughout, on the job's hosts or this machine."""
+    def succeeded(self) -> None:
+        """The last world ended in order."""
+        ...
+
+    def watching(self, returned: Callable[[], None]) -> AbstractContextManager[None]:
+        """While a world runs; calls `returned`, in a thread, when there is more than before."""
+        ...
+
+
+class Steady:
+    """Nothing comes and nothing goes."""
+
+    def failed(self, host: str | None) -> None:
+        """No choice of hosts."""
+
+    def succeeded(self) -> None:
+        """Nothing to learn."""
+
+    def watching(self, returned: Callable[[], None]) -> AbstractContextManager[None]:
+        """Nothing to wait for."""
+        return nullcontext()
+
+
+class Fixed(Steady):
+    """The same number of ranks throughout, on this machine or where the launcher puts them."""
 
     def __init__(self, limit: int) -> None:
         """At most `limit` ranks."""
@@ -43,7 +73,7 @@ class Fixed:
         return job
 
 
-class Allocated:
+class Allocated(Steady):
     """The tasks of the batch job that we are in, while the next one may have more."""
 
     def __init__(self, tasks: int, most: int) -> None:
@@ -62,3 +92,20 @@ class Allocated:
         """Started by the program that the job names for within a batch job."""
         launch = job.launch.model_copy(update={"launcher": job.launch.slurm.step, "hosts": ""})
         return job.model_copy(update={"launch": launch})
+
+
+def resources_of(job: Job, tell: Tell) -> Resources:
+    """The hosts that the job names, those of the scheduler's allocation, or this machine.
+
+    Args:
+        job: the job.
+        tell: hears what becomes of hosts.
+    """
+    named = worldsize.stated_hosts(job)
+    given = None if named else allocation.present()
+    if given and (given.scheduler != "Slurm" or job.launch.launcher == "horovodrun"):
+        named = list(given.hosts)  # within Slurm, mpirun and srun know their hosts themselves
+    if named:
+        return HostPool(job, named, tell)
+    limit = worldsize.limit(job)
+    return Fixed(min(limit, given.slots) if given else limit)

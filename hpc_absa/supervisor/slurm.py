@@ -72,15 +72,18 @@ class Partition:
 
 
 class Slurm:
-    """Runs the commands; `run` stands in for `subprocess.run` in tests."""
+    """Runs the commands."""
 
-    def __init__(self, run: Callable[..., subprocess.CompletedProcess[str]] = subprocess.run):
+    def __init__(self, seconds: float = 120.0) -> None:
         """Nothing is asked yet.
+
+        Args:
+            seconds: the longest that a command may take; slurmctld is silent then.
 
         Raises:
             UsageError: Slurm's client commands are not installed here.
         """
-        self._run = run
+        self._seconds = seconds
         if not shutil.which("sbatch"):
             raise UsageError(
                 "launcher slurm: sbatch is not on PATH; run this on a login node of the cluster, "
@@ -165,11 +168,16 @@ class Slurm:
 
     def _say(self, words: tuple[str, ...], environment: Mapping[str, str] | None = None) -> str:
         try:
-            done = self._run(
-                words, env=environment, capture_output=True, text=True, timeout=120, check=False
+            done = subprocess.run(
+                words,
+                env=environment,
+                capture_output=True,
+                text=True,
+                timeout=self._seconds,
+                check=False,
             )
         except subprocess.TimeoutExpired:
-            raise SlurmSilentError(f"{words[0]}: no answer within 120 s") from None
+            raise SlurmSilentError(f"{words[0]}: no answer within {self._seconds} s") from None
         except OSError as error:
             raise UsageError(f"{words[0]}: {error.strerror}; are Slurm's commands here?") from None
         if done.returncode == 0:

@@ -79,7 +79,7 @@ def assemble(
         momentum=job.train.momentum,
         weight_decay=job.train.weight_decay,
     )
-    rule = build_rule(job)
+    rule = agreed(comm, lambda: build_rule(job))
     store = Store(run.checkpoints, job.checkpoint.keep, background=job.checkpoint.background)
     statistics = RunningStatistics(model)
     live, progress = Live(model, optimizer, None), Progress(Position(), rule.initial())
@@ -131,7 +131,7 @@ def _resume(
     if origin is None:
         return live, progress, None
     content = broadcast(found[1] if found else None, comm)
-    live, progress = agreed(comm, lambda: restore(content, live, origin))
+    live, progress = agreed(comm, lambda: restore(content, live, origin, type(progress.schedule)))
     return live, progress, origin
 
 
@@ -164,6 +164,5 @@ def _make_reproducible(job: Job, comm: Communicator) -> None:
 
 
 def _adversary(job: Job, batches: Batches) -> Adversary | None:
-    if not isinstance(job.schedule, jobs.AdversarialAdaptiveBatch):
-        return None
-    return Adversary(job.schedule.epsilon * batches.pixel_scale, batches.pixel_range)
+    epsilon = getattr(job.schedule, "epsilon", None)
+    return epsilon and Adversary(epsilon * batches.pixel_scale, batches.pixel_range)

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from hpc_absa.adversarial import fgsm
 from hpc_absa.data.batches import Microbatch
+from hpc_absa.records import GradientSquares
 from hpc_absa.training.clock import Clock
+from hpc_absa.training.norms import MicrobatchNorms
 from hpc_absa.training.reduction import Reduction
 from hpc_absa.training.statistics import RunningStatistics
 
@@ -26,6 +28,8 @@ class StepResult:
     samples: int
     stop: bool
     """Whether any rank has been asked to stop."""
+    squares: GradientSquares | None = None
+    """Where they were asked for."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,7 @@ class Stepper:
         self._optimizer = optimizer
         self._statistics = statistics
         self._reduction = reduction
+        self._norms = MicrobatchNorms(model)
         self._adversary = adversary
         self._clock = clock
         self._seed = seed
@@ -76,6 +81,7 @@ class Stepper:
         adversarial_fraction: float,
         steps_before: int,
         stop_here: bool,
+        wants_squares: bool = False,
     ) -> StepResult:
         """Step over `microbatches` of the stream; `feed` yields this rank's, in order.
 
@@ -84,6 +90,7 @@ class Stepper:
         """
         lanes = self.lanes(microbatches)
         mine = [k for lane in lanes for k in lane]
+        self._norms.active = wants_squares
         totals = self._extras()
         self._reduction.begin()
         for lane in lanes:
@@ -99,26 +106,38 @@ class Stepper:
         totals[-1] = float(stop_here)
         with self._clock("comm"):
             totals = self._reduction.finish(totals)
-            loss, samples, stop = totals[-3:].tolist()
+            square, loss, samples, stop = totals[-4:].tolist()
         with self._clock("comp"):
-            self._statistics.update(totals[:-3], len(microbatches), steps_before)
+            squares = self._squares(square, len(microbatches), divisor) if wants_squares else None
+            self._statistics.update(totals[:-4], len(microbatches), steps_before)
             for group in self._optimizer.param_groups:
                 group["lr"] = lr
             self._optimizer.step()
-        return StepResult(loss, round(samples), stop > 0)
+        return StepResult(loss, round(samples), stop > 0, squares)
 
     def _extras(self) -> Tensor:
-        """What travels beside the gradients: batch-norm statistics, loss, samples, stop flag."""
+        """What travels beside the gradients.
+
+        Batch-norm statistics, then the squared norms of the microbatches' gradients, loss, samples,
+        and the stop flag.
+        """
         return torch.cat(
-            [self._statistics.sum_buffer(), self._statistics.sum_buffer().new_zeros(3)]
+            [self._statistics.sum_buffer(), self._statistics.sum_buffer().new_zeros(4)]
         )
+
+    def _squares(self, sum_of_squares: float, microbatches: int, divisor: int) -> GradientSquares:
+        """Of the step just reduced, whose gradients are sums over microbatches over `divisor`."""
+        parts = [p.grad for p in self._model.parameters() if p.grad is not None]
+        norm = float(torch.nn.utils.get_total_norm(parts)) * divisor / microbatches
+        each = sum_of_squares * divisor**2 / microbatches
+        return GradientSquares(microbatches, each, norm**2)
 
     def _pass(
         self, microbatch: Microbatch, divisor: int, fraction: float, extra: Tensor, *, last: bool
     ) -> None:
         """Forward and backward of one microbatch, with everything it adds to `extra`."""
         inputs, targets = microbatch.inputs, microbatch.targets
-        count = int(fraction * len(targets))
+        count = int(fraction * len(targets) + 1e-9)  # 0.29 · 100 is 28.999…
         if count and self._adversary:
             with self._clock("adversarial"):
                 moved = fgsm.perturb(
@@ -131,9 +150,9 @@ class Stepper:
                 )
                 inputs = torch.cat([moved, inputs[count:]])
         with self._clock("comp"):
-            with self._statistics.collecting(extra[:-3]):
+            with self._statistics.collecting(extra[:-4]):
                 loss = self._loss(self._model(inputs), targets)
-            with self._reduction.backward(last=last):
+            with self._reduction.backward(last=last), self._norms.collecting(extra[-4]):
                 (loss / divisor).backward()
             extra[-3] += loss.detach() * len(targets)
             extra[-2] += len(targets)

@@ -136,6 +136,10 @@ class Supervisor:
         if ended and ended[-1]["outcome"] in ("done", "resize", "stopped"):
             self._run.failure.unlink(missing_ok=True)
             return str(ended[-1]["outcome"])
+        told = ending.fatal_signal() in STOPS and not ending.late
+        if told and not self._run.failure.exists():
+            # Before a rank, or mpirun, could listen: there was nothing yet to save.
+            return "stopped"
         return self._failure(ending)
 
     def _failure(self, ending: Ending) -> Failure:

@@ -42,6 +42,12 @@ class Ending:
             return None
         return int(match["rank"]), match["host"], int(match["signal"])
 
+    def fatal_signal(self) -> int | None:
+        """The signal that ended a rank, or the launcher itself; None where none did."""
+        if killed := self.killed_rank():
+            return killed[2]
+        return -self.exit_code if self.exit_code < 0 else None
+
 
 class World:
     """A launcher's process in a session of its own, so that Ctrl-C reaches the supervisor alone."""

@@ -22,7 +22,7 @@ demo: setup ## train the digits job with ABSA, from 1 rank to 4, and write a rep
 test: setup check ## the checks of `make check`, then the whole test suite
 	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
 
-soak: setup ## the longer proofs that `make test` leaves out
+soak: setup ## the longer proofs that `make test` leaves out: kills, signals, damage, failing disks
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
 
 bench: setup ## time curvature and checkpoints against their peers; wants the machine for itself

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -113,7 +114,8 @@ def run(
 
     def show(line: str) -> None:
         _show(line)
-        board.update()
+        with contextlib.suppress(OSError):  # figures may wait, the run may not
+            board.update()
 
     supervisor = driver.Supervisor(loaded, folder, tuple(allow_changed or ()), show)
     if dry_run:
@@ -175,7 +177,8 @@ def link(
 
     def show(line: str) -> None:
         _show(line)
-        board.update()
+        with contextlib.suppress(OSError):  # figures may wait, the run may not
+            board.update()
 
     status = LinkRun(run, number, tuple(allow_changed or ()), show).work()
     board.close()
@@ -463,5 +466,8 @@ def main() -> None:
         status = ExitStatus.STOPPED
     except BrokenPipeError:
         sys.stderr.close()
+        status = ExitStatus.FAILED
+    except OSError as error:  # a disk that is full, read-only or gone
+        print(f"hpc-absa: {error}", file=sys.stderr)
         status = ExitStatus.FAILED
     sys.exit(int(status or 0))

@@ -110,12 +110,12 @@ class World:
 
     def _read(self, log: Path, show: Callable[[str], None]) -> None:
         assert self._process.stdout is not None
-        with log.open("a", encoding="utf-8") as file:
-            for line in self._process.stdout:
-                self._tail.append(line.rstrip("\n"))
+        for line in self._process.stdout:
+            self._tail.append(line.rstrip("\n"))
+            # A disk without room for the log must not stop the reading: the world would wait.
+            with contextlib.suppress(OSError), log.open("a", encoding="utf-8") as file:
                 file.write(line)
-                file.flush()
-                show(line.rstrip("\n"))
+            show(line.rstrip("\n"))
 
 
 _libc = ctypes.CDLL(None)

@@ -81,7 +81,7 @@ def assemble(
         momentum=job.train.momentum,
         weight_decay=job.train.weight_decay,
     )
-    rule = build_rule(job)
+    rule = agreed(comm, lambda: build_rule(job))
     store = Store(run.checkpoints, job.checkpoint.keep)
     statistics = RunningStatistics(model)
     live, progress = Live(model, optimizer, None), Progress(Position(), rule.initial())
@@ -128,7 +128,7 @@ def _resume(
 
     def accept() -> tuple[Live, Progress]:
         _check(job, dataset, found.content, str(found.path), allow_changed)
-        return restore(found.content, live, name)
+        return restore(found.content, live, name, type(progress.schedule))
 
     return *agreed(comm, accept), name
 
@@ -162,6 +162,5 @@ def _make_reproducible(job: Job, comm: Communicator) -> None:
 
 
 def _adversary(job: Job, batches: Batches) -> Adversary | None:
-    if not isinstance(job.schedule, jobs.AdversarialAdaptiveBatch):
-        return None
-    return Adversary(job.schedule.epsilon * batches.pixel_scale, batches.pixel_range)
+    epsilon = getattr(job.schedule, "epsilon", None)
+    return epsilon and Adversary(epsilon * batches.pixel_scale, batches.pixel_range)

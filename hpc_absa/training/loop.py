@@ -16,6 +16,7 @@ from hpc_absa.events import Event
 from hpc_absa.lock import host
 from hpc_absa.records import Decision, Observation, PhaseOutcome, ScheduleState
 from hpc_absa.rundir import RunDir
+from hpc_absa.training.agreement import agreed
 from hpc_absa.training.assembly import Parts
 from hpc_absa.training.evaluate import evaluate
 from hpc_absa.training.narrator import Narrator, duration
@@ -100,7 +101,8 @@ class Loop:
 
     def _take(self, step: Step) -> StepResult:
         progress = self._progress
-        position, schedule = progress.position, progress.schedule
+        position, schedule, rule = progress.position, progress.schedule, self._parts.rule
+        epoch = self._epochs(position.microbatch)
         if step.stop - step.start < self._microbatches():
             # A cut step: shared out among the ranks otherwise than the full one that was fed.
             self._drop_feed()
@@ -112,14 +114,18 @@ class Loop:
             range(step.start, step.stop),
             self._feed,
             divisor=self._microbatches(),
-            lr=self._parts.rule.lr(schedule, self._epochs(position.microbatch)),
-            adversarial_fraction=schedule.adversarial_fraction,
+            lr=rule.lr(schedule, epoch),
+            adversarial_fraction=rule.adversarial_fraction(schedule, epoch),
             steps_before=position.step,
             flags=self._flags(),
+            wants_squares=rule.wants_gradients(schedule),
         )
+        if result.squares:
+            schedule = rule.learn(schedule, result.squares)
         self._progress = replace(
             progress,
             position=replace(position, microbatch=step.stop, step=position.step + 1),
+            schedule=schedule,
             epoch_loss=progress.epoch_loss + result.loss,
             epoch_samples=progress.epoch_samples + result.samples,
         )
@@ -191,7 +197,11 @@ class Loop:
         )
         if last:
             return Decision("finish", "all epochs are visited", self._progress.schedule)
-        return self._parts.rule.decide(self._progress.schedule, seen)
+        state, comm = self._progress.schedule, self._comm
+        decided = agreed(
+            comm, lambda: self._parts.rule.decide(state, seen) if comm.rank == 0 else None
+        )
+        return comm.broadcast_object(decided)
 
     def _probe(self, boundary: Boundary) -> Estimate | Interrupted | None:
         """The top eigenvalue where the rule wants it."""
@@ -271,6 +281,7 @@ class Loop:
             samples=self._samples(),
             ranks=ranks,
             next_ranks=max(ranks, wanted),
+            **self._parts.rule.evidence(before),
         )
 
     def _wanted_ranks(self, global_batch: int) -> int:

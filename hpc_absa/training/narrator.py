@@ -66,6 +66,7 @@ class Narrator:
         samples: int,
         ranks: int,
         next_ranks: int,
+        **more: float,
     ) -> None:
         """A decision as an event, once it is saved, and as a sentence where there is news."""
         moved = f", ranks {ranks} → {next_ranks}" if next_ranks != ranks else ""
@@ -92,8 +93,9 @@ class Narrator:
             next_ranks=next_ranks,
             lr=before.lr,
             next_lr=decision.state.lr,
+            **more,
         )
-        if eigenvalue or decision.action == "grow":
+        if eigenvalue or more or decision.action == "grow":
             self.say(f"decision at epoch {epoch:g} · {reason}")
 
     def on_saved(self, phase: int, step: int, samples: int) -> Any:

@@ -113,8 +113,12 @@ def described(content: Content, *, world_size: int, global_batch: int, samples: 
     return replace(content, attributes={**content.attributes, **extra})
 
 
-def restore(content: Content, live: Live, origin: str) -> tuple[Live, Progress]:
+def restore(
+    content: Content, live: Live, origin: str, kind: type[ScheduleState] = ScheduleState
+) -> tuple[Live, Progress]:
     """Put a checkpoint's tensors into `live`; returns it with the eigenvector, and the progress.
+
+    `kind` is the class of the schedule's states.
 
     Raises:
         CheckpointError: the checkpoint is of another model; names the first difference.
@@ -130,7 +134,9 @@ def restore(content: Content, live: Live, origin: str) -> tuple[Live, Progress]:
     position = Position(
         int(data["position"]), int(content.attributes["step"]), int(data["boundary"])
     )
-    schedule = ScheduleState(**groups["schedule"].attributes)  # type: ignore[arg-type]
+    known = {field.name for field in fields(kind)}
+    remembered = {k: v for k, v in groups["schedule"].attributes.items() if k in known}
+    schedule = kind(**remembered)  # type: ignore[arg-type]
     progress = Progress(
         position,
         schedule,

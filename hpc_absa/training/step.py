@@ -10,14 +10,16 @@ from torch import Tensor, nn
 
 from hpc_absa.adversarial import fgsm
 from hpc_absa.data.batches import Microbatch
+from hpc_absa.records import GradientSquares
 from hpc_absa.training.clock import Clock
+from hpc_absa.training.norms import MicrobatchNorms
 from hpc_absa.training.reduction import FLAGS, Reduction
 from hpc_absa.training.statistics import RunningStatistics
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
-RESERVED = 2 + FLAGS
-"""The last values of a step's extras: loss, samples and the flags."""
+RESERVED = 3 + FLAGS
+"""The last values of a step's extras: squared norms, loss, samples and the flags."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,8 @@ class StepResult:
     """Sum over the step's samples of the loss before the update."""
     samples: int
     flags: Flags
+    squares: GradientSquares | None = None
+    """Where they were asked for."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,7 @@ class Stepper:
         self._optimizer = optimizer
         self._statistics = statistics
         self._reduction = reduction
+        self._norms = MicrobatchNorms(model)
         self._adversary = adversary
         self._clock = clock
         self._seed = seed
@@ -92,6 +97,7 @@ class Stepper:
         adversarial_fraction: float,
         steps_before: int,
         flags: Flags,
+        wants_squares: bool = False,
     ) -> StepResult:
         """Step over `microbatches` of the stream; `feed` yields this rank's, in order.
 
@@ -100,6 +106,7 @@ class Stepper:
         """
         lanes = self.lanes(microbatches)
         mine = [k for lane in lanes for k in lane]
+        self._norms.active = wants_squares
         totals = self._extras()
         self._reduction.begin()
         for lane in lanes:
@@ -115,25 +122,38 @@ class Stepper:
         totals[-FLAGS:] = torch.tensor(astuple(flags), dtype=totals.dtype)
         with self._clock("comm"):
             totals = self._reduction.finish(totals)
-            loss, samples, *told = totals[-RESERVED:].tolist()
+            square, loss, samples, *told = totals[-RESERVED:].tolist()
         with self._clock("comp"):
+            squares = self._squares(square, len(microbatches), divisor) if wants_squares else None
             self._statistics.update(totals[:-RESERVED], len(microbatches), steps_before)
             for group in self._optimizer.param_groups:
                 group["lr"] = lr
             self._optimizer.step()
-        return StepResult(loss, round(samples), Flags(*(round(count) for count in told)))
+        counts = Flags(*(round(count) for count in told))
+        return StepResult(loss, round(samples), counts, squares)
 
     def _extras(self) -> Tensor:
-        """What travels beside the gradients: batch-norm statistics, loss, samples, flags."""
+        """What travels beside the gradients.
+
+        Batch-norm statistics, then the squared norms of the microbatches' gradients, loss, samples,
+        and the flags.
+        """
         buffer = self._statistics.sum_buffer()
         return torch.cat([buffer, buffer.new_zeros(RESERVED)])
+
+    def _squares(self, sum_of_squares: float, microbatches: int, divisor: int) -> GradientSquares:
+        """Of the step just reduced, whose gradients are sums over microbatches over `divisor`."""
+        parts = [p.grad for p in self._model.parameters() if p.grad is not None]
+        norm = float(torch.nn.utils.get_total_norm(parts)) * divisor / microbatches
+        each = sum_of_squares * divisor**2 / microbatches
+        return GradientSquares(microbatches, each, norm**2)
 
     def _pass(
         self, microbatch: Microbatch, divisor: int, fraction: float, extra: Tensor, *, last: bool
     ) -> None:
         """Forward and backward of one microbatch, with everything it adds to `extra`."""
         inputs, targets = microbatch.inputs, microbatch.targets
-        count = int(fraction * len(targets))
+        count = int(fraction * len(targets) + 1e-9)  # 0.29 · 100 is 28.999…
         if count and self._adversary:
             with self._clock("adversarial"):
                 moved = fgsm.perturb(
@@ -148,10 +168,10 @@ class Stepper:
         with self._clock("comp"):
             with self._statistics.collecting(extra[:-RESERVED]):
                 loss = self._loss(self._model(inputs), targets)
-            with self._reduction.backward(last=last):
+            with self._reduction.backward(last=last), self._norms.collecting(extra[-RESERVED]):
                 (loss / divisor).backward()
-            extra[-RESERVED] += loss.detach() * len(targets)
-            extra[1 - RESERVED] += len(targets)
+            extra[1 - RESERVED] += loss.detach() * len(targets)
+            extra[2 - RESERVED] += len(targets)
 
 
 def _mixed(seed: int, index: int) -> int:

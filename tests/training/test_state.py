@@ -1,4 +1,5 @@
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from hpc_absa.checkpoint import read, write
 from hpc_absa.course import Position
 from hpc_absa.errors import CheckpointError
 from hpc_absa.records import ScheduleState
+from hpc_absa.schedules.noise import NoiseState
 from hpc_absa.training.saving import HostCopies, _with_arrays
 from hpc_absa.training.state import Live, Progress, described, restore, scalars, tensors
 
@@ -95,3 +97,13 @@ def test_another_models_checkpoint_is_refused_by_name():
     extra.model.add_module("9", nn.Linear(2, 2))
     with pytest.raises(CheckpointError, match=r"9\.bias is only in the model"):
         restore(saved(live()), extra, "a.h5")
+
+
+def test_a_schedule_s_own_memory_comes_back(tmp_path):
+    of = live()
+    state = NoiseState(64, 0.1, noise=3.5, signal=0.25, steps=7)
+    write(tmp_path / "a.h5", saved(of, replace(PROGRESS, schedule=state)))
+    content = read(tmp_path / "a.h5")
+    assert restore(content, live(), "a.h5", NoiseState)[1].schedule == state
+    # A run that insists on another method leaves what that one does not know.
+    assert restore(content, live(), "a.h5")[1].schedule == ScheduleState(64, 0.1)

@@ -151,12 +151,16 @@ class Supervisor:
         if ended and ended[-1]["outcome"] in ("done", "resize", "stopped"):
             self._run.failure.unlink(missing_ok=True)
             self._resources.succeeded()
-            return str(ended[-1]["outcome"])
-        told = ending.fatal_signal() in STOPS and not ending.late
-        if told and not self._run.failure.exists():
-            # Before a rank, or mpirun, could listen: there was nothing yet to save.
+            outcome = str(ended[-1]["outcome"])
+            return "stopped" if outcome == "resize" and self._asked(ending) else outcome
+        if self._asked(ending) and not self._run.failure.exists():
             return "stopped"
         return self._failure(ending)
+
+    def _asked(self, ending: Ending) -> bool:
+        """Whether the world was asked to stop when its ranks did not listen: early, or late."""
+        told = ending.fatal_signal() in STOPS and not ending.late
+        return told or (self._run.stop_request.exists() and not self._moving)
 
     def _failure(self, ending: Ending) -> Failure:
         """The rank's own word where it left one, otherwise what the launcher said."""

@@ -24,7 +24,7 @@ from tests.soak.summary import Case, Summary
 pytestmark = [pytest.mark.mpi, pytest.mark.slow]
 
 SHAPE = {"epochs": 4, "kappa": 1, "initial": 1, "most": 1}
-HELD = {watched.HOLD: "evaluation:0"}
+HELD = {watched.HOLD: "evaluation:0:1"}
 """After the first epoch, when checkpoints exist, the run stands still until the fault is there."""
 
 

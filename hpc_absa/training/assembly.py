@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import nn
 
 from hpc_absa import job as jobs
 from hpc_absa.checkpoint import Content, Store
@@ -31,9 +33,10 @@ from hpc_absa.training.material import (
     threads_per_rank,
 )
 from hpc_absa.training.reduction import LANES, Overlapped, Reduction, Reproducible
-from hpc_absa.training.state import Live, Progress, broadcast, restore
+from hpc_absa.training.resuming import newest_good
+from hpc_absa.training.state import Live, Progress, restore
 from hpc_absa.training.statistics import RunningStatistics
-from hpc_absa.training.step import Adversary, Loss, Stepper
+from hpc_absa.training.step import Adversary, Loss, Numerics, Stepper
 
 
 @dataclass(frozen=True)
@@ -73,21 +76,24 @@ def assemble(
     course = course_of(job, len(dataset.train.labels))
     batches = build_batches(job, dataset, course, device)
     model, loss = agreed(comm, lambda: build_model_and_loss(job, dataset, device))
-    optimizer = torch.optim.SGD(
-        [p for p in model.parameters() if p.requires_grad],
-        lr=job.train.lr,
-        momentum=job.train.momentum,
-        weight_decay=job.train.weight_decay,
-    )
+    optimizer = torch.optim.SGD(_groups(job, model), lr=job.train.lr, momentum=job.train.momentum)
     rule = agreed(comm, lambda: build_rule(job))
-    store = Store(run.checkpoints, job.checkpoint.keep, background=job.checkpoint.background)
+    store = Store(run.checkpoints, job.checkpoint.keep)
     statistics = RunningStatistics(model)
     live, progress = Live(model, optimizer, None), Progress(Position(), rule.initial())
     live, progress, origin = _resume(job, dataset, store, comm, live, progress, allow_changed)
     reduction: Reduction
     reduction = (Reproducible if job.train.reproducible else Overlapped)(model, comm)
     stepper = Stepper(
-        model, loss, optimizer, statistics, reduction, _adversary(job, batches), clock, job.seed
+        model,
+        loss,
+        optimizer,
+        statistics,
+        reduction,
+        _adversary(job, batches),
+        clock,
+        job.seed,
+        Numerics(job.train.precision == "bfloat16", job.train.clip_norm),
     )
     parts = Parts(
         job,
@@ -115,24 +121,20 @@ def _resume(
     progress: Progress,
     allow_changed: tuple[str, ...],
 ) -> tuple[Live, Progress, str | None]:
-    """The newest good checkpoint: read once by rank 0, then broadcast."""
-
-    def read() -> tuple[str, Content] | None:
-        loaded = store.newest_good()
-        if loaded is None:
-            return None
-        for damaged in loaded.damaged:
-            print(f"passed over a checkpoint: {damaged}", flush=True)
-        _check(job, dataset, loaded.content, str(loaded.path), allow_changed)
-        return loaded.path.name, loaded.content
-
-    found = agreed(comm, lambda: read() if comm.rank == 0 else None)
-    origin = comm.broadcast_object(found[0] if found else None)
-    if origin is None:
+    """Go on from the newest good checkpoint, where there is one."""
+    found = newest_good(store, comm)
+    if found is None:
         return live, progress, None
-    content = broadcast(found[1] if found else None, comm)
-    live, progress = agreed(comm, lambda: restore(content, live, origin, type(progress.schedule)))
-    return live, progress, origin
+    if comm.rank == 0:
+        for damaged in found.damaged:
+            print(f"passed over a checkpoint: {damaged}", flush=True)
+    name = found.path.name
+
+    def accept() -> tuple[Live, Progress]:
+        _check(job, dataset, found.content, str(found.path), allow_changed)
+        return restore(found.content, live, name, type(progress.schedule))
+
+    return *agreed(comm, accept), name
 
 
 def _check(
@@ -161,6 +163,15 @@ def _make_reproducible(job: Job, comm: Communicator) -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
+
+
+def _groups(job: Job, model: nn.Module) -> list[dict[str, Any]]:
+    """The parameters with their weight decay; batch norm's and biases are vectors or scalars."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    spared = [p for p in trained if p.dim() < 2 and job.train.decay_spares_vectors]
+    kept = [p for p in trained if p.dim() >= 2 or not job.train.decay_spares_vectors]
+    groups = [(kept, job.train.weight_decay), (spared, 0.0)]
+    return [{"params": some, "weight_decay": decay} for some, decay in groups if some]
 
 
 def _adversary(job: Job, batches: Batches) -> Adversary | None:

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 
 from hpc_absa import job as jobs
-from hpc_absa.checkpoint import Content, read
+from hpc_absa.checkpoint import Content
 from hpc_absa.comm import Communicator, connect
 from hpc_absa.curvature import picture
 from hpc_absa.curvature import spectrum as curvature
@@ -27,7 +27,8 @@ from hpc_absa.training.material import (
     open_data,
     threads_per_rank,
 )
-from hpc_absa.training.state import broadcast, load_model
+from hpc_absa.training.resuming import load
+from hpc_absa.training.state import load_model
 
 
 def spectrum(
@@ -58,7 +59,7 @@ def spectrum(
 def _spectrum(
     comm: Communicator, checkpoint: Path, samples: int, k: int, root: str | None
 ) -> curvature.Spectrum:
-    content = broadcast(agreed(comm, lambda: read(checkpoint) if comm.rank == 0 else None), comm)
+    content = load(checkpoint, comm)
     job = agreed(comm, lambda: _job(content, checkpoint, root))
     torch.set_num_threads(threads_per_rank(job, comm.local_size))
     device = agreed(comm, lambda: device_of(job, comm))

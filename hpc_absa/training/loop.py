@@ -20,8 +20,9 @@ from hpc_absa.training.agreement import agreed
 from hpc_absa.training.assembly import Parts
 from hpc_absa.training.evaluate import evaluate
 from hpc_absa.training.narrator import Narrator, duration
-from hpc_absa.training.state import Live, Progress, described, snapshot
-from hpc_absa.training.step import StepResult
+from hpc_absa.training.saving import Saver, require_durable
+from hpc_absa.training.state import Live, Progress, described, scalars, tensors
+from hpc_absa.training.step import Flags, StepResult
 from hpc_absa.training.stop import StopRequest
 from hpc_absa.worldsize import ranks_for
 
@@ -42,6 +43,7 @@ class Loop:
         run: RunDir,
         narrator: Narrator,
         stop: StopRequest,
+        saver: Saver,
         limit: int,
         follows: Event | None,
     ) -> None:
@@ -56,11 +58,13 @@ class Loop:
             run: its files.
             narrator: tells of it.
             stop: asks for its end.
+            saver: puts its states on disk.
             limit: the largest number of ranks the job may ask for.
             follows: the `phase_end` event of the smaller world before this one, to time the resize.
         """
         self._parts, self._live, self._progress, self._origin = parts, live, progress, origin
         self._comm, self._run, self._narrator, self._stop = comm, run, narrator, stop
+        self._saver = saver
         self._limit, self._follows = limit, follows
         self._course, self._clock = parts.course, parts.clock
         self._feed: Iterator[Microbatch] | None = None
@@ -76,11 +80,14 @@ class Loop:
                     return self._end("stopped")
                 if decision.action == "grow" and (wanted := self._grow()) > self._comm.size:
                     return self._end("resize", wanted)
-            elif self._take(move).stop:
-                self._save()
-                return self._end("stopped")
-            elif time.monotonic() - self._last_save >= self._parts.job.checkpoint.every_seconds:
-                self._save()
+            else:
+                told = self._take(move).flags
+                self._saver.heard(told.written, told.failed)
+                if told.stop:
+                    self._save()
+                    return self._end("stopped")
+                if told.save:
+                    self._save()
         return self._finish()
 
     def _next(self) -> Boundary | Step | None:
@@ -110,7 +117,7 @@ class Loop:
             lr=rule.lr(schedule, epoch),
             adversarial_fraction=rule.adversarial_fraction(schedule, epoch),
             steps_before=position.step,
-            stop_here=self._stop.here(),
+            flags=self._flags(),
             wants_squares=rule.wants_gradients(schedule),
         )
         if result.squares:
@@ -124,6 +131,11 @@ class Loop:
         )
         self._after_step(result)
         return result
+
+    def _flags(self) -> Flags:
+        """What this rank has to tell the others."""
+        due = time.monotonic() - self._last_save >= self._parts.job.checkpoint.every_seconds
+        return Flags(self._stop.here(), self._comm.rank == 0 and due, *self._saver.flags())
 
     def _after_step(self, result: StepResult) -> None:
         if self._follows:
@@ -316,7 +328,7 @@ class Loop:
         """Leave this world; the last checkpoint is durable on return."""
         self._drop_feed()
         with self._clock("checkpoint"), self._stop.busy():
-            self._parts.store.wait()
+            require_durable(self._saver, self._save)
         phase = self._progress.phase - (outcome == "resize")
         self._end_phase(outcome, wanted or self._comm.size, phase)
         return PhaseOutcome(outcome, wanted or self._comm.size, self._progress.phase)
@@ -358,20 +370,12 @@ class Loop:
     # Saving
 
     def _save(self) -> None:
-        """Hand rank 0's state to the store; all ranks hold the same, so none else saves."""
+        """Begin to save the present state (a collective)."""
         self._last_save = time.monotonic()
-        if self._comm.rank != 0:
-            return
-        progress = self._progress
+        progress, parts = self._progress, self._parts
         with self._clock("checkpoint"), self._stop.busy():
             content = described(
-                snapshot(
-                    self._live,
-                    progress,
-                    self._parts.job.seed,
-                    self._parts.dataset.digest,
-                    jobs.dump(self._parts.job),
-                ),
+                scalars(progress, parts.job.seed, parts.dataset.digest, jobs.dump(parts.job)),
                 world_size=self._comm.size,
                 global_batch=progress.schedule.global_batch,
                 samples=self._samples(),
@@ -379,7 +383,7 @@ class Loop:
             step = progress.position.step
             path = self._run.checkpoint(step, progress.phase)
             then = self._narrator.on_saved(progress.phase, step, self._samples())
-            self._parts.store.save(path, content, then)
+            self._saver.save(path, content, tensors(self._live), then)
 
     # Numbers
 

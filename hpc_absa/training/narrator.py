@@ -96,12 +96,17 @@ class Narrator:
             self.say(f"decision at epoch {epoch:g} · {reason}")
 
     def on_saved(self, phase: int, step: int, samples: int) -> Any:
-        """What the store calls when the checkpoint that closes the pending events is durable."""
-        pending, self._pending = self._pending, []
+        """What the saver calls when the checkpoint that closes the pending events is durable.
+
+        Where that one fails they wait for the next.
+        """
+        count = len(self._pending)
 
         def saved(published: Published) -> None:
-            for event, of_phase, fields in pending:
+            for _ in range(count):
+                event, of_phase, fields = self._pending[0]
                 self.emit(event, of_phase, **fields)
+                del self._pending[0]
             self.emit(
                 "checkpoint",
                 phase,

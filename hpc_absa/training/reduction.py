@@ -21,6 +21,9 @@ from hpc_absa.worldsize import share
 LANES = 64
 """Leaves of the fixed summation tree: the largest world whose bits agree."""
 
+FLAGS = 4
+"""The last values of what travels beside the gradients: they belong to a rank, not to a lane."""
+
 
 class Reduction(Protocol):
     """Adds up the gradients of one step; every rank calls every method, also with no microbatch."""
@@ -157,7 +160,7 @@ class Reproducible:
         total = self._levels[-1]
         if total is None:
             total = torch.zeros(self._length() + extra.numel(), device=extra.device)
-        total[-1] = extra[-1]  # the stop flag belongs to the rank, not to a lane
+        total[-FLAGS:] = extra[-FLAGS:]
         self._comm.sum_in_pairs_(total)
         start = 0
         for parameter in self._parameters:

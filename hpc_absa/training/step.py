@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import astuple, dataclass
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +14,27 @@ from hpc_absa.data.batches import Microbatch
 from hpc_absa.records import GradientSquares
 from hpc_absa.training.clock import Clock
 from hpc_absa.training.norms import MicrobatchNorms
-from hpc_absa.training.reduction import Reduction
+from hpc_absa.training.reduction import FLAGS, Reduction
 from hpc_absa.training.statistics import RunningStatistics
 
 Loss = Callable[[Tensor, Tensor], Tensor]
+
+RESERVED = 3 + FLAGS
+"""The last values of a step's extras: squared norms, loss, samples and the flags."""
+
+
+@dataclass(frozen=True)
+class Flags:
+    """What ranks tell each other with every step: true or false here, how many ranks in sum."""
+
+    stop: int = 0
+    """Has been asked to stop."""
+    save: int = 0
+    """Wants a periodic checkpoint (rank 0's clock alone)."""
+    written: int = 0
+    """Has its share of the save in flight on disk."""
+    failed: int = 0
+    """Could not write its share."""
 
 
 @dataclass(frozen=True)
@@ -26,8 +44,7 @@ class StepResult:
     loss: float
     """Sum over the step's samples of the loss before the update."""
     samples: int
-    stop: bool
-    """Whether any rank has been asked to stop."""
+    flags: Flags
     squares: GradientSquares | None = None
     """Where they were asked for."""
 
@@ -40,6 +57,20 @@ class Adversary:
     """ε in the model's input space, `[1, C, 1, 1]`."""
     valid: tuple[Tensor, Tensor]
     """The images of 0 and 1 under the normalisation."""
+
+
+@dataclass(frozen=True)
+class Numerics:
+    """How a step computes, beyond plain float32."""
+
+    autocast: bool = False
+    """Forward passes in bfloat16 where PyTorch holds that safe; weights, gradients, batch-norm
+    statistics and the loss stay float32."""
+    clip_norm: float | None = None
+    """Largest norm of a step's gradient, of the sum over all ranks; a longer one is shortened."""
+
+
+PLAIN = Numerics()
 
 
 class Stepper:
@@ -55,6 +86,7 @@ class Stepper:
         adversary: Adversary | None,
         clock: Clock,
         seed: int,
+        numerics: Numerics = PLAIN,
     ) -> None:
         """`seed` is the job's: dropout masks are a function of it and the microbatch's place."""
         self._model = model
@@ -66,6 +98,7 @@ class Stepper:
         self._adversary = adversary
         self._clock = clock
         self._seed = seed
+        self._numerics = numerics
 
     def lanes(self, microbatches: range) -> list[range]:
         """The microbatches that this rank will compute, in order."""
@@ -80,7 +113,7 @@ class Stepper:
         lr: float,
         adversarial_fraction: float,
         steps_before: int,
-        stop_here: bool,
+        flags: Flags,
         wants_squares: bool = False,
     ) -> StepResult:
         """Step over `microbatches` of the stream; `feed` yields this rank's, in order.
@@ -103,27 +136,28 @@ class Stepper:
                 self._pass(microbatch, divisor, adversarial_fraction, extra, last=last)
             self._reduction.end_lane(extra)
             totals += extra
-        totals[-1] = float(stop_here)
+        totals[-FLAGS:] = torch.tensor(astuple(flags), dtype=totals.dtype)
         with self._clock("comm"):
             totals = self._reduction.finish(totals)
-            square, loss, samples, stop = totals[-4:].tolist()
+            square, loss, samples, *told = totals[-RESERVED:].tolist()
         with self._clock("comp"):
             squares = self._squares(square, len(microbatches), divisor) if wants_squares else None
-            self._statistics.update(totals[:-4], len(microbatches), steps_before)
+            self._statistics.update(totals[:-RESERVED], len(microbatches), steps_before)
+            if self._numerics.clip_norm is not None:
+                torch.nn.utils.clip_grad_norm_(self._model.parameters(), self._numerics.clip_norm)
             for group in self._optimizer.param_groups:
                 group["lr"] = lr
             self._optimizer.step()
-        return StepResult(loss, round(samples), stop > 0, squares)
+        flags = Flags(*(round(count) for count in told))
+        return StepResult(loss, round(samples), flags, squares)
 
     def _extras(self) -> Tensor:
         """What travels beside the gradients.
 
-        Batch-norm statistics, then the squared norms of the microbatches' gradients, loss, samples,
-        and the stop flag.
+        Batch-norm statistics, squares of the microbatches' gradient norms, loss, samples, flags.
         """
-        return torch.cat(
-            [self._statistics.sum_buffer(), self._statistics.sum_buffer().new_zeros(4)]
-        )
+        buffer = self._statistics.sum_buffer()
+        return torch.cat([buffer, buffer.new_zeros(RESERVED)])
 
     def _squares(self, sum_of_squares: float, microbatches: int, divisor: int) -> GradientSquares:
         """Of the step just reduced, whose gradients are sums over microbatches over `divisor`."""
@@ -139,7 +173,7 @@ class Stepper:
         inputs, targets = microbatch.inputs, microbatch.targets
         count = int(fraction * len(targets) + 1e-9)  # 0.29 · 100 is 28.999…
         if count and self._adversary:
-            with self._clock("adversarial"):
+            with self._clock("adversarial"), self._autocast(inputs):
                 moved = fgsm.perturb(
                     self._model,
                     self._loss,
@@ -150,12 +184,20 @@ class Stepper:
                 )
                 inputs = torch.cat([moved, inputs[count:]])
         with self._clock("comp"):
-            with self._statistics.collecting(extra[:-4]):
-                loss = self._loss(self._model(inputs), targets)
-            with self._reduction.backward(last=last), self._norms.collecting(extra[-4]):
+            with self._statistics.collecting(extra[:-RESERVED]):
+                with self._autocast(inputs):
+                    outputs = self._model(inputs)
+                # The loss is a sum over few numbers, which bfloat16 would spoil for nothing.
+                outputs = outputs.float() if self._numerics.autocast else outputs
+                loss = self._loss(outputs, targets)
+            with self._reduction.backward(last=last), self._norms.collecting(extra[-RESERVED]):
                 (loss / divisor).backward()
-            extra[-3] += loss.detach() * len(targets)
-            extra[-2] += len(targets)
+            extra[1 - RESERVED] += loss.detach() * len(targets)
+            extra[2 - RESERVED] += len(targets)
+
+    def _autocast(self, inputs: Tensor) -> AbstractContextManager[None]:
+        on = self._numerics.autocast
+        return torch.autocast(inputs.device.type, torch.bfloat16, enabled=on)
 
 
 def _mixed(seed: int, index: int) -> int:

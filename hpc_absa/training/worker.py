@@ -26,6 +26,7 @@ from hpc_absa.training.assembly import assemble
 from hpc_absa.training.clock import Clock
 from hpc_absa.training.loop import Loop
 from hpc_absa.training.narrator import Narrator
+from hpc_absa.training.saving import Saver
 from hpc_absa.training.stop import StopRequest
 
 
@@ -71,6 +72,14 @@ def work(
             clock.settle = torch.cuda.synchronize
         _redirect_output(run, progress.phase, comm.rank)
     narrator = Narrator(run, comm.rank, people)
+    saver = Saver(
+        parts.store,
+        comm,
+        background=job.checkpoint.background,
+        shard_bytes=job.checkpoint.shard_bytes,
+        on_error=job.checkpoint.on_error,
+        warn=narrator.say,
+    )
     loop = Loop(
         parts,
         live,
@@ -80,6 +89,7 @@ def work(
         run,
         narrator,
         stop,
+        saver,
         worldsize.limit(job),
         _resized_from(run),
     )

@@ -180,6 +180,42 @@ def plan(
 
 
 @app.command()
+def compare(
+    sweep: Annotated[
+        Path, typer.Argument(metavar="SWEEP", help="Sweep file (TOML); jobs/ has examples.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the sweep; default runs/<sweep name>.")
+    ] = None,
+    side_by_side: Annotated[
+        int | None, typer.Option(min=1, help="Cells at work at a time, in place of the sweep's.")
+    ] = None,
+    retry: Annotated[
+        bool, typer.Option("--retry", help="Try failed cells again, from their last checkpoints.")
+    ] = False,
+    overrides: Overrides = None,
+    allow_changed: AllowChanged = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Say where each cell stands and print the tables so far."),
+    ] = False,
+) -> int:
+    """Run a grid of schedules, batches and seeds, and print the talk's two tables of it.
+
+    Each cell is a run of its own below the sweep's folder. The same command goes on where it was
+    stopped; the tables are also written as Markdown, CSV, LaTeX and HTML. Exit status: 0 all cells
+    done, 1 some failed (`--retry` tries them again), 75 stopped.
+    """
+    from hpc_absa.study.command import compare as run_sweep
+
+    words, allowed = tuple(overrides or ()), tuple(allow_changed or ())
+    return run_sweep(
+        sweep, out, side_by_side=side_by_side, retry=retry, dry_run=dry_run,
+        overrides=words, allow_changed=allowed,
+    )  # fmt: skip
+
+
+@app.command()
 def status(
     directory: Annotated[Path, typer.Argument(metavar="D", help="Run directory.")],
     as_json: Json = False,

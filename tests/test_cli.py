@@ -38,7 +38,16 @@ def _command(monkeypatch, capsys):
 
 
 def test_the_commands_of_the_contract_are_there():
-    assert {"run", "train", "plan", "status", "verify", "report", "data"} <= COMMANDS.keys()
+    assert {
+        "run",
+        "train",
+        "plan",
+        "status",
+        "verify",
+        "compare",
+        "report",
+        "data",
+    } <= COMMANDS.keys()
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -1,7 +1,6 @@
 """The planner: published counts, and the same course as a slow simulation step by step."""
 
 from fractions import Fraction
-from pathlib import Path
 
 import pytest
 from hypothesis import assume, given, settings
@@ -12,8 +11,10 @@ from hpc_absa.errors import UsageError
 from hpc_absa.plan import plan, training_samples
 from hpc_absa.records import Eigenvalue, GradientSquares, Observation
 from hpc_absa.schedules import build
+from hpc_absa.study import sweep
+from tests import job_files
+from tests.job_files import JOB_FILES, SWEEP_FILES
 
-JOBS = Path(__file__).parents[1] / "jobs"
 JOB = """
 [data]
 name = "cifar10"
@@ -282,9 +283,16 @@ def test_the_earliest_course_is_the_shortest(task):
         assert plans["earliest"].steps <= plans["latest"].steps
 
 
-@pytest.mark.parametrize("path", sorted(JOBS.rglob("*.toml")), ids=lambda path: path.stem)
-def test_every_job_of_the_package_can_be_planned(path):
-    loaded = jobs.load(path)
+def planned_jobs():
+    """Every job of the package, and those of its sweeps' cells."""
+    yield from (pytest.param(jobs.load(path), id=job_files.name(path)) for path in JOB_FILES)
+    for path in SWEEP_FILES:
+        for cell in sweep.load(path)[1]:
+            yield pytest.param(cell.job, id=f"{job_files.name(path)}:{cell.name}")
+
+
+@pytest.mark.parametrize("loaded", list(planned_jobs()))
+def test_every_job_of_the_package_can_be_planned(loaded):
     for planned in plan(loaded, training_samples(loaded), 8).values():
         assert planned.steps > 0
         assert planned.phases[-1].global_batch <= loaded.schedule.largest_batch

@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 SCRIPTS := $(wildcard launch/*.sh) .ci/run
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-mpi soak bench check format clean distclean
+.PHONY: help setup demo test test-mpi test-slurm soak bench check format clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -20,17 +20,22 @@ demo: setup ## train the digits job with ABSA, from 1 rank to 4, and write a rep
 	@ls runs/demo/report.html runs/demo/report.png
 
 test: setup check ## the checks of `make check`, then the whole test suite
-	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not slow and not slurm" $(PYTEST_ARGS)
 
 soak: setup ## the longer proofs that `make test` leaves out
-	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "slow and not slurm" $(PYTEST_ARGS)
 
-bench: setup ## time curvature against PyHessian and curvlinops; wants the machine for itself
+bench: setup ## time curvature and checkpoints against their peers; wants the machine for itself
 	$(BIN)/python -m pip install --quiet --editable '.[bench]'
 	$(BIN)/python -m benchmarks.curvature $(DATA)
+	$(BIN)/python -m benchmarks.checkpoint .
+	$(BIN)/python -m benchmarks.checkpoint . --model wide_resnet101_2 --rounds 3
 
 test-mpi: setup ## only the tests that run under mpirun
 	$(BIN)/python -m pytest -m "not slow" tests/mpi tests/setup/test_environment.py $(PYTEST_ARGS)
+
+test-slurm: setup ## only the tests on a four-node Slurm, which they start themselves where it is installed
+	$(BIN)/python -m pytest -m slurm $(PYTEST_ARGS)
 
 check: setup ## ruff, mypy, import-linter and shellcheck
 	$(BIN)/ruff check

@@ -65,11 +65,21 @@ def run(
     job: JobFile,
     run_dir: RunFolder = None,
     launcher: Annotated[
-        str | None, typer.Option(help="mpirun, horovodrun, srun; in place of the job's.")
+        str | None,
+        typer.Option(
+            help="mpirun, horovodrun, srun, or slurm: a chain of batch jobs; in place of the job's."
+        ),
     ] = None,
     max_ranks: MaxRanks = None,
     overrides: Overrides = None,
     allow_changed: AllowChanged = None,
+    hosts: Annotated[
+        str | None,
+        typer.Option("--hosts", "-H", help="host:slots,... in place of the job's launch.hosts."),
+    ] = None,
+    hostfile: Annotated[
+        Path | None, typer.Option(help="File with a host a line, in place of --hosts.")
+    ] = None,
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Remove the run directory first and begin anew.")
     ] = False,
@@ -83,8 +93,6 @@ def run(
     after Ctrl-C, a crash or a reboot, the same command continues. Exit status: 0 done, 1 failed,
     2 bad usage or job file, 75 stopped on request with everything saved.
     """
-    import shlex
-
     from hpc_absa import job as jobs
     from hpc_absa import worldsize
     from hpc_absa.report.tensorboard import TensorBoardLog
@@ -93,10 +101,14 @@ def run(
 
     extra = [f"launch.launcher={launcher}"] if launcher else []
     extra += [f"ranks.max={max_ranks}"] if max_ranks else []
+    extra += [f"launch.hosts={hosts}"] if hosts else []
+    extra += [f"launch.hostfile={hostfile}"] if hostfile else []
     loaded = jobs.load(job, (*(overrides or ()), *extra))
+    folder = RunDir(run_dir or driver.default_run_dir(loaded))
+    if loaded.launch.launcher == "slurm":
+        return _run_chain(loaded, folder, tuple(allow_changed or ()), fresh, dry_run)
     resolved = {"ranks": loaded.ranks.model_copy(update={"max": worldsize.limit(loaded)})}
     loaded = loaded.model_copy(update=resolved)
-    folder = RunDir(run_dir or driver.default_run_dir(loaded))
     board = TensorBoardLog(folder)
 
     def show(line: str) -> None:
@@ -105,21 +117,89 @@ def run(
 
     supervisor = driver.Supervisor(loaded, folder, tuple(allow_changed or ()), show)
     if dry_run:
-        print(shlex.join(supervisor.launch_command()))
+        print(supervisor.launch_command())
         return ExitStatus.OK
     if fresh:
         driver.clear(folder)
-    if done := driver.finished(folder):
-        _show(
-            f"{folder.path}: already done after {done['steps']} steps; "
-            "--fresh begins anew, --run-dir names another place"
-        )
+    if _already_done(folder):
         return ExitStatus.OK
     status = supervisor.supervise()
     board.close()
     if folder.events.exists():
         _write_report([folder.path], None)
     return status
+
+
+def _run_chain(job: Any, run: Any, allowed: tuple[str, ...], fresh: bool, dry_run: bool) -> int:
+    from hpc_absa.supervisor import driver, follow
+
+    follower = follow.Follower(job, run, allowed, _show)
+    if dry_run:
+        print(follower.dry(), end="")
+        return ExitStatus.OK
+    if fresh:
+        follower.refuse_if_at_work()
+        driver.clear(run)
+    return ExitStatus.OK if _already_done(run) else follower.follow()
+
+
+def _already_done(run: Any) -> bool:
+    from hpc_absa.supervisor import driver
+
+    if done := driver.finished(run):
+        _show(
+            f"{run.path}: already done after {done['steps']} steps; "
+            "--fresh begins anew, --run-dir names another place"
+        )
+    return done is not None
+
+
+@app.command()
+def link(
+    directory: Annotated[Path, typer.Argument(metavar="D", help="Run directory.")],
+    number: Annotated[int, typer.Argument(metavar="N", min=1, help="The link's number.")],
+    allow_changed: AllowChanged = None,
+) -> int:
+    """Be one batch job of a chain: what `hpc-absa run --launcher slurm` has Slurm start.
+
+    It trains on the job's nodes until the run is done, or a decision asks for more ranks, or the
+    time is up, and submits the next job of the chain.
+    """
+    from hpc_absa.report.tensorboard import TensorBoardLog
+    from hpc_absa.rundir import RunDir
+    from hpc_absa.supervisor import driver
+    from hpc_absa.supervisor.link import LinkRun
+
+    run = RunDir(directory)
+    board = TensorBoardLog(run)
+
+    def show(line: str) -> None:
+        _show(line)
+        board.update()
+
+    status = LinkRun(run, number, tuple(allow_changed or ()), show).work()
+    board.close()
+    if driver.finished(run):
+        _write_report([run.path], None)
+    return status
+
+
+@app.command()
+def cancel(
+    directory: Annotated[Path, typer.Argument(metavar="D", help="Run directory.")],
+    now: Annotated[
+        bool, typer.Option("--now", help="Do not wait for a checkpoint: end its batch job at once.")
+    ] = False,
+) -> int:
+    """Have a run save and stop, from anywhere; of a chain of batch jobs, also those that wait.
+
+    The command that began the run goes on with it.
+    """
+    from hpc_absa.supervisor import cancel as cancelling
+
+    for line in cancelling.cancel(directory, now):
+        _show(line)
+    return ExitStatus.OK
 
 
 @app.command()
@@ -234,6 +314,44 @@ def status(
 
 
 @app.command()
+def replay(
+    directory: Annotated[Path, typer.Argument(metavar="D", help="Run directory.")],
+    alpha: Annotated[
+        float | None, typer.Option(help="What this fall of λ would have decided: schedule.alpha.")
+    ] = None,
+    kappa: Annotated[
+        int | None, typer.Option(help="What this patience would have decided: schedule.kappa.")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="What schedule.KEY=VALUE would have; repeatable."
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> int:
+    """Derive every decision of a run again from its events, and say what others would have been.
+
+    Exit status 1 where the run's own parameters do not lead to the decisions recorded.
+    """
+    from hpc_absa import replay as replaying
+
+    changes = [f"schedule.alpha={alpha}"] if alpha is not None else []
+    changes += [f"schedule.kappa={kappa}"] if kappa is not None else []
+    changes += overrides or []
+    own = replaying.replay(directory)
+    other = replaying.replay(directory, changes) if changes else None
+    if as_json:
+        _print_json({**own.to_dict(), "other": other.to_dict() if other else None})
+    else:
+        from rich.console import Console
+
+        for course in filter(None, (own, other)):
+            replaying.render(course, Console())
+    return ExitStatus.FAILED if own.differing else ExitStatus.OK
+
+
+@app.command()
 def verify(
     path: Annotated[Path, typer.Argument(help="A checkpoint, or a run directory with several.")],
     as_json: Json = False,
@@ -261,15 +379,25 @@ def spectrum(
     out: Annotated[
         Path | None, typer.Option(help="Prefix of OUT.h5 and OUT.png; default none is written.")
     ] = None,
+    layers: Annotated[
+        bool, typer.Option(help="Each parameter's own block too, which takes most of the time.")
+    ] = True,
+    gauss_newton: Annotated[
+        bool, typer.Option("--gauss-newton", help="That part of the Hessian alone.")
+    ] = False,
     as_json: Json = False,
 ) -> int:
     """Compute top eigenvalues, trace and density of the Hessian at a checkpoint.
 
+    Also negative directions, the loss along the top eigenvectors, and every layer's own block.
     Alone, or over several ranks: `mpirun -np 4 hpc-absa spectrum CHECKPOINT`.
     """
     from hpc_absa.training import inspection
 
-    return inspection.spectrum(checkpoint, samples, k, root, out, as_json)
+    matrix = "gauss-newton" if gauss_newton else "hessian"
+    return inspection.spectrum(
+        checkpoint, root, out, as_json, samples=samples, k=k, layers=layers, matrix=matrix
+    )
 
 
 @app.command()

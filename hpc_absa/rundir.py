@@ -68,6 +68,28 @@ class RunDir:
         """Left by the first rank that fails, for the supervisor to read and remove."""
         return self.logs / "failure.json"
 
+    @property
+    def joined(self) -> Path:
+        """Tells the supervisor by existing that all ranks of its world have found each other."""
+        return self.logs / "joined"
+
+    @property
+    def chain(self) -> Path:
+        """Folder of the batch jobs that carry the run from phase to phase (launcher `slurm`)."""
+        return self.path / "chain"
+
+    def link_script(self, number: int) -> Path:
+        """The batch script of the chain's link `number`, from 1."""
+        return self.chain / f"{number:04d}.sh"
+
+    def link_record(self, number: int) -> Path:
+        """Which job is link `number`; existing means that it was submitted, once and for all."""
+        return self.chain / f"{number:04d}.json"
+
+    def link_log(self, number: int) -> Path:
+        """What the batch job of link `number` printed."""
+        return self.logs / f"link-{number:04d}.log"
+
     def checkpoint(self, step: int, phase: int) -> Path:
         """The checkpoint after `step` optimizer steps; names sort by age."""
         return self.checkpoints / f"step-{step:010d}-phase-{phase:03d}.h5"

@@ -26,11 +26,13 @@ from hpc_absa.report import text
 from hpc_absa.report.accounting import AttemptSeconds, account, attempts, finite, in_order
 from hpc_absa.report.history import read_job, require_run
 from hpc_absa.rundir import RunDir
+from hpc_absa.supervisor.standing import LinkStanding, standing
 
-State = Literal["not started", "running", "done", "stopped", "interrupted", "failed"]
+State = Literal["not started", "queued", "running", "done", "stopped", "interrupted", "failed"]
 
 STATE_STYLES: Mapping[State, str] = {
     "not started": "bold",
+    "queued": "bold blue",
     "running": "bold blue",
     "done": "bold green",
     "stopped": "bold yellow",
@@ -98,6 +100,8 @@ class Status:
     """Estimate at the pace of the present phase; None where there is no pace yet."""
     last_event_age: float | None
     lock: Lock | None
+    chain: tuple[LinkStanding, ...]
+    """The batch jobs of launcher `slurm`, the first one first."""
     next_command: str | None
 
     def to_dict(self) -> dict[str, Any]:
@@ -140,7 +144,9 @@ def status(path: Path, now: float | None = None) -> Status:
     kept = event_log.effective(written)
     _, job = read_job(run)
     lock = read_lock(run.lock)
-    state, explanation = _state(written, lock, now)
+    name = str(job.get("name") or run.path.resolve().name)
+    chain = standing(run, name, written)
+    state, explanation = _state(written, lock, chain, now)
     if state == "running" and run.stop_request.exists():
         explanation += " It was asked to stop, and is saving."
     parts = account(written)
@@ -152,7 +158,7 @@ def status(path: Path, now: float | None = None) -> Status:
     used += max(0.0, now - last_seen) if state == "running" and written else 0.0
     return Status(
         path=str(run.path),
-        name=str(job.get("name") or run.path.resolve().name),
+        name=name,
         schedule=str(_section(job, "schedule").get("method", "")),
         state=state,
         explanation=explanation,
@@ -177,6 +183,7 @@ def status(path: Path, now: float | None = None) -> Status:
         seconds_left=_seconds_left(state, parts, kept, epoch, epochs),
         last_event_age=_known(now - last_seen),
         lock=lock,
+        chain=chain,
         next_command=_next_command(state, run),
     )
 
@@ -232,9 +239,19 @@ def _lives(pid: int, started: float) -> bool:
     return words[0] not in "ZX" and not born > started + CLOCK_SLACK
 
 
-def _state(written: Sequence[Event], lock: Lock | None, now: float) -> tuple[State, str]:
+def _state(
+    written: Sequence[Event], lock: Lock | None, chain: Sequence[LinkStanding], now: float
+) -> tuple[State, str]:
     if _last_word(written) == "done":
         return "done", "The job is done."
+    if chain and chain[-1].alive:
+        last = chain[-1]
+        waits = f" for {last.waits_for}" if last.waits_for not in (None, "None") else ""
+        if last.state == "pending":
+            return "queued", f"Job {last.job_id}, link {last.link} of its chain, waits{waits}."
+        return "running", f"Job {last.job_id}, link {last.link} of its chain, is {last.state}."
+    if chain and chain[-1].alive is None and chain[-1].state == "submitted":
+        return "queued", f"Job {chain[-1].job_id} was submitted; Slurm cannot be asked from here."
     if lock is not None and lock.live:
         return "running", f"Process {lock.pid} on {lock.host} works on it."
     if lock is not None and lock.live is None:
@@ -314,7 +331,7 @@ def _seconds_left(
 
 
 def _next_command(state: State, run: RunDir) -> str | None:
-    if state == "running":
+    if state in ("running", "queued"):
         return None
     folder = shlex.quote(str(run.path))
     if state == "done":
@@ -342,6 +359,7 @@ def _lines(now: Status) -> list[tuple[str, str]]:
         ("time used", text.duration(now.seconds_used) if now.phase is not None else ""),
         ("time left", _left(now)),
         ("last event", _ago(now.last_event_age)),
+        ("chain", "\n".join(map(_link, now.chain))),
     ]
     return [(name, words) for name, words in lines if words]
 
@@ -372,6 +390,12 @@ def _left(now: Status) -> str:
 
 def _ago(seconds: float | None) -> str:
     return "" if seconds is None else f"{text.duration(max(0.0, seconds))} ago"
+
+
+def _link(link: LinkStanding) -> str:
+    nodes = "1 node" if link.nodes == 1 else f"{link.nodes} nodes"
+    ranks = "1 rank" if link.ranks == 1 else f"{link.ranks} ranks"
+    return f"link {link.link}, job {link.job_id} ({link.name}), {nodes}, {ranks}: {link.state}"
 
 
 def _failure(event: Event) -> str:

@@ -3,21 +3,52 @@
 from __future__ import annotations
 
 import os
+import re
 
+from hpc_absa import allocation
+from hpc_absa.allocation import Hosts
 from hpc_absa.errors import UsageError
 from hpc_absa.job import Job
 
 
 def limit(job: Job) -> int:
-    """The largest number of ranks: the job's, or the slots of its hosts, or this host's cores."""
+    """The largest number of ranks: the job's, or its hosts' slots, the scheduler's, the cores."""
     if job.ranks.max is not None:
         return job.ranks.max
-    if job.launch.hosts:
-        return sum(slots for _, slots in hosts(job.launch.hosts))
+    if named := stated_hosts(job):
+        return sum(slots for _, slots in named)
+    if given := allocation.present():
+        return given.slots
     return max(job.ranks.initial, len(os.sched_getaffinity(0)))
 
 
-def hosts(words: str) -> list[tuple[str, int]]:
+def stated_hosts(job: Job) -> Hosts:
+    """The hosts that the job names with their slots, in its order; empty where it names none.
+
+    Raises:
+        UsageError: the host file cannot be read, or a line of it is none of a host file's.
+    """
+    if not job.launch.hostfile:
+        return hosts(job.launch.hosts) if job.launch.hosts else []
+    path = job.launch.hostfile
+    found: dict[str, int] = {}
+    for line in allocation.read_lines(path, "launch.hostfile"):
+        match = _HOSTFILE_LINE.fullmatch(line)
+        if not match:
+            raise UsageError(f"{path}: {line!r}: expected a line like 'name slots=4' or 'name:4'")
+        found[match["name"]] = found.get(match["name"], 0) + int(match["slots"] or match["n"] or 1)
+    if not found:
+        raise UsageError(f"{path}: no host in it; expected lines like 'name slots=4'")
+    return list(found.items())
+
+
+_HOSTFILE_LINE = re.compile(
+    r"(?P<name>[^\s:=]+)(:(?P<n>0*[1-9]\d*)|\s+slots\s*=\s*(?P<slots>0*[1-9]\d*)(\s+\S+=\S+)*)?"
+)
+"""Open MPI's form, with its other words passed over, and the one of MPICH and Horovod."""
+
+
+def hosts(words: str) -> Hosts:
     """`a:4,b` as `[("a", 4), ("b", 1)]`.
 
     Raises:

@@ -47,6 +47,7 @@ def test_the_commands_of_the_contract_are_there():
         "compare",
         "report",
         "data",
+        "replay",
     } <= COMMANDS.keys()
 
 
@@ -227,6 +228,7 @@ def test_python_m_is_the_same_command():
     ("words", "status"),
     [
         (["status", "D"], 0),
+        (["replay", "D"], 0),
         (["plan", JOB, "--json"], 0),
         (["plan", "none.toml"], 2),
         (["train", JOB], 2),

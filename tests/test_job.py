@@ -82,7 +82,14 @@ VALUES = {
     "checkpoint.async": st.booleans(),
     "checkpoint.every_seconds": st.floats(1e-9) | st.just(float("inf")),
     "launch.extra": st.lists(st.text(max_size=6), max_size=3),
-    "launch.slurm": st.dictionaries(st.text(max_size=4), st.text(max_size=4) | st.integers()),
+    "launch.slurm": st.fixed_dictionaries(
+        {},
+        optional={
+            "gpus-per-node": st.integers(1, 64),
+            "sbatch": st.lists(st.just("--exclusive"), max_size=2),
+            "time": st.integers() | st.just("1-00:00:00"),
+        },
+    ),
 }
 
 
@@ -142,6 +149,9 @@ def test_a_job_is_frozen():
         ("train.milestones=[3, 4.5]", "train.milestones.1 = 4.5: expected a valid integer"),
         ("launch.extra=--x", "launch.extra = '--x': expected a list"),
         ("launch.slurm.time=1.5", "launch.slurm.time = 1.5: expected a valid string"),
+        ("launch.slurm.partiton=x", "launch.slurm.partiton = 'x': unknown key"),
+        ("launch.slurm.account=a b", "launch.slurm.account = 'a b': expected"),
+        ('launch.slurm.sbatch=["x"]', "launch.slurm.sbatch = ['x']: expected options"),
         ("name=3", "name = 3: expected a valid string"),
         ("train=3", "train = 3: expected a table"),
         ("schedule=[]", "schedule = []: expected a table"),
@@ -251,7 +261,8 @@ def test_a_file_that_cannot_be_read(tmp_path, make, words):
         ("data.name=package.module:function", "data.name", "package.module:function"),
         ("data.root=/a/b c", "data.root", "/a/b c"),
         ("checkpoint.async=false", "checkpoint.background", False),
-        ("launch.slurm.time=1:00:00", "launch.slurm", {"time": "1:00:00"}),
+        ("launch.slurm.time=1:00:00", "launch.slurm.time", "1:00:00"),
+        ("launch.slurm.gpus-per-node=4", "launch.slurm.gpus_per_node", 4),
         ('launch.extra=["--x", "y"]', "launch.extra", ("--x", "y")),
     ],
 )

@@ -151,7 +151,7 @@ def write(path: Path, content: Content, shards: tuple[Shard, ...] = ()) -> Writt
             digest = content.digest({**linked, **own})
             _sign(temporary, digest)
             syncing = pool.submit(_sync, temporary)  # the disk works while the memory is compared
-            _compare(temporary, content, digest)
+            _compare(temporary, content, {**linked, **own})
             syncing.result()
             size = seal.seal(temporary, block)
         os.replace(temporary, path)
@@ -195,8 +195,9 @@ def load(path: Path) -> Image:
     """
     require_checkpoint(path)
     try:
-        image = np.empty(path.stat().st_size, np.uint8)
-        wrong = seal.broken(path, image)
+        wrong = seal.wrong_length(path)
+        image = np.empty(0 if wrong else path.stat().st_size, np.uint8)
+        wrong = wrong or seal.broken(path, image)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
     if wrong is None:
@@ -316,44 +317,37 @@ def _sign(temporary: Path, digest: str) -> None:
         file.attrs["digest"] = digest
 
 
-def _compare(temporary: Path, content: Content, digest: str) -> None:
+def _compare(temporary: Path, content: Content, fingerprints: Mapping[Key, Fingerprint]) -> None:
     """Raise unless the file, read back, says what `content` says."""
     outline = _outline(temporary)
-    require_digest(temporary, outline.digest, digest)
-    same = _alike(outline.attributes, content.attributes)
-    same = same and outline.groups.keys() == content.groups.keys()
-    for name, group in content.groups.items() if same else ():
-        same = same and _alike(outline.groups[name], group.attributes)
+    bare = Content(outline.attributes, {name: Group(of) for name, of in outline.groups.items()})
+    same = bare.digest(fingerprints) == outline.digest == content.digest(fingerprints)
     arrays = content.arrays()
-    scratch = bytearray(seal.CHUNK)
     descriptor = os.open(temporary, os.O_RDONLY)
     try:
         same = same and outline.places.keys() == arrays.keys()
-        for key in arrays if same else ():
-            place, array = outline.places[key], arrays[key]
-            same = (place.dtype, place.shape) == (array.dtype.str, array.shape)
-            data = raw(array)
-            for begin in range(0, len(data), seal.CHUNK) if same else ():
-                piece = data[begin : begin + seal.CHUNK]
-                back = memoryview(scratch)[: len(piece)]
-                same = os.preadv(descriptor, [back], place.start + begin) == len(piece)
-                if not same or not np.array_equal(back, piece):
-                    same = False
-                    break
-            if not same:
-                break
+        if not same or not all(
+            _holds(descriptor, outline.places[key], array) for key, array in arrays.items()
+        ):
+            raise CheckpointError("what was read back is not what was written")
     finally:
         os.close(descriptor)
-    if not same:
-        raise CheckpointError("what was read back is not what was written")
 
 
-def _alike(one: Mapping[str, Scalar], other: Mapping[str, Scalar]) -> bool:
-    """Equality in which NaN is itself: a run that diverges is saved all the same."""
-    return one.keys() == other.keys() and all(
-        value == other[key] or (value != value and other[key] != other[key])
-        for key, value in one.items()
-    )
+def _holds(descriptor: int, place: Place, array: np.ndarray) -> bool:
+    """Whether the file has the array's bytes at its place."""
+    if (place.dtype, place.shape) != (array.dtype.str, array.shape):
+        return False
+    data = raw(array)
+    scratch = memoryview(bytearray(min(len(data), seal.CHUNK)))
+    for begin in range(0, len(data), seal.CHUNK):
+        piece = data[begin : begin + seal.CHUNK]
+        back = scratch[: len(piece)]
+        if os.preadv(descriptor, [back], place.start + begin) != len(piece):
+            return False
+        if not np.array_equal(back, piece):
+            return False
+    return True
 
 
 def _sync(path: Path) -> None:

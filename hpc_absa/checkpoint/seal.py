@@ -24,7 +24,7 @@ SMALLEST = 512
 LARGEST = 1 << 26
 """Bytes of a block beyond any checkpoint: the checksums of 28 TiB."""
 
-_HEAD = re.compile(MAGIC + rb"block (\d+)\n")
+_HEAD = re.compile(MAGIC + rb"block (\d+)\nbytes (\d+)\n")
 
 
 def block_size(content: int) -> int:
@@ -65,6 +65,15 @@ def broken(path: Path, into: np.ndarray | None = None) -> str | None:
         return _broken(descriptor, into)
     finally:
         os.close(descriptor)
+
+
+def wrong_length(path: Path) -> str | None:
+    """What is wrong with a file's length, before memory is set aside for it; None if nothing is."""
+    with path.open("rb") as file:
+        head, size = _HEAD.match(file.read(SMALLEST)), os.fstat(file.fileno()).st_size
+    if head is None:
+        return "its first block is not as written"
+    return None if int(head[2]) == size else f"it has {size} bytes, not the {int(head[2])} written"
 
 
 def is_sealed(path: Path) -> bool:

@@ -13,6 +13,7 @@ from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt, model_valida
 
 from hpc_absa.job.base import Count, Named, Positive, Section
 from hpc_absa.job.schedule import HESSIAN, GoogleRule, NoiseScale, Schedule
+from hpc_absa.job.slurm import SlurmOptions
 
 _HOST = re.compile(r"[^\s:,]+(:0*[1-9][0-9]*)?")
 
@@ -144,13 +145,33 @@ class Launch(Section):
     launcher: Literal["mpirun", "horovodrun", "srun", "slurm"] = "mpirun"
     """Program that starts a phase."""
     hosts: str = ""
-    """`host:slots,host:slots` as for `mpirun -H`; empty means this machine."""
+    """`host:slots,host:slots` as for `mpirun -H`, filled in this order; empty means the hosts of
+    the scheduler's allocation that we are in, or this machine."""
+    hostfile: str = ""
+    """A file with a host a line, `name slots=4` or `name:4`, in place of `hosts`."""
+    agent: str = ""
+    """Program that reaches a host, as `agent HOST COMMAND`; empty means ssh, or Open MPI's own."""
+    interface: str = ""
+    """Network interface that ranks talk over, as `ib0`; empty leaves the choice to MPI and NCCL."""
+    cool_down: Positive = 300.0
+    """Seconds for which a host that failed is set aside before it is tried again (ours)."""
+    bind: Literal["none", "core"] = "none"
+    """`core` binds each rank to as many cores as it has threads; right where a run has its nodes
+    for itself. `none` leaves it to the system (ours: safe where others work on the node)."""
     extra: Annotated[tuple[str, ...], Field(strict=False)] = ()
     """Words passed to the launcher as they are."""
     max_restarts: Count = 3
     """Restarts after failures without any progress in between before a run is given up (ours)."""
-    slurm: dict[str, str | int | list[str]] = Field(default_factory=dict)
-    """Options of `sbatch` by their long names (`partition`, `account`, `time`, ...)."""
+    silence_seconds: PositiveFloat = 60.0
+    """A rank that gives no sign of life for so long is given up, its world ended and started again;
+    ranks give one each second (ours; over Gloo, without MPI, nobody watches)."""
+    start_seconds: PositiveFloat = 600.0
+    """A world whose ranks have not found each other after so long is ended (ours)."""
+    ranks_per_node: PositiveInt | None = None
+    """Ranks on one node of a batch job; None means one a GPU, or as many as a node's cores can give
+    `train.threads_per_rank` threads each."""
+    slurm: SlurmOptions = SlurmOptions()
+    """What the batch jobs of launcher `slurm` ask for."""
 
     @model_validator(mode="after")
     def _hosts_are_a_list(self) -> Launch:
@@ -159,6 +180,8 @@ class Launch(Section):
             raise ValueError(
                 f"hosts = {self.hosts!r}: expected host or host:slots, with commas between"
             )
+        if self.hosts and self.hostfile:
+            raise ValueError(f"hostfile = {self.hostfile!r}: expected none beside hosts")
         return self
 
 

@@ -17,9 +17,10 @@ from hpc_absa import events, worldsize
 from hpc_absa import job as jobs
 from hpc_absa.errors import ExitStatus, HpcAbsaError, UsageError
 from hpc_absa.job import Job
-from hpc_absa.lock import SUPERVISED, RunLock
+from hpc_absa.lock import RunLock
 from hpc_absa.rundir import RunDir
-from hpc_absa.supervisor.launchers import command
+from hpc_absa.supervisor.launchers import Command, command
+from hpc_absa.supervisor.resources import Resources, resources_of
 from hpc_absa.supervisor.world import Ending, World
 
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -55,9 +56,14 @@ class Supervisor:
         run: RunDir,
         allow_changed: tuple[str, ...],
         show: Callable[[str], None] = print,
+        resources: Resources | None = None,
     ) -> None:
-        """`show` gets every line for people."""
+        """`show` gets every line for people; `resources` are those of the job unless given."""
         self._job, self._run, self._allow, self._show = job, run, allow_changed, show
+        self._resources = resources or resources_of(job, self._tell_host)
+        self._moving = False
+        self.stopped_by: int | None = None
+        """The first signal that asked for a stop."""
         self._lock = RunLock(run)
         self._world: World | None = None
         self._stops = 0
@@ -73,9 +79,10 @@ class Supervisor:
             self._run.stop_request.unlink(missing_ok=True)
             self._lock.release()
 
-    def launch_command(self) -> tuple[str, ...]:
-        """The command of the next phase, for `--dry-run`."""
-        return command(self._job, self._ranks(), self._worker()).words
+    def launch_command(self) -> Command:
+        """The command of the next phase."""
+        ranks = self._ranks()
+        return command(self._resources.placed(self._job, ranks), ranks, self._worker())
 
     def _supervise(self) -> ExitStatus:
         restarts, best = 0, self._newest_step()
@@ -83,16 +90,21 @@ class Supervisor:
             outcome = self._phase()
             if outcome == "done":
                 return ExitStatus.OK
+            if self._moving and outcome == "stopped" and not self._stops:
+                continue
             if self._stops or outcome == "stopped":
                 self._show("stopped, everything saved; the same command goes on from here")
                 return ExitStatus.STOPPED
             if outcome == "resize":
                 restarts = 0
+                if self._wanted(self._resources.most()) > self._resources.here():
+                    return ExitStatus.OK  # the next batch job is as large as that
                 continue
             assert isinstance(outcome, Failure)
             if outcome.final:
                 raise FinalError(outcome)
             self._report(outcome)
+            self._resources.failed(outcome.host)
             reached = self._newest_step()
             restarts = 1 if reached > best else restarts + 1
             best = max(best, reached)
@@ -123,17 +135,22 @@ class Supervisor:
 
     def _phase(self) -> str | Failure:
         """One world from its start to its end: done, resize, stopped, or why it failed."""
-        ranks = self._ranks()
+        if self._moving and not self._stops:
+            self._run.stop_request.unlink(missing_ok=True)
+        self._moving = False
         known = len(events.read(self._run.events))
-        start = command(self._job, ranks, self._worker())
-        start.environment[SUPERVISED] = "1"
+        start = self.launch_command()
+        self._world_ranks = self._ranks()
+        self._run.joined.unlink(missing_ok=True)
         log = self._run.logs / f"world-{known:06d}-{self._job.launch.launcher}.log"
         self._world = World(start, log, self._lock.descriptor, self._show)
-        ending = self._world.wait()
+        with self._resources.watching(self._move):
+            ending = self._world.wait(self._run.joined, self._job.launch.start_seconds)
         self._world = None
         ended = [e for e in events.read(self._run.events)[known:] if e["event"] == "phase_end"]
         if ended and ended[-1]["outcome"] in ("done", "resize", "stopped"):
             self._run.failure.unlink(missing_ok=True)
+            self._resources.succeeded()
             return str(ended[-1]["outcome"])
         return self._failure(ending)
 
@@ -145,6 +162,9 @@ class Supervisor:
             return Failure(**left)
         except (OSError, ValueError):
             pass
+        if ending.late:
+            limit = self._job.launch.start_seconds
+            return Failure(f"its ranks had not found each other after {limit:g} s")
         if killed := ending.killed_rank():
             rank, host, number = killed
             name = signal.Signals(number).name
@@ -166,18 +186,30 @@ class Supervisor:
             exit_code=failure.exit_code,
         )
 
+    def _move(self) -> None:
+        """A host is back: where the batch feeds its ranks, have the world save and make room."""
+        if self._ranks() > self._world_ranks:
+            self._moving = True
+            self._run.stop_request.touch()
+
+    def _tell_host(self, host: str, action: str, why: str) -> None:
+        self._show(f"host {host}: {action.replace('_', ' ')}, {why}")
+        last = events.read(self._run.events)[-1:]
+        phase = last[0]["phase"] if last else 1
+        events.append(self._run.events, "host", phase, host=host, action=action, reason=why)
+
     def _ranks(self) -> int:
         """Ranks of the next world: those that the present global batch can feed."""
-        batch = self._job.schedule.base_batch
-        if self._job.schedule.method in ("bl", "fb"):
-            batch = self._job.schedule.largest_batch
-        for event in events.effective(events.read(self._run.events)):
-            batch = event.get("next_batch") or event.get("global_batch") or batch
-        return worldsize.ranks_for(self._job, batch, worldsize.limit(self._job))
+        return self._wanted(min(self._resources.here(), self._resources.most()))
+
+    def _wanted(self, limit: int) -> int:
+        return worldsize.ranks_for(self._job, present_batch(self._job, self._run), limit)
 
     def _worker(self) -> tuple[str, ...]:
         words = [sys.executable, "-m", "hpc_absa", "train", str(self._run.job.resolve())]
         words += ["--run-dir", str(self._run.path.resolve())]
+        if self._job.ranks.max != (most := self._resources.most()):
+            words += ["--set", f"ranks.max={most}"]
         for key in self._allow:
             words += ["--allow-changed", key]
         return tuple(words)
@@ -190,9 +222,20 @@ class Supervisor:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         """First: ask the ranks to save and stop. Second: end the world now."""
         self._stops += 1
+        self.stopped_by = self.stopped_by or number
         self._run.stop_request.touch()
         if self._stops > 1 and self._world:
             self._world.kill()
+
+
+def present_batch(job: Job, run: RunDir) -> int:
+    """The global batch of the next step, by the run's events."""
+    batch = job.schedule.base_batch
+    if job.schedule.method in ("bl", "fb"):
+        batch = job.schedule.largest_batch
+    for event in events.effective(events.read(run.events)):
+        batch = event.get("next_batch") or event.get("global_batch") or batch
+    return batch
 
 
 def finished(run: RunDir) -> events.Event | None:

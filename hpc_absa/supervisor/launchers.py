@@ -4,19 +4,30 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hpc_absa import worldsize
+from hpc_absa import allocation, worldsize
 from hpc_absa.errors import UsageError
 from hpc_absa.job import Job
+from hpc_absa.lock import SUPERVISED
+from hpc_absa.supervisor.hosts import fill, network_environment
 
 KILL_SECONDS = 3
 """Seconds that Open MPI waits before and after the SIGTERM with which it ends a broken world. Ranks
 that are to save and stop are asked by the supervisor instead (`RunDir.stop_request`), in their own
 time, so that a dead rank may cost seconds."""
+
+KEEPALIVE = {"time": 10, "intvl": 5, "probes": 3}
+"""Seconds of silence after which mpirun asks whether a host's daemon lives, seconds between
+questions, and questions before it is taken for dead: a host that vanishes costs half a minute.
+Open MPI's own are 300, 20 and 9."""
+
+PASSED_ON = ("PYTHONPATH", "OMP_NUM_THREADS", "HDF5_USE_FILE_LOCKING", "TORCH_HOME")
+"""Variables of ours that ranks on other hosts get as well; `launch.extra = ["-x", NAME]` adds."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +38,11 @@ class Command:
     environment: dict[str, str] = field(default_factory=dict)
     """Set in addition to the present environment."""
 
+    def __str__(self) -> str:
+        """As a shell would be given it."""
+        changed = {k: v for k, v in self.environment.items() if os.environ.get(k) != v}
+        return shlex.join((*(f"{k}={v}" for k, v in changed.items()), *self.words))
+
 
 def command(job: Job, ranks: int, worker: tuple[str, ...]) -> Command:
     """The command that starts `worker` on every one of `ranks` ranks with the job's launcher.
@@ -36,13 +52,15 @@ def command(job: Job, ranks: int, worker: tuple[str, ...]) -> Command:
     """
     match job.launch.launcher:
         case "mpirun":
-            return _mpirun(job, ranks, worker)
+            found = _mpirun(job, ranks, worker)
         case "horovodrun":
-            return _horovodrun(job, ranks, worker)
+            found = _horovodrun(job, ranks, worker)
         case "srun":
-            return _srun(job, ranks, worker)
+            found = _srun(job, ranks, worker)
         case other:
             raise UsageError(f"launch.launcher = {other!r}: expected mpirun, horovodrun or srun")
+    network = network_environment(job.launch.interface)
+    return Command(found.words, {**found.environment, **network, SUPERVISED: "1"})
 
 
 def mpi_environment() -> dict[str, str]:
@@ -60,13 +78,33 @@ def mpi_environment() -> dict[str, str]:
 
 
 def _mpirun(job: Job, ranks: int, worker: tuple[str, ...]) -> Command:
-    words = [_program("mpirun"), "-np", str(ranks), "--bind-to", "none"]
+    words = [_program("mpirun"), "-np", str(ranks), *_binding(job)]
     words += ["--mca", "odls_base_sigkill_timeout", str(KILL_SECONDS)]
     if job.launch.hosts:
-        words += ["-H", job.launch.hosts]
+        words += ["-H", job.launch.hosts, *_remote(job)]
     if _crowded(job, ranks):
         words.append("--oversubscribe")
     return Command((*words, *job.launch.extra, *worker), mpi_environment())
+
+
+def _binding(job: Job) -> tuple[str, ...]:
+    if job.launch.bind == "none":
+        return ("--bind-to", "none")
+    return ("--map-by", f"slot:PE={job.train.threads_per_rank or 1}", "--bind-to", "core")
+
+
+def _remote(job: Job) -> list[str]:
+    """What mpirun needs where a world has other hosts: ssh passes no environment on."""
+    words = []
+    for name, value in KEEPALIVE.items():
+        words += ["--mca", f"oob_tcp_keepalive_{name}", str(value)]
+    if job.launch.agent:
+        words += ["--mca", "plm_rsh_agent", job.launch.agent]
+    network = network_environment(job.launch.interface)
+    known = (SUPERVISED, *(name for name in PASSED_ON if name in os.environ), *network)
+    for name in known:
+        words += ["-x", name]
+    return words
 
 
 def _horovodrun(job: Job, ranks: int, worker: tuple[str, ...]) -> Command:
@@ -88,16 +126,22 @@ def _horovodrun(job: Job, ranks: int, worker: tuple[str, ...]) -> Command:
 
 
 def _srun(job: Job, ranks: int, worker: tuple[str, ...]) -> Command:
-    if "SLURM_JOB_ID" not in os.environ:
+    given = allocation.present()
+    if given is None or given.scheduler != "Slurm":
         raise UsageError("launcher srun: not inside a Slurm allocation; begin one with salloc")
-    return Command((_program("srun"), "-n", str(ranks), *job.launch.extra, *worker))
+    # Nodes are filled one after the other: a small world leaves the later ones alone.
+    nodes = len(fill(list(given.hosts), ranks))
+    return Command(
+        (_program("srun"), "-N", str(nodes), "-n", str(ranks), *job.launch.extra, *worker)
+    )
 
 
 def _crowded(job: Job, ranks: int) -> bool:
-    """More ranks than this machine has cores: Open MPI wants to be told that it is meant."""
-    return (not job.launch.hosts and ranks > len(os.sched_getaffinity(0))) or (
-        bool(job.launch.hosts) and ranks > worldsize.limit(job)
-    )
+    """More ranks than places: Open MPI wants to be told that it is meant."""
+    if job.launch.hosts:
+        return ranks > sum(slots for _, slots in worldsize.hosts(job.launch.hosts))
+    given = allocation.present()
+    return ranks > (given.slots if given else len(os.sched_getaffinity(0)))
 
 
 def _program(name: str) -> str:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from hpc_absa import job as jobs
+from hpc_absa import summation
 from hpc_absa.checkpoint import Content, Store
 from hpc_absa.comm import Communicator
 from hpc_absa.course import Course, Position
@@ -32,7 +33,7 @@ from hpc_absa.training.material import (
     open_data,
     threads_per_rank,
 )
-from hpc_absa.training.reduction import LANES, Overlapped, Reduction, Reproducible
+from hpc_absa.training.reduction import Overlapped, Reduction, Reproducible
 from hpc_absa.training.resuming import newest_good
 from hpc_absa.training.state import Live, Progress, restore
 from hpc_absa.training.statistics import RunningStatistics
@@ -153,10 +154,10 @@ def _make_reproducible(job: Job, comm: Communicator) -> None:
         return
 
     def check() -> None:
-        if comm.size & (comm.size - 1) or comm.size > LANES:
+        if not summation.fits(comm.size):
             raise UsageError(
                 f"train.reproducible = true on {comm.size} ranks: "
-                f"expected a power of two up to {LANES}"
+                f"expected a power of two up to {summation.LANES}"
             )
 
     agreed(comm, check)

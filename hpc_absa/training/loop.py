@@ -223,6 +223,7 @@ class Loop:
                     start=self._live.eigenvector,
                     threshold=self._parts.rule.threshold(self._progress.schedule),
                     poll=self._stop.agreed,
+                    reproducible=self._parts.job.train.reproducible,
                 )
             except Interrupted as interrupted:
                 return interrupted

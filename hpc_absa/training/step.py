@@ -148,13 +148,14 @@ class Stepper:
             for group in self._optimizer.param_groups:
                 group["lr"] = lr
             self._optimizer.step()
-        flags = Flags(*(round(count) for count in told))
-        return StepResult(loss, round(samples), flags, squares)
+        counts = Flags(*(round(count) for count in told))
+        return StepResult(loss, round(samples), counts, squares)
 
     def _extras(self) -> Tensor:
         """What travels beside the gradients.
 
-        Batch-norm statistics, squares of the microbatches' gradient norms, loss, samples, flags.
+        Batch-norm statistics, then the squared norms of the microbatches' gradients, loss, samples,
+        and the flags.
         """
         buffer = self._statistics.sum_buffer()
         return torch.cat([buffer, buffer.new_zeros(RESERVED)])

@@ -261,6 +261,12 @@ def test_truncated_anywhere(good):
         assert assert_never_wrong(good), length
 
 
+def test_a_hole_larger_than_memory_behind_the_end(good):
+    os.truncate(good, 1 << 42)
+    with pytest.raises(CheckpointError, match=r"damaged: it has 4398046511104 bytes, not the \d+"):
+        read(good)
+
+
 def test_longer_than_written(good):
     good.write_bytes(good.read_bytes() + b"\0")
     assert assert_never_wrong(good)

@@ -64,7 +64,27 @@ def test_srun_wants_an_allocation(programs, monkeypatch):
     with pytest.raises(UsageError, match="not inside a Slurm allocation"):
         words(job, 2)
     monkeypatch.setenv("SLURM_JOB_ID", "1")
-    assert words(job, 2) == (str(programs / "srun"), "-n", "2", *WORKER)
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "n[1-4]")
+    monkeypatch.setenv("SLURM_TASKS_PER_NODE", "2(x4)")
+    assert words(job, 2) == (str(programs / "srun"), "-N", "1", "-n", "2", *WORKER)
+    assert words(job, 5)[1:5] == ("-N", "3", "-n", "5")
+
+
+def test_a_world_over_several_hosts_takes_its_environment_along(programs, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", "/ours")
+    job = digits("launch.hosts=a:2,b:2", "launch.interface=ib0", "launch.agent=ssh -F x")
+    command = launchers.command(job, 4, WORKER)
+    line = " ".join(command.words)
+    assert " -H a:2,b:2 --mca oob_tcp_keepalive_time 10 " in line
+    assert " --mca plm_rsh_agent ssh -F x -x HPC_ABSA_SUPERVISED -x PYTHONPATH" in line
+    assert " -x NCCL_SOCKET_IFNAME " in line
+    assert command.environment["OMPI_MCA_btl_tcp_if_include"] == "ib0"
+    assert command.environment["HPC_ABSA_SUPERVISED"] == "1"
+
+
+def test_ranks_are_bound_to_their_threads_cores_where_the_job_says_so(programs):
+    job = digits("launch.bind=core", "train.threads_per_rank=2")
+    assert words(job, 2)[3:7] == ("--map-by", "slot:PE=2", "--bind-to", "core")
 
 
 def test_a_missing_launcher_is_named(programs, monkeypatch):

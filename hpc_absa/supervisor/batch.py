@@ -1,0 +1,91 @@
+"""The batch job of one link: how large it is, and its script, byte for byte."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from hpc_absa.job import Job
+from hpc_absa.rundir import RunDir
+from hpc_absa.supervisor.slurm import Partition
+
+
+@dataclass(frozen=True)
+class Size:
+    """What one batch job asks for."""
+
+    nodes: int
+    ranks: int
+    per_node: int
+    """Most ranks of one node."""
+    threads: int
+    """CPUs of one rank."""
+    gpus: int | None
+    """GPUs of one node, one a rank; None where the job asks for none."""
+
+    def __str__(self) -> str:
+        """For people."""
+        nodes = "1 node" if self.nodes == 1 else f"{self.nodes} nodes"
+        return f"{self.ranks} rank{'s' * (self.ranks > 1)} on {nodes}"
+
+
+def ranks_per_node(job: Job, partition: Partition) -> int:
+    """The job's word, or one a GPU, or as many as the cores give each its threads."""
+    said = job.launch.ranks_per_node or job.launch.slurm.gpus_per_node
+    return said or max(1, partition.cpus // (job.train.threads_per_rank or 1))
+
+
+def most_ranks(job: Job, partition: Partition) -> int:
+    """Ranks that one batch job in the partition can have now, at most the job's own limit."""
+    given = partition.max_nodes * ranks_per_node(job, partition)
+    return min(given, job.ranks.max or given)
+
+
+def size_of(job: Job, ranks: int, partition: Partition) -> Size:
+    """A batch job for `ranks` ranks, on as few nodes as hold them."""
+    fill = ranks_per_node(job, partition)
+    nodes = -(-ranks // fill)
+    per_node = -(-ranks // nodes)
+    threads = job.train.threads_per_rank or 1
+    if not job.train.threads_per_rank and not job.train.reproducible:
+        threads = max(1, partition.cpus // fill)
+    gpus = min(job.launch.slurm.gpus_per_node, per_node) if job.launch.slurm.gpus_per_node else None
+    return Size(nodes, ranks, per_node, threads, gpus)
+
+
+def script(
+    job: Job, run: RunDir, number: int, name: str, size: Size, allow: tuple[str, ...]
+) -> str:
+    """The batch script of link `number`."""
+    options = job.launch.slurm
+    asked = {
+        "job-name": name,
+        "nodes": size.nodes,
+        "ntasks": size.ranks,
+        "ntasks-per-node": size.per_node,
+        "cpus-per-task": size.threads,
+        "gpus-per-node": size.gpus,
+        "partition": options.partition,
+        "account": options.account,
+        "qos": options.qos,
+        "constraint": options.constraint,
+        "time": options.time,
+        "signal": f"B:USR1@{options.lead}",
+        "output": run.link_log(number).resolve(),
+        "open-mode": "append",
+    }
+    lines = [
+        "#!/bin/bash",
+        f"# Link {number} of the chain of batch jobs that trains {job.name!r}.",
+        *(f"#SBATCH --{key}={value}" for key, value in asked.items() if value not in ("", None)),
+        "#SBATCH --requeue",
+        *(f"#SBATCH {line}" for line in options.sbatch),
+    ]
+    if options.prologue:
+        lines.append(f"source {shlex.quote(str(Path(options.prologue).expanduser().resolve()))}")
+    words = [sys.executable, "-m", "hpc_absa", "link", str(run.path.resolve()), str(number)]
+    for key in allow:
+        words += ["--allow-changed", key]
+    return "\n".join([*lines, f"exec {shlex.join(words)}"]) + "\n"

@@ -1,0 +1,128 @@
+"""A chain of batch jobs under test: started, watched, disturbed, compared."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hpc_absa import events
+from hpc_absa.rundir import RunDir
+from tests.mpi.conftest import find_mpirun, mpi_environment
+from tests.mpi.jobs import write_job
+from tests.slurm.cluster import Cluster, wait_until
+
+
+class ChainRun:
+    """`hpc-absa run --launcher slurm` of the small reproducible job, one rank a node."""
+
+    def __init__(self, cluster: Cluster, folder: Path, *settings: str, most: int = 2) -> None:
+        self.cluster, self.folder = cluster, folder
+        self.run = RunDir(folder / "run")
+        mpirun = find_mpirun()
+        assert mpirun
+        self.environment = mpi_environment(mpirun) | {
+            "SLURM_CONF": str(cluster.configuration),
+            "COLUMNS": "200",
+        }
+        self.job = write_job(folder, most=most, reproducible=True)
+        self.words = [sys.executable, "-m", "hpc_absa", "run", str(self.job)]
+        self.words += ["--run-dir", str(self.run.path), "--launcher", "slurm"]
+        for setting in ("launch.ranks_per_node=1", *settings):
+            self.words += ["--set", setting]
+        self.process: subprocess.Popen[str] | None = None
+
+    def start(self) -> ChainRun:
+        self.process = subprocess.Popen(
+            self.words,
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        return self
+
+    def finish(self, timeout: float = 240) -> tuple[int, str]:
+        assert self.process is not None
+        try:
+            output, _ = self.process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            pytest.fail(f"still running: {self.process.communicate()[0]}\n{self.story()}")
+        return self.process.returncode, output
+
+    def say(self, *words: str) -> subprocess.CompletedProcess[str]:
+        """One of our commands, to its end."""
+        return subprocess.run(
+            [sys.executable, "-m", "hpc_absa", *words],
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+
+    def events(self, kind: str) -> list[events.Event]:
+        return [e for e in events.read(self.run.events) if e["event"] == kind]
+
+    def wait_for(self, kind: str, count: int = 1, timeout: float = 120) -> None:
+        try:
+            wait_until(lambda: len(self.events(kind)) >= count, timeout, f"{count} {kind} events")
+        except AssertionError as error:
+            pytest.fail(f"{error}\n{self.story()}")
+
+    def links(self) -> list[tuple[int, str]]:
+        """Number and outcome of each link that ended, in order."""
+        ended = [e for e in self.events("link") if e["action"] == "ended"]
+        return [(e["link"], e["outcome"]) for e in ended]
+
+    def job_of(self, link: int) -> str:
+        """The id of a link's job."""
+        told = [e for e in self.events("link") if e["link"] == link]
+        return str(told[0]["job_id"])
+
+    def sizes(self) -> list[tuple[int, int]]:
+        """Nodes and ranks of each link as submitted."""
+        told = [e for e in self.events("link") if e["action"] == "submitted"]
+        return [(e["nodes"], e["ranks"]) for e in told]
+
+    def assert_each_submitted_once(self) -> None:
+        """By Slurm's own book: one job for every name of this chain."""
+        names = self.cluster.say("squeue", "-h", "-a", "-t", "all", "-o", "%A %j").splitlines()
+        told = [e for e in self.events("link") if e["action"] == "submitted"]
+        mine = {str(e["job_id"]) for e in told}
+        assert len(mine) == len(told) == len({e["link"] for e in told})
+        prefix = next(n.split()[1] for n in names if n.split()[0] in mine).rpartition("-")[0]
+        of_chain = {n.split()[0] for n in names if n.split()[1].startswith(f"{prefix}-")}
+        assert of_chain == mine, names
+
+    def story(self) -> str:
+        """Everything that tells why a test failed."""
+        logs = "\n".join(
+            f"== {path.name}\n{path.read_text(errors='replace')[-3000:]}"
+            for path in sorted(self.run.logs.glob("*"))
+        )
+        queue = self.cluster.say("squeue", "-a", "-t", "all")
+        told = "\n".join(map(str, events.read(self.run.events)[-30:]))
+        return f"{queue}\n{self.cluster.say('sinfo')}\n{told}\n{logs}"
+
+
+def alone(folder: Path, *settings: str) -> RunDir:
+    """The same job on one rank, undisturbed, by mpirun: what every chain must end with."""
+    run = RunDir(folder / "alone")
+    job = write_job(folder, most=1, reproducible=True)
+    words = [sys.executable, "-m", "hpc_absa", "train", str(job), "--run-dir", str(run.path)]
+    for setting in settings:
+        words += ["--set", setting]
+    mpirun = find_mpirun()
+    assert mpirun
+    subprocess.run(
+        [str(mpirun), "-np", "1", *words],
+        env=os.environ | mpi_environment(mpirun),
+        check=True,
+        capture_output=True,
+        timeout=120,
+    )
+    return run

@@ -1,0 +1,26 @@
+"""`cluster`: one four-node Slurm for all tests here, or the reason why there is none."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.slurm.cluster import Cluster, missing
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    """Four idle nodes of two CPUs; a test that ends daemons starts them again."""
+    if why := missing():
+        pytest.skip(why)
+    # not pytest's own folder: munged wants its socket where every user could reach it
+    with tempfile.TemporaryDirectory(prefix="absa-slurm-", ignore_cleanup_errors=True) as folder:
+        cluster = Cluster(Path(folder))
+        try:
+            cluster.start()
+            yield cluster
+        finally:
+            cluster.stop()

@@ -232,11 +232,19 @@ def plan(
     samples: Annotated[
         int | None, typer.Option(min=1, help="Training samples, where the data set is your own.")
     ] = None,
+    rate: Annotated[
+        float | None,
+        typer.Option(min=1e-9, help="Samples a second of one rank: adds hours and node-hours."),
+    ] = None,
+    ranks_per_node: Annotated[
+        int, typer.Option(min=1, help="Ranks that share a node, for node-hours.")
+    ] = 1,
     as_json: Json = False,
 ) -> int:
     """Show the phases a job goes through and its SGD iterations, without training.
 
-    Where the eigenvalue decides, the earliest and the latest possible course are shown.
+    Where measurements decide, the earliest and the latest possible course are shown. With `--rate`
+    also the hours that the steps take to compute, and node-hours.
     """
     from hpc_absa import job as jobs
     from hpc_absa import plan as planner
@@ -250,6 +258,9 @@ def plan(
     if loaded.launch.hosts and not max_ranks:
         limit = worldsize.limit(loaded)
     plans = planner.plan(loaded, count, limit)
+    if rate:
+        b = loaded.train.microbatch
+        plans = {k: planner.timed(p, b, rate, ranks_per_node) for k, p in plans.items()}
     if as_json:
         _print_json(
             plans["course"].to_dict()
@@ -260,6 +271,42 @@ def plan(
     for name, planned in plans.items():
         _print_plan(loaded.name if name == "course" else f"{loaded.name}, {name} course", planned)
     return ExitStatus.OK
+
+
+@app.command()
+def compare(
+    sweep: Annotated[
+        Path, typer.Argument(metavar="SWEEP", help="Sweep file (TOML); jobs/ has examples.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the sweep; default runs/<sweep name>.")
+    ] = None,
+    side_by_side: Annotated[
+        int | None, typer.Option(min=1, help="Cells at work at a time, in place of the sweep's.")
+    ] = None,
+    retry: Annotated[
+        bool, typer.Option("--retry", help="Try failed cells again, from their last checkpoints.")
+    ] = False,
+    overrides: Overrides = None,
+    allow_changed: AllowChanged = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Say where each cell stands and print the tables so far."),
+    ] = False,
+) -> int:
+    """Run a grid of schedules, batches and seeds, and print the talk's two tables of it.
+
+    Each cell is a run of its own below the sweep's folder. The same command goes on where it was
+    stopped; the tables are also written as Markdown, CSV, LaTeX and HTML. Exit status: 0 all cells
+    done, 1 some failed (`--retry` tries them again), 75 stopped.
+    """
+    from hpc_absa.study.command import compare as run_sweep
+
+    words, allowed = tuple(overrides or ()), tuple(allow_changed or ())
+    return run_sweep(
+        sweep, out, side_by_side=side_by_side, retry=retry, dry_run=dry_run,
+        overrides=words, allow_changed=allowed,
+    )  # fmt: skip
 
 
 @app.command()
@@ -425,7 +472,9 @@ def _print_plan(title: str, planned: Any) -> None:
     from rich.table import Table
 
     table = Table(title=f"{title}: {planned.steps} SGD iterations", title_justify="left")
-    for column in ("epochs", "steps", "global batch", "ranks", "learning rate"):
+    timed = any(phase.hours is not None for phase in planned.phases)
+    columns = ["epochs", "steps", "global batch", "ranks", "learning rate"]
+    for column in columns + ["hours", "node-hours"] * timed:
         table.add_column(column, justify="right")
     for phase in planned.phases:
         table.add_row(
@@ -434,7 +483,15 @@ def _print_plan(title: str, planned: Any) -> None:
             str(phase.global_batch),
             str(phase.ranks),
             f"{phase.lr:.4g}",
+            *([f"{phase.hours:.3g}", f"{phase.node_hours:.3g}"] if timed else []),
         )
+    if timed:
+        hours, node_hours = (
+            sum(getattr(phase, name) for phase in planned.phases)
+            for name in ("hours", "node_hours")
+        )
+        table.caption = f"{hours:.3g} hours of computing, {node_hours:.3g} node-hours"
+        table.caption_justify = "left"
     Console().print(table)
 
 

@@ -112,6 +112,7 @@ def _derive(own: Job, job: Job, events: Sequence[Event]) -> Iterator[Replayed]:
         event = decided.get(epoch)
         seen, unknown = None, None
         if event is not None:
+            state = rule.recall(state, event)
             seen, unknown = _evidence(own, event, rule, state, whole)
         if event is not None and epoch >= own.train.epochs:
             decision = Decision("finish", "all epochs are visited", state)
@@ -131,7 +132,11 @@ def _evidence(
     """
     matvecs = int(finite(event.get("matvecs"), 0.0))
     if not matvecs:
-        wanted = rule.wants_eigenvalue(state) and finite(event.get("epoch")) < own.train.epochs
+        if finite(event.get("epoch")) >= own.train.epochs:
+            return None, None
+        if rule.wants_gradients(state) and "noise_scale" not in event:
+            return None, "the run measured no gradient noise here"
+        wanted = rule.wants_eigenvalue(state)
         return None, "the run estimated no λ here" if wanted else None
     found = Eigenvalue(
         value=finite(event.get("eigenvalue")),

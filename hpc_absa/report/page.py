@@ -58,7 +58,11 @@ def page(histories: Sequence[History]) -> str:
     """The page as text."""
     single = len(histories) == 1
     title = histories[0].name if single else f"{len(histories)} runs"
-    body = _one_run(histories[0]) if single else _several_runs(histories)
+    return document(title, _one_run(histories[0]) if single else _several_runs(histories))
+
+
+def document(title: str, body: Sequence[str]) -> str:
+    """A whole page around `body`, pieces of HTML."""
     return "\n".join(
         [
             "<!DOCTYPE html>",

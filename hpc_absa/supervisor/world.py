@@ -74,7 +74,7 @@ class World:
             errors="replace",
             start_new_session=True,
             pass_fds=() if lock is None else (lock,),
-            preexec_fn=_end_with_parent,
+            preexec_fn=end_with_parent,
         )
         self._reader = threading.Thread(target=self._read, args=(log, show), name="output")
         self._reader.start()
@@ -121,6 +121,6 @@ class World:
 _libc = ctypes.CDLL(None)
 
 
-def _end_with_parent() -> None:
-    """Ask the kernel to tell the launcher when the supervisor dies, even by SIGKILL."""
+def end_with_parent() -> None:
+    """In a child, before it executes: ask for SIGTERM when the parent dies, even by SIGKILL."""
     _libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -60,6 +60,7 @@ def test_arrays_come_back_bit_for_bit(path, array):
         0.1,
         -0.0,
         float("inf"),
+        float("nan"),
         5e-324,
         True,
         False,

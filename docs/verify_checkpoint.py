@@ -1,9 +1,11 @@
 """Verify a checkpoint with h5py and numpy alone: python verify_checkpoint.py FILE.
 
-Exit status 0 where the file is good, 1 where it is damaged. The format is in checkpoint-format.md.
+Exit status 0 where the file and its shards are good, 1 where one is damaged. The format is in
+checkpoint-format.md.
 """
 
 import hashlib
+import pathlib
 import struct
 import sys
 import zlib
@@ -14,10 +16,17 @@ import numpy as np
 FILE_ATTRIBUTES = ("format", "format_version", "created", "digest")
 
 
-def block(raw):
-    """The first 512 bytes that belong to a file with these bytes."""
-    text = f"hpc-absa checkpoint\ncrc32 {zlib.crc32(raw[512:]):08x}\nbytes {len(raw)}\n"
-    return text.encode().ljust(512, b"\0")
+def sealed(raw):
+    """Whether the first block is the one that belongs to these bytes."""
+    words = raw[:60].split()
+    if len(words) < 4 or not words[3].isdigit():
+        return False
+    size, chunk = int(words[3]), 1 << 22
+    sums = [zlib.crc32(raw[at : at + chunk]) for at in range(size, len(raw), chunk)]
+    text = f"hpc-absa checkpoint\nblock {size}\nbytes {len(raw)}\ncrc32 of each {chunk}\n"
+    return raw[:size] == (text + " ".join(f"{s:08x}" for s in sums) + "\n").encode().ljust(
+        size, b"\0"
+    )
 
 
 def scalar(value):
@@ -31,39 +40,53 @@ def scalar(value):
     return "str", value.encode()
 
 
+def data_sets(group, prefix=""):
+    """Names and data sets of a group; links lead into the shards."""
+    for name in group:
+        item = group[name]
+        if isinstance(item, h5py.Group):
+            yield from data_sets(item, f"{prefix}{name}/")
+        else:
+            yield prefix + name, item
+
+
 def records(file):
     """Path, kind and bytes of everything that the digest covers, in its order."""
     for key in sorted(set(file.attrs) - set(FILE_ATTRIBUTES)):
         yield f"/@{key}", *scalar(file.attrs[key])
-    for name in sorted(file):
+    for name in sorted(set(file) - {"shards"}):
         yield f"/{name}", "group", b""
         for key in sorted(file[name].attrs):
             yield f"/{name}@{key}", *scalar(file[name].attrs[key])
-        arrays = {}
-        file[name].visititems(lambda key, item, found=arrays: found.update({key: item}))
-        for key in sorted(key for key, item in arrays.items() if isinstance(item, h5py.Dataset)):
-            array = np.asarray(arrays[key][()])
-            yield f"/{name}/{key}", f"array {array.dtype.str} {list(array.shape)}", array.tobytes()
+        for key, item in sorted(data_sets(file[name])):
+            array = np.asarray(item[()])
+            value = hashlib.sha256(array.tobytes()).digest()
+            yield f"/{name}/{key}", f"array {array.dtype.str} {list(array.shape)}", value
 
 
-def main(path):
-    """Print the verdict; returns the exit status."""
-    with open(path, "rb") as opened:
-        raw = opened.read()
-    if raw[:512] != block(raw):
-        print(f"{path}: damaged: its bytes do not match their checksum")
-        return 1
+def damage(path):
+    """What is wrong with a file, None where nothing is."""
+    if not path.is_file() or not sealed(path.read_bytes()):
+        return "its bytes do not match their checksums"
     hasher = hashlib.sha256()
     with h5py.File(path, "r") as file:
+        shards = file["shards"].attrs.items() if "shards" in file else ()
+        for name, digest in shards:
+            wrong = damage(path.with_name(name))
+            if wrong:
+                return f"shard {name}: {wrong}"
+            with h5py.File(path.with_name(name), "r") as shard:
+                if shard.attrs["digest"] != digest:
+                    return f"shard {name}: it is another one"
         for record in records(file):
             for part in record:
                 data = part.encode() if isinstance(part, str) else part
                 hasher.update(struct.pack("<Q", len(data)) + data)
-        wanted = file.attrs["digest"]
-    good = wanted == f"sha256:{hasher.hexdigest()}"
-    print(f"{path}: {'good' if good else 'damaged: its content does not match its digest'}")
-    return 0 if good else 1
+        good = file.attrs["digest"] == f"sha256:{hasher.hexdigest()}"
+    return None if good else "its content does not match its digest"
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    found = damage(pathlib.Path(sys.argv[1]))
+    print(f"{sys.argv[1]}: {'damaged: ' + found if found else 'good'}")
+    sys.exit(1 if found else 0)

@@ -315,6 +315,44 @@ def doctor(
 
 
 @app.command()
+def replay(
+    directory: Annotated[Path, typer.Argument(metavar="D", help="Run directory.")],
+    alpha: Annotated[
+        float | None, typer.Option(help="What this fall of λ would have decided: schedule.alpha.")
+    ] = None,
+    kappa: Annotated[
+        int | None, typer.Option(help="What this patience would have decided: schedule.kappa.")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="What schedule.KEY=VALUE would have; repeatable."
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> int:
+    """Derive every decision of a run again from its events, and say what others would have been.
+
+    Exit status 1 where the run's own parameters do not lead to the decisions recorded.
+    """
+    from hpc_absa import replay as replaying
+
+    changes = [f"schedule.alpha={alpha}"] if alpha is not None else []
+    changes += [f"schedule.kappa={kappa}"] if kappa is not None else []
+    changes += overrides or []
+    own = replaying.replay(directory)
+    other = replaying.replay(directory, changes) if changes else None
+    if as_json:
+        _print_json({**own.to_dict(), "other": other.to_dict() if other else None})
+    else:
+        from rich.console import Console
+
+        for course in filter(None, (own, other)):
+            replaying.render(course, Console())
+    return ExitStatus.FAILED if own.differing else ExitStatus.OK
+
+
+@app.command()
 def verify(
     path: Annotated[Path, typer.Argument(help="A checkpoint, or a run directory with several.")],
     as_json: Json = False,
@@ -342,15 +380,25 @@ def spectrum(
     out: Annotated[
         Path | None, typer.Option(help="Prefix of OUT.h5 and OUT.png; default none is written.")
     ] = None,
+    layers: Annotated[
+        bool, typer.Option(help="Each parameter's own block too, which takes most of the time.")
+    ] = True,
+    gauss_newton: Annotated[
+        bool, typer.Option("--gauss-newton", help="That part of the Hessian alone.")
+    ] = False,
     as_json: Json = False,
 ) -> int:
     """Compute top eigenvalues, trace and density of the Hessian at a checkpoint.
 
+    Also negative directions, the loss along the top eigenvectors, and every layer's own block.
     Alone, or over several ranks: `mpirun -np 4 hpc-absa spectrum CHECKPOINT`.
     """
     from hpc_absa.training import inspection
 
-    return inspection.spectrum(checkpoint, samples, k, root, out, as_json)
+    matrix = "gauss-newton" if gauss_newton else "hessian"
+    return inspection.spectrum(
+        checkpoint, root, out, as_json, samples=samples, k=k, layers=layers, matrix=matrix
+    )
 
 
 @app.command()

@@ -1,6 +1,6 @@
 """The one place that imports Horovod and mpi4py; a serial communicator is a first-class one.
 
-Gradients travel through Horovod, which overlaps them with the backward pass and fuses small ones.
+Gradients travel through Horovod, which overlaps them with the backward pass.
 Everything that must be complete before the next line of code (Hessian-vector products, decisions,
 states) travels through MPI itself, on a duplicate of the communicator Horovod was initialised with,
 or through Horovod where it runs without MPI (`horovodrun --gloo`).
@@ -64,6 +64,13 @@ class Communicator(Protocol):
         """Every rank's small Python object, by rank, on every rank."""
         ...
 
+    def beat(self) -> bool:
+        """Tell the next rank that this one lives, and say whether the one before it has told so.
+
+        No collective; from one thread of its own. True where nobody watches anybody.
+        """
+        ...
+
     def abort(self, status: int) -> None:
         """End the whole world now, from one rank, with this exit status."""
         ...
@@ -106,6 +113,10 @@ class SerialCommunicator:
         """One rank, one object."""
         return [value]
 
+    def beat(self) -> bool:
+        """Nobody to tell."""
+        return True
+
     def abort(self, status: int) -> None:
         """End this process without clean-up, as a world's abort does."""
         os._exit(status)
@@ -125,8 +136,12 @@ class HorovodCommunicator:
                 f"Horovod does not import in {sys.executable} ({error}); launch/bootstrap.sh "
                 "builds an environment that has it"
             ) from None
+        # Messages of chance content would be summed in chance order: see `training.reduction`.
+        os.environ.setdefault("HOROVOD_FUSION_THRESHOLD", "0")
         self._hvd = hvd
         self._mpi = self._mpi_world()
+        self._beats = self._mpi.Dup() if self._mpi else None
+        self._beat_sent: Any = None
         hvd.init()
         self.rank, self.size = hvd.rank(), hvd.size()
         self.local_rank, self.local_size = hvd.local_rank(), hvd.local_size()
@@ -204,6 +219,20 @@ class HorovodCommunicator:
         if self._mpi:
             return list(self._mpi.allgather(value))
         return list(self._hvd.allgather_object(value))
+
+    def beat(self) -> bool:
+        """An empty message around the ring of ranks; without MPI nobody watches."""
+        if self._beats is None or self.size == 1:
+            return True
+        from mpi4py import MPI
+
+        if self._beat_sent is None or self._beat_sent.Test():
+            self._beat_sent = self._beats.Isend([None, 0, MPI.BYTE], (self.rank + 1) % self.size)
+        heard, before = False, (self.rank - 1) % self.size
+        while self._beats.Iprobe(before):
+            self._beats.Recv([None, 0, MPI.BYTE], before)
+            heard = True
+        return heard
 
     def abort(self, status: int) -> None:
         """MPI ends every rank; without MPI, horovodrun ends the others when this process dies."""

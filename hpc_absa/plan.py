@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from hpc_absa.course import Boundary, Course, Position
 from hpc_absa.errors import UsageError
 from hpc_absa.job import Job
-from hpc_absa.records import Eigenvalue, Observation, ScheduleState
+from hpc_absa.records import Eigenvalue, GradientSquares, Observation, ScheduleState
 from hpc_absa.schedules import Rule, build
 from hpc_absa.worldsize import ranks_for
 
@@ -34,7 +33,7 @@ class PlannedPhase:
     global_batch: int
     ranks: int
     lr: float
-    """At the phase's end, so after a warm-up."""
+    """Outside of warm-up and cosine."""
 
 
 @dataclass(frozen=True)
@@ -76,34 +75,40 @@ def course_of(job: Job, samples: int) -> Course:
 
 
 def plan(job: Job, samples: int, limit: int) -> dict[str, Plan]:
-    """The job's course under `course`, or its `earliest` and `latest` where curvature decides.
+    """The job's course under `course`, or its `earliest` and `latest` where measurements decide.
 
-    `earliest` grows at every decision after the first, `latest` only when patience runs out.
-    `limit` is the largest number of ranks.
+    `earliest` grows at every decision that can, `latest` only when patience runs out. `limit` is
+    the largest number of ranks.
+
+    Raises:
+        UsageError: a rule of the user's own that cannot be loaded or fails.
     """
     rule = build(job)
-    if not rule.wants_eigenvalue(rule.initial()):
-        return {"course": _walk(job, rule, samples, limit, lambda state: None)}
-    alpha = getattr(job.schedule, "alpha", 1.0)
-    falling = _walk(job, rule, samples, limit, lambda state: _scripted(state, alpha))
-    level = _walk(job, rule, samples, limit, lambda state: _scripted(state, 1.0))
-    return {"earliest": falling, "latest": level}
+    earliest, measured = _walk(job, rule, samples, limit, growing=True)
+    if not measured:
+        return {"course": earliest}
+    return {"earliest": earliest, "latest": _walk(job, rule, samples, limit, growing=False)[0]}
 
 
-def _scripted(state: ScheduleState, fall: float) -> Eigenvalue:
-    """An eigenvalue that has fallen by a factor since the reference was taken."""
-    value = 1.0 if state.reference is None else state.reference / fall
-    return Eigenvalue(value, 0.0, 0, 0, 0.0, converged=True)
+def _measured(rule: Rule, state: ScheduleState, growing: bool) -> tuple[ScheduleState, Observation]:
+    """The state and the observation in which a decision meets what makes it grow, or what cannot.
+
+    An eigenvalue at the rule's own threshold, or as high as the reference; a gradient that is all
+    noise, or none.
+    """
+    if rule.wants_gradients(state):
+        squares = GradientSquares(2, 1.0, 0.5 + 1e-12) if growing else GradientSquares(2, 1.0, 1.0)
+        state = rule.learn(state, squares)
+    if not rule.wants_eigenvalue(state):
+        return state, Observation(0.0, True)
+    value = rule.threshold(state) if growing else None
+    value = value or state.reference or 1.0
+    return state, Observation(0.0, True, Eigenvalue(value, 0.0, 0, 0, 0.0, converged=True))
 
 
-def _walk(
-    job: Job,
-    rule: Rule,
-    samples: int,
-    limit: int,
-    eigenvalue: Callable[[ScheduleState], Eigenvalue | None],
-) -> Plan:
-    """Follow the course; `eigenvalue` gives the estimate that a decision in some state meets."""
+def _walk(job: Job, rule: Rule, samples: int, limit: int, *, growing: bool) -> tuple[Plan, bool]:
+    """Follow the course; also whether anything was measured on the way."""
+    measured = False
     course = course_of(job, samples)
     position, state = Position(), rule.initial()
     b = job.train.microbatch
@@ -118,13 +123,13 @@ def _walk(
                 epochs = length / (course.microbatches_per_epoch * b)
             else:
                 epochs = length / samples
-            epoch = position.microbatch * b / samples
             # A run never gives ranks back.
             before = phases[-1].ranks if phases else 1
             ranks = max(before, ranks_for(job, state.global_batch, limit))
-            lr = rule.lr(state, epoch)
             steps = position.step - begun.step
-            phases.append(PlannedPhase(round(epochs, 4), steps, state.global_batch, ranks, lr))
+            phases.append(
+                PlannedPhase(round(epochs, 4), steps, state.global_batch, ranks, state.lr)
+            )
         begun = position
 
     while (move := course.next(position, state.global_batch // b)) is not None:
@@ -138,8 +143,11 @@ def _walk(
                 step=position.step + count,
             )
             continue
-        met = eigenvalue(state) if move.decision_point else None
-        seen = Observation(move.epoch, move.decision_point, met)
+        seen = Observation(move.epoch, False)
+        if move.decision_point:
+            measured |= rule.wants_eigenvalue(state) or rule.wants_gradients(state)
+            state, met = _measured(rule, state, growing)
+            seen = replace(met, epoch=move.epoch)
         decision = rule.decide(state, seen)
         position = replace(position, boundary=position.boundary + 1)
         if position.boundary == len(course.boundaries):
@@ -150,4 +158,4 @@ def _walk(
             close(state)
         state = decision.state
     close(state)
-    return Plan(position.step, tuple(phases))
+    return Plan(position.step, tuple(phases)), measured

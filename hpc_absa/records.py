@@ -29,6 +29,18 @@ class Eigenvalue:
 
 
 @dataclass(frozen=True)
+class GradientSquares:
+    """Squared gradient norms of one optimizer step, from which the gradient noise follows."""
+
+    microbatches: int
+    """Microbatches M of the step, all ranks together."""
+    each: float
+    """Mean over the microbatches of `‖gₘ‖²`, gₘ the gradient of one microbatch's mean loss."""
+    mean: float
+    """`‖(1/M) Σ gₘ‖²`, of the step's own gradient, before clipping and weight decay."""
+
+
+@dataclass(frozen=True)
 class Observation:
     """What a schedule sees at a boundary of the course (an epoch's end or a decision point)."""
 
@@ -42,12 +54,16 @@ class Observation:
 
 @dataclass(frozen=True)
 class ScheduleState:
-    """Everything a schedule remembers; saved as the attributes of `/schedule` in a checkpoint."""
+    """Everything a schedule remembers; saved as the attributes of `/schedule` in a checkpoint.
+
+    A schedule that remembers more extends this class by fields of its own, each of int, float, str,
+    bool or None and with a default.
+    """
 
     global_batch: int
     """Samples of one optimizer step."""
     lr: float
-    """Learning rate before warm-up."""
+    """Learning rate before warm-up and cosine."""
     adversarial_fraction: float = 0.0
     """Fraction of every microbatch replaced by adversarial examples (r in ABSA)."""
     reference: float | None = None

@@ -69,6 +69,11 @@ class RunDir:
         return self.logs / "failure.json"
 
     @property
+    def joined(self) -> Path:
+        """Tells the supervisor by existing that all ranks of its world have found each other."""
+        return self.logs / "joined"
+
+    @property
     def chain(self) -> Path:
         """Folder of the batch jobs that carry the run from phase to phase (launcher `slurm`)."""
         return self.path / "chain"

@@ -321,10 +321,11 @@ make_environment() {
 }
 
 # mpirun of the package finds its own files, but a process started without it, and horovodrun,
-# which looks for mpirun on PATH, do not. Every Python of this environment therefore sets both.
+# which looks for mpirun on PATH, do not. Every Python of this environment therefore sets both; without
+# symbolic links, as mpirun does: on two names for one place MPI_Init waits for ever.
 write_pth() {
   cat >"$SITE_PACKAGES/hpc_absa_mpi.pth" <<'PTH'
-import os, sys; os.environ["OPAL_PREFIX"] = sys.prefix; _p = os.environ.get("PATH", os.defpath).split(os.pathsep); _b = os.path.join(sys.prefix, "bin"); os.environ["PATH"] = os.pathsep.join(_p if _b in _p else [_b, *_p])
+import os, sys; os.environ["OPAL_PREFIX"] = os.path.realpath(sys.prefix); _p = os.environ.get("PATH", os.defpath).split(os.pathsep); _b = os.path.join(sys.prefix, "bin"); os.environ["PATH"] = os.pathsep.join(_p if _b in _p else [_b, *_p])
 PTH
 }
 

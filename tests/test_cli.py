@@ -38,7 +38,16 @@ def _command(monkeypatch, capsys):
 
 
 def test_the_commands_of_the_contract_are_there():
-    assert {"run", "train", "plan", "status", "verify", "report", "data"} <= COMMANDS.keys()
+    assert {
+        "run",
+        "train",
+        "plan",
+        "status",
+        "verify",
+        "report",
+        "data",
+        "replay",
+    } <= COMMANDS.keys()
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -218,6 +227,7 @@ def test_python_m_is_the_same_command():
     ("words", "status"),
     [
         (["status", "D"], 0),
+        (["replay", "D"], 0),
         (["plan", JOB, "--json"], 0),
         (["plan", "none.toml"], 2),
         (["train", JOB], 2),

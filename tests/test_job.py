@@ -182,10 +182,21 @@ def test_a_job_is_frozen():
             "schedule.max_batch=100",
             "schedule.max_batch = 100: expected a multiple of train.microbatch = 32",
         ),
+        (
+            "schedule.method=gns",
+            "schedule.base_batch = 32: expected at least two microbatches of 32",
+        ),
+        (
+            "train={epochs=4, microbatch=32, lr=1, milestones=[2], annealing='cosine'}",
+            "train.milestones = [2]: expected none with annealing = 'cosine'",
+        ),
         ("schedule.max_batch=16", "schedule.max_batch = 16: expected at least base_batch = 32"),
         ("train.milestones=[3, 2]", "train.milestones = [3, 2]: expected rising epochs"),
         ("train.milestones=[2, 2]", "train.milestones = [2, 2]: expected rising epochs"),
-        ("schedule.method=sgd", "schedule.method = 'sgd': expected one of abs, absa, bl, fb, gg"),
+        (
+            "schedule.method=sgd",
+            "schedule.method = 'sgd': expected one of abs, absa, absa-tuned, bl",
+        ),
     ],
 )
 def test_refused_with_key_value_and_what_was_expected(override, line):
@@ -203,7 +214,7 @@ def test_more_ranks_at_first_than_at_most():
     [
         ("lr = 0.05", "", "train.lr: missing, expected a value"),
         ('name = "a"', "", "name: missing, expected a value"),
-        ('method = "absa"', "", "schedule.method: missing, expected one of abs, absa, bl"),
+        ('method = "absa"', "", "schedule.method: missing, expected one of abs, absa, absa-tuned"),
         ('[data]\nname = "digits"', "", "data: missing, expected a value"),
         ("lr = 0.05", "lr = ", "not valid TOML: Invalid value (at line 10, column 6)"),
         ("[train]", "[train", "not valid TOML: "),

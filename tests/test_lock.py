@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -97,17 +98,85 @@ def test_a_world_that_does_not_end_is_not_waited_for_for_ever(run, start, monkey
         RunLock(run).acquire()
 
 
-def test_a_holder_on_another_host_is_taken_to_live(run, start):
+def elsewhere(run, pid=1):
+    run.lock.write_text(json.dumps({"host": "far-away", "pid": pid, "beat": time.time()}))
+
+
+def test_a_holder_on_another_host_that_gives_signs_of_life_is_refused(run, start):
     start()
-    run.lock.write_text(json.dumps({"host": "far-away", "pid": 1}))
-    with pytest.raises(RunLockedError, match="process 1 on far-away"):
+    elsewhere(run)
+    beating = threading.Timer(0.5, elsewhere, (run, 2))
+    beating.start()
+    with pytest.raises(RunLockedError, match="process 2 on far-away"):
         RunLock(run).acquire()
+    beating.join()
+
+
+@pytest.mark.parametrize("has_locks", [True, False])
+def test_the_lock_of_a_host_that_died_blocks_nobody(run, start, monkeypatch, has_locks):
+    """Its lock may live on in a file server; where there are no locks the file alone tells."""
+    monkeypatch.setattr(locks, "STALE", 0.5)
+    if has_locks:
+        start()
+    else:
+        monkeypatch.setattr(locks, "_try_lock", lambda _: None)
+    elsewhere(run)
+    lock = RunLock(run)
+    lock.acquire()
+    assert json.loads(run.lock.read_text())["pid"] == os.getpid()
+    with pytest.raises(RunLockedError, match=f"process {os.getpid()} on"):
+        RunLock(run).acquire()
+    lock.release()
+
+
+def test_without_locks_a_second_process_is_refused_all_the_same(run, start, monkeypatch):
+    monkeypatch.setattr(locks, "_try_lock", lambda _: None)
+    other = start()
+    with pytest.raises(RunLockedError, match=f"process {other.pid} on {host()}"):
+        RunLock(run).acquire()
+    other.kill()
+    other.wait()
+    lock = RunLock(run)
+    lock.acquire()
+    lock.release()
+
+
+def test_who_was_taken_to_be_dead_learns_of_it(run, monkeypatch):
+    monkeypatch.setattr(locks, "BEAT", 0.05)
+    lost, told = threading.Event(), []
+    lock = RunLock(run, on_lost=lambda reason: (told.append(reason), lost.set()))
+    lock.acquire()
+    other = RunLock(run)
+    os.close(other._take_over())
+    elsewhere(run, 77)
+    assert lost.wait(10)
+    assert "taken over by process 77 on far-away" in told[0]
+    lock.release()
+
+
+def test_signs_of_life_are_given(run, monkeypatch):
+    monkeypatch.setattr(locks, "BEAT", 0.05)
+    lock = RunLock(run)
+    lock.acquire()
+    first = run.lock.read_text()
+    deadline = time.monotonic() + 10
+    while run.lock.read_text() == first:
+        assert time.monotonic() < deadline
+    lock.release()
+
+
+def test_a_later_process_with_the_dead_one_s_number_is_not_it(run, monkeypatch):
+    monkeypatch.setattr(locks, "_try_lock", lambda _: None)
+    run.lock.write_text(json.dumps({"host": host(), "pid": os.getppid(), "started": 1.0}))
+    lock = RunLock(run)
+    lock.acquire()
+    lock.release()
 
 
 def test_released_it_can_be_taken_again(run):
     first, second = RunLock(run), RunLock(run)
     first.acquire()
-    assert {"host", "pid", "started"} == json.loads(run.lock.read_text()).keys()
+    assert {"host", "pid", "started", "beat"} == json.loads(run.lock.read_text()).keys()
     with pytest.raises(RunLockedError):
         second.acquire()
     first.release()

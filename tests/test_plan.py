@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hpc_absa import job as jobs
 from hpc_absa.errors import UsageError
 from hpc_absa.plan import plan, training_samples
-from hpc_absa.records import Eigenvalue, Observation
+from hpc_absa.records import Eigenvalue, GradientSquares, Observation
 from hpc_absa.schedules import build
 
 JOBS = Path(__file__).parents[1] / "jobs"
@@ -119,6 +119,28 @@ def test_latest_grows_when_patience_runs_out():
     assert [round(p.epochs) for p in latest] == [10, 10, 70]
 
 
+def test_absa_tuned_decides_less_often_before_the_first_growth():
+    tuned = job("schedule.method=absa-tuned", "schedule.max_batch=1024", "train.milestones=[]")
+    plans = plan(tuned, 50_000, 8)
+    assert [round(p.epochs) for p in plans["earliest"].phases] == [2, 1, 1, 86]
+    assert [round(p.epochs) for p in plans["latest"].phases] == [5, 5, 5, 75]
+
+
+def test_gns_grows_at_every_decision_or_never():
+    words = ("schedule.method=gns", "schedule.base_batch=256", "schedule.max_batch=1024")
+    plans = plan(job(*words, "train.milestones=[]"), 50_000, 8)
+    assert [round(p.epochs) for p in plans["earliest"].phases] == [1, 1, 88]
+    assert [p.global_batch for p in plans["latest"].phases] == [256]
+
+
+@pytest.mark.parametrize("method", ["bl", "fb", "abs", "absa"])
+def test_neither_cosine_nor_warm_up_parts_phases(method):
+    words = (f"schedule.method={method}", "train.milestones=[]", "train.annealing='cosine'")
+    for planned in plan(job(*words, "schedule.warmup_epochs=3"), 50_000, 8).values():
+        (phase,) = planned.phases
+        assert (phase.lr, planned.steps) == (0.1, 35156)
+
+
 def test_nothing_grows_at_the_very_end():
     """A growth due with the last sample has no step to act on, and no step is cut for it."""
     settings = ("schedule.method=abs", "schedule.kappa=2", "train.epochs=4", "train.milestones=[]")
@@ -157,9 +179,9 @@ def test_a_data_set_of_one_s_own_needs_its_size():
 # Against a simulation
 
 
-def simulate(of, samples, eigenvalue):
+def simulate(of, samples, grows):
     """Steps and batches as (steps, batch) runs, one microbatch at a time in exact fractions."""
-    train, rule = of.train, build(of)
+    train, rule, estimate = of.train, build(of), value(of, grows)
     b, N, E = train.microbatch, samples, train.epochs
     per_epoch = Fraction(N // b) if train.remainder == "drop" else Fraction(N, b)
     total = int(per_epoch * E)
@@ -179,7 +201,11 @@ def simulate(of, samples, eigenvalue):
         waiting.pop(0)
         if not waiting:
             break
-        seen = Observation(visited / N, decides, eigenvalue(state) if decides else None)
+        if decides and rule.wants_gradients(state):
+            noise = 1e9 if grows else 0.0  # of one sample's gradient, in squared gradients
+            state = rule.learn(state, GradientSquares(2, 1 + noise / b, 1 + noise / (2 * b)))
+        asked = decides and rule.wants_eigenvalue(state)
+        seen = Observation(visited / N, decides, estimate(state) if asked else None)
         decision = rule.decide(state, seen)
         if decision.action == "grow" and at < place:
             steps.append((state.global_batch, rule.lr(state, at * b / N), place - at))
@@ -190,7 +216,7 @@ def simulate(of, samples, eigenvalue):
 
 def value(of, falls):
     def estimate(state):
-        factor = of.schedule.alpha if falls else 1.0
+        factor = getattr(of.schedule, "alpha", 1.0) if falls else 1.0
         number = (state.reference or 1.0) / (factor if state.reference else 1.0)
         return Eigenvalue(number, 0.0, 1, 1, 0.0, converged=True)
 
@@ -199,10 +225,10 @@ def value(of, falls):
 
 @st.composite
 def tasks(draw):
-    method = draw(st.sampled_from(["bl", "fb", "gg", "abs", "absa"]))
+    method = draw(st.sampled_from(["bl", "fb", "gg", "abs", "absa", "absa-tuned", "gns"]))
     b = draw(st.integers(1, 8))
     samples = draw(st.integers(b, 90))
-    base = b * draw(st.integers(1, 4))
+    base = b * draw(st.integers(2 if method == "gns" else 1, 4))
     epochs = draw(st.integers(1, 6))
     milestones = sorted(draw(st.sets(st.integers(1, epochs + 1), max_size=3)))
     words = [
@@ -229,15 +255,13 @@ def tasks(draw):
 def test_plans_are_what_a_simulation_finds(task):
     of, samples = task
     for name, planned in plan(of, samples, 4).items():
-        steps, at = simulate(
-            of, samples, value(of, name == "earliest") if name != "course" else lambda _: None
-        )
+        steps, at = simulate(of, samples, name == "earliest")
         assert planned.steps == len(steps)
         batches = [
             batch for phase in planned.phases for batch in [phase.global_batch] * phase.steps
         ]
         assert batches == [batch for batch, _, _ in steps]
-        if of.schedule.method != "fb":
+        if of.schedule.method != "fb":  # whose warm-up the plan leaves out
             rates = [phase.lr for phase in planned.phases for _ in range(phase.steps)]
             assert rates == [rate for _, rate, _ in steps]
         assert sum(size for _, _, size in steps) == at

@@ -1,7 +1,7 @@
 """Checkpoints in HDF5: written whole or not at all, verified before they are trusted."""
 
-from hpc_absa.checkpoint.file import read, verify, write
-from hpc_absa.checkpoint.schema import Content, Group
-from hpc_absa.checkpoint.store import Store
+from hpc_absa.checkpoint.file import Shard, read, verify, write
+from hpc_absa.checkpoint.schema import Content, Group, Key
+from hpc_absa.checkpoint.store import Published, Store
 
-__all__ = ["Content", "Group", "Store", "read", "verify", "write"]
+__all__ = ["Content", "Group", "Key", "Published", "Shard", "Store", "read", "verify", "write"]

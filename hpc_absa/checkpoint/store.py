@@ -1,15 +1,14 @@
-"""The checkpoints of one run: publish in the background, find the newest good one, keep a few."""
+"""The checkpoints of one run: publish them, find the newest good one, keep a few."""
 
 from __future__ import annotations
 
 import contextlib
-import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from hpc_absa.checkpoint import file
+from hpc_absa.checkpoint import file, shards
+from hpc_absa.checkpoint.file import Shard
 from hpc_absa.checkpoint.schema import Content
 from hpc_absa.errors import CheckpointError
 
@@ -20,8 +19,9 @@ class Published:
 
     path: Path
     bytes: int
+    """Of all its files."""
     seconds: float
-    """From the snapshot's hand-over to the verified file."""
+    """From the hand-over to the verified file."""
 
 
 @dataclass(frozen=True)
@@ -34,46 +34,52 @@ class Loaded:
 
 
 class Store:
-    """The folder of a run's checkpoints, written by one process at a time."""
+    """The folder of a run's checkpoints: one process publishes, several may write shards."""
 
-    def __init__(self, folder: Path, keep: int, *, background: bool = True) -> None:
-        """`keep` generations survive; at most one save is in flight."""
-        self._folder = folder
+    def __init__(self, folder: Path, keep: int) -> None:
+        """`keep` generations survive."""
+        self.folder = folder
         self._keep = keep
-        self._background = background
-        self._thread: threading.Thread | None = None
-        self._error: Exception | None = None
         self._damaged: set[Path] = set()
 
-    def save(
-        self, path: Path, content: Content, then: Callable[[Published], None] = lambda _: None
-    ) -> None:
-        """Publish `content`, which must not change any more; `then` is called once it is durable.
+    def publish(self, path: Path, content: Content, parts: tuple[Shard, ...] = ()) -> Published:
+        """Write and verify a checkpoint; only then may an old generation go.
 
-        Waits for the save before it. In the background where the store is so; its error is raised
-        by the next `save` or `wait`.
-        """
-        self.wait()
-        if not self._background:
-            self._publish(path, content, then)
-            return
-        self._thread = threading.Thread(
-            target=self._guarded, args=(path, content, then), name="checkpoint"
-        )
-        self._thread.start()
-
-    def wait(self) -> None:
-        """Return once nothing is in flight.
+        Args:
+            path: its file, in the folder.
+            content: what is in the file itself.
+            parts: its shards, durable already.
 
         Raises:
-            CheckpointError: what a background save ran into.
+            CheckpointError: names path and cause; every older checkpoint is as it was.
         """
-        if self._thread:
-            self._thread.join()
-            self._thread = None
-        if self._error:
-            error, self._error = self._error, None
-            raise error
+        begun = time.perf_counter()
+        for leftover in self.folder.glob(".*.tmp"):
+            if not leftover.name.startswith(f".{path.stem}."):  # whose writer was killed
+                leftover.unlink(missing_ok=True)
+        written = file.write(path, content, parts)
+        self._damaged.discard(path)
+        self._remove_outlived(path, {part.name for part in parts})
+        size = written.bytes + sum(part.bytes for part in parts)
+        return Published(path, size, time.perf_counter() - begun)
+
+    def write_shard(self, path: Path, save: str, number: int, of: int, content: Content) -> Shard:
+        """Write and verify shard `number` of the checkpoint that `path` will be.
+
+        Raises:
+            CheckpointError: names path and cause.
+        """
+        name = shards.name(path, save, number, of)
+        written = file.write(path.with_name(name), content)
+        return Shard(name, written.digest, written.bytes, written.fingerprints)
+
+    def newest_first(self) -> list[Path]:
+        """All checkpoints, good or not."""
+        return listed(self.folder)[::-1]
+
+    def pass_over(self, path: Path) -> None:
+        """Remember that a checkpoint is damaged: it does not count as a generation."""
+        self._damaged.add(path)
 
     def newest_good(self) -> Loaded | None:
         """The newest checkpoint that verifies, None where there is no checkpoint at all.
@@ -82,41 +88,32 @@ class Store:
             CheckpointError: there are checkpoints, and every one is damaged.
         """
         damaged: list[str] = []
-        for path in reversed(listed(self._folder)):
+        for path in self.newest_first():
             try:
                 return Loaded(path, file.read(path), tuple(damaged))
             except CheckpointError as error:
                 damaged.append(str(error))
-                self._damaged.add(path)
+                self.pass_over(path)
         if damaged:
-            raise CheckpointError(
-                f"{self._folder}: no checkpoint is good; remove the folder to start anew: "
-                + "; ".join(damaged)
-            )
+            raise none_good(self.folder, damaged)
         return None
 
-    def _guarded(self, path: Path, content: Content, then: Callable[[Published], None]) -> None:
-        try:
-            self._publish(path, content, then)
-        except Exception as error:
-            self._error = error
-
-    def _publish(self, path: Path, content: Content, then: Callable[[Published], None]) -> None:
-        begun = time.perf_counter()
-        for leftover in self._folder.glob(".*.h5.*.tmp"):
-            leftover.unlink(missing_ok=True)  # of a process that was killed while it wrote
-        size = file.write(path, content)
-        self._damaged.discard(path)
-        then(Published(path, size, time.perf_counter() - begun))
-        # Only now, with a verified successor, may an old generation go.
-        for old in self._outlived(path):
-            # What cannot be removed costs space, not the run.
-            with contextlib.suppress(OSError):
-                old.unlink()
+    def _remove_outlived(self, newest: Path, parts: set[str]) -> None:
+        # What cannot be removed costs space, not the run.
+        with contextlib.suppress(OSError):
+            for old in self._outlived(newest):
+                with contextlib.suppress(OSError):
+                    old.unlink()
+            present = {path.stem for path in listed(self.folder)}
+            for shard in self.folder.glob(f"*{shards.SUFFIX}"):
+                stem = shard.name.split(".")[0]
+                orphan = stem not in present or (stem == newest.stem and shard.name not in parts)
+                if orphan:
+                    shard.unlink(missing_ok=True)
 
     def _outlived(self, newest: Path) -> list[Path]:
         """Checkpoints older than the generations to keep; known damaged ones are no generation."""
-        older = [path for path in listed(self._folder) if path.name < newest.name]
+        older = [path for path in listed(self.folder) if path.name < newest.name]
         kept = self._keep - 1
         good = [path for path in older if path not in self._damaged]
         if len(good) < kept:
@@ -128,3 +125,10 @@ class Store:
 def listed(folder: Path) -> list[Path]:
     """A folder's checkpoints, oldest first; temporary files begin with a dot and do not count."""
     return sorted(path for path in folder.glob("*.h5") if not path.name.startswith("."))
+
+
+def none_good(folder: Path, damaged: list[str]) -> CheckpointError:
+    """The error where no checkpoint of a folder can be resumed from."""
+    return CheckpointError(
+        f"{folder}: no checkpoint is good; remove the folder to start anew: " + "; ".join(damaged)
+    )

@@ -1,22 +1,24 @@
 """The Hessian of the mean loss over a fixed sample as a linear operator over all ranks.
 
-Shapes: P trainable parameters in all, N samples, M microbatches of n_m samples, Σ n_m = N.
+Shapes: P parameters differentiated by, N samples, M microbatches of n_m samples, Σ n_m = N.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from hpc_absa import summation
 from hpc_absa.comm import Communicator
 from hpc_absa.curvature import fast
 from hpc_absa.curvature.graphs import Graph, Loss, Matrix, differentiate, flatten, forward
 from hpc_absa.curvature.state import trainable
+from hpc_absa.worldsize import share
 
-__all__ = ["HessianOperator", "HessianSample", "Interrupted", "Loss", "Matrix", "share"]
+__all__ = ["HessianOperator", "HessianSample", "Interrupted", "Loss", "Matrix"]
 
 
 class Interrupted(Exception):  # noqa: N818 - a request, not an error
@@ -36,22 +38,12 @@ class HessianSample(Protocol):
         ...
 
 
-def share(samples: int, microbatch: int, rank: int, ranks: int) -> list[tuple[int, int, int]]:
-    """The microbatches (index, start, stop) of one rank: dealt in turn, sizes as on one rank."""
-    starts = range(0, samples, microbatch)
-    return [
-        (index, start, min(start + microbatch, samples))
-        for index, start in enumerate(starts)
-        if index % ranks == rank
-    ]
-
-
 class HessianOperator:
     """`v ↦ H v` with `H = Σ_m (n_m / N) ∇²L_m`, every rank over its share of the microbatches.
 
     A product ends with one sum over the ranks; before it each rank adds up its microbatches in
-    float64, so that the result hardly depends on how many ranks there are. All ranks must call
-    the methods together. Use it inside `state.observed(model)`.
+    float64, so that the result hardly depends on how many ranks there are, and not at all where
+    `reproducible`. All ranks must call the methods together. Use it inside `state.observed(model)`.
 
     Args:
         model: any module; parameters that do not require grad are constants.
@@ -64,6 +56,10 @@ class HessianOperator:
             takes about the memory of a training step on it, and saves a gradient per product.
         accelerate: use the faster convolution and normalization of `fast` where they apply.
         matrix: the Hessian, or its Gauss-Newton part.
+        names: the parameters to differentiate by, for their own block of the Hessian; all
+            trainable ones by default.
+        reproducible: sum along the fixed tree of `hpc_absa.summation`: the same bits at any
+            power-of-two world size (with one thread a rank, as a kernel's own sums depend on it).
         poll: asked before each product, with the same answer on all ranks; True gives up.
 
     Raises:
@@ -83,43 +79,52 @@ class HessianOperator:
         kept: int = 2,
         accelerate: bool = True,
         matrix: Matrix = "hessian",
+        names: Collection[str] | None = None,
+        reproducible: bool = False,
         poll: Callable[[], bool] | None = None,
     ) -> None:
         if not 0 < samples <= sample.size:
             raise ValueError(f"samples: expected 1 to {sample.size} (all there are), got {samples}")
         if microbatch < 1:
             raise ValueError(f"microbatch: expected 1 or more, got {microbatch}")
+        if reproducible and not summation.fits(comm.size):
+            raise ValueError(
+                f"reproducible: expected a power of two of ranks up to {summation.LANES}, "
+                f"got {comm.size}"
+            )
         self.model, self.loss_fn, self.sample, self.comm = model, loss_fn, sample, comm
         self.samples, self.microbatch = samples, microbatch
         self.microbatches = -(-samples // microbatch)
         self.kept, self.accelerate = kept, accelerate
-        self.matrix, self.poll = matrix, poll
-        self.parameters = tuple(trainable(model).values())
+        self.matrix, self.reproducible, self.poll = matrix, reproducible, poll
+        found = trainable(model)
+        self.parameters = {n: p for n, p in found.items() if names is None or n in names}
         if not self.parameters:
-            raise ValueError("model: expected parameters that require grad, got none")
-        self.size = sum(p.numel() for p in self.parameters)
+            raise ValueError(f"names: expected some of the trainable {list(found)}, got {names}")
+        self.size = sum(p.numel() for p in self.parameters.values())
         self.matvecs = 0
-        self._share = share(samples, microbatch, comm.rank, comm.size)
+        every = range(self.microbatches)
+        self._lanes = (
+            summation.lanes(every, comm.rank, comm.size)
+            if reproducible
+            else [share(every, comm.rank, comm.size)]
+        )
         self._graphs: dict[int, Graph] = {}
         self._plan: fast.Plan | None = None
 
     @property
     def device(self) -> torch.device:
         """Where the vectors live."""
-        return self.parameters[0].device
+        return next(iter(self.parameters.values())).device
 
     @property
     def dtype(self) -> torch.dtype:
         """The vectors' type: the parameters' own."""
-        return self.parameters[0].dtype
+        return next(iter(self.parameters.values())).dtype
 
     def gradient(self) -> Tensor:
         """`∇L` over the sample, flat [P]; kept graphs are built on the way."""
-        total = self._zeros()
-        for index, start, stop in self._share:
-            graph = self._graph(index, start, stop)
-            total.add_(flatten(graph.gradient), alpha=(stop - start) / self.samples)
-        return self._reduced(total)
+        return self._summed(lambda index: flatten(self._graph(index).gradient))
 
     def matvec(self, vector: Tensor, against: Sequence[Tensor] = ()) -> tuple[Tensor, Tensor]:
         """`H v`, flat [P], and `uᵀ H_m v` for every microbatch m and u in `against`: [M, len].
@@ -130,57 +135,72 @@ class HessianOperator:
         """
         if self.poll is not None and self.poll():
             raise Interrupted
-        total = self._zeros()
         parts = torch.zeros(self.microbatches, len(against), dtype=torch.float64)
         shaped = self._shaped(vector)
-        for index, start, stop in self._share:
-            graph = self._graph(index, start, stop)
+
+        def term(index: int) -> Tensor:
+            graph = self._graph(index)
             product = graph.product(shaped, keep=index in self._graphs)
-            del graph
-            total.add_(product, alpha=(stop - start) / self.samples)
             for column, other in enumerate(against):
                 parts[index, column] = float(other @ product)
+            return product
+
         self.matvecs += 1
-        return self._reduced(total), parts
+        return self._summed(term), parts
 
     def loss(self, offset: Tensor | None = None) -> float:
         """The mean loss over the sample at the parameters plus `offset` [P]."""
-        total = torch.zeros(1, dtype=torch.float64)
+        losses = torch.zeros(self.microbatches, dtype=torch.float64)
         shift = self._shaped(torch.zeros(self.size) if offset is None else offset)
-        names = trainable(self.model)
-        leaves = {name: (p + s).detach() for (name, p), s in zip(names.items(), shift, strict=True)}
+        moved = zip(self.parameters.items(), shift, strict=True)
+        leaves = {name: (p + s).detach() for (name, p), s in moved}
         with torch.no_grad():
-            for _, start, stop in self._share:
-                inputs, targets = self.sample.load(start, stop)
+            for index in (index for lane in self._lanes for index in lane):
+                inputs, targets = self._load(index)
                 mean = self.loss_fn(forward(self.model, inputs, leaves, None), targets)
-                total += float(mean) * (stop - start) / self.samples
-        return float(self.agree(self.comm.sum_(total)))
+                losses[index] = float(mean) * self._weight(index)
+        return float(self.agree(self.comm.sum_(losses)).sum())
 
     def agree(self, scalars: Tensor) -> Tensor:
         """Rank 0's copy of a small tensor, so that all ranks take the same turns."""
         return self.comm.broadcast_(scalars.contiguous())
 
-    def span(self, name: str) -> slice:
-        """Where a parameter lies in the vectors."""
-        start = 0
-        for other, parameter in trainable(self.model).items():
-            if other == name:
-                return slice(start, start + parameter.numel())
-            start += parameter.numel()
-        raise KeyError(f"{name}: expected one of {list(trainable(self.model))}")
-
-    def vector(self) -> Tensor:
-        """Zeros [P] of the operator's type, on its device."""
-        return torch.zeros(self.size, dtype=self.dtype, device=self.device)
-
     def close(self) -> None:
         """Let go of the kept graphs."""
         self._graphs.clear()
 
-    def _graph(self, index: int, start: int, stop: int) -> Graph:
+    def _summed(self, term: Callable[[int], Tensor]) -> Tensor:
+        """`Σ_m (n_m / N) term(m)` over all ranks, [P]."""
+        tree = summation.Tree()
+        for lane in self._lanes:
+            if not lane:
+                tree.add(None)
+                continue
+            part = self._zeros()
+            for index in lane:
+                part.add_(term(index), alpha=self._weight(index))
+            tree.add(part)
+        total = tree.total()
+        if total is None:
+            total = self._zeros()
+        gathered = self.comm.sum_in_pairs_ if self.reproducible else self.comm.sum_
+        return gathered(total).to(self.dtype)
+
+    def _span(self, index: int) -> tuple[int, int]:
+        start = index * self.microbatch
+        return start, min(start + self.microbatch, self.samples)
+
+    def _weight(self, index: int) -> float:
+        start, stop = self._span(index)
+        return (stop - start) / self.samples
+
+    def _load(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.sample.load(*self._span(index))
+
+    def _graph(self, index: int) -> Graph:
         if index in self._graphs:
             return self._graphs[index]
-        inputs, targets = self.sample.load(start, stop)
+        inputs, targets = self._load(index)
         if self.accelerate and self._plan is None:
             self._plan = fast.plan(self.model, inputs)
         try:
@@ -193,17 +213,16 @@ class HessianOperator:
         return graph
 
     def _differentiate(self, inputs: Tensor, targets: Tensor) -> Graph:
-        return differentiate(self.model, self.loss_fn, inputs, targets, self._plan, self.matrix)
+        return differentiate(
+            self.model, self.loss_fn, inputs, targets, self._plan, self.matrix, self.parameters
+        )
 
     def _zeros(self) -> Tensor:
         return torch.zeros(self.size, dtype=torch.float64, device=self.device)
 
-    def _reduced(self, total: Tensor) -> Tensor:
-        return self.comm.sum_(total).to(self.dtype)
-
     def _shaped(self, vector: Tensor) -> list[Tensor]:
-        pieces = vector.to(self.device, self.dtype).split([p.numel() for p in self.parameters])
+        parameters = self.parameters.values()
+        pieces = vector.to(self.device, self.dtype).split([p.numel() for p in parameters])
         return [
-            fast.arranged(piece.view_as(p))
-            for piece, p in zip(pieces, self.parameters, strict=True)
+            fast.arranged(piece.view_as(p)) for piece, p in zip(pieces, parameters, strict=True)
         ]

@@ -76,6 +76,7 @@ def estimate(
     threshold: float | None = None,
     poll: Callable[[], bool] | None = None,
     keep_samples: int | None = None,
+    reproducible: bool = False,
 ) -> Estimate:
     """The top eigenvalue of `∇²(1/N Σ loss)` at the model's parameters, the same on all ranks.
 
@@ -105,6 +106,7 @@ def estimate(
         keep_samples: samples per rank whose graph stays in memory from product to product, where a
             product costs two gradients and not three. By default one and a half microbatches, with
             which an estimate takes about twice the memory of a training step.
+        reproducible: value and vector bit for bit the same at any power-of-two world size.
 
     Raises:
         Interrupted: `poll` answered True.
@@ -124,8 +126,9 @@ def estimate(
     def search(count: int, size: int) -> _Search:
         kept = max(1, keep // max(size, 1))
         operator = HessianOperator(
-            model, loss_fn, sample, comm, samples=count, microbatch=size, poll=poll, kept=kept
-        )
+            model, loss_fn, sample, comm, samples=count, microbatch=size, poll=poll, kept=kept,
+            reproducible=reproducible,
+        )  # fmt: skip
         return _Search(operator)
 
     with observed(model):

@@ -5,15 +5,22 @@ from hpc_absa.job.changes import WITHOUT_EFFECT, refuse_changes
 from hpc_absa.job.file import dump, load, parse
 from hpc_absa.job.model import Checkpoint, Data, Hessian, Job, Launch, Model, Ranks, Train
 from hpc_absa.job.schedule import (
+    OWN,
+    SCHEDULES,
     AdaptiveBatch,
     AdversarialAdaptiveBatch,
     Baseline,
     FacebookRule,
     GoogleRule,
+    NoiseScale,
+    OwnRule,
     Schedule,
+    TunedAdversarialAdaptiveBatch,
 )
 
 __all__ = [
+    "OWN",
+    "SCHEDULES",
     "WITHOUT_EFFECT",
     "AdaptiveBatch",
     "AdversarialAdaptiveBatch",
@@ -29,11 +36,14 @@ __all__ = [
     "Launch",
     "Model",
     "Named",
+    "NoiseScale",
+    "OwnRule",
     "Positive",
     "Ranks",
     "Schedule",
     "Section",
     "Train",
+    "TunedAdversarialAdaptiveBatch",
     "dump",
     "load",
     "parse",

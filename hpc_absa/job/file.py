@@ -85,6 +85,8 @@ def _explain(error: ValidationError) -> str:
         case "union_tag_invalid":
             tags = ", ".join(sorted(union_tags))
             message = f"{key}.method = {first['ctx']['tag']!r}: expected one of {tags}"
+        case "union_tag_not_found" if not isinstance(first["input"], dict):
+            message = f"{key} = {first['input']!r}: expected a table"
         case "union_tag_not_found":
             message = f"{key}.method: missing, expected one of {', '.join(sorted(union_tags))}"
         case _:

@@ -7,12 +7,12 @@ arXiv:1711.00489, *ours* a choice of this project, with its reason.
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
 from hpc_absa.job.base import Count, Named, Positive, Section
-from hpc_absa.job.schedule import Schedule
+from hpc_absa.job.schedule import HESSIAN, GoogleRule, NoiseScale, Schedule
 from hpc_absa.job.slurm import SlurmOptions
 
 _HOST = re.compile(r"[^\s:,]+(:0*[1-9][0-9]*)?")
@@ -51,6 +51,9 @@ class Train(Section):
     """Epochs after which the learning rate is decayed (GG: after which the batch grows)."""
     lr_decay: Annotated[float, Field(gt=0, le=1)] = 0.2
     """Factor ρ at each milestone (talk, CIFAR-10)."""
+    annealing: Literal["milestones", "cosine"] = "milestones"
+    """What lowers the learning rate in the long run: `lr_decay` at each milestone, or a cosine that
+    reaches zero with the last epoch (arXiv:1608.03983)."""
     remainder: Literal["carry", "drop"] = "carry"
     """What becomes of the samples that do not fill an epoch's last microbatch (`absa.md`)."""
     loss: str = "cross_entropy"
@@ -66,6 +69,10 @@ class Train(Section):
     def _milestones_rise(self) -> Train:
         if list(self.milestones) != sorted(set(self.milestones)):
             raise ValueError(f"milestones = {list(self.milestones)}: expected rising epochs")
+        if self.milestones and self.annealing == "cosine":
+            raise ValueError(
+                f"milestones = {list(self.milestones)}: expected none with annealing = 'cosine'"
+            )
         return self
 
 
@@ -107,6 +114,12 @@ class Checkpoint(Section):
     """Generations kept; at least two, so that a damaged one has a predecessor."""
     background: bool = Field(default=True, alias="async")
     """Write in a background thread while training goes on."""
+    shard_bytes: PositiveInt = 64 << 20
+    """Bytes of state that are worth a file of their own: of a state of twice this or more, each
+    rank writes a share (ours)."""
+    on_error: Literal["continue", "stop"] = "continue"
+    """Whether training goes on where a checkpoint cannot be written; where the run cannot go on
+    without it (to grow, to stop, to end) it fails in any case."""
 
 
 class Launch(Section):
@@ -132,6 +145,11 @@ class Launch(Section):
     """Words passed to the launcher as they are."""
     max_restarts: Count = 3
     """Restarts after failures without any progress in between before a run is given up (ours)."""
+    silence_seconds: PositiveFloat = 60.0
+    """A rank that gives no sign of life for so long is given up, its world ended and started again;
+    ranks give one each second (ours; over Gloo, without MPI, nobody watches)."""
+    start_seconds: PositiveFloat = 600.0
+    """A world whose ranks have not found each other after so long is ended (ours)."""
     ranks_per_node: PositiveInt | None = None
     """Ranks on one node of a batch job; None means one a GPU, or as many as a node's cores can give
     `train.threads_per_rank` threads each."""
@@ -173,6 +191,37 @@ class Job(Section):
     """When states are saved."""
     launch: Launch = Launch()
     """How the processes are started."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, tables: Any) -> Any:
+        """The method's own defaults, where the `[hessian]` table is silent."""
+        schedule = tables.get("schedule") if isinstance(tables, dict) else None
+        if not isinstance(schedule, dict):
+            return tables
+        preset, given = HESSIAN.get(str(schedule.get("method")), {}), tables.get("hessian", {})
+        return {**tables, "hessian": {**preset, **given}} if isinstance(given, dict) else tables
+
+    @model_validator(mode="after")
+    def _schedules_fit(self) -> Job:
+        schedule, train = self.schedule, self.train
+        if isinstance(schedule, GoogleRule) and train.annealing == "cosine":
+            raise ValueError(
+                "train.annealing = 'cosine': expected 'milestones', at which schedule.method = "
+                "'gg' grows"
+            )
+        if isinstance(schedule, NoiseScale) and schedule.base_batch < 2 * train.microbatch:
+            raise ValueError(
+                f"schedule.base_batch = {schedule.base_batch}: expected at least two microbatches "
+                f"of {train.microbatch}, between which gns sees the noise; halve train.microbatch"
+            )
+        warmup = getattr(schedule, "warmup_epochs", 0)
+        if train.annealing == "cosine" and warmup >= train.epochs:
+            raise ValueError(
+                f"schedule.warmup_epochs = {warmup:g}: expected less than train.epochs = "
+                f"{train.epochs}, so that the cosine has a place"
+            )
+        return self
 
     @model_validator(mode="after")
     def _batches_are_whole_microbatches(self) -> Job:

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, replace
 
 from hpc_absa.records import Decision, Eigenvalue, Observation, ScheduleState
-from hpc_absa.schedules.rule import Milestones
+from hpc_absa.schedules.rule import STEADY, Growth, Milestones, Rate, Rule
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Adversarial:
 
 
 @dataclass(frozen=True)
-class AdaptiveBatch:
+class AdaptiveBatch(Rule):
     """If `λ ≤ λ_ref/α`: `B ← min(β·B, B_max)`, `lr ← lr·B_new/B_old`, `λ_ref ← λ`.
 
     The first trustworthy λ becomes the reference. After κ decision points without growth the batch
@@ -31,22 +31,34 @@ class AdaptiveBatch:
     """
 
     base_batch: int
-    max_batch: int
     base_lr: float
+    growth: Growth
     alpha: float
-    beta: int
     kappa: int
     milestones: Milestones
+    estimate_every: int = 1
+    """Decision points from one estimate to the next before the first growth."""
     adversarial: Adversarial | None = None
+    rate: Rate = STEADY
 
     def initial(self) -> ScheduleState:
         """The base batch, with adversarial examples where there is room to grow."""
-        fraction = self.adversarial.ratio if self.adversarial and self._can_grow() else 0.0
-        return ScheduleState(self.base_batch, self.base_lr, adversarial_fraction=fraction)
+        state = ScheduleState(self.base_batch, self.base_lr)
+        if self.adversarial and self.growth.possible(state):
+            return replace(state, adversarial_fraction=self.adversarial.ratio)
+        return state
 
     def wants_eigenvalue(self, state: ScheduleState) -> bool:
-        """Until the batch has reached its maximum."""
-        return state.global_batch < self.max_batch
+        """Until the batch has reached its maximum, and early on not at every decision point."""
+        if not self.growth.possible(state):
+            return False
+        point = state.waited + 1
+        return (
+            state.global_batch > self.base_batch
+            or state.reference is None
+            or point % self.estimate_every == 0
+            or point >= self.kappa
+        )
 
     def threshold(self, state: ScheduleState) -> float | None:
         """`λ_ref/α`; None where the value itself will be the reference, as when patience ends."""
@@ -61,15 +73,20 @@ class AdaptiveBatch:
             state = replace(state, adversarial_fraction=0.0)
         if not seen.decision_point:
             return Decision("continue", milestone or "no decision point", state)
-        if not self.wants_eigenvalue(state):
-            reason = f"batch is at its maximum {self.max_batch}"
+        if not self.growth.possible(state):
+            reason = f"batch is at its maximum {self.growth.max_batch}"
             return Decision("continue", milestone or reason, state)
         decision = self._decide_growth(replace(state, waited=state.waited + 1), seen.eigenvalue)
         return replace(decision, reason="; ".join(filter(None, [decision.reason, milestone])))
 
     def lr(self, state: ScheduleState, epoch: float) -> float:
-        """The state's own: growth comes in steps of β, so no warm-up (talk)."""
-        return state.lr
+        """The state's own, through warm-up and cosine; growth, in steps of β, has none (talk)."""
+        return self.rate.at(state.lr, epoch)
+
+    def adversarial_fraction(self, state: ScheduleState, epoch: float) -> float:
+        """The state's own, and none from the very step on that begins after half of the epochs."""
+        over = self.adversarial is not None and epoch >= self.adversarial.until
+        return 0.0 if over else state.adversarial_fraction
 
     def _decide_growth(self, state: ScheduleState, eigenvalue: Eigenvalue | None) -> Decision:
         value, doubt = _trusted(eigenvalue)
@@ -91,20 +108,16 @@ class AdaptiveBatch:
         return Decision("continue", f"λ {value:.4g} > {reference:.4g}/{self.alpha:g}", state)
 
     def _grow(self, state: ScheduleState, value: float | None, why: str) -> Decision:
-        batch = min(self.beta * state.global_batch, self.max_batch)
+        grown = self.growth.apply(state)
         fraction = state.adversarial_fraction / self.adversarial.omega if self.adversarial else 0.0
         grown = replace(
-            state,
-            global_batch=batch,
-            lr=state.lr * batch / state.global_batch,
-            adversarial_fraction=fraction if batch < self.max_batch else 0.0,
+            grown,
+            adversarial_fraction=fraction if self.growth.possible(grown) else 0.0,
             reference=value if value is not None else state.reference,
             waited=0,
         )
-        return Decision("grow", f"{why}: batch {state.global_batch} → {batch}", grown)
-
-    def _can_grow(self) -> bool:
-        return self.base_batch < self.max_batch
+        why += f": batch {state.global_batch} → {grown.global_batch}"
+        return Decision("grow", why, grown)
 
 
 def _trusted(eigenvalue: Eigenvalue | None) -> tuple[float | None, str]:

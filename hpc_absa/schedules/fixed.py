@@ -5,28 +5,26 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hpc_absa.records import Decision, Observation, ScheduleState
-from hpc_absa.schedules.rule import Milestones
+from hpc_absa.schedules.rule import STEADY, Milestones, Rate, Rule
 
 
 @dataclass(frozen=True)
-class Baseline:
-    """BL: `lr` whatever the batch is; at each milestone `lr ← lr·ρ`."""
+class Constant(Rule):
+    """A constant batch; at each milestone `lr ← lr·ρ`.
+
+    BL has `lr0` whatever the batch is; FB has `lr0·B/B0` and reaches it from `lr0` by a linear
+    warm-up (Goyal, section 2.2).
+    """
 
     global_batch: int
     base_lr: float
+    """Of this batch."""
     milestones: Milestones
+    rate: Rate = STEADY
 
     def initial(self) -> ScheduleState:
-        """The batch and learning rate of the job."""
+        """The batch and its learning rate."""
         return ScheduleState(self.global_batch, self.base_lr)
-
-    def wants_eigenvalue(self, state: ScheduleState) -> bool:
-        """Never: curvature decides nothing here."""
-        return False
-
-    def threshold(self, state: ScheduleState) -> float | None:
-        """None: there is no estimate to cut short."""
-        return None
 
     def decide(self, state: ScheduleState, seen: Observation) -> Decision:
         """Continue, with the learning rate decayed at milestones."""
@@ -34,25 +32,5 @@ class Baseline:
         return Decision("continue", reason or "the batch is constant", state)
 
     def lr(self, state: ScheduleState, epoch: float) -> float:
-        """The state's own."""
-        return state.lr
-
-
-@dataclass(frozen=True)
-class FacebookRule(Baseline):
-    """FB: `lr = lr0·B/B0`, reached from `lr0` by a linear warm-up; milestones as BL."""
-
-    base_batch: int
-    """Batch that `base_lr` belongs to."""
-    warmup_epochs: float
-
-    def initial(self) -> ScheduleState:
-        """The constant batch with the learning rate scaled to it."""
-        return ScheduleState(self.global_batch, self.base_lr * self.global_batch / self.base_batch)
-
-    def lr(self, state: ScheduleState, epoch: float) -> float:
-        """Linear from `lr0` to the scaled learning rate over the warm-up (Goyal, section 2.2)."""
-        if epoch >= self.warmup_epochs:
-            return state.lr
-        start = state.lr * self.base_batch / self.global_batch
-        return start + (state.lr - start) * epoch / self.warmup_epochs
+        """The state's own, through warm-up and cosine."""
+        return self.rate.at(state.lr, epoch)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from hpc_absa.records import Decision, Observation, ScheduleState
-from hpc_absa.schedules.rule import Milestones
+from hpc_absa.schedules.rule import STEADY, Milestones, Rate, Rule
 
 
 @dataclass(frozen=True)
-class GoogleRule:
+class GoogleRule(Rule):
     """At each milestone `B ← B/ρ` up to the cap; what the cap refuses goes to the learning rate."""
 
     base_batch: int
@@ -17,18 +17,13 @@ class GoogleRule:
     microbatch: int
     base_lr: float
     milestones: Milestones
+    lr_exponent: float = 0.0
+    """Growth stands for the decay, so the learning rate stays; else `lr ← lr·(B_new/B_old)^e`."""
+    rate: Rate = STEADY
 
     def initial(self) -> ScheduleState:
         """The base batch and the job's learning rate."""
         return ScheduleState(self.base_batch, self.base_lr)
-
-    def wants_eigenvalue(self, state: ScheduleState) -> bool:
-        """Never: milestones decide."""
-        return False
-
-    def threshold(self, state: ScheduleState) -> float | None:
-        """None: there is no estimate to cut short."""
-        return None
 
     def decide(self, state: ScheduleState, seen: Observation) -> Decision:
         """Grow at milestones, otherwise continue."""
@@ -39,7 +34,8 @@ class GoogleRule:
         factor = self.milestones.decay**-new
         wanted = round(state.global_batch * factor / self.microbatch) * self.microbatch
         batch = min(wanted, self.max_batch)
-        lr = state.lr * batch / (state.global_batch * factor)
+        grown = batch / state.global_batch
+        lr = state.lr * batch / (state.global_batch * factor) * grown**self.lr_exponent
         moved = f"milestone at epoch {self.milestones.epochs[passed - 1]}: "
         moved += (
             f"batch {state.global_batch} → {batch}"
@@ -55,5 +51,5 @@ class GoogleRule:
         )
 
     def lr(self, state: ScheduleState, epoch: float) -> float:
-        """The state's own."""
-        return state.lr
+        """The state's own, through a warm-up where the job has one."""
+        return self.rate.at(state.lr, epoch)

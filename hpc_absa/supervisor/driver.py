@@ -141,10 +141,11 @@ class Supervisor:
         known = len(events.read(self._run.events))
         start = self.launch_command()
         self._world_ranks = self._ranks()
+        self._run.joined.unlink(missing_ok=True)
         log = self._run.logs / f"world-{known:06d}-{self._job.launch.launcher}.log"
         self._world = World(start, log, self._lock.descriptor, self._show)
         with self._resources.watching(self._move):
-            ending = self._world.wait()
+            ending = self._world.wait(self._run.joined, self._job.launch.start_seconds)
         self._world = None
         ended = [e for e in events.read(self._run.events)[known:] if e["event"] == "phase_end"]
         if ended and ended[-1]["outcome"] in ("done", "resize", "stopped"):
@@ -161,6 +162,9 @@ class Supervisor:
             return Failure(**left)
         except (OSError, ValueError):
             pass
+        if ending.late:
+            limit = self._job.launch.start_seconds
+            return Failure(f"its ranks had not found each other after {limit:g} s")
         if killed := ending.killed_rank():
             rank, host, number = killed
             name = signal.Signals(number).name

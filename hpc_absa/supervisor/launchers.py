@@ -71,7 +71,7 @@ def mpi_environment() -> dict[str, str]:
     """
     environment = {}
     if (Path(sys.prefix) / "bin" / "mpirun").exists():
-        environment["OPAL_PREFIX"] = sys.prefix
+        environment["OPAL_PREFIX"] = os.path.realpath(sys.prefix)
     if os.geteuid() == 0:
         environment |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     return environment

@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,6 +32,8 @@ class Ending:
     exit_code: int
     tail: tuple[str, ...]
     """The last lines it printed."""
+    late: bool = False
+    """Ended because its ranks had not found each other in time."""
 
     def killed_rank(self) -> tuple[int, str, int] | None:
         """Rank, host and signal of a rank that was killed, where the launcher said so."""
@@ -70,11 +73,25 @@ class World:
         self._reader = threading.Thread(target=self._read, args=(log, show), name="output")
         self._reader.start()
 
-    def wait(self) -> Ending:
-        """Return when the launcher and its output have ended."""
-        code = self._process.wait()
+    def wait(self, joined: Path, patience: float) -> Ending:
+        """Return when the launcher and its output have ended.
+
+        Args:
+            joined: exists once the world's ranks have found each other.
+            patience: seconds after which a world that has not come so far is ended.
+        """
+        until = time.monotonic() + patience
+        late = False
+        while True:
+            try:
+                code = self._process.wait(timeout=1)
+                break
+            except subprocess.TimeoutExpired:
+                if not late and time.monotonic() > until and not joined.exists():
+                    late = True
+                    self.kill()
         self._reader.join(timeout=10)
-        return Ending(code, tuple(self._tail))
+        return Ending(code, tuple(self._tail), late)
 
     def kill(self) -> None:
         """End everything now: the launcher is told first, because only it reaches other hosts."""

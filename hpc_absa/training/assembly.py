@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from hpc_absa import job as jobs
+from hpc_absa import summation
 from hpc_absa.checkpoint import Content, Store
 from hpc_absa.comm import Communicator
 from hpc_absa.course import Course, Position
@@ -30,8 +31,9 @@ from hpc_absa.training.material import (
     open_data,
     threads_per_rank,
 )
-from hpc_absa.training.reduction import LANES, Overlapped, Reduction, Reproducible
-from hpc_absa.training.state import Live, Progress, broadcast, restore
+from hpc_absa.training.reduction import Overlapped, Reduction, Reproducible
+from hpc_absa.training.resuming import newest_good
+from hpc_absa.training.state import Live, Progress, restore
 from hpc_absa.training.statistics import RunningStatistics
 from hpc_absa.training.step import Adversary, Loss, Stepper
 
@@ -79,8 +81,8 @@ def assemble(
         momentum=job.train.momentum,
         weight_decay=job.train.weight_decay,
     )
-    rule = build_rule(job)
-    store = Store(run.checkpoints, job.checkpoint.keep, background=job.checkpoint.background)
+    rule = agreed(comm, lambda: build_rule(job))
+    store = Store(run.checkpoints, job.checkpoint.keep)
     statistics = RunningStatistics(model)
     live, progress = Live(model, optimizer, None), Progress(Position(), rule.initial())
     live, progress, origin = _resume(job, dataset, store, comm, live, progress, allow_changed)
@@ -115,24 +117,20 @@ def _resume(
     progress: Progress,
     allow_changed: tuple[str, ...],
 ) -> tuple[Live, Progress, str | None]:
-    """The newest good checkpoint: read once by rank 0, then broadcast."""
-
-    def read() -> tuple[str, Content] | None:
-        loaded = store.newest_good()
-        if loaded is None:
-            return None
-        for damaged in loaded.damaged:
-            print(f"passed over a checkpoint: {damaged}", flush=True)
-        _check(job, dataset, loaded.content, str(loaded.path), allow_changed)
-        return loaded.path.name, loaded.content
-
-    found = agreed(comm, lambda: read() if comm.rank == 0 else None)
-    origin = comm.broadcast_object(found[0] if found else None)
-    if origin is None:
+    """Go on from the newest good checkpoint, where there is one."""
+    found = newest_good(store, comm)
+    if found is None:
         return live, progress, None
-    content = broadcast(found[1] if found else None, comm)
-    live, progress = agreed(comm, lambda: restore(content, live, origin))
-    return live, progress, origin
+    if comm.rank == 0:
+        for damaged in found.damaged:
+            print(f"passed over a checkpoint: {damaged}", flush=True)
+    name = found.path.name
+
+    def accept() -> tuple[Live, Progress]:
+        _check(job, dataset, found.content, str(found.path), allow_changed)
+        return restore(found.content, live, name, type(progress.schedule))
+
+    return *agreed(comm, accept), name
 
 
 def _check(
@@ -151,10 +149,10 @@ def _make_reproducible(job: Job, comm: Communicator) -> None:
         return
 
     def check() -> None:
-        if comm.size & (comm.size - 1) or comm.size > LANES:
+        if not summation.fits(comm.size):
             raise UsageError(
                 f"train.reproducible = true on {comm.size} ranks: "
-                f"expected a power of two up to {LANES}"
+                f"expected a power of two up to {summation.LANES}"
             )
 
     agreed(comm, check)
@@ -164,6 +162,5 @@ def _make_reproducible(job: Job, comm: Communicator) -> None:
 
 
 def _adversary(job: Job, batches: Batches) -> Adversary | None:
-    if not isinstance(job.schedule, jobs.AdversarialAdaptiveBatch):
-        return None
-    return Adversary(job.schedule.epsilon * batches.pixel_scale, batches.pixel_range)
+    epsilon = getattr(job.schedule, "epsilon", None)
+    return epsilon and Adversary(epsilon * batches.pixel_scale, batches.pixel_range)

@@ -16,11 +16,13 @@ from hpc_absa.events import Event
 from hpc_absa.lock import host
 from hpc_absa.records import Decision, Observation, PhaseOutcome, ScheduleState
 from hpc_absa.rundir import RunDir
+from hpc_absa.training.agreement import agreed
 from hpc_absa.training.assembly import Parts
 from hpc_absa.training.evaluate import evaluate
 from hpc_absa.training.narrator import Narrator, duration
-from hpc_absa.training.state import Live, Progress, described, snapshot
-from hpc_absa.training.step import StepResult
+from hpc_absa.training.saving import Saver, require_durable
+from hpc_absa.training.state import Live, Progress, described, scalars, tensors
+from hpc_absa.training.step import Flags, StepResult
 from hpc_absa.training.stop import StopRequest
 from hpc_absa.worldsize import ranks_for
 
@@ -41,6 +43,7 @@ class Loop:
         run: RunDir,
         narrator: Narrator,
         stop: StopRequest,
+        saver: Saver,
         limit: int,
         follows: Event | None,
     ) -> None:
@@ -55,11 +58,13 @@ class Loop:
             run: its files.
             narrator: tells of it.
             stop: asks for its end.
+            saver: puts its states on disk.
             limit: the largest number of ranks the job may ask for.
             follows: the `phase_end` event of the smaller world before this one, to time the resize.
         """
         self._parts, self._live, self._progress, self._origin = parts, live, progress, origin
         self._comm, self._run, self._narrator, self._stop = comm, run, narrator, stop
+        self._saver = saver
         self._limit, self._follows = limit, follows
         self._course, self._clock = parts.course, parts.clock
         self._feed: Iterator[Microbatch] | None = None
@@ -75,11 +80,14 @@ class Loop:
                     return self._end("stopped")
                 if decision.action == "grow" and (wanted := self._grow()) > self._comm.size:
                     return self._end("resize", wanted)
-            elif self._take(move).stop:
-                self._save()
-                return self._end("stopped")
-            elif time.monotonic() - self._last_save >= self._parts.job.checkpoint.every_seconds:
-                self._save()
+            else:
+                told = self._take(move).flags
+                self._saver.heard(told.written, told.failed)
+                if told.stop:
+                    self._save()
+                    return self._end("stopped")
+                if told.save:
+                    self._save()
         return self._finish()
 
     def _next(self) -> Boundary | Step | None:
@@ -93,7 +101,8 @@ class Loop:
 
     def _take(self, step: Step) -> StepResult:
         progress = self._progress
-        position, schedule = progress.position, progress.schedule
+        position, schedule, rule = progress.position, progress.schedule, self._parts.rule
+        epoch = self._epochs(position.microbatch)
         if step.stop - step.start < self._microbatches():
             # A cut step: shared out among the ranks otherwise than the full one that was fed.
             self._drop_feed()
@@ -105,19 +114,28 @@ class Loop:
             range(step.start, step.stop),
             self._feed,
             divisor=self._microbatches(),
-            lr=self._parts.rule.lr(schedule, self._epochs(position.microbatch)),
-            adversarial_fraction=schedule.adversarial_fraction,
+            lr=rule.lr(schedule, epoch),
+            adversarial_fraction=rule.adversarial_fraction(schedule, epoch),
             steps_before=position.step,
-            stop_here=self._stop.here(),
+            flags=self._flags(),
+            wants_squares=rule.wants_gradients(schedule),
         )
+        if result.squares:
+            schedule = rule.learn(schedule, result.squares)
         self._progress = replace(
             progress,
             position=replace(position, microbatch=step.stop, step=position.step + 1),
+            schedule=schedule,
             epoch_loss=progress.epoch_loss + result.loss,
             epoch_samples=progress.epoch_samples + result.samples,
         )
         self._after_step(result)
         return result
+
+    def _flags(self) -> Flags:
+        """What this rank has to tell the others."""
+        due = time.monotonic() - self._last_save >= self._parts.job.checkpoint.every_seconds
+        return Flags(self._stop.here(), self._comm.rank == 0 and due, *self._saver.flags())
 
     def _after_step(self, result: StepResult) -> None:
         if self._follows:
@@ -179,7 +197,11 @@ class Loop:
         )
         if last:
             return Decision("finish", "all epochs are visited", self._progress.schedule)
-        return self._parts.rule.decide(self._progress.schedule, seen)
+        state, comm = self._progress.schedule, self._comm
+        decided = agreed(
+            comm, lambda: self._parts.rule.decide(state, seen) if comm.rank == 0 else None
+        )
+        return comm.broadcast_object(decided)
 
     def _probe(self, boundary: Boundary) -> Estimate | Interrupted | None:
         """The top eigenvalue where the rule wants it."""
@@ -201,6 +223,7 @@ class Loop:
                     start=self._live.eigenvector,
                     threshold=self._parts.rule.threshold(self._progress.schedule),
                     poll=self._stop.agreed,
+                    reproducible=self._parts.job.train.reproducible,
                 )
             except Interrupted as interrupted:
                 return interrupted
@@ -258,6 +281,7 @@ class Loop:
             samples=self._samples(),
             ranks=ranks,
             next_ranks=max(ranks, wanted),
+            **self._parts.rule.evidence(before),
         )
 
     def _wanted_ranks(self, global_batch: int) -> int:
@@ -305,7 +329,7 @@ class Loop:
         """Leave this world; the last checkpoint is durable on return."""
         self._drop_feed()
         with self._clock("checkpoint"), self._stop.busy():
-            self._parts.store.wait()
+            require_durable(self._saver, self._save)
         phase = self._progress.phase - (outcome == "resize")
         self._end_phase(outcome, wanted or self._comm.size, phase)
         return PhaseOutcome(outcome, wanted or self._comm.size, self._progress.phase)
@@ -347,20 +371,12 @@ class Loop:
     # Saving
 
     def _save(self) -> None:
-        """Hand rank 0's state to the store; all ranks hold the same, so none else saves."""
+        """Begin to save the present state (a collective)."""
         self._last_save = time.monotonic()
-        if self._comm.rank != 0:
-            return
-        progress = self._progress
+        progress, parts = self._progress, self._parts
         with self._clock("checkpoint"), self._stop.busy():
             content = described(
-                snapshot(
-                    self._live,
-                    progress,
-                    self._parts.job.seed,
-                    self._parts.dataset.digest,
-                    jobs.dump(self._parts.job),
-                ),
+                scalars(progress, parts.job.seed, parts.dataset.digest, jobs.dump(parts.job)),
                 world_size=self._comm.size,
                 global_batch=progress.schedule.global_batch,
                 samples=self._samples(),
@@ -368,7 +384,7 @@ class Loop:
             step = progress.position.step
             path = self._run.checkpoint(step, progress.phase)
             then = self._narrator.on_saved(progress.phase, step, self._samples())
-            self._parts.store.save(path, content, then)
+            self._saver.save(path, content, tensors(self._live), then)
 
     # Numbers
 

@@ -63,6 +63,7 @@ class Narrator:
         samples: int,
         ranks: int,
         next_ranks: int,
+        **more: float,
     ) -> None:
         """A decision as an event, once it is saved, and as a sentence where there is news."""
         moved = f", ranks {ranks} → {next_ranks}" if next_ranks != ranks else ""
@@ -89,17 +90,23 @@ class Narrator:
             next_ranks=next_ranks,
             lr=before.lr,
             next_lr=decision.state.lr,
+            **more,
         )
-        if eigenvalue or decision.action == "grow":
+        if eigenvalue or more or decision.action == "grow":
             self.say(f"decision at epoch {epoch:g} · {reason}")
 
     def on_saved(self, phase: int, step: int, samples: int) -> Any:
-        """What the store calls when the checkpoint that closes the pending events is durable."""
-        pending, self._pending = self._pending, []
+        """What the saver calls when the checkpoint that closes the pending events is durable.
+
+        Where that one fails they wait for the next.
+        """
+        count = len(self._pending)
 
         def saved(published: Published) -> None:
-            for event, of_phase, fields in pending:
+            for _ in range(count):
+                event, of_phase, fields = self._pending[0]
                 self.emit(event, of_phase, **fields)
+                del self._pending[0]
             self.emit(
                 "checkpoint",
                 phase,

@@ -2,24 +2,26 @@
 
 `Overlapped` is the fast one: Horovod's ring-allreduce of each gradient starts as soon as the last
 local backward pass has finished it, so that communication hides behind the rest of that pass.
-`Reproducible` is the exact one: the sum is taken along one fixed binary tree over `LANES` lanes of
-microbatches, whatever the number of ranks, so that any power-of-two world comes to the same bits.
+`Reproducible` is the exact one: the sum is taken along one fixed tree (`hpc_absa.summation`),
+whatever the number of ranks, so that any power-of-two world comes to the same bits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from hpc_absa import summation
 from hpc_absa.comm import Communicator
 from hpc_absa.worldsize import share
 
-LANES = 64
-"""Leaves of the fixed summation tree: the largest world whose bits agree."""
+FLAGS = 4
+"""The last values of what travels beside the gradients: they belong to a rank, not to a lane."""
 
 
 class Reduction(Protocol):
@@ -48,17 +50,25 @@ class Reduction(Protocol):
 
 
 class Overlapped:
-    """Horovod's ring-allreduce, overlapped with the backward pass."""
+    """Horovod's ring-allreduce, overlapped with the backward pass.
+
+    Gradients lie side by side in buckets, in the order in which the backward pass finishes them,
+    and a bucket sets off with its last one. Horovod itself would join whatever gradients happen to
+    be ready (which `comm` turns off): where a value lies in such a message decides the order in
+    which more than two ranks' values are added, so that its last bits would be chance.
+    """
 
     def __init__(self, model: nn.Module, comm: Communicator) -> None:
-        """Hooks every parameter that requires a gradient."""
+        """Takes over the gradients of every parameter that requires one."""
         self._comm = comm
-        self._parameters = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-        self._handles: dict[str, Any] = {}
+        self._buckets = _buckets([p for p in model.parameters() if p.requires_grad])
+        self._handles: dict[int, Any] = {}
+        self._waiting: list[int] = []
         self._last = False
         if comm.size > 1:
-            for name, parameter in self._parameters:
-                parameter.register_post_accumulate_grad_hook(self._hook(name))
+            for index, bucket in enumerate(self._buckets):
+                for parameter in bucket.parameters:
+                    parameter.register_post_accumulate_grad_hook(self._hook(index))
 
     def lanes(self, microbatches: range) -> list[range]:
         """One group: this rank's share."""
@@ -66,14 +76,15 @@ class Overlapped:
 
     def begin(self) -> None:
         """Zero the gradients in place, so that their memory stays where Horovod knows it."""
-        for _, parameter in self._parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        torch._foreach_zero_([p.grad for _, p in self._parameters if p.grad is not None])
+        for bucket in self._buckets:
+            bucket.sums.zero_()
+            for parameter, gradient in zip(bucket.parameters, bucket.gradients, strict=True):
+                parameter.grad = gradient
+        self._waiting = [len(bucket.parameters) for bucket in self._buckets]
 
     @contextmanager
     def backward(self, *, last: bool) -> Iterator[None]:
-        """During the last pass, each finished gradient sets off on its way."""
+        """During the last pass, each finished bucket sets off on its way."""
         self._last = last
         try:
             yield
@@ -84,53 +95,85 @@ class Overlapped:
         """Nothing to do: there is one group."""
 
     def finish(self, extra: Tensor) -> Tensor:
-        """Send what no backward pass reached (unused parameter, no microbatch); wait for all."""
+        """Send what no backward pass filled (unused parameter, no microbatch); wait for all."""
         extra_handle = self._comm.sum_async_(extra, "extra")
-        for name, parameter in self._parameters:
-            if name not in self._handles:
-                self._send(name, parameter)
+        for index in range(len(self._buckets)):
+            if index not in self._handles:
+                self._send(index)
         for handle in self._handles.values():
             self._comm.wait(handle)
         self._handles.clear()
         self._comm.wait(extra_handle)
         return extra
 
-    def _hook(self, name: str) -> Any:
+    def _hook(self, index: int) -> Any:
         def on_gradient(parameter: Tensor) -> None:
             if self._last:
-                self._send(name, parameter)
+                self._waiting[index] -= 1
+                if not self._waiting[index]:
+                    self._send(index)
 
         return on_gradient
 
-    def _send(self, name: str, parameter: Tensor) -> None:
-        assert parameter.grad is not None, "begin() gives every parameter a gradient"
-        self._handles[name] = self._comm.sum_async_(parameter.grad, f"gradient.{name}")
+    def _send(self, index: int) -> None:
+        sums = self._buckets[index].sums
+        self._handles[index] = self._comm.sum_async_(sums, f"gradients.{index}")
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Neighbouring gradients in one piece of memory."""
+
+    sums: Tensor
+    """Flat."""
+    parameters: tuple[Tensor, ...]
+    gradients: tuple[Tensor, ...]
+    """Views of `sums`, laid out as their parameters."""
+
+
+BUCKET = 1 << 20
+"""Bytes of gradients that are worth a message of their own."""
+
+
+def _buckets(parameters: list[Tensor]) -> list[Bucket]:
+    """Parameters from the last to the first, as the backward pass comes to them, in buckets."""
+    groups: list[list[Tensor]] = []
+    for parameter in reversed(parameters):
+        last = groups[-1] if groups else []
+        filled = sum(p.numel() * p.element_size() for p in last)
+        if not last or filled >= BUCKET or last[0].dtype != parameter.dtype:
+            groups.append([])
+        groups[-1].append(parameter)
+    return [_bucket(group) for group in groups]
+
+
+def _bucket(parameters: list[Tensor]) -> Bucket:
+    sums = parameters[0].new_zeros(sum(p.numel() for p in parameters))
+    pieces = sums.split([p.numel() for p in parameters])
+    gradients = (
+        # strides of a dense tensor laid out as the parameter, so that addition runs at full speed
+        piece.as_strided(p.size(), torch.empty_like(p, device="meta").stride())
+        for piece, p in zip(pieces, parameters, strict=True)
+    )
+    return Bucket(sums, tuple(parameters), tuple(gradients))
 
 
 class Reproducible:
-    """One fixed tree: sums of neighbouring lanes, then of pairs of ranks, nearest first.
-
-    Lane `l` holds the microbatches `share(step, l, LANES)`, added one after the other. A rank owns
-    `LANES / size` neighbouring lanes and adds them up as a binary counter does; ranks then exchange
-    whole sums with the partner at distance 1, 2, 4, .... Addition of two numbers commutes exactly,
-    so both partners hold the same bits.
-    """
+    """Along the tree of `hpc_absa.summation`, once this rank's part of it is complete."""
 
     def __init__(self, model: nn.Module, comm: Communicator) -> None:
-        """`comm.size` must be a power of two up to `LANES`."""
+        """`comm.size` must fit the tree."""
         self._comm = comm
         self._parameters = [p for p in model.parameters() if p.requires_grad]
-        self._levels: list[Tensor | None] = []
+        self._tree = summation.Tree()
 
     def lanes(self, microbatches: range) -> list[range]:
         """This rank's lanes of the fixed tree; empty ones keep the tree's shape."""
-        first = self._comm.rank * LANES // self._comm.size
-        count = LANES // self._comm.size
-        return [share(microbatches, lane, LANES) for lane in range(first, first + count)]
+        return summation.lanes(microbatches, self._comm.rank, self._comm.size)
 
     def begin(self) -> None:
         """Forget the step before."""
-        self._levels = []
+        self._tree = summation.Tree()
         for parameter in self._parameters:
             parameter.grad = None
 
@@ -140,24 +183,16 @@ class Reproducible:
         yield
 
     def end_lane(self, extra: Tensor) -> None:
-        """Carry this lane's sum into the tree; an empty lane adds exact zeros, so it is skipped."""
+        """Carry this lane's sum into the tree; an empty lane would add exact zeros."""
         present = any(parameter.grad is not None for parameter in self._parameters)
-        carry = self._take(extra) if present else None
-        level = 0
-        while level < len(self._levels) and self._levels[level] is not _EMPTY:
-            carry = _add(self._levels[level], carry)
-            self._levels[level] = _EMPTY
-            level += 1
-        if level == len(self._levels):
-            self._levels.append(_EMPTY)
-        self._levels[level] = carry
+        self._tree.add(self._take(extra) if present else None)
 
     def finish(self, extra: Tensor) -> Tensor:
         """Add up across ranks and hand the sum back to the gradients."""
-        total = self._levels[-1]
+        total = self._tree.total()
         if total is None:
             total = torch.zeros(self._length() + extra.numel(), device=extra.device)
-        total[-1] = extra[-1]  # the stop flag belongs to the rank, not to a lane
+        total[-FLAGS:] = extra[-FLAGS:]
         self._comm.sum_in_pairs_(total)
         start = 0
         for parameter in self._parameters:
@@ -180,14 +215,3 @@ class Reproducible:
         for parameter in self._parameters:
             parameter.grad = None
         return torch.cat([*parts, extra])
-
-
-_EMPTY = torch.empty(0)
-"""Marks a free place of the binary counter (None is a lane without microbatches)."""
-
-
-def _add(left: Tensor | None, right: Tensor | None) -> Tensor | None:
-    """Sum of two subtrees; one without microbatches is left out, which is exact."""
-    if left is None or right is None:
-        return right if left is None else left
-    return left + right

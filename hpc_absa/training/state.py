@@ -12,15 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from hpc_absa import __version__
-from hpc_absa.checkpoint import Content, Group
+from hpc_absa.checkpoint import Content, Group, Key
 from hpc_absa.checkpoint.schema import Scalar
-from hpc_absa.comm import Communicator
 from hpc_absa.course import Position
 from hpc_absa.errors import CheckpointError
 from hpc_absa.records import ScheduleState
-
-CHUNK = 1 << 30
-"""Bytes of one broadcast: MPI counts are 32-bit."""
 
 
 @dataclass(frozen=True)
@@ -53,23 +49,28 @@ class Live:
     """Of the last estimate: the next one starts from it."""
 
 
-def snapshot(live: Live, progress: Progress, seed: int, digest: str, text: str) -> Content:
-    """A copy of everything, so that training may go on while it is written.
+def tensors(live: Live) -> dict[Key, Tensor]:
+    """The tensors that a checkpoint holds, themselves, by group and name."""
+    found = {("model", name): tensor for name, tensor in live.model.state_dict().items()}
+    for name, parameter in live.model.named_parameters():
+        momentum = live.optimizer.state.get(parameter, {}).get("momentum_buffer")
+        if momentum is not None:
+            found["optimizer", f"momentum.{name}"] = momentum
+    if live.eigenvector is not None:
+        found["curvature", "eigenvector"] = live.eigenvector
+    return found
+
+
+def scalars(progress: Progress, seed: int, digest: str, text: str) -> Content:
+    """Everything else that a checkpoint says.
 
     Args:
-        live: the tensors.
-        progress: the rest.
+        progress: how far the run has come.
         seed: the job's.
         digest: of the data set.
         text: the resolved job.
     """
-    buffers = {
-        name: live.optimizer.state.get(parameter, {}).get("momentum_buffer")
-        for name, parameter in live.model.named_parameters()
-    }
-    momentum = {f"momentum.{k}": _array(v) for k, v in buffers.items() if v is not None}
     position, schedule = progress.position, progress.schedule
-    curvature = {} if live.eigenvector is None else {"eigenvector": _array(live.eigenvector)}
     rest = {
         field.name: getattr(progress, field.name)
         for field in fields(progress)
@@ -78,8 +79,8 @@ def snapshot(live: Live, progress: Progress, seed: int, digest: str, text: str) 
     return Content(
         attributes={"epoch": progress.epoch, "step": position.step},
         groups={
-            "model": Group({}, {k: _array(v) for k, v in live.model.state_dict().items()}),
-            "optimizer": Group({"name": "sgd"}, momentum),
+            "model": Group(),
+            "optimizer": Group({"name": "sgd"}),
             "schedule": Group(_present(asdict(schedule))),
             "data": Group(
                 {
@@ -92,7 +93,7 @@ def snapshot(live: Live, progress: Progress, seed: int, digest: str, text: str) 
             ),
             "progress": Group(_present(rest)),
             "rng": Group({"seed": seed, "rule": "seed and microbatch index"}),
-            "curvature": Group(_present({"eigenvalue": progress.eigenvalue}), curvature),
+            "curvature": Group(_present({"eigenvalue": progress.eigenvalue})),
             "job": Group({"text": text}),
             "versions": Group(
                 {
@@ -112,8 +113,12 @@ def described(content: Content, *, world_size: int, global_batch: int, samples: 
     return replace(content, attributes={**content.attributes, **extra})
 
 
-def restore(content: Content, live: Live, origin: str) -> tuple[Live, Progress]:
+def restore(
+    content: Content, live: Live, origin: str, kind: type[ScheduleState] = ScheduleState
+) -> tuple[Live, Progress]:
     """Put a checkpoint's tensors into `live`; returns it with the eigenvector, and the progress.
+
+    `kind` is the class of the schedule's states.
 
     Raises:
         CheckpointError: the checkpoint is of another model; names the first difference.
@@ -129,7 +134,9 @@ def restore(content: Content, live: Live, origin: str) -> tuple[Live, Progress]:
     position = Position(
         int(data["position"]), int(content.attributes["step"]), int(data["boundary"])
     )
-    schedule = ScheduleState(**groups["schedule"].attributes)  # type: ignore[arg-type]
+    known = {field.name for field in fields(kind)}
+    remembered = {k: v for k, v in groups["schedule"].attributes.items() if k in known}
+    schedule = kind(**remembered)  # type: ignore[arg-type]
     progress = Progress(
         position,
         schedule,
@@ -139,47 +146,6 @@ def restore(content: Content, live: Live, origin: str) -> tuple[Live, Progress]:
     )
     eigenvector = None if vector is None else torch.from_numpy(vector.copy())
     return replace(live, eigenvector=eigenvector), progress
-
-
-def broadcast(content: Content | None, comm: Communicator) -> Content:
-    """Rank 0's content on every rank: the names in one message, the bytes in one buffer."""
-    outline = None
-    if content is not None:
-        groups = {
-            name: (dict(g.attributes), {k: (a.dtype.str, a.shape) for k, a in g.arrays.items()})
-            for name, g in content.groups.items()
-        }
-        outline = (dict(content.attributes), groups)
-    attributes, groups = comm.broadcast_object(outline)
-    if comm.size == 1:
-        assert content is not None
-        return content
-    lengths = [
-        int(np.dtype(dtype).itemsize * np.prod(shape))
-        for _, arrays in groups.values()
-        for dtype, shape in arrays.values()
-    ]
-    buffer = torch.empty(sum(lengths), dtype=torch.uint8)
-    if content is not None:
-        parts = [a for g in content.groups.values() for a in g.arrays.values()]
-        for part, target in zip(parts, buffer.split(lengths), strict=True):
-            target.numpy()[:] = np.ascontiguousarray(part).reshape(-1).view(np.uint8)
-    for chunk in buffer.split(CHUNK):
-        comm.broadcast_(chunk)
-    pieces = iter(buffer.split(lengths))
-    return Content(
-        attributes,
-        {
-            name: Group(
-                attrs,
-                {
-                    key: next(pieces).numpy().view(np.dtype(dtype)).reshape(shape)
-                    for key, (dtype, shape) in arrays.items()
-                },
-            )
-            for name, (attrs, arrays) in groups.items()
-        },
-    )
 
 
 def load_model(model: nn.Module, arrays: Mapping[str, np.ndarray], origin: str) -> None:
@@ -203,14 +169,6 @@ def load_model(model: nn.Module, arrays: Mapping[str, np.ndarray], origin: str) 
 def _present(values: Mapping[str, Any]) -> dict[str, Scalar]:
     """HDF5 attributes have no None: what is absent is left out."""
     return {key: value for key, value in values.items() if value is not None}
-
-
-def _array(tensor: Tensor) -> np.ndarray:
-    """A copy in host memory; bfloat16, which numpy lacks, as its bits."""
-    host = tensor.detach().to("cpu", copy=True).contiguous()
-    if host.dtype == torch.bfloat16:
-        return host.view(torch.uint16).numpy()
-    return host.numpy()
 
 
 def _like(tensor: Tensor, array: np.ndarray) -> Tensor:

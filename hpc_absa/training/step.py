@@ -3,18 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import torch
 from torch import Tensor, nn
 
 from hpc_absa.adversarial import fgsm
 from hpc_absa.data.batches import Microbatch
+from hpc_absa.records import GradientSquares
 from hpc_absa.training.clock import Clock
-from hpc_absa.training.reduction import Reduction
+from hpc_absa.training.norms import MicrobatchNorms
+from hpc_absa.training.reduction import FLAGS, Reduction
 from hpc_absa.training.statistics import RunningStatistics
 
 Loss = Callable[[Tensor, Tensor], Tensor]
+
+RESERVED = 3 + FLAGS
+"""The last values of a step's extras: squared norms, loss, samples and the flags."""
+
+
+@dataclass(frozen=True)
+class Flags:
+    """What ranks tell each other with every step: true or false here, how many ranks in sum."""
+
+    stop: int = 0
+    """Has been asked to stop."""
+    save: int = 0
+    """Wants a periodic checkpoint (rank 0's clock alone)."""
+    written: int = 0
+    """Has its share of the save in flight on disk."""
+    failed: int = 0
+    """Could not write its share."""
 
 
 @dataclass(frozen=True)
@@ -24,8 +43,9 @@ class StepResult:
     loss: float
     """Sum over the step's samples of the loss before the update."""
     samples: int
-    stop: bool
-    """Whether any rank has been asked to stop."""
+    flags: Flags
+    squares: GradientSquares | None = None
+    """Where they were asked for."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +78,7 @@ class Stepper:
         self._optimizer = optimizer
         self._statistics = statistics
         self._reduction = reduction
+        self._norms = MicrobatchNorms(model)
         self._adversary = adversary
         self._clock = clock
         self._seed = seed
@@ -75,7 +96,8 @@ class Stepper:
         lr: float,
         adversarial_fraction: float,
         steps_before: int,
-        stop_here: bool,
+        flags: Flags,
+        wants_squares: bool = False,
     ) -> StepResult:
         """Step over `microbatches` of the stream; `feed` yields this rank's, in order.
 
@@ -84,6 +106,7 @@ class Stepper:
         """
         lanes = self.lanes(microbatches)
         mine = [k for lane in lanes for k in lane]
+        self._norms.active = wants_squares
         totals = self._extras()
         self._reduction.begin()
         for lane in lanes:
@@ -96,29 +119,41 @@ class Stepper:
                 self._pass(microbatch, divisor, adversarial_fraction, extra, last=last)
             self._reduction.end_lane(extra)
             totals += extra
-        totals[-1] = float(stop_here)
+        totals[-FLAGS:] = torch.tensor(astuple(flags), dtype=totals.dtype)
         with self._clock("comm"):
             totals = self._reduction.finish(totals)
-            loss, samples, stop = totals[-3:].tolist()
+            square, loss, samples, *told = totals[-RESERVED:].tolist()
         with self._clock("comp"):
-            self._statistics.update(totals[:-3], len(microbatches), steps_before)
+            squares = self._squares(square, len(microbatches), divisor) if wants_squares else None
+            self._statistics.update(totals[:-RESERVED], len(microbatches), steps_before)
             for group in self._optimizer.param_groups:
                 group["lr"] = lr
             self._optimizer.step()
-        return StepResult(loss, round(samples), stop > 0)
+        counts = Flags(*(round(count) for count in told))
+        return StepResult(loss, round(samples), counts, squares)
 
     def _extras(self) -> Tensor:
-        """What travels beside the gradients: batch-norm statistics, loss, samples, stop flag."""
-        return torch.cat(
-            [self._statistics.sum_buffer(), self._statistics.sum_buffer().new_zeros(3)]
-        )
+        """What travels beside the gradients.
+
+        Batch-norm statistics, then the squared norms of the microbatches' gradients, loss, samples,
+        and the flags.
+        """
+        buffer = self._statistics.sum_buffer()
+        return torch.cat([buffer, buffer.new_zeros(RESERVED)])
+
+    def _squares(self, sum_of_squares: float, microbatches: int, divisor: int) -> GradientSquares:
+        """Of the step just reduced, whose gradients are sums over microbatches over `divisor`."""
+        parts = [p.grad for p in self._model.parameters() if p.grad is not None]
+        norm = float(torch.nn.utils.get_total_norm(parts)) * divisor / microbatches
+        each = sum_of_squares * divisor**2 / microbatches
+        return GradientSquares(microbatches, each, norm**2)
 
     def _pass(
         self, microbatch: Microbatch, divisor: int, fraction: float, extra: Tensor, *, last: bool
     ) -> None:
         """Forward and backward of one microbatch, with everything it adds to `extra`."""
         inputs, targets = microbatch.inputs, microbatch.targets
-        count = int(fraction * len(targets))
+        count = int(fraction * len(targets) + 1e-9)  # 0.29 · 100 is 28.999…
         if count and self._adversary:
             with self._clock("adversarial"):
                 moved = fgsm.perturb(
@@ -131,12 +166,12 @@ class Stepper:
                 )
                 inputs = torch.cat([moved, inputs[count:]])
         with self._clock("comp"):
-            with self._statistics.collecting(extra[:-3]):
+            with self._statistics.collecting(extra[:-RESERVED]):
                 loss = self._loss(self._model(inputs), targets)
-            with self._reduction.backward(last=last):
+            with self._reduction.backward(last=last), self._norms.collecting(extra[-RESERVED]):
                 (loss / divisor).backward()
-            extra[-3] += loss.detach() * len(targets)
-            extra[-2] += len(targets)
+            extra[1 - RESERVED] += loss.detach() * len(targets)
+            extra[2 - RESERVED] += len(targets)
 
 
 def _mixed(seed: int, index: int) -> int:

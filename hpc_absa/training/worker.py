@@ -8,6 +8,7 @@ import shlex
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
 
@@ -26,7 +27,9 @@ from hpc_absa.training.assembly import assemble
 from hpc_absa.training.clock import Clock
 from hpc_absa.training.loop import Loop
 from hpc_absa.training.narrator import Narrator
+from hpc_absa.training.saving import Saver
 from hpc_absa.training.stop import StopRequest
+from hpc_absa.training.watchdog import Watchdog
 
 
 def main(
@@ -37,12 +40,18 @@ def main(
     people = _duplicate(sys.stdout)
     run = RunDir(run_path)
     lock = RunLock(run)
+    watchdog: Watchdog | None = None
     try:
         job = agreed(comm, lambda: jobs.load(job_path, overrides))
         agreed(comm, lambda: _prepare(job, run, comm, lock))
+        hosts = comm.gather_objects(host())
+        watchdog = Watchdog(comm, hosts, job.launch.silence_seconds, _giving_up(run, comm, people))
         outcome = work(job, run, comm, people, allow_changed)
         comm.gather_objects(None)  # nobody leaves before everybody's last event is written
+        watchdog.close()
     except AgreedError as error:
+        if watchdog:
+            watchdog.close()
         if comm.rank == 0:
             _tell_agreed(error, run, comm, people)
         comm.close()
@@ -71,6 +80,14 @@ def work(
             clock.settle = torch.cuda.synchronize
         _redirect_output(run, progress.phase, comm.rank)
     narrator = Narrator(run, comm.rank, people)
+    saver = Saver(
+        parts.store,
+        comm,
+        background=job.checkpoint.background,
+        shard_bytes=job.checkpoint.shard_bytes,
+        on_error=job.checkpoint.on_error,
+        warn=narrator.say,
+    )
     loop = Loop(
         parts,
         live,
@@ -80,6 +97,7 @@ def work(
         run,
         narrator,
         stop,
+        saver,
         worldsize.limit(job),
         _resized_from(run),
     )
@@ -91,6 +109,7 @@ def _prepare(job: Job, run: RunDir, comm: Communicator, lock: RunLock) -> None:
     if comm.rank != 0:
         return
     run.create()
+    run.joined.touch()
     if SUPERVISED not in os.environ:
         lock.acquire()
         run.stop_request.unlink(missing_ok=True)
@@ -140,14 +159,32 @@ def _die(error: BaseException, run: RunDir, comm: Communicator, people: TextIO) 
     comm.abort(ExitStatus.FAILED)
 
 
+def _giving_up(run: RunDir, comm: Communicator, people: TextIO) -> Callable[[str, int, str], None]:
+    """What the watchdog calls when a rank is silent: leave word, and end the world."""
+
+    def give_up(reason: str, rank: int, where: str) -> None:
+        _leave_failure(run, comm, reason, ExitStatus.FAILED, blame=(rank, where))
+        print(f"hpc-absa: {reason}: the world is ended", file=people, flush=True)
+        comm.abort(ExitStatus.FAILED)
+
+    return give_up
+
+
 def _leave_failure(
-    run: RunDir, comm: Communicator, reason: str, status: int, *, final: bool = False
+    run: RunDir,
+    comm: Communicator,
+    reason: str,
+    status: int,
+    *,
+    final: bool = False,
+    blame: tuple[int, str] | None = None,
 ) -> None:
     """Leave word for the supervisor; the first rank to fail is the one that counts."""
+    rank, where = blame or (comm.rank, host())
     record = {
         "reason": reason,
-        "rank": comm.rank,
-        "host": host(),
+        "rank": rank,
+        "host": where,
         "exit_code": int(status),
         "final": final,
     }

@@ -32,6 +32,20 @@ def content(step=120, weight=0.5):
     )
 
 
+def split(whole, count):
+    """`whole`, it without arrays, and its arrays dealt to `count` pieces."""
+    bare = Content(whole.attributes, {n: Group(g.attributes) for n, g in whole.groups.items()})
+    pieces = []
+    for number in range(count):
+        groups = {}
+        for index, ((name, key), array) in enumerate(whole.arrays().items()):
+            if index % count == number:
+                groups.setdefault(name, {})[key] = array
+        attributes = {"step": whole.attributes["step"]}
+        pieces.append(Content(attributes, {n: Group({}, a) for n, a in groups.items()}))
+    return whole, bare, pieces
+
+
 def assert_same(found, wanted):
     """Bit for bit, with types."""
     assert found.attributes == wanted.attributes

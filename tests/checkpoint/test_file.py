@@ -94,7 +94,7 @@ def test_h5py_alone_finds_everything_by_name(good):
 
 
 def test_bytes_written_are_the_file_s(path):
-    assert write(path, content()) == path.stat().st_size
+    assert write(path, content()).bytes == path.stat().st_size
 
 
 # Whole or not at all
@@ -115,12 +115,14 @@ def test_what_cannot_be_written_leaves_the_former_file(good):
 def test_what_reads_back_otherwise_is_not_published(good, monkeypatch):
     fill = file._fill
 
-    def forgetful(target, of):
-        fill(target, of)
-        target["model/conv.weight"][0, 0, 0, 0] = 99
+    def forgetful(temporary, of, places):
+        fill(temporary, of, places)
+        with temporary.open("r+b") as opened:
+            opened.seek(places["model", "conv.weight"].start)
+            opened.write(b"?")
 
     monkeypatch.setattr(file, "_fill", forgetful)
-    with pytest.raises(CheckpointError, match=r"cannot be written: .*digest"):
+    with pytest.raises(CheckpointError, match=r"cannot be written: what was read back is not"):
         write(good, content(step=121))
     assert_untouched(good, content())
 
@@ -186,7 +188,7 @@ def test_the_layout_in_hdf5_does_not_matter(good, tmp_path):
     repacked = tmp_path / "repacked.h5"
     with (
         h5py.File(good) as old,
-        h5py.File(repacked, "w", userblock_size=seal.SIZE, libver="latest") as new,
+        h5py.File(repacked, "w", userblock_size=512, libver="latest") as new,
     ):
         new.attrs.update(dict(reversed(list(old.attrs.items()))))
         for name in reversed(list(old)):
@@ -194,7 +196,7 @@ def test_the_layout_in_hdf5_does_not_matter(good, tmp_path):
             for key, array in old[name].items():
                 extra = {"compression": "gzip", "chunks": True} if array.ndim else {}
                 new[name].create_dataset(key, data=array[()], **extra)
-    seal.seal(repacked)
+    seal.seal(repacked, 512)
     assert_same(read(repacked), content())
 
 
@@ -223,16 +225,17 @@ def test_the_layout_in_hdf5_does_not_matter(good, tmp_path):
 def test_a_change_that_hdf5_itself_makes_is_noticed(good, change):
     with h5py.File(good, "r+") as opened:
         change(opened)
-    seal.seal(good)
+    seal.seal(good, 512)
     with pytest.raises(CheckpointError, match=r"step-.*\.h5: damaged: "):
         read(good)
 
 
-def test_a_newer_format_is_refused_as_such(good):
+@pytest.mark.parametrize(("version", "age"), [(3, "a newer"), (1, "an older")])
+def test_another_format_is_refused_as_such(good, version, age):
     with h5py.File(good, "r+") as opened:
-        opened.attrs["format_version"] = 2
-    seal.seal(good)
-    with pytest.raises(CheckpointError, match=r"format version 2, expected at most 1: .*newer"):
+        opened.attrs["format_version"] = version
+    seal.seal(good, 512)
+    with pytest.raises(CheckpointError, match=rf"format version {version}, expected 2: .*{age}"):
         read(good)
 
 
@@ -255,6 +258,12 @@ def test_truncated_anywhere(good):
     for length in sorted(edges | set(range(0, len(whole), 211))):
         good.write_bytes(whole[:length])
         assert assert_never_wrong(good), length
+
+
+def test_a_hole_larger_than_memory_behind_the_end(good):
+    os.truncate(good, 1 << 42)
+    with pytest.raises(CheckpointError, match=r"damaged: it has 4398046511104 bytes, not the \d+"):
+        read(good)
 
 
 def test_longer_than_written(good):
@@ -305,7 +314,9 @@ def test_damaged_bytes_never_reach_libhdf5(good, monkeypatch):
     spoiled[2552] ^= 4
     good.write_bytes(spoiled)
     monkeypatch.setattr(file.h5py, "File", reached)
-    with pytest.raises(CheckpointError, match="damaged: its bytes do not match their checksum"):
+    with pytest.raises(
+        CheckpointError, match=r"damaged: bytes 512 to .* do not match their checksum"
+    ):
         read(good)
 
 

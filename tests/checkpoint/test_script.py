@@ -31,7 +31,7 @@ def flip(path):
 def edit(path):
     with h5py.File(path, "r+") as file:
         file["schedule"].attrs["waited"] = 2
-    seal.seal(path)
+    seal.seal(path, 512)
 
 
 @pytest.mark.parametrize(

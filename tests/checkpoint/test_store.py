@@ -1,15 +1,13 @@
 """A run's checkpoints: what is kept, what is newest, what goes wrong in the background."""
 
-import threading
+import re
 
-import numpy as np
 import pytest
 
-from hpc_absa.checkpoint import Content, Group, Store, file
+from hpc_absa.checkpoint import Store, file
+from hpc_absa.checkpoint.shards import of
 from hpc_absa.errors import CheckpointError
-from tests.checkpoint.contents import assert_same, content
-
-UNWRITABLE = Content({}, {"model": Group({}, {"w": np.array([object()])})})
+from tests.checkpoint.contents import assert_same, content, split
 
 
 @pytest.fixture(name="folder")
@@ -23,8 +21,7 @@ def path(folder, step):
 
 def save(store, folder, *steps):
     for step in steps:
-        store.save(path(folder, step), content(step))
-    store.wait()
+        store.publish(path(folder, step), content(step))
 
 
 def steps(folder):
@@ -37,10 +34,9 @@ def damage(folder, step):
     path(folder, step).write_bytes(spoiled)
 
 
-@pytest.mark.parametrize("background", [True, False])
 @pytest.mark.parametrize("keep", [1, 2, 3])
-def test_keeps_so_many_generations(folder, keep, background):
-    save(Store(folder, keep, background=background), folder, 1, 2, 3, 4)
+def test_keeps_so_many_generations(folder, keep):
+    save(Store(folder, keep), folder, 1, 2, 3, 4)
     assert steps(folder) == [1, 2, 3, 4][-keep:]
 
 
@@ -88,27 +84,27 @@ def test_half_written_files_are_not_seen_and_go_with_the_next_save(folder):
 
 
 def test_nothing_goes_before_its_successor_is_verified(folder, monkeypatch):
-    store = Store(folder, 2, background=False)
+    store = Store(folder, 2)
     save(store, folder, 1, 2)
     present = []
 
-    def unverifiable(_):
+    def unverifiable(*_):
         present.extend(steps(folder))
         raise CheckpointError("not what was written")
 
-    monkeypatch.setattr(file, "verify", unverifiable)
+    monkeypatch.setattr(file, "_compare", unverifiable)
     with pytest.raises(CheckpointError, match="not what was written"):
-        store.save(path(folder, 3), content(3))
+        store.publish(path(folder, 3), content(3))
     assert present == [1, 2]
     assert steps(folder) == [1, 2]
 
 
 def test_the_same_step_saved_again_replaces_it_only_when_good(folder, monkeypatch):
-    store = Store(folder, 2, background=False)
+    store = Store(folder, 2)
     save(store, folder, 1)
-    monkeypatch.setattr(file, "verify", lambda _: (_ for _ in ()).throw(CheckpointError("bad")))
+    monkeypatch.setattr(file, "_compare", lambda *_: (_ for _ in ()).throw(CheckpointError("bad")))
     with pytest.raises(CheckpointError):
-        store.save(path(folder, 1), content(1, weight=9.0))
+        store.publish(path(folder, 1), content(1, weight=9.0))
     monkeypatch.undo()
     assert_same(store.newest_good().content, content(1))
 
@@ -143,74 +139,94 @@ def test_what_cannot_be_removed_costs_no_run(folder):
     assert steps(folder) == [1, 3, 4]
 
 
-# In the background
-
-
-def test_the_training_goes_on_while_a_save_is_written(folder, monkeypatch):
-    gate = threading.Event()
-    write = file.write
-    monkeypatch.setattr(file, "write", lambda *of: gate.wait(10) and write(*of))
-    store = Store(folder, 2)
-    store.save(path(folder, 1), content(1))
-    assert steps(folder) == []
-    gate.set()
-    store.wait()
-    assert steps(folder) == [1]
-
-
-def test_at_most_one_save_is_in_flight(folder, monkeypatch):
-    write, running, most = file.write, [], []
-
-    def watched(*of):
-        running.append(1)
-        most.append(len(running))
-        size = write(*of)
-        running.pop()
-        return size
-
-    monkeypatch.setattr(file, "write", watched)
-    save(Store(folder, 9), folder, 1, 2, 3)
-    assert most == [1, 1, 1]
-
-
-@pytest.mark.parametrize(
-    "notice",
-    [Store.wait, lambda store: store.save(store._folder / "step-2.h5", content(2))],
-    ids=["wait", "save"],
-)
-def test_an_error_in_the_background_surfaces_once_at_the_next_call(folder, notice):
-    store = Store(folder, 2)
-    store.save(path(folder, 1), UNWRITABLE)
-    with pytest.raises(CheckpointError, match=r"step-0000000001.*cannot be written"):
-        notice(store)
-    store.wait()
-    save(store, folder, 3)
-    assert steps(folder) == [3]
-
-
-@pytest.mark.parametrize("background", [True, False])
-def test_then_is_called_only_once_the_file_is_durable(folder, background, monkeypatch):
+def test_published_only_once_the_file_is_durable(folder, monkeypatch):
     synced = []
-    sync = file._sync_folder
-    monkeypatch.setattr(file, "_sync_folder", lambda of: (sync(of), synced.append(of)))
-    told = []
-
-    def then(published):
-        assert synced == [folder]
-        assert_same(file.read(published.path), content(1))
-        told.append(published)
-
-    store = Store(folder, 2, background=background)
-    store.save(path(folder, 1), content(1), then)
-    store.wait()
-    (published,) = told
+    sync = file._sync
+    monkeypatch.setattr(file, "_sync", lambda of: (sync(of), synced.append(of)))
+    published = Store(folder, 2).publish(path(folder, 1), content(1))
+    assert synced[-1] == folder
+    assert_same(file.read(published.path), content(1))
     assert published.bytes == path(folder, 1).stat().st_size
     assert published.seconds > 0
 
 
-def test_then_is_not_called_for_what_failed(folder):
-    store, told = Store(folder, 2), []
-    store.save(path(folder, 1), UNWRITABLE, told.append)
-    with pytest.raises(CheckpointError):
-        store.wait()
-    assert told == []
+# In shards
+
+
+def save_shards(store, folder, step, save="0a", count=3):
+    """The arrays of `content` over several shards, its attributes in the checkpoint itself."""
+    whole, bare, pieces = split(content(step), count)
+    parts = [
+        store.write_shard(path(folder, step), save, number, count, piece)
+        for number, piece in enumerate(pieces, 1)
+    ]
+    store.publish(path(folder, step), bare, tuple(parts))
+    return whole
+
+
+def test_a_checkpoint_in_shards_reads_as_one(folder):
+    whole = save_shards(Store(folder, 2), folder, 1)
+    assert_same(Store(folder, 2).newest_good().content, whole)
+    assert len(of(path(folder, 1))) == 3
+
+
+def test_shards_go_with_their_checkpoint_and_not_before(folder):
+    store = Store(folder, 2)
+    for step in (1, 2, 3):
+        save_shards(store, folder, step)
+    assert {p.name.split(".")[0] for p in folder.iterdir()} == {
+        path(folder, step).stem for step in (2, 3)
+    }
+    assert_same(file.read(path(folder, 2)), content(2))
+
+
+def test_shards_without_a_checkpoint_go_with_the_next_save(folder):
+    store = Store(folder, 2)
+    save_shards(store, folder, 1)
+    _, _, pieces = split(content(2), 3)
+    for number in (1, 2):  # killed here
+        store.write_shard(path(folder, 2), "ff", number, 3, pieces[number - 1])
+    save_shards(store, folder, 1, save="1b")
+    save(store, folder, 3)
+    assert of(path(folder, 2)) == []
+    assert all(".1b." in p.name for p in of(path(folder, 1)))
+    assert_same(file.read(path(folder, 1)), content(1))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda shards: shards[1].unlink(), "missing"),
+        (lambda shards: shards[1].write_bytes(b""), "not a checkpoint"),
+        (lambda shards: (shards[1].unlink(), shards[1].mkdir()), "not a file"),
+        (lambda shards: shards[1].write_bytes(shards[0].read_bytes()), "has digest"),
+        (lambda shards: flip(shards[1]), "do not match their checksum"),
+        (lambda shards: shards[1].write_bytes(shards[1].read_bytes()[:-1]), "it has .* bytes, not the .* written"),
+    ],
+    ids=["missing", "empty", "folder", "swapped", "flipped bit", "truncated"],
+)
+def test_a_damaged_shard_spoils_its_checkpoint_alone(folder, spoil, words):
+    store = Store(folder, 3)
+    for step in (1, 2):
+        save_shards(store, folder, step)
+    shards = of(path(folder, 2))
+    spoil(shards)
+    loaded = Store(folder, 3).newest_good()
+    assert loaded.path == path(folder, 1)
+    assert str(shards[1]) in loaded.damaged[0]
+    assert re.search(words, loaded.damaged[0])
+
+
+def test_a_shard_of_another_save_is_not_taken_for_this_one_s(folder):
+    store = Store(folder, 3)
+    save_shards(store, folder, 1)
+    save_shards(store, folder, 2)
+    for mine, other in zip(of(path(folder, 2)), of(path(folder, 1)), strict=True):
+        mine.write_bytes(other.read_bytes())
+    assert store.newest_good().path == path(folder, 1)
+
+
+def flip(path):
+    spoiled = bytearray(path.read_bytes())
+    spoiled[-1] ^= 1
+    path.write_bytes(spoiled)

@@ -34,7 +34,7 @@ def mpi_environment(mpirun: Path) -> dict[str, str]:
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
     }
     if mpirun.parent == Path(sys.prefix) / "bin":
-        environment["OPAL_PREFIX"] = sys.prefix
+        environment["OPAL_PREFIX"] = os.path.realpath(sys.prefix)
     return environment
 
 

@@ -9,14 +9,25 @@ import pytest
 import torch
 
 from hpc_absa.comm import SerialCommunicator
+from hpc_absa.curvature.export import to_dict
 from hpc_absa.curvature.probe import estimate
-from hpc_absa.curvature.spectrum import spectrum, to_dict
+from hpc_absa.curvature.spectrum import spectrum
 from tests.curvature.nets import build, dense
+from tests.mpi import curvature_program
 
-PROGRAM = Path(__file__).parent / "curvature_program.py"
+PROGRAM = Path(curvature_program.__file__)
 KINDS = ["conv", "attention", "mlp"]
 
 pytestmark = pytest.mark.mpi
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """As each rank has: a kernel's own sums depend on the number of threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
@@ -26,6 +37,8 @@ def test_every_world_finds_the_same(mpirun, ranks):
     answer = json.loads(next(line for line in lines if line.startswith("{")))
     assert answer["size"] == ranks
     _check_spectrum(answer["found"].pop("spectrum"))
+    for kind, bits in answer["found"].pop("bits").items():
+        assert bits == curvature_program.bits(kind, SerialCommunicator()), kind
     for kind in KINDS:
         found = answer["found"][kind]
         model, loss, sample = build(kind, dtype=torch.float32)

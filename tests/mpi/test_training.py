@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from hpc_absa import events
+from hpc_absa.replay import replay
 from hpc_absa.rundir import RunDir
 from tests.mpi.conftest import find_mpirun, mpi_environment
 from tests.mpi.jobs import final_weights, relative_difference, write_job
@@ -77,6 +78,7 @@ def test_resumed_by_hand_under_other_launchers_it_ends_the_same(mpirun, folder, 
     assert relative_difference(fixed[1], final_weights(run)) < 1e-4
     ended = [e["outcome"] for e in events.read(RunDir(run).events) if e["event"] == "phase_end"]
     assert ended == ["resize", "resize", "done"]
+    assert not replay(run).differing
 
 
 def test_reproducible_runs_end_with_the_same_bits(mpirun, folder):

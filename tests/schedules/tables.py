@@ -1,5 +1,6 @@
 """Schedules written as tables: one row a boundary."""
 
+import itertools
 from dataclasses import replace
 
 from hpc_absa.records import Eigenvalue, Observation
@@ -21,11 +22,14 @@ def at(epoch, eigenvalue=None, decision_point=True):
     return Observation(epoch, decision_point, eigenvalue)
 
 
-def follow(rule, observations, state=None):
-    """The decisions of `rule` along a course."""
+def follow(rule, observations, state=None, steps=()):
+    """The decisions of `rule` along a course; `steps` has what it learns before each boundary."""
     state = state or rule.initial()
     decisions = []
-    for seen in observations:
+    for seen, learnt in itertools.zip_longest(observations, steps, fillvalue=()):
+        for squares in learnt:
+            if rule.wants_gradients(state):
+                state = rule.learn(state, squares)
         if seen.decision_point and not rule.wants_eigenvalue(state):
             seen = replace(seen, eigenvalue=None)
         decision = rule.decide(state, seen)

@@ -10,15 +10,18 @@ from hypothesis import strategies as st
 from hpc_absa.checkpoint import Content, Group, file
 from hpc_absa.records import Eigenvalue, Observation, ScheduleState
 from hpc_absa.schedules.absa import AdaptiveBatch, Adversarial
-from hpc_absa.schedules.rule import Milestones
+from hpc_absa.schedules.rule import Growth, Milestones
 from tests.schedules.tables import actions, at, batches, follow, found, rates, unconverged
 
 FAR = 10**6
 
 
-def abs_(largest=8, kappa=FAR, alpha=2.0, beta=2, milestones=(), adversarial=None):
+def abs_(
+    largest=8, kappa=FAR, alpha=2.0, beta=2, milestones=(), adversarial=None, every=1, exponent=1.0
+):
+    growth = Growth(beta, largest, exponent)
     return AdaptiveBatch(
-        1, largest, 0.1, alpha, beta, kappa, Milestones(milestones, 0.1), adversarial
+        1, 0.1, growth, alpha, kappa, Milestones(milestones, 0.1), every, adversarial
     )
 
 
@@ -130,6 +133,42 @@ def test_growth_by_patience_without_any_reference():
     assert decisions[1].state.reference is None
 
 
+# Fewer estimates early on
+
+
+@pytest.mark.parametrize(
+    ("every", "kappa", "eigenvalues", "wanted", "asked"),
+    [
+        # The first estimate is the reference; up to the first growth every third one is made.
+        (3, FAR, [8, 1, 4, 4, 2], "ccgcg", "1.111"),
+        (3, FAR, [8, 1, 8, 1, 1, 8, 1, 1, 4], "ccccccccg", "1.1..1..1"),
+        # An estimate that is no evidence is made again at once.
+        (3, FAR, [None, 8, 1, 1, 1, 4], "ccgccc", "111111"),
+        # Where patience ends, the next reference is estimated.
+        (4, 3, [8, 1, 8, 4], "ccgg", "1.11"),
+        (1, FAR, [8, 8, 8], "ccc", "111"),
+    ],
+)
+def test_estimates_before_the_first_growth(every, kappa, eigenvalues, wanted, asked):
+    rule = abs_(every=every, kappa=kappa)
+    decisions = follow(rule, course(*eigenvalues))
+    assert actions(decisions) == wanted
+    states = [rule.initial(), *(d.state for d in decisions)]
+    wants = ["1" if rule.wants_eigenvalue(state) else "." for state in states[:-1]]
+    assert "".join(wants) == asked
+
+
+def test_a_decision_without_an_estimate_says_so():
+    decisions = follow(abs_(every=3), course(8, 1))
+    assert decisions[1].reason == "λ was not estimated: no growth"
+
+
+@pytest.mark.parametrize(("exponent", "factor"), [(0.0, 1), (0.5, 2**0.5), (1.0, 2)])
+def test_the_rate_follows_the_batch_by_the_job_s_rule(exponent, factor):
+    decisions = follow(abs_(exponent=exponent), course(8, 4, 2))
+    assert rates(decisions) == pytest.approx([0.1, 0.1 * factor, 0.1 * factor**2])
+
+
 # The maximum
 
 
@@ -199,6 +238,12 @@ def test_they_end_after_half_the_epochs_at_any_boundary():
     assert [d.state.adversarial_fraction for d in decisions] == [0.2, 0.0]
 
 
+@pytest.mark.parametrize(("epoch", "fraction"), [(0, 0.2), (2.49, 0.2), (2.5, 0), (3, 0)])
+def test_they_end_after_half_the_epochs_in_the_middle_of_one(epoch, fraction):
+    rule = absa(until=2.5)
+    assert rule.adversarial_fraction(rule.initial(), epoch) == fraction
+
+
 def test_before_the_first_step():
     assert absa().initial() == ScheduleState(1, 0.1, adversarial_fraction=0.2)
 
@@ -234,7 +279,9 @@ def test_limits_hold_whatever_is_found(eigenvalues, kappa):
 def test_a_resume_in_between_decides_the_same(tmp_path, stop):
     """The state goes through a checkpoint's attributes."""
     boundaries = course(None, 8, 9, 4, unconverged(1.0), 3, 2, 0.9)
-    rule = AdaptiveBatch(1, 8, 0.1, 2.0, 2, 4, Milestones((3, 5), 0.2), Adversarial(0.2, 3.0, 6.0))
+    rule = AdaptiveBatch(
+        1, 0.1, Growth(2, 8), 2.0, 4, Milestones((3, 5), 0.2), 2, Adversarial(0.2, 3.0, 6.0)
+    )
     whole = follow(rule, boundaries)
     state = whole[stop].state
     attributes = {key: value for key, value in asdict(state).items() if value is not None}
@@ -245,7 +292,7 @@ def test_a_resume_in_between_decides_the_same(tmp_path, stop):
 
 
 def test_a_settled_estimate_is_above_the_threshold_and_never_grows():
-    rule = AdaptiveBatch(32, 256, 0.1, 2.0, 2, 3, Milestones((), 0.2))
+    rule = AdaptiveBatch(32, 0.1, Growth(2, 256), 2.0, 3, Milestones((), 0.2))
     state = replace(rule.initial(), reference=8.0)
     assert rule.threshold(state) == 4.0
     settled = Eigenvalue(5.5, 0.1, 1, 16, 0.0, converged=False, settled=True)
@@ -255,7 +302,7 @@ def test_a_settled_estimate_is_above_the_threshold_and_never_grows():
 
 
 def test_where_the_value_will_be_a_reference_nothing_is_settled_early():
-    rule = AdaptiveBatch(32, 256, 0.1, 2.0, 2, 3, Milestones((), 0.2))
+    rule = AdaptiveBatch(32, 0.1, Growth(2, 256), 2.0, 3, Milestones((), 0.2))
     assert rule.threshold(rule.initial()) is None
     assert rule.threshold(replace(rule.initial(), reference=8.0, waited=2)) is None
     assert rule.threshold(replace(rule.initial(), reference=8.0, waited=1)) == 4.0

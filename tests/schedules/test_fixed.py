@@ -1,14 +1,16 @@
-"""BL and FB: constant batch, milestones, warm-up."""
+"""BL and FB: constant batch, milestones, warm-up, cosine."""
+
+import math
 
 import pytest
 
-from hpc_absa.schedules.fixed import Baseline, FacebookRule
-from hpc_absa.schedules.rule import Milestones
+from hpc_absa.schedules.fixed import Constant
+from hpc_absa.schedules.rule import Milestones, Rate
 from tests.schedules.tables import actions, at, batches, follow, rates
 
 MILESTONES = Milestones((2, 4), 0.1)
-BL = Baseline(640, 0.1, MILESTONES)
-FB = FacebookRule(640, 0.1, MILESTONES, 128, 5)
+BL = Constant(640, 0.1, MILESTONES)
+FB = Constant(640, 0.5, MILESTONES, Rate(5, 1 / 5))
 
 
 @pytest.mark.parametrize("rule", [BL, FB])
@@ -42,14 +44,20 @@ def test_fb_warms_up_linearly(epoch, rate):
     assert FB.lr(FB.initial(), epoch) == pytest.approx(rate)
 
 
-def test_fb_at_the_base_batch_is_bl():
-    rule = FacebookRule(128, 0.1, MILESTONES, 128, 5)
-    assert [rule.lr(rule.initial(), e) for e in (0, 1, 9)] == pytest.approx([0.1] * 3)
+@pytest.mark.parametrize(
+    ("epoch", "factor"),
+    [(0, 1), (5, 0.5 * (1 + math.sqrt(0.5))), (10, 0.5), (15, 0.5 * (1 - math.sqrt(0.5)))],
+)
+def test_cosine_falls_to_zero_with_the_last_epoch(epoch, factor):
+    rule = Constant(640, 0.1, Milestones((), 0.1), Rate(cosine_until=20))
+    assert rule.lr(rule.initial(), epoch) == pytest.approx(0.1 * factor)
+    assert rule.lr(rule.initial(), 20) == rule.lr(rule.initial(), 20.5) == 0
 
 
-def test_fb_without_warm_up():
-    rule = FacebookRule(640, 0.1, MILESTONES, 128, 0)
-    assert rule.lr(rule.initial(), 0) == pytest.approx(0.5)
+@pytest.mark.parametrize(("epoch", "rate"), [(0, 0.1), (2.5, 0.3), (5, 0.5), (10, 0.25), (15, 0.0)])
+def test_cosine_begins_where_warm_up_ends(epoch, rate):
+    rule = Constant(640, 0.5, Milestones((), 0.1), Rate(5, 1 / 5, 15))
+    assert rule.lr(rule.initial(), epoch) == pytest.approx(rate)
 
 
 def test_a_milestone_within_the_warm_up_lowers_what_it_leads_to():

@@ -65,5 +65,19 @@ def test_it_grows_at_milestones_that_are_no_decision_points():
     assert actions(follow(rule(640), [at(2, decision_point=False)])) == "g"
 
 
+@pytest.mark.parametrize(("exponent", "factor"), [(0.0, 1), (0.5, 5**0.5), (1.0, 5)])
+def test_growth_may_raise_the_rate_as_well(exponent, factor):
+    of = GoogleRule(128, 640, 128, 0.1, Milestones((2, 4), 0.2), exponent)
+    assert rates(follow(of, EPOCHS[:4])) == pytest.approx(
+        [0.1, 0.1 * factor, 0.1 * factor, 0.02 * factor]
+    )
+
+
+def test_a_resume_in_between_decides_the_same():
+    whole = follow(rule(1280), EPOCHS)
+    for stop, decision in enumerate(whole):
+        assert follow(rule(1280), EPOCHS[stop + 1 :], decision.state) == whole[stop + 1 :]
+
+
 def test_no_eigenvalue_is_wanted():
     assert not rule(640).wants_eigenvalue(rule(640).initial())

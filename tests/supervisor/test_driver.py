@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 from hpc_absa import events
 from hpc_absa import job as jobs
 from hpc_absa.errors import UsageError
+from hpc_absa.lock import host
 from hpc_absa.rundir import RunDir
 from hpc_absa.supervisor import driver
 from tests.mpi.jobs import final_weights, relative_difference, write_job
@@ -132,6 +134,30 @@ def test_a_killed_rank_costs_a_restart_and_nothing_else(tmp_path, undisturbed, v
     assert failure["exit_code"] == 137
     weights = final_weights(undisturbed[0].run.path)
     assert relative_difference(weights, final_weights(run.run.path)) < 1e-4
+
+
+def test_a_rank_that_does_not_answer_is_named_and_its_world_started_again(tmp_path, undisturbed):
+    silence = ("--set", "launch.silence_seconds=3", "--set", "ranks.initial=2")
+    run = Run(tmp_path, "--max-ranks", "2", *silence).start()
+    run.wait_for("phase_start")
+    os.kill(max(run.ranks()), signal.SIGSTOP)
+    code, output = run.finish()
+    assert code == 0, output
+    (failure,) = run.events("failure")
+    assert re.fullmatch(r"rank 1 on \S+ has not answered for \d+ s", failure["reason"])
+    assert (failure["rank"], failure["host"]) == (1, host())
+    weights = final_weights(undisturbed[0].run.path)
+    assert relative_difference(weights, final_weights(run.run.path)) < 1e-4
+
+
+def test_a_world_whose_ranks_do_not_find_each_other_is_ended(tmp_path):
+    """mpirun starts something else, which hangs."""
+    job = write_job(tmp_path)
+    extra = 'launch.extra=["sh", "-c", "sleep 600"]'
+    limits = ("--set", "launch.start_seconds=2", "--set", "launch.max_restarts=0")
+    code, output = Run(tmp_path, "--set", extra, *limits, job=job).start().finish(60)
+    assert code == 1
+    assert "failed: its ranks had not found each other after 2 s" in output
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -6,11 +7,12 @@ import torch
 from torch import nn
 
 from hpc_absa.checkpoint import read, write
-from hpc_absa.comm import SerialCommunicator
 from hpc_absa.course import Position
 from hpc_absa.errors import CheckpointError
 from hpc_absa.records import ScheduleState
-from hpc_absa.training.state import Live, Progress, broadcast, described, restore, snapshot
+from hpc_absa.schedules.noise import NoiseState
+from hpc_absa.training.saving import HostCopies, _with_arrays
+from hpc_absa.training.state import Live, Progress, described, restore, scalars, tensors
 
 PROGRESS = Progress(
     Position(microbatch=12, step=5, boundary=2),
@@ -35,7 +37,9 @@ def live(width=4, steps=3, dtype=torch.float32):
 
 
 def saved(of, progress=PROGRESS):
-    content = snapshot(of, progress, 3, "sha256:0", "name = 'x'")
+    content = _with_arrays(
+        scalars(progress, 3, "sha256:0", "name = 'x'"), HostCopies().take(tensors(of))
+    )
     return described(content, world_size=2, global_batch=64, samples=100)
 
 
@@ -95,6 +99,11 @@ def test_another_models_checkpoint_is_refused_by_name():
         restore(saved(live()), extra, "a.h5")
 
 
-def test_one_rank_broadcasts_to_itself():
-    content = saved(live())
-    assert broadcast(content, SerialCommunicator()) is content
+def test_a_schedule_s_own_memory_comes_back(tmp_path):
+    of = live()
+    state = NoiseState(64, 0.1, noise=3.5, signal=0.25, steps=7)
+    write(tmp_path / "a.h5", saved(of, replace(PROGRESS, schedule=state)))
+    content = read(tmp_path / "a.h5")
+    assert restore(content, live(), "a.h5", NoiseState)[1].schedule == state
+    # A run that insists on another method leaves what that one does not know.
+    assert restore(content, live(), "a.h5")[1].schedule == ScheduleState(64, 0.1)

@@ -8,9 +8,10 @@ from torch import nn
 from hpc_absa.comm import SerialCommunicator
 from hpc_absa.data.batches import Microbatch
 from hpc_absa.training.clock import Clock
+from hpc_absa.training.norms import MicrobatchNorms
 from hpc_absa.training.reduction import Overlapped, Reproducible
 from hpc_absa.training.statistics import RunningStatistics
-from hpc_absa.training.step import Adversary, Stepper
+from hpc_absa.training.step import Adversary, Flags, Stepper
 
 NONE = np.empty(0, np.int64)
 
@@ -51,7 +52,7 @@ def take(net, batches, *, start=0, divisor=None, fraction=0.0, reduction=Overlap
         lr=0.1,
         adversarial_fraction=fraction,
         steps_before=0,
-        stop_here=False,
+        flags=Flags(),
     )
 
 
@@ -93,7 +94,7 @@ def test_dropout_is_a_function_of_seed_and_place_in_the_stream():
     assert not torch.equal(first[0].weight, elsewhere[0].weight)
 
 
-def test_a_stop_request_and_unused_parameters_travel_with_the_step():
+def test_flags_and_unused_parameters_travel_with_the_step():
     net = model()
     net.unused = nn.Parameter(torch.ones(2))
     outcome = stepper(net).take(
@@ -103,9 +104,9 @@ def test_a_stop_request_and_unused_parameters_travel_with_the_step():
         lr=0.1,
         adversarial_fraction=0.0,
         steps_before=0,
-        stop_here=True,
+        flags=Flags(stop=1, written=1),
     )
-    assert outcome.stop
+    assert outcome.flags == Flags(stop=1, written=1)
     assert torch.equal(net.unused, torch.ones(2))
 
 
@@ -128,3 +129,104 @@ def test_a_fraction_of_each_microbatch_becomes_adversarial():
     moved = (seen[-1] - batch[0].inputs).abs()
     assert torch.allclose(moved[:2].amax(dim=1), torch.tensor([0.1, 0.1]), atol=1e-6)
     assert torch.equal(moved[2:], torch.zeros(6, 5))
+
+
+@pytest.mark.parametrize("reduction", [Overlapped, Reproducible])
+@pytest.mark.parametrize("divisor", [3, 5])
+def test_squares_are_those_of_each_microbatch_s_own_gradient_and_of_their_mean(reduction, divisor):
+    batches = feed(3)
+    apart = []
+    for batch in batches:
+        net = model()
+        nn.functional.cross_entropy(net(batch.inputs), batch.targets).backward()
+        apart.append(torch.cat([p.grad.reshape(-1) for p in net.parameters()]))
+    found = stepper(model(), reduction).take(
+        range(3),
+        iter(batches),
+        divisor=divisor,
+        lr=0.1,
+        adversarial_fraction=0.0,
+        steps_before=0,
+        flags=Flags(),
+        wants_squares=True,
+    )
+    assert found.squares.microbatches == 3
+    each = torch.stack([gradient.square().sum() for gradient in apart]).mean()
+    assert found.squares.each == pytest.approx(each.item(), rel=1e-5)
+    mean = torch.stack(apart).mean(dim=0).square().sum()
+    assert found.squares.mean == pytest.approx(mean.item(), rel=1e-5)
+
+
+def test_squares_are_not_measured_unasked():
+    assert take(model(), feed(2)).squares is None
+
+
+def test_other_backward_passes_leave_the_squares_alone():
+    """Adversarial gradients and Hessian-vector products come by the same hooks."""
+    net = model()
+    norms = MicrobatchNorms(net)
+    norms.active = True
+    total = torch.zeros(())
+    loss = net(feed(1)[0].inputs).square().mean()
+    torch.autograd.grad(loss, list(net.parameters()))
+    assert total == 0
+    with norms.collecting(total):
+        net(feed(1)[0].inputs).square().mean().backward()
+    assert total > 0
+    kept = total.clone()
+    net(feed(1)[0].inputs).square().mean().backward()
+    assert total == kept
+
+
+def test_adversarial_examples_that_do_not_move_change_nothing():
+    """With ε = 0 the pass that makes them leaves weights, statistics and dropout masks alone."""
+    nets = []
+    for adversary in (None, Adversary(torch.tensor(0.0), (torch.tensor(-9.0), torch.tensor(9.0)))):
+        torch.manual_seed(0)
+        net = nn.Sequential(
+            nn.Linear(5, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.5), nn.Linear(8, 3)
+        )
+        take(net, feed(2), fraction=0.5, adversary=adversary)
+        nets.append(net.state_dict())
+    for name, tensor in nets[0].items():
+        assert torch.equal(tensor, nets[1][name]), name
+
+
+@pytest.mark.parametrize(("fraction", "count"), [(0.29, 29), (0.2, 20), (0.999, 99), (1.0, 100)])
+def test_the_share_is_whole_samples_rounded_down(fraction, count):
+    seen = []
+
+    class Recording(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = model()
+
+        def forward(self, x):
+            seen.append((self.training, len(x)))
+            return self.inner(x)
+
+    wide = (torch.tensor(-9.0), torch.tensor(9.0))
+    take(
+        Recording(),
+        feed(1, b=100),
+        fraction=fraction,
+        adversary=Adversary(torch.tensor(0.1), wide),
+    )
+    assert seen == [(False, count), (True, 100)]
+
+
+def test_the_time_of_adversarial_examples_is_their_own():
+    net = model()
+    of = stepper(net, adversary=Adversary(torch.tensor(0.1), (torch.tensor(-9.0),) * 2))
+    of.take(
+        range(1),
+        iter(feed(1)),
+        divisor=1,
+        lr=0.1,
+        adversarial_fraction=0.5,
+        steps_before=0,
+        flags=Flags(),
+    )
+    seconds = of._clock.seconds()
+    assert seconds["adversarial"] > 0
+    assert seconds["comp"] > 0

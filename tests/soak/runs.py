@@ -1,0 +1,171 @@
+"""Supervised runs of a small job that can be killed, signalled and started again."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import h5py
+import psutil
+
+from hpc_absa import events
+from hpc_absa.checkpoint.store import listed
+from hpc_absa.rundir import RunDir
+from tests.soak import watched
+
+ROOT = Path(__file__).resolve().parents[2]
+
+JOB = """
+name = "soak"
+[data]
+name = "digits"
+[model]
+name = "tests.soak.watched:network"
+[train]
+epochs = {epochs}
+microbatch = 32
+lr = 0.05
+threads_per_rank = 1
+reproducible = true
+[schedule]
+method = "absa"
+base_batch = {base}
+max_batch = {largest}
+kappa = {kappa}
+[hessian]
+samples = 128
+tol = 0.1
+[ranks]
+initial = {initial}
+max = {most}
+[checkpoint]
+every_seconds = 0.2
+[launch]
+max_restarts = 10
+"""
+"""Digits, reproducible; the batch doubles every `kappa` epochs at the latest."""
+
+
+def write_job(folder: Path, *, base: int = 32, largest: int = 128, **shape: int) -> Path:
+    """The job as a file, with its `epochs`, `kappa`, `initial` and `most` ranks; its path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "soak.toml"
+    path.write_text(JOB.format(base=base, largest=largest, **shape))
+    return path
+
+
+class SoakRun:
+    """One run directory and the supervisor at work on it, in a session of its own."""
+
+    def __init__(self, folder: Path, job: Path, *words: str, **environment: str) -> None:
+        self.run, self.watched = RunDir(folder / "run"), folder / "watched"
+        self.watched.mkdir(parents=True, exist_ok=True)
+        self.words = [sys.executable, "-m", "hpc_absa", "run", str(job)]
+        self.words += ["--run-dir", str(self.run.path), *words]
+        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        self.environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+        self.environment |= {watched.FOLDER: str(self.watched), **environment}
+        self.output = folder / "output"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> SoakRun:
+        """Give the command, for the first time or again."""
+        with self.output.open("ab") as output:
+            self.process = subprocess.Popen(
+                self.words,
+                env=self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        return self
+
+    def ended(self) -> int | None:
+        """The supervisor's exit status, None while it lives."""
+        assert self.process is not None
+        return self.process.poll()
+
+    def finish(self, timeout: float = 240) -> int:
+        """The supervisor's exit status, once it has ended."""
+        assert self.process is not None
+        try:
+            return self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            told = self.told()
+            self.kill_tree()
+            raise AssertionError(f"still running after {timeout} s:\n{told}") from None
+
+    def told(self) -> str:
+        """The last that the run said."""
+        return self.output.read_text(errors="replace")[-6000:]
+
+    def events(self, kind: str) -> list[events.Event]:
+        """The events of one kind."""
+        return [e for e in events.read(self.run.events) if e["event"] == kind]
+
+    def wait_for(self, condition: Callable[[], object], what: str, timeout: float = 90) -> None:
+        """Return once `condition` holds."""
+        until = time.monotonic() + timeout
+        while not condition():
+            if self.ended() is not None or time.monotonic() > until:
+                told = self.told()
+                self.kill_tree()
+                raise AssertionError(f"never came to {what}; exit {self.ended()}:\n{told}")
+            time.sleep(0.002)
+
+    # Processes
+
+    def supervisor(self) -> psutil.Process:
+        """The supervisor."""
+        assert self.process is not None
+        return psutil.Process(self.process.pid)
+
+    def mpirun(self) -> psutil.Process | None:
+        """The launcher, where there is one at present."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for child in self.supervisor().children():
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    if child.name() in ("mpirun", "orterun"):
+                        return child
+        return None
+
+    def ranks(self) -> list[psutil.Process]:
+        """The living ranks by rank; those of the launcher's children that have become Python."""
+        launcher = self.mpirun()
+        found = []
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for child in launcher.children() if launcher else []:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    if "train" in child.cmdline():
+                        found.append(child)
+        return sorted(found, key=lambda process: process.pid)
+
+    def kill_tree(self) -> None:
+        """SIGKILL the supervisor and everything under it."""
+        assert self.process is not None
+        tree = []
+        with contextlib.suppress(psutil.NoSuchProcess):
+            tree = [*self.supervisor().children(recursive=True), self.supervisor()]
+        for process in tree:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(signal.SIGKILL)
+        self.process.wait(30)
+
+
+def weights(run: RunDir) -> str:
+    """SHA-256 of all weights and statistics, and of the momentum, in the newest checkpoint."""
+    import hashlib
+
+    hasher = hashlib.sha256()
+    with h5py.File(listed(run.checkpoints)[-1], locking=False) as file:
+        for group in ("model", "optimizer"):
+            for name in sorted(file[group]):
+                hasher.update(name.encode() + file[group][name][()].tobytes())
+    return hasher.hexdigest()

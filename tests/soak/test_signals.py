@@ -1,0 +1,182 @@
+"""The signal campaign: four signals, to a rank, mpirun or the supervisor, in each moment of work.
+
+A rank stands still in the moment (`watched.py`) while the signal is sent. The run must end with
+status 75 and everything saved: the same command goes on with the very next step, and ends with the
+bits of the undisturbed run.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, partial
+from pathlib import Path
+
+import pytest
+
+from hpc_absa.checkpoint import verification
+from hpc_absa.errors import ExitStatus
+from tests.soak import ledger, watched
+from tests.soak.runs import SoakRun, weights, write_job
+from tests.soak.summary import Case, Summary
+
+pytestmark = [pytest.mark.mpi, pytest.mark.slow]
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+TARGETS = ("rank", "mpirun", "supervisor")
+HELD = {
+    "start": "start:1",
+    "first step": "step:1",
+    "adversarial examples": "adversarial:1",
+    "Hessian": "hessian:0",
+    "evaluation": "evaluation:1",
+    "saving": "saving:0",
+}
+"""Moments, and which rank stands still in it."""
+RELAUNCHING = "relaunching"
+TOGETHER = 2
+"""Runs at the same time: they mostly wait."""
+AT_ONCE = 15.0
+"""Seconds that a second Ctrl-C may take; the launcher waits 5 of them for its ranks."""
+
+
+def shape(moment: str) -> dict[str, int]:
+    """Two ranks throughout, or a growth from one to two where that is what is disturbed."""
+    if moment == RELAUNCHING:
+        return {"epochs": 3, "kappa": 1, "initial": 1, "most": 2, "base": 32, "largest": 64}
+    return {"epochs": 3, "kappa": 1, "initial": 2, "most": 2, "base": 64, "largest": 128}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """The committed steps and the final weights of the same job left alone, by moment."""
+
+    @cache
+    def of(most: int) -> tuple[object, str]:
+        folder = tmp_path_factory.mktemp("undisturbed")
+        moment = RELAUNCHING if most == 64 else "start"
+        run = SoakRun(folder, write_job(folder, **shape(moment))).start()
+        assert run.finish() == 0, run.told()
+        return ledger.committed(ledger.worlds(run.watched)), weights(run.run)
+
+    return lambda moment: of(shape(moment)["largest"])
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("moment", [*HELD, RELAUNCHING])
+def test_a_signal_saves_and_the_same_command_goes_on(
+    tmp_path: Path, undisturbed, campaign: Summary, moment: str, target: str
+):
+    wanted = undisturbed(moment)
+    with ThreadPoolExecutor(TOGETHER) as threads:
+        outcomes = list(threads.map(partial(_case, tmp_path, wanted, moment, target), SIGNALS))
+    for number, outcome in zip(SIGNALS, outcomes, strict=True):
+        kind = f"{number.name} to {target}, {moment}"
+        campaign.add(Case("signal", kind, outcome=outcome or "passed"))
+    assert not any(outcomes), dict(zip([s.name for s in SIGNALS], outcomes, strict=True))
+
+
+def _case(
+    folder: Path, wanted: tuple[object, str], moment: str, target: str, number: signal.Signals
+) -> str | None:
+    """What went wrong; None where all went well."""
+    place = folder / number.name
+    hold = {watched.HOLD: HELD[moment]} if moment in HELD else {}
+    run = SoakRun(place, write_job(place, **shape(moment)), **hold).start()
+    try:
+        if moment == RELAUNCHING:
+            _signal_between_worlds(run, target, number)
+        else:
+            _signal_while_held(run, target, number)
+        code = run.finish(60)
+        if code != ExitStatus.STOPPED:
+            return f"exit {code}, not 75: {run.told()[-500:]}"
+        before = ledger.worlds(run.watched)
+        code = run.start().finish(120)
+        if code != 0:
+            return f"exit {code} after the stop: {run.told()[-500:]}"
+    except AssertionError as error:
+        return str(error)[-700:]
+    return _differs(run, wanted, before)
+
+
+def _differs(run: SoakRun, wanted: tuple[object, str], before: list[ledger.World]) -> str | None:
+    """How the run is another than the undisturbed one; None where it is the same."""
+    after = ledger.worlds(run.watched)
+    committed, bits = wanted
+    if ledger.overlapping(after):
+        return "two worlds at the same time"
+    if ledger.committed(after) != committed:
+        return "other samples"
+    if weights(run.run) != bits:
+        return "other weights"
+    last = max((max(world.steps(), default=0) for world in before), default=0)
+    names = {world.name for world in before}
+    first = min(step for w in after if w.name not in names for step in w.steps() or [10**9])
+    if first <= last:
+        return f"steps {first} to {last} were lost"
+    return None
+
+
+def _signal_while_held(run: SoakRun, target: str, number: signal.Signals) -> None:
+    held = run.watched / "held"
+    run.wait_for(lambda: held.exists() and held.read_text(), "the moment")
+    match target:
+        case "rank":
+            os.kill(int(held.read_text()), number)
+        case "mpirun":
+            launcher = run.mpirun()
+            assert launcher is not None
+            launcher.send_signal(number)
+        case _:
+            run.supervisor().send_signal(number)
+            run.wait_for(lambda: run.run.stop_request.exists(), "a request to stop")
+    (run.watched / "released").touch()
+
+
+def _signal_between_worlds(run: SoakRun, target: str, number: signal.Signals) -> None:
+    """As soon as the next world's target exists; its ranks have not loaded a module yet."""
+    run.wait_for(lambda: run.events("phase_start"), "the first world")
+    first = run.mpirun()
+    assert first is not None
+    run.wait_for(lambda: run.events("phase_end"), "the end of the first world")
+    if target == "supervisor":
+        run.supervisor().send_signal(number)
+        return
+
+    def next_launcher() -> object:
+        launcher = run.mpirun()
+        return launcher is not None and launcher.pid != first.pid
+
+    run.wait_for(next_launcher, "the next world's mpirun")
+    if target == "rank":
+        run.wait_for(run.ranks, "the next world's ranks")
+        run.ranks()[-1].send_signal(number)
+    else:
+        launcher = run.mpirun()
+        assert launcher is not None
+        launcher.send_signal(number)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("moment", ["first step", "saving", "Hessian"])
+def test_a_second_ctrl_c_stops_at_once(tmp_path: Path, undisturbed, moment: str, campaign: Summary):
+    run = SoakRun(tmp_path, write_job(tmp_path, **shape(moment)), HPC_ABSA_HOLD=HELD[moment])
+    run.start()
+    run.wait_for(lambda: (run.watched / "held").exists(), "the moment")
+    run.supervisor().send_signal(signal.SIGINT)
+    run.wait_for(lambda: run.run.stop_request.exists(), "a request to stop")
+    begun = time.monotonic()
+    run.supervisor().send_signal(signal.SIGINT)
+    assert run.finish(60) == ExitStatus.STOPPED, run.told()
+    assert time.monotonic() - begun < AT_ONCE
+    checked = verification.verify(run.run.path) if any(run.run.checkpoints.glob("*.h5")) else []
+    assert [each.error for each in checked if each.error] == []
+    (run.watched / "released").touch()
+    assert run.start().finish(120) == 0, run.told()
+    assert ledger.committed(ledger.worlds(run.watched)) == undisturbed(moment)[0]
+    assert weights(run.run) == undisturbed(moment)[1]
+    campaign.add(Case("signal", f"second SIGINT to supervisor, {moment}"))

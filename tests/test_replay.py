@@ -1,0 +1,189 @@
+"""Decisions derived again from a log whose every number was worked out by hand."""
+
+import json
+import sys
+
+import pytest
+
+from hpc_absa import cli
+from hpc_absa.errors import UsageError
+from hpc_absa.replay import replay
+from hpc_absa.rundir import RunDir
+
+JOB = """\
+name = "by hand"
+[data]
+name = "digits"
+[model]
+name = "digits-cnn"
+[train]
+epochs = 8
+microbatch = 32
+lr = 0.05
+milestones = [5]
+[schedule]
+method = "abs"
+base_batch = 32
+max_batch = 256
+kappa = 3
+"""
+WHOLE, COARSE = 128, 16
+DECISIONS = [
+    # λ, how it ended, samples, reference, action, next batch, next learning rate
+    (40.0, "converged", WHOLE, None, "continue", 32, 0.05),
+    (30.0, "settled", WHOLE, 40.0, "continue", 32, 0.05),
+    (18.0, "converged", WHOLE, 40.0, "grow", 64, 0.1),
+    (7.0, "unfinished", WHOLE, 18.0, "continue", 64, 0.1),
+    (25.0, "settled", COARSE, 18.0, "continue", 64, 0.02),
+    (15.0, "converged", WHOLE, 18.0, "grow", 128, 0.04),
+    (7.0, "converged", WHOLE, 15.0, "grow", 256, 0.08),
+    (None, "", 0, 7.0, "finish", 256, 0.08),
+]
+
+
+@pytest.fixture(name="run")
+def _run(tmp_path):
+    write(tmp_path, DECISIONS)
+    return tmp_path
+
+
+def write(path, decisions, job=JOB):
+    (path / "job.toml").write_text(job)
+    events = []
+    for epoch, (value, ending, samples, reference, action, batch, lr) in enumerate(decisions, 1):
+        events.append({"event": "epoch", "epoch": epoch, "step": 10 * epoch, "phase": 1})
+        events.append(
+            {
+                "event": "decision", "epoch": float(epoch), "step": 10 * epoch, "phase": 1,
+                "eigenvalue": value, "residual": 0.01, "converged": ending == "converged",
+                "settled": ending == "settled", "matvecs": 3 if ending else 0,
+                "hessian_samples": samples, "reference": reference, "action": action,
+                "next_batch": batch, "next_lr": lr,
+            }
+        )  # fmt: skip
+    RunDir(path).events.write_text("".join(json.dumps(event) + "\n" for event in events))
+
+
+def at(course, epoch):
+    return next(decision for decision in course.decisions if decision.epoch == epoch)
+
+
+def test_its_own_parameters_lead_to_what_was_recorded(run):
+    course = replay(run)
+    assert not course.differing
+    assert [decision.step for decision in course.decisions] == list(range(10, 90, 10))
+    assert [decision.epoch for decision in course.growths] == [3, 6, 7]
+    assert all(decision.unknown is None for decision in course.decisions)
+
+
+def test_a_crash_that_undid_decisions_is_no_difference(run):
+    log = RunDir(run).events
+    lines = log.read_text().splitlines()
+    undone = [line.replace('"grow"', '"continue"') for line in lines[4:6]]
+    restart = json.dumps({"event": "phase_start", "step": 20, "phase": 1})
+    log.write_text("\n".join([*lines[:4], *undone, restart, *lines[4:]]) + "\n")
+    assert not replay(run).differing
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "seen"),
+    [
+        (4, "continue", {3}),
+        (5, 96, {3}),
+        (6, 0.3, {3}),
+        (3, 41.0, {3}),
+        (0, 21.0, {3, 4, 5, 6, 7, 8}),  # λ 21 does not grow: patience does, and 21 is compared with
+    ],
+)
+def test_what_was_not_decided_so_is_found(tmp_path, field, value, seen):
+    decisions = [list(row) for row in DECISIONS]
+    decisions[2][field] = value
+    write(tmp_path, decisions)
+    differing = {decision.epoch for decision in replay(tmp_path).differing}
+    assert 3 in differing or field == 0
+    assert differing <= seen
+    assert differing
+
+
+def test_another_alpha_and_what_the_log_does_not_say_about_it(run):
+    course = replay(run, ["schedule.alpha=1.25"])
+    assert at(course, 2).action == "continue"
+    assert "λ is above 30; whether it is above 32 was not asked" in at(course, 2).unknown
+    assert at(course, 3).action == "grow"
+    assert "λ is above 9; whether it is above 14.4 was not asked" in at(course, 5).unknown
+    stricter = replay(run, ["schedule.alpha=4", "schedule.kappa=10"])
+    assert [decision.epoch for decision in stricter.growths] == [7]
+    assert at(stricter, 2).unknown is None
+    assert stricter.differing[0].epoch == 3
+
+
+def test_less_patience_wants_a_value_that_was_not_estimated(run):
+    course = replay(run, ["schedule.kappa=2"])
+    assert at(course, 2).action == "grow"
+    assert at(course, 2).unknown == "λ is above 30; its value was not asked"
+    assert at(course, 3).reference == 40, "a value that is not known becomes no reference"
+    assert at(course, 5).action == "grow"
+    assert at(course, 5).unknown == "λ is above 9; its value was not asked"
+
+
+def test_beyond_the_largest_batch_there_is_no_eigenvalue(tmp_path):
+    rows = [*DECISIONS[:3], *[(None, "", 0, 18.0, "continue", 64, lr) for lr in (0.1, 0.02)]]
+    write(tmp_path, rows, JOB.replace("256", "64"))
+    assert not replay(tmp_path).differing
+    course = replay(tmp_path, ["schedule.max_batch=128"])
+    assert at(course, 4).unknown == "the run estimated no λ here"
+    assert not course.differing
+
+
+def test_a_rule_without_eigenvalues(tmp_path):
+    rows = [(None, "", 0, None, "continue", 32, 0.05)] * 4
+    rows += [(None, "", 0, None, "continue", 32, 0.05 * 0.2)] * 3
+    job = JOB.replace('"abs"', '"bl"').replace("max_batch = 256\nkappa = 3\n", "")
+    write(tmp_path, rows, job)
+    assert not replay(tmp_path).differing
+    growing = replay(tmp_path, ["schedule={method='gg', base_batch=32, max_batch=160}"])
+    assert [(d.epoch, d.next_batch) for d in growing.growths] == [(5, 160)]
+
+
+@pytest.mark.parametrize("change", ["train.epochs=3", "hessian.tol=0.1", "schedules.alpha=3"])
+def test_what_would_change_the_eigenvalues_cannot_be_asked(run, change):
+    with pytest.raises(UsageError, match="a replay can change schedule"):
+        replay(run, [change])
+
+
+def command(monkeypatch, capsys, *words):
+    monkeypatch.setattr(sys, "argv", ["hpc-absa", "replay", *map(str, words)])
+    monkeypatch.setenv("COLUMNS", "160")
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    return ended.value.code, *capsys.readouterr()
+
+
+def test_the_command(run, monkeypatch, capsys):
+    status, out, _ = command(monkeypatch, capsys, run, "--alpha", "4", "--kappa", "10")
+    assert status == 0
+    assert "8 decisions, every one as recorded." in out
+    assert "8 decisions, 6 otherwise than recorded, first at epoch 3: action continue" in out
+    status, out, _ = command(monkeypatch, capsys, run, "--json")
+    told = json.loads(out)
+    assert (status, told["agrees"], told["other"]) == (0, True, None)
+    assert told["decisions"][2]["recorded"]["action"] == "grow"
+
+
+def test_a_difference_is_status_1(run, monkeypatch, capsys):
+    job = RunDir(run).job
+    job.write_text(job.read_text().replace("kappa = 3", "kappa = 2"))
+    status, out, _ = command(monkeypatch, capsys, run)
+    assert status == 1
+    assert "first at epoch 2: action grow, recorded continue" in out
+    status, out, _ = command(monkeypatch, capsys, run, "--json")
+    assert (status, json.loads(out)["first_difference"]) == (1, 2)
+
+
+def test_a_wrong_argument_is_one_line(run, tmp_path, monkeypatch, capsys):
+    status, out, err = command(monkeypatch, capsys, run, "--alpha", "0.5")
+    assert (status, out) == (2, "")
+    assert "schedule.alpha = 0.5: expected greater than 1" in err
+    status, _, err = command(monkeypatch, capsys, tmp_path / "none")
+    assert status == 2
+    assert err.count("\n") == 1

@@ -201,7 +201,10 @@ def test_shards_without_a_checkpoint_go_with_the_next_save(folder):
         (lambda shards: (shards[1].unlink(), shards[1].mkdir()), "not a file"),
         (lambda shards: shards[1].write_bytes(shards[0].read_bytes()), "has digest"),
         (lambda shards: flip(shards[1]), "do not match their checksum"),
-        (lambda shards: shards[1].write_bytes(shards[1].read_bytes()[:-1]), "it has .* bytes, not the .* written"),
+        (
+            lambda shards: shards[1].write_bytes(shards[1].read_bytes()[:-1]),
+            "it has .* bytes, not the .* written",
+        ),
     ],
     ids=["missing", "empty", "folder", "swapped", "flipped bit", "truncated"],
 )

@@ -143,6 +143,8 @@ class Supervisor:
         self._world_ranks = self._ranks()
         self._run.joined.unlink(missing_ok=True)
         log = self._run.logs / f"world-{known:06d}-{self._job.launch.launcher}.log"
+        with log.open("a", encoding="utf-8") as file:
+            file.write(f"$ {start}\n")
         self._world = World(start, log, self._lock.descriptor, self._show)
         with self._resources.watching(self._move):
             ending = self._world.wait(self._run.joined, self._job.launch.start_seconds)

@@ -125,6 +125,8 @@ def test_where_slurm_refuses_more_the_same_size_goes_on(link, run, slurm):
     assert link._hand_over(ExitStatus.OK, None) == ExitStatus.OK
     assert Chain(run, "digits").link(2).ranks == 1
     assert "accumulating on what there is" in link.said[0]
+    # and the next link does not ask for it again
+    assert link._most(link._partition()) == 3
 
 
 def test_where_slurm_refuses_all_the_chain_fails_with_its_words(link, run, slurm):

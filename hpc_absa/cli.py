@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -325,6 +326,42 @@ def status(
 
         found.render(Console())
     return ExitStatus.OK
+
+
+@app.command()
+def doctor(
+    job: Annotated[
+        Path | None, typer.Argument(metavar="[JOB]", help="Job file that is to run here.")
+    ] = None,
+    run_dir: RunFolder = None,
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> int:
+    """Say what the installation can do, and what is wrong, each with its cure.
+
+    With a job file also whether that job finds here what it needs: hosts, slots, cores, Slurm.
+    Exit status: 0 nothing is wrong, 1 something is.
+    """
+    from hpc_absa import job as jobs
+    from hpc_absa.doctor import Patient, examine
+    from hpc_absa.rundir import RunDir
+    from hpc_absa.supervisor import driver
+
+    loaded = jobs.load(job, tuple(overrides or ())) if job else None
+    folder = run_dir or (driver.default_run_dir(loaded) if loaded else Path("runs"))
+    findings = []
+    for finding in examine(Patient(RunDir(folder), loaded)):
+        findings.append(finding)
+        if not as_json:
+            _show(f"{finding.state.upper():9} {finding.check}: {finding.found}")
+            if finding.cure:
+                _show(f"{'':9} mend it: {finding.cure}")
+    faults = sum(finding.state == "fault" for finding in findings)
+    if as_json:
+        _print_json({"faults": faults, "findings": [asdict(finding) for finding in findings]})
+    else:
+        _show(f"{faults or 'no'} fault{'s' * (faults != 1)}")
+    return ExitStatus.FAILED if faults else ExitStatus.OK
 
 
 @app.command()

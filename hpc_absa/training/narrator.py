@@ -103,13 +103,14 @@ class Narrator:
 
         Where that one fails they wait for the next.
         """
-        count = len(self._pending)
+        closed = tuple(self._pending)
 
         def saved(published: Published) -> None:
-            for _ in range(count):
-                event, of_phase, fields = self._pending[0]
-                self.emit(event, of_phase, **fields)
-                del self._pending[0]
+            for told in closed:
+                if told in self._pending:  # the save before, still in flight, may have told it
+                    event, of_phase, fields = told
+                    self.emit(event, of_phase, **fields)
+                    self._pending.remove(told)
             self.emit(
                 "checkpoint",
                 phase,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import contextlib
 import time
 from typing import Any, TextIO
 
@@ -29,6 +30,7 @@ class Narrator:
         self._output = output
         self._pending: list[tuple[str, int, dict[str, Any]]] = []
         self._last_line = time.monotonic()
+        self._phase = 1
 
     def say(self, line: str) -> None:
         """Print a line for people, to the launcher and into the rank's own log."""
@@ -46,6 +48,7 @@ class Narrator:
 
     def emit(self, event: str, phase: int, **fields: Any) -> None:
         """Append an event now."""
+        self._phase = phase
         if self._speaks:
             events.append(self._run.events, event, phase, **fields)
 
@@ -53,6 +56,14 @@ class Narrator:
         """Append an event once the next checkpoint is durable: what is logged is never redone."""
         if self._speaks:
             self._pending.append((event, phase, {"time": time.time(), **fields}))
+
+    def save_failed(self, reason: str) -> None:
+        """A checkpoint could not be written and training goes on: an event and a line."""
+        self.say(f"warning: {reason}")
+        if self._speaks:
+            # Where the disk is full, the log may be as well.
+            with contextlib.suppress(OSError):
+                self.emit("save_failed", self._phase, reason=reason)
 
     def decision(
         self,

@@ -36,17 +36,31 @@ def block_size(content: int) -> int:
     return size
 
 
-def seal(path: Path, block: int) -> int:
+def checksums(path: Path, block: int) -> list[int]:
+    """CRC-32 of every chunk of a file whose first `block` bytes are free."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        return [zlib.crc32(chunk) for _, chunk in _chunks(descriptor, block)]
+    finally:
+        os.close(descriptor)
+
+
+def seal(path: Path, block: int, known: list[int] | None = None) -> int:
     """Fill in the first `block` bytes of a file, which are free, and make it durable.
+
+    Args:
+        path: the file.
+        block: bytes.
+        known: its checksums, where they have been computed.
 
     Returns:
         The bytes of the whole file.
     """
+    sums = checksums(path, block) if known is None else known
     descriptor = os.open(path, os.O_RDWR)
     try:
         size = os.fstat(descriptor).st_size
-        checksums = [zlib.crc32(chunk) for _, chunk in _chunks(descriptor, block)]
-        os.pwrite(descriptor, _block(block, size, checksums), 0)
+        os.pwrite(descriptor, _block(block, size, sums), 0)
         os.fsync(descriptor)
         return size
     finally:

@@ -131,8 +131,8 @@ class SoakRun:
         """The launcher, where there is one at present."""
         with contextlib.suppress(psutil.NoSuchProcess):
             for child in self.supervisor().children():
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    if child.name() in ("mpirun", "orterun"):
+                with contextlib.suppress(psutil.NoSuchProcess, IndexError):
+                    if Path(child.cmdline()[0]).name == "mpirun":
                         return child
         return None
 

@@ -7,10 +7,12 @@ calls that leave the interpreter free for the training meanwhile (h5py's hold it
 
 from __future__ import annotations
 
+import bisect
 import contextlib
+import itertools
 import os
-import threading
 import time
+import zlib
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -38,9 +40,6 @@ from hpc_absa.errors import CheckpointError
 RESERVED = ("format", "format_version", "created", "digest")
 """Root attributes that describe the file, not the content; the digest leaves them out."""
 
-
-FLUSH = 0.02
-"""Seconds between two requests to the disk to take what has been written so far."""
 
 SHARDS = "shards"
 """The group whose attributes name the shards."""
@@ -149,20 +148,19 @@ def write(path: Path, content: Content, shards: tuple[Shard, ...] = ()) -> Writt
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        # Hashing, copying, the disk and the comparison go on side by side.
-        with ThreadPoolExecutor(2) as pool, _flushed(pool, temporary) as complete:
+        with ThreadPoolExecutor(2) as pool:
             hashing = pool.submit(content.fingerprints)
             block = seal.block_size(content.nbytes())
             places = _lay_out(temporary, content, shards, block)
             _fill(temporary, content, places)
+            syncing = pool.submit(_sync, temporary)  # the disk works while we hash and compare
             own = hashing.result()
             linked = {key: of for shard in shards for key, of in shard.fingerprints.items()}
             digest = content.digest({**linked, **own})
             _sign(temporary, digest)
-            complete.set()
-            checksums = pool.submit(seal.checksums, temporary, block)
-            _compare(temporary, content, {**linked, **own})
-        size = seal.seal(temporary, block, checksums.result())
+            checksums = _compare(temporary, content, {**linked, **own}, block)
+            syncing.result()
+            size = seal.seal(temporary, block, checksums)
         os.replace(temporary, path)
         _sync(path.parent)
     except BaseException as error:
@@ -338,59 +336,49 @@ def _sign(temporary: Path, digest: str) -> None:
         file.attrs["digest"] = digest
 
 
-def _compare(temporary: Path, content: Content, fingerprints: Mapping[Key, Fingerprint]) -> None:
-    """Raise unless the file, read back, says what `content` says."""
+def _compare(
+    temporary: Path, content: Content, fingerprints: Mapping[Key, Fingerprint], block: int
+) -> list[int]:
+    """Raise unless the file, read back, says what `content` says.
+
+    Returns:
+        The checksums that belong into its first `block` bytes: what was compared is what is sealed.
+    """
     outline = _outline(temporary)
     bare = Content(outline.attributes, {name: Group(of) for name, of in outline.groups.items()})
     same = bare.digest(fingerprints) == outline.digest == content.digest(fingerprints)
-    arrays = content.arrays()
-    descriptor = os.open(temporary, os.O_RDONLY)
-    try:
-        same = same and outline.places.keys() == arrays.keys()
-        if not same or not all(
-            _holds(descriptor, outline.places[key], array) for key, array in arrays.items()
+    arrays, places = content.arrays(), outline.places
+    same = same and {key: (of.dtype, of.shape) for key, of in places.items()} == {
+        key: (of.dtype.str, of.shape) for key, of in arrays.items()
+    }
+    wanted = [(places[key].start, raw(array)) for key, array in arrays.items()] if same else []
+    wanted.sort(key=lambda each: each[0])
+    checksums = []
+    for start, chunk in seal.chunks(temporary, block):
+        same = same and _holds(chunk, start, wanted)
+        checksums.append(zlib.crc32(chunk))
+    if not same:
+        raise CheckpointError("what was read back is not what was written")
+    return checksums
+
+
+def _holds(chunk: memoryview, start: int, wanted: list[tuple[int, memoryview]]) -> bool:
+    """Whether the bytes of a file from `start` on are those of the arrays that lie there.
+
+    Args:
+        chunk: the file's bytes.
+        start: their place in it.
+        wanted: place and bytes of all arrays, by place.
+    """
+    stop = start + len(chunk)
+    first = max(0, bisect.bisect_right(wanted, start, key=lambda each: each[0]) - 1)
+    for at, data in itertools.takewhile(lambda each: each[0] < stop, wanted[first:]):
+        low, high = max(at, start), min(at + len(data), stop)
+        if low < high and not np.array_equal(
+            chunk[low - start : high - start], data[low - at : high - at]
         ):
-            raise CheckpointError("what was read back is not what was written")
-    finally:
-        os.close(descriptor)
-
-
-def _holds(descriptor: int, place: Place, array: np.ndarray) -> bool:
-    """Whether the file has the array's bytes at its place."""
-    if (place.dtype, place.shape) != (array.dtype.str, array.shape):
-        return False
-    data = raw(array)
-    scratch = memoryview(bytearray(min(len(data), seal.CHUNK)))
-    for begin in range(0, len(data), seal.CHUNK):
-        piece = data[begin : begin + seal.CHUNK]
-        back = scratch[: len(piece)]
-        if os.preadv(descriptor, [back], place.start + begin) != len(piece):
-            return False
-        if not np.array_equal(back, piece):
             return False
     return True
-
-
-@contextlib.contextmanager
-def _flushed(pool: ThreadPoolExecutor, path: Path) -> Iterator[threading.Event]:
-    """Have the disk follow what is written within, up to the setting of the event; durable after.
-
-    Otherwise all of it would wait in memory until the end.
-    """
-    complete = threading.Event()
-
-    def follow() -> None:
-        while not complete.wait(FLUSH):
-            if path.exists():
-                _sync(path)
-        _sync(path)
-
-    following = pool.submit(follow)
-    try:
-        yield complete
-    finally:
-        complete.set()
-    following.result()
 
 
 def _sync(path: Path) -> None:

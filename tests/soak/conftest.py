@@ -4,6 +4,7 @@ import os
 
 import pytest
 
+from tests.soak.runs import reap
 from tests.soak.summary import Summary
 
 _SUMMARY = pytest.StashKey[Summary]()
@@ -17,6 +18,12 @@ def pytest_configure(config):
 def campaign(request) -> Summary:
     """Where the campaigns count their cases."""
     return request.config.stash[_SUMMARY]
+
+
+@pytest.fixture(autouse=True)
+def _nothing_stays(tmp_path):
+    yield
+    reap(tmp_path)
 
 
 def pytest_terminal_summary(terminalreporter, config):

@@ -183,8 +183,8 @@ def test_a_limit_of_bytes(tmp_path: Path, wanted: str, campaign: Summary, on_err
         import resource
 
         none = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
-        for rank in run.ranks():
-            rank.rlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+        (rank,) = run.ranks()
+        rank.rlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
         yield
         with contextlib.suppress(Exception):
             for rank in run.ranks():

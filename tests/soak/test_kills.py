@@ -134,7 +134,7 @@ def _kill(run: SoakRun, draw: random.Random) -> Kill | None:
     ranks = [rank.pid for rank in run.ranks()]
     when = time.time()
     try:
-        _strike(run, victim, draw)
+        victim = _strike(run, victim, draw)
     except psutil.NoSuchProcess:
         return None  # it ended by itself just before
     return Kill(victim, when, ranks)
@@ -194,26 +194,25 @@ def _reached(run: SoakRun, moment: str, since: float) -> bool:
     return False
 
 
-def _strike(run: SoakRun, victim: str, draw: random.Random) -> None:
+def _strike(run: SoakRun, victim: str, draw: random.Random) -> str:
+    """Kill it; everything where there is no such process at this moment. Says which it was."""
     match victim:
-        case "tree":
-            run.kill_tree()
-        case "supervisor":
-            run.supervisor().kill()
-            assert run.process is not None
-            run.process.wait(30)
         case "mpirun":
-            _or_tree(run, [launcher] if (launcher := run.mpirun()) else [], draw)
+            found = [launcher] if (launcher := run.mpirun()) else []
         case "rank":
-            _or_tree(run, run.ranks(), draw)
-
-
-def _or_tree(run: SoakRun, victims: list[psutil.Process], draw: random.Random) -> None:
-    """One of `victims`; everything where there is none at this moment."""
-    if victims:
-        draw.choice(victims).kill()
-    else:
+            found = run.ranks()
+        case "supervisor":
+            found = [run.supervisor()]
+        case _:
+            found = []
+    if not found:
         run.kill_tree()
+        return "tree"
+    draw.choice(found).kill()
+    if victim == "supervisor":
+        assert run.process is not None
+        run.process.wait(30)
+    return victim
 
 
 def _to_its_end(run: SoakRun) -> int:

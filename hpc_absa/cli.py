@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -113,7 +115,8 @@ def run(
 
     def show(line: str) -> None:
         _show(line)
-        board.update()
+        with contextlib.suppress(OSError):  # figures may wait, the run may not
+            board.update()
 
     supervisor = driver.Supervisor(loaded, folder, tuple(allow_changed or ()), show)
     if dry_run:
@@ -175,7 +178,8 @@ def link(
 
     def show(line: str) -> None:
         _show(line)
-        board.update()
+        with contextlib.suppress(OSError):  # figures may wait, the run may not
+            board.update()
 
     status = LinkRun(run, number, tuple(allow_changed or ()), show).work()
     board.close()
@@ -229,11 +233,19 @@ def plan(
     samples: Annotated[
         int | None, typer.Option(min=1, help="Training samples, where the data set is your own.")
     ] = None,
+    rate: Annotated[
+        float | None,
+        typer.Option(min=1e-9, help="Samples a second of one rank: adds hours and node-hours."),
+    ] = None,
+    ranks_per_node: Annotated[
+        int, typer.Option(min=1, help="Ranks that share a node, for node-hours.")
+    ] = 1,
     as_json: Json = False,
 ) -> int:
     """Show the phases a job goes through and its SGD iterations, without training.
 
-    Where the eigenvalue decides, the earliest and the latest possible course are shown.
+    Where measurements decide, the earliest and the latest possible course are shown. With `--rate`
+    also the hours that the steps take to compute, and node-hours.
     """
     from hpc_absa import job as jobs
     from hpc_absa import plan as planner
@@ -247,6 +259,9 @@ def plan(
     if loaded.launch.hosts and not max_ranks:
         limit = worldsize.limit(loaded)
     plans = planner.plan(loaded, count, limit)
+    if rate:
+        b = loaded.train.microbatch
+        plans = {k: planner.timed(p, b, rate, ranks_per_node) for k, p in plans.items()}
     if as_json:
         _print_json(
             plans["course"].to_dict()
@@ -257,6 +272,42 @@ def plan(
     for name, planned in plans.items():
         _print_plan(loaded.name if name == "course" else f"{loaded.name}, {name} course", planned)
     return ExitStatus.OK
+
+
+@app.command()
+def compare(
+    sweep: Annotated[
+        Path, typer.Argument(metavar="SWEEP", help="Sweep file (TOML); jobs/ has examples.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the sweep; default runs/<sweep name>.")
+    ] = None,
+    side_by_side: Annotated[
+        int | None, typer.Option(min=1, help="Cells at work at a time, in place of the sweep's.")
+    ] = None,
+    retry: Annotated[
+        bool, typer.Option("--retry", help="Try failed cells again, from their last checkpoints.")
+    ] = False,
+    overrides: Overrides = None,
+    allow_changed: AllowChanged = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Say where each cell stands and print the tables so far."),
+    ] = False,
+) -> int:
+    """Run a grid of schedules, batches and seeds, and print the talk's two tables of it.
+
+    Each cell is a run of its own below the sweep's folder. The same command goes on where it was
+    stopped; the tables are also written as Markdown, CSV, LaTeX and HTML. Exit status: 0 all cells
+    done, 1 some failed (`--retry` tries them again), 75 stopped.
+    """
+    from hpc_absa.study.command import compare as run_sweep
+
+    words, allowed = tuple(overrides or ()), tuple(allow_changed or ())
+    return run_sweep(
+        sweep, out, side_by_side=side_by_side, retry=retry, dry_run=dry_run,
+        overrides=words, allow_changed=allowed,
+    )  # fmt: skip
 
 
 @app.command()
@@ -275,6 +326,42 @@ def status(
 
         found.render(Console())
     return ExitStatus.OK
+
+
+@app.command()
+def doctor(
+    job: Annotated[
+        Path | None, typer.Argument(metavar="[JOB]", help="Job file that is to run here.")
+    ] = None,
+    run_dir: RunFolder = None,
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> int:
+    """Say what the installation can do, and what is wrong, each with its cure.
+
+    With a job file also whether that job finds here what it needs: hosts, slots, cores, Slurm.
+    Exit status: 0 nothing is wrong, 1 something is.
+    """
+    from hpc_absa import job as jobs
+    from hpc_absa.doctor import Patient, examine
+    from hpc_absa.rundir import RunDir
+    from hpc_absa.supervisor import driver
+
+    loaded = jobs.load(job, tuple(overrides or ())) if job else None
+    folder = run_dir or (driver.default_run_dir(loaded) if loaded else Path("runs"))
+    findings = []
+    for finding in examine(Patient(RunDir(folder), loaded)):
+        findings.append(finding)
+        if not as_json:
+            _show(f"{finding.state.upper():9} {finding.check}: {finding.found}")
+            if finding.cure:
+                _show(f"{'':9} mend it: {finding.cure}")
+    faults = sum(finding.state == "fault" for finding in findings)
+    if as_json:
+        _print_json({"faults": faults, "findings": [asdict(finding) for finding in findings]})
+    else:
+        _show(f"{faults or 'no'} fault{'s' * (faults != 1)}")
+    return ExitStatus.FAILED if faults else ExitStatus.OK
 
 
 @app.command()
@@ -432,7 +519,9 @@ def _print_plan(title: str, planned: Any) -> None:
     from rich.table import Table
 
     table = Table(title=f"{title}: {planned.steps} SGD iterations", title_justify="left")
-    for column in ("epochs", "steps", "global batch", "ranks", "learning rate"):
+    timed = any(phase.hours is not None for phase in planned.phases)
+    columns = ["epochs", "steps", "global batch", "ranks", "learning rate"]
+    for column in columns + ["hours", "node-hours"] * timed:
         table.add_column(column, justify="right")
     for phase in planned.phases:
         table.add_row(
@@ -441,7 +530,15 @@ def _print_plan(title: str, planned: Any) -> None:
             str(phase.global_batch),
             str(phase.ranks),
             f"{phase.lr:.4g}",
+            *([f"{phase.hours:.3g}", f"{phase.node_hours:.3g}"] if timed else []),
         )
+    if timed:
+        hours, node_hours = (
+            sum(getattr(phase, name) for phase in planned.phases)
+            for name in ("hours", "node_hours")
+        )
+        table.caption = f"{hours:.3g} hours of computing, {node_hours:.3g} node-hours"
+        table.caption_justify = "left"
     Console().print(table)
 
 
@@ -473,5 +570,8 @@ def main() -> None:
         status = ExitStatus.STOPPED
     except BrokenPipeError:
         sys.stderr.close()
+        status = ExitStatus.FAILED
+    except OSError as error:  # a disk that is full, read-only or gone
+        print(f"hpc-absa: {error}", file=sys.stderr)
         status = ExitStatus.FAILED
     sys.exit(int(status or 0))

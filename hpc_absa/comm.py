@@ -15,15 +15,8 @@ from typing import Any, Protocol
 
 import torch
 
+from hpc_absa.allocation import WORLD_SIZE_VARIABLES
 from hpc_absa.errors import UsageError
-
-WORLD_SIZE_VARIABLES = (
-    "OMPI_COMM_WORLD_SIZE",  # Open MPI's mpirun
-    "PMI_SIZE",  # MPICH, Intel MPI, srun --mpi=pmi2
-    "MV2_COMM_WORLD_SIZE",  # MVAPICH
-    "HOROVOD_SIZE",  # horovodrun --gloo
-)
-"""Set by a launcher in every rank it starts; with none of them set a process is alone."""
 
 POLL = 5e-5
 """Seconds between looks at a sum that is under way: some 1 % of a small model's step."""

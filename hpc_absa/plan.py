@@ -34,6 +34,14 @@ class PlannedPhase:
     ranks: int
     lr: float
     """Outside of warm-up and cosine."""
+    hours: float | None = None
+    """Of computing, where the speed of a rank was given."""
+    node_hours: float | None = None
+    """`hours` on all nodes of the phase."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON, without what is not known."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -46,7 +54,7 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return {"steps": self.steps, "phases": [asdict(phase) for phase in self.phases]}
+        return {"steps": self.steps, "phases": [phase.to_dict() for phase in self.phases]}
 
 
 def training_samples(job: Job) -> int:
@@ -88,6 +96,24 @@ def plan(job: Job, samples: int, limit: int) -> dict[str, Plan]:
     if not measured:
         return {"course": earliest}
     return {"earliest": earliest, "latest": _walk(job, rule, samples, limit, growing=False)[0]}
+
+
+def timed(planned: Plan, microbatch: int, rate: float, ranks_per_node: int) -> Plan:
+    """`planned` with the time that its steps take to compute; nothing else is in it.
+
+    Args:
+        planned: A course.
+        microbatch: Samples b of one.
+        rate: Samples a second of one rank (`samples_per_second` of a run's events, on one rank).
+        ranks_per_node: How many share a node.
+    """
+    phases = []
+    for phase in planned.phases:
+        rounds = -(-(phase.global_batch // microbatch) // phase.ranks)
+        hours = phase.steps * rounds * microbatch / rate / 3600
+        nodes = -(-phase.ranks // ranks_per_node)
+        phases.append(replace(phase, hours=hours, node_hours=hours * nodes))
+    return replace(planned, phases=tuple(phases))
 
 
 def _measured(rule: Rule, state: ScheduleState, growing: bool) -> tuple[ScheduleState, Observation]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,6 @@ from hpc_absa.report import text
 from hpc_absa.report.accounting import finite
 from hpc_absa.report.history import require_run
 from hpc_absa.schedules import Rule, build
-from hpc_absa.schedules.noise import NoiseState
 
 CHANGEABLE = ("schedule", "train.lr", "train.lr_decay", "train.milestones")
 """What a rule is made of; anything else would have changed the λ themselves."""
@@ -113,9 +112,8 @@ def _derive(own: Job, job: Job, events: Sequence[Event]) -> Iterator[Replayed]:
         event = decided.get(epoch)
         seen, unknown = None, None
         if event is not None:
+            state = rule.recall(state, event)
             seen, unknown = _evidence(own, event, rule, state, whole)
-            state, untold = _informed(own, event, rule, state)
-            unknown = unknown or untold
         if event is not None and epoch >= own.train.epochs:
             decision = Decision("finish", "all epochs are visited", state)
         else:
@@ -132,7 +130,11 @@ def _evidence(
 
     An estimate that ended early said that λ lies above its own threshold, and that is all it said.
     """
-    if not rule.wants_eigenvalue(state) or finite(event.get("epoch")) >= own.train.epochs:
+    if finite(event.get("epoch")) >= own.train.epochs:
+        return None, None
+    if rule.wants_gradients(state) and "noise_scale" not in event:
+        return None, "the run measured no gradient noise here"
+    if not rule.wants_eigenvalue(state):
         return None, None
     matvecs = int(finite(event.get("matvecs"), 0.0))
     if not matvecs:
@@ -154,22 +156,6 @@ def _evidence(
     asked = "its value" if threshold is None else f"whether it is above {threshold:.4g}"
     plain = Eigenvalue(**{**asdict(found), "settled": False})
     return plain, f"λ is above {above:.4g}; {asked} was not asked"
-
-
-def _informed(
-    own: Job, event: Event, rule: Rule, state: ScheduleState
-) -> tuple[ScheduleState, str | None]:
-    """The state with what the steps up to here told of the gradient's noise, where that counts.
-
-    The event has means over the steps: their quotient is that of the sums.
-    """
-    if not isinstance(state, NoiseState):
-        return state, None
-    noise, signal = finite(event.get("gradient_noise")), finite(event.get("gradient_signal"))
-    if math.isfinite(noise) and math.isfinite(signal):
-        return replace(state, noise=noise, signal=signal, steps=1), None
-    untold = rule.wants_gradients(state) and own.schedule.method != "gns"
-    return state, "the run looked at no gradient noise" if untold else None
 
 
 def _above(own: Job, event: Event, found: Eigenvalue, whole: float) -> float:

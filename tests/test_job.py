@@ -10,8 +10,8 @@ from pydantic import BaseModel, ValidationError
 
 from hpc_absa import job as jobs
 from hpc_absa.errors import ExitStatus, UsageError
+from tests import job_files
 
-JOBS = Path(__file__).parents[1] / "jobs"
 JOB = """
 name = "a"
 [data]
@@ -46,7 +46,7 @@ def refusal(*overrides, text=JOB):
 # What it takes
 
 
-@pytest.mark.parametrize("path", sorted(JOBS.rglob("*.toml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", job_files.JOB_FILES, ids=job_files.name)
 def test_every_job_of_the_package_loads(path):
     job = jobs.load(path)
     assert jobs.parse(jobs.dump(job), "dump") == job

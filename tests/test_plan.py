@@ -1,7 +1,6 @@
 """The planner: published counts, and the same course as a slow simulation step by step."""
 
 from fractions import Fraction
-from pathlib import Path
 
 import pytest
 from hypothesis import assume, given, settings
@@ -9,11 +8,14 @@ from hypothesis import strategies as st
 
 from hpc_absa import job as jobs
 from hpc_absa.errors import UsageError
-from hpc_absa.plan import plan, training_samples
+from hpc_absa.plan import plan, timed, training_samples
 from hpc_absa.records import Eigenvalue, GradientSquares, Observation
+from hpc_absa.report.published import PUBLISHED_ACCURACY
 from hpc_absa.schedules import build
+from hpc_absa.study import sweep
+from tests import job_files
+from tests.job_files import JOB_FILES, SWEEP_FILES
 
-JOBS = Path(__file__).parents[1] / "jobs"
 JOB = """
 [data]
 name = "cifar10"
@@ -74,6 +76,15 @@ def test_imagenet_of_the_talk(method, largest, thousands):
         samples=1_281_167,
     )
     assert round(planned.steps / 1000) == thousands
+
+
+@pytest.mark.parametrize("method", ["abs", "absa"])
+@pytest.mark.parametrize("batch", [640, 3200, 5120, 10240, 16000])
+def test_what_the_talk_measured_lies_between_the_earliest_and_the_latest_course(method, batch):
+    words = (f"schedule.method={method}", f"schedule.max_batch={batch}")
+    plans = plan(job(*words), 50_000, 64)
+    _, measured = PUBLISHED_ACCURACY[batch][method]
+    assert plans["earliest"].steps <= measured <= plans["latest"].steps
 
 
 # Phases
@@ -149,6 +160,26 @@ def test_nothing_grows_at_the_very_end():
     # Two epochs of 20 microbatches by threes with the last step cut, then 20 by sixes: 7 + 3.
     assert latest.steps == 10
     assert phases(latest) == [(7, 30), (3, 60)]
+
+
+def test_hours_follow_from_the_rounds_of_each_step():
+    """BL at 128: 35156 steps of one round; at 640 on 4 ranks two rounds, and two nodes of three."""
+    planned = course("train.milestones=[]")
+    (phase,) = timed(planned, 128, rate=1000, ranks_per_node=4).phases
+    assert phase.hours == pytest.approx(35156 * 0.128 / 3600)
+    assert phase.node_hours == phase.hours
+    words = ("train.milestones=[]", "schedule.max_batch=640", "ranks.initial=4")
+    (phase,) = timed(course(*words, limit=4), 128, rate=1000, ranks_per_node=3).phases
+    assert phase.ranks == 4 or phase.ranks == 5 or phase.ranks == 3
+    rounds = -(-5 // phase.ranks)
+    assert phase.hours == pytest.approx(7031 * rounds * 0.128 / 3600)
+    assert phase.node_hours == pytest.approx(phase.hours * -(-phase.ranks // 3))
+
+
+def test_without_a_rate_a_plan_tells_no_hours():
+    assert set(course().to_dict()["phases"][0]) == {
+        "epochs", "steps", "global_batch", "ranks", "lr"
+    }  # fmt: skip
 
 
 def test_ranks_are_never_given_back():
@@ -282,9 +313,16 @@ def test_the_earliest_course_is_the_shortest(task):
         assert plans["earliest"].steps <= plans["latest"].steps
 
 
-@pytest.mark.parametrize("path", sorted(JOBS.rglob("*.toml")), ids=lambda path: path.stem)
-def test_every_job_of_the_package_can_be_planned(path):
-    loaded = jobs.load(path)
+def planned_jobs():
+    """Every job of the package, and those of its sweeps' cells."""
+    yield from (pytest.param(jobs.load(path), id=job_files.name(path)) for path in JOB_FILES)
+    for path in SWEEP_FILES:
+        for cell in sweep.load(path)[1]:
+            yield pytest.param(cell.job, id=f"{job_files.name(path)}:{cell.name}")
+
+
+@pytest.mark.parametrize("loaded", list(planned_jobs()))
+def test_every_job_of_the_package_can_be_planned(loaded):
     for planned in plan(loaded, training_samples(loaded), 8).values():
         assert planned.steps > 0
         assert planned.phases[-1].global_batch <= loaded.schedule.largest_batch

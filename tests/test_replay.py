@@ -162,7 +162,7 @@ def test_the_gradient_noise_scale_is_read_from_the_log(tmp_path):
 
 def test_noise_is_not_told_by_a_run_that_looked_at_eigenvalues(run):
     course = replay(run, ["schedule={method='gns', base_batch=64, max_batch=128}"])
-    assert at(course, 1).unknown == "the run looked at no gradient noise"
+    assert at(course, 1).unknown == "the run measured no gradient noise here"
     assert not course.growths
 
 

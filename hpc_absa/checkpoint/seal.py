@@ -36,19 +36,34 @@ def block_size(content: int) -> int:
     return size
 
 
-def seal(path: Path, block: int) -> int:
+def seal(path: Path, block: int, checksums: list[int] | None = None) -> int:
     """Fill in the first `block` bytes of a file, which are free, and make it durable.
+
+    Args:
+        path: the file.
+        block: bytes.
+        checksums: of its `chunks`, where they are known already.
 
     Returns:
         The bytes of the whole file.
     """
+    if checksums is None:
+        checksums = [zlib.crc32(chunk) for _, chunk in chunks(path, block)]
     descriptor = os.open(path, os.O_RDWR)
     try:
         size = os.fstat(descriptor).st_size
-        checksums = [zlib.crc32(chunk) for _, chunk in _chunks(descriptor, block)]
         os.pwrite(descriptor, _block(block, size, checksums), 0)
         os.fsync(descriptor)
         return size
+    finally:
+        os.close(descriptor)
+
+
+def chunks(path: Path, block: int) -> Iterator[tuple[int, memoryview]]:
+    """Place and bytes of what each checksum is of; the bytes are gone with the next ones."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        yield from _chunks(descriptor, block)
     finally:
         os.close(descriptor)
 

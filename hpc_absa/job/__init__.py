@@ -2,7 +2,7 @@
 
 from hpc_absa.job.base import Count, Fraction, Named, Positive, Section
 from hpc_absa.job.changes import WITHOUT_EFFECT, refuse_changes
-from hpc_absa.job.file import dump, load, parse
+from hpc_absa.job.file import dump, from_tables, load, parse
 from hpc_absa.job.model import Checkpoint, Data, Hessian, Job, Launch, Model, Ranks, Train
 from hpc_absa.job.schedule import (
     OWN,
@@ -45,6 +45,7 @@ __all__ = [
     "Train",
     "TunedAdversarialAdaptiveBatch",
     "dump",
+    "from_tables",
     "load",
     "parse",
     "refuse_changes",

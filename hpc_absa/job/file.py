@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import tomllib
+import typing
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from hpc_absa.errors import UsageError
 from hpc_absa.job.model import Job
@@ -32,12 +35,18 @@ def parse(text: str, origin: str, overrides: tuple[str, ...] = ()) -> Job:
         tables = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise UsageError(f"{origin}: not valid TOML: {error}") from None
+    return from_tables(tables, origin, overrides)
+
+
+def from_tables(tables: Mapping[str, Any], origin: str, overrides: tuple[str, ...] = ()) -> Job:
+    """As `parse`, from the tables of a job file, which stay as they are."""
+    changed = copy.deepcopy(dict(tables))
     for override in overrides:
-        _override(tables, override)
+        _override(changed, override)
     try:
-        return Job.model_validate(tables)
+        return Job.model_validate(changed)
     except ValidationError as error:
-        raise UsageError(f"{origin}: {_explain(error)}") from None
+        raise UsageError(f"{origin}: {explain(error, Job)}") from None
 
 
 def dump(job: Job) -> str:
@@ -64,8 +73,11 @@ def _override(tables: dict[str, Any], override: str) -> None:
         table[words[-1]] = value.strip()
 
 
-def _explain(error: ValidationError) -> str:
-    """The first of pydantic's complaints as `key = value: expected ...`, with a count of others."""
+def explain(error: ValidationError, model: type[BaseModel]) -> str:
+    """The first of pydantic's complaints as `key = value: expected ...`, with a count of others.
+
+    `model` is what was validated.
+    """
     complaints = error.errors(include_url=False)
     first = complaints[0]
     union_tags = set(SCHEDULES)
@@ -78,7 +90,8 @@ def _explain(error: ValidationError) -> str:
         case "missing":
             message = f"{key}: missing, expected a value"
         case "extra_forbidden":
-            message = f"{key} = {first['input']!r}: unknown key, expected {_siblings(first['loc'])}"
+            message = f"{key} = {first['input']!r}: unknown key, expected "
+            message += _siblings(first["loc"], model)
         case "value_error":
             section = f"{key}." if place else ""
             message = f"{section}{first['ctx']['error']}"
@@ -96,18 +109,18 @@ def _explain(error: ValidationError) -> str:
     return message + more
 
 
-def _siblings(location: tuple[int | str, ...]) -> str:
+def _siblings(location: tuple[int | str, ...], model: Any) -> str:
     """The keys that are known where an unknown one stood, the most similar ones first."""
     import difflib
 
-    model: Any = Job
     for word in location[:-1]:
         if word in model.model_fields:
             annotation = model.model_fields[word].annotation
-            if isinstance(annotation, type):
-                model = annotation
-        else:
-            model = SCHEDULES[str(word)]
+            inner = [annotation, *typing.get_args(annotation)]
+            tables = [each for each in inner if isinstance(each, type)]
+            model = next((each for each in tables if issubclass(each, BaseModel)), model)
+        elif isinstance(word, str):
+            model = SCHEDULES[word]
     known = [field.alias or name for name, field in model.model_fields.items()]
     close = difflib.get_close_matches(str(location[-1]), known, n=1)
     return f"{close[0]!r}?" if close else "one of " + ", ".join(sorted(known))

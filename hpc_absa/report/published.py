@@ -55,6 +55,13 @@ PUBLISHED_ACCURACY: Mapping[int, Mapping[str, tuple[float, int]]] = {
 }
 """ResNet-18 on CIFAR-10: accuracy in percent, SGD iterations; by (maximum) batch and schedule."""
 
+PUBLISHED_IMAGENET: Mapping[str, tuple[float | None, int]] = {
+    "bl": (70.4, 450_000),
+    "gg": (None, 166_000),
+    "absa": (70.2, 66_000),
+}
+"""ResNet-18 on ImageNet: accuracy in percent, SGD iterations; by schedule."""
+
 PUBLISHED_TIMES: Mapping[str, Mapping[str, float]] = {
     "bl": {"comp": 125073},
     "gg": {"comp": 50965, "comm": 54, "resize": 40},
@@ -62,3 +69,20 @@ PUBLISHED_TIMES: Mapping[str, Mapping[str, float]] = {
     "absa-tuned": {"comp": 13935, "comm": 58, "resize": 39, "hessian": 220},
 }
 """ResNet-18 on ImageNet: seconds by schedule."""
+
+
+def published_tables(data: str, model: str, base_batch: int) -> frozenset[str]:
+    """Which of the talk's tables are about a job: `accuracy`, `time`, or none.
+
+    Args:
+        data: The job's `data.name`.
+        model: Its `model.name`.
+        base_batch: Its B0.
+    """
+    match data, model, base_batch:
+        case "cifar10", "resnet18" | "resnet18-cifar", 128:
+            return frozenset({"accuracy"})
+        case "imagenet", "resnet18", 256:
+            return frozenset({"time"})
+        case _:
+            return frozenset()

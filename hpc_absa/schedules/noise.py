@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from hpc_absa.records import Decision, GradientSquares, Observation, ScheduleState
 from hpc_absa.schedules.rule import STEADY, Growth, Milestones, Rate, Rule
@@ -74,6 +75,15 @@ class NoiseScale(Rule):
             "gradient_noise": known.noise / known.steps,
             "gradient_signal": known.signal / known.steps,
         }
+
+    def recall(self, state: ScheduleState, told: Mapping[str, Any]) -> NoiseState:
+        """With the event's means of both moments, as though of one step."""
+        noise, signal = told.get("gradient_noise"), told.get("gradient_signal")
+        if noise is None and signal is None and "noise_scale" not in told:
+            return _own(state)
+        # What was not finite is null in an event.
+        known = [math.nan if value is None else float(value) for value in (noise, signal)]
+        return replace(_own(state), noise=known[0], signal=known[1], steps=1)
 
     def decide(self, state: ScheduleState, seen: Observation) -> Decision:
         """Milestones first, then growth; both may come at the same boundary."""

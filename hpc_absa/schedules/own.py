@@ -62,6 +62,10 @@ class OwnRule(Rule):
         """The user's."""
         return self._ask("evidence", lambda: self._rule.evidence(state))
 
+    def recall(self, state: ScheduleState, told: Mapping[str, Any]) -> ScheduleState:
+        """The user's, checked."""
+        return self._state("recall", self._ask("recall", lambda: self._rule.recall(state, told)))
+
     def lr(self, state: ScheduleState, epoch: float) -> float:
         """The user's, checked."""
         lr = self._ask("lr", lambda: self._rule.lr(state, epoch))

@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from hpc_absa.records import Decision, GradientSquares, Observation, ScheduleState
 
@@ -50,6 +51,10 @@ class Rule(ABC):
     def evidence(self, state: ScheduleState) -> Mapping[str, float]:
         """What the next decision will stand on besides the eigenvalue, for the event log."""
         return {}
+
+    def recall(self, state: ScheduleState, told: Mapping[str, Any]) -> ScheduleState:
+        """The state in which a recorded decision was made; `told` is its event, with `evidence`."""
+        return state
 
     def lr(self, state: ScheduleState, epoch: float) -> float:
         """Learning rate of a step that begins `epoch` epochs into the run."""

@@ -42,6 +42,12 @@ class Ending:
             return None
         return int(match["rank"]), match["host"], int(match["signal"])
 
+    def fatal_signal(self) -> int | None:
+        """The signal that ended a rank, or the launcher itself; None where none did."""
+        if killed := self.killed_rank():
+            return killed[2]
+        return -self.exit_code if self.exit_code < 0 else None
+
 
 class World:
     """A launcher's process in a session of its own, so that Ctrl-C reaches the supervisor alone."""
@@ -68,7 +74,7 @@ class World:
             errors="replace",
             start_new_session=True,
             pass_fds=() if lock is None else (lock,),
-            preexec_fn=_end_with_parent,
+            preexec_fn=end_with_parent,
         )
         self._reader = threading.Thread(target=self._read, args=(log, show), name="output")
         self._reader.start()
@@ -104,17 +110,17 @@ class World:
 
     def _read(self, log: Path, show: Callable[[str], None]) -> None:
         assert self._process.stdout is not None
-        with log.open("a", encoding="utf-8") as file:
-            for line in self._process.stdout:
-                self._tail.append(line.rstrip("\n"))
+        for line in self._process.stdout:
+            self._tail.append(line.rstrip("\n"))
+            # A disk without room for the log must not stop the reading: the world would wait.
+            with contextlib.suppress(OSError), log.open("a", encoding="utf-8") as file:
                 file.write(line)
-                file.flush()
-                show(line.rstrip("\n"))
+            show(line.rstrip("\n"))
 
 
 _libc = ctypes.CDLL(None)
 
 
-def _end_with_parent() -> None:
-    """Ask the kernel to tell the launcher when the supervisor dies, even by SIGKILL."""
+def end_with_parent() -> None:
+    """In a child, before it executes: ask for SIGTERM when the parent dies, even by SIGKILL."""
     _libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import nn
 
 from hpc_absa import job as jobs
 from hpc_absa import summation
@@ -35,7 +37,7 @@ from hpc_absa.training.reduction import Overlapped, Reduction, Reproducible
 from hpc_absa.training.resuming import newest_good
 from hpc_absa.training.state import Live, Progress, restore
 from hpc_absa.training.statistics import RunningStatistics
-from hpc_absa.training.step import Adversary, Loss, Stepper
+from hpc_absa.training.step import Adversary, Loss, Numerics, Stepper
 
 
 @dataclass(frozen=True)
@@ -75,12 +77,7 @@ def assemble(
     course = course_of(job, len(dataset.train.labels))
     batches = build_batches(job, dataset, course, device)
     model, loss = agreed(comm, lambda: build_model_and_loss(job, dataset, device))
-    optimizer = torch.optim.SGD(
-        [p for p in model.parameters() if p.requires_grad],
-        lr=job.train.lr,
-        momentum=job.train.momentum,
-        weight_decay=job.train.weight_decay,
-    )
+    optimizer = torch.optim.SGD(_groups(job, model), lr=job.train.lr, momentum=job.train.momentum)
     rule = agreed(comm, lambda: build_rule(job))
     store = Store(run.checkpoints, job.checkpoint.keep)
     statistics = RunningStatistics(model)
@@ -89,7 +86,15 @@ def assemble(
     reduction: Reduction
     reduction = (Reproducible if job.train.reproducible else Overlapped)(model, comm)
     stepper = Stepper(
-        model, loss, optimizer, statistics, reduction, _adversary(job, batches), clock, job.seed
+        model,
+        loss,
+        optimizer,
+        statistics,
+        reduction,
+        _adversary(job, batches),
+        clock,
+        job.seed,
+        Numerics(job.train.precision == "bfloat16", job.train.clip_norm),
     )
     parts = Parts(
         job,
@@ -159,6 +164,15 @@ def _make_reproducible(job: Job, comm: Communicator) -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
+
+
+def _groups(job: Job, model: nn.Module) -> list[dict[str, Any]]:
+    """The parameters with their weight decay; batch norm's and biases are vectors or scalars."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    spared = [p for p in trained if p.dim() < 2 and job.train.decay_spares_vectors]
+    kept = [p for p in trained if p.dim() >= 2 or not job.train.decay_spares_vectors]
+    groups = [(kept, job.train.weight_decay), (spared, 0.0)]
+    return [{"params": some, "weight_decay": decay} for some, decay in groups if some]
 
 
 def _adversary(job: Job, batches: Batches) -> Adversary | None:

@@ -72,6 +72,7 @@ def build_batches(
         padding=_padding(job, dataset),
         flip=job.data.name != "digits" if job.data.flip is None else job.data.flip,
         device=device,
+        channels_last=job.train.channels_last,
     )
 
 
@@ -145,4 +146,9 @@ def build_model_and_loss(
         dataset.image_size,
         len(dataset.classes),
     )
-    return model.to(device), build_loss(job.train.loss, {})
+    layout = torch.channels_last if job.train.channels_last else torch.preserve_format
+    smoothing = job.train.label_smoothing
+    return (
+        model.to(device, memory_format=layout),  # type: ignore[call-overload]
+        build_loss(job.train.loss, {"label_smoothing": smoothing} if smoothing else {}),
+    )

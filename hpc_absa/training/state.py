@@ -176,4 +176,4 @@ def _like(tensor: Tensor, array: np.ndarray) -> Tensor:
     saved = torch.from_numpy(array.copy())
     if tensor.dtype == torch.bfloat16:
         saved = saved.view(torch.bfloat16)
-    return saved.to(tensor.device)
+    return torch.empty_like(tensor).copy_(saved)  # in its memory format, too

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import astuple, dataclass
 
 import torch
@@ -58,6 +59,20 @@ class Adversary:
     """The images of 0 and 1 under the normalisation."""
 
 
+@dataclass(frozen=True)
+class Numerics:
+    """How a step computes, beyond plain float32."""
+
+    autocast: bool = False
+    """Forward passes in bfloat16 where PyTorch holds that safe; weights, gradients, batch-norm
+    statistics and the loss stay float32."""
+    clip_norm: float | None = None
+    """Largest norm of a step's gradient, of the sum over all ranks; a longer one is shortened."""
+
+
+PLAIN = Numerics()
+
+
 class Stepper:
     """Takes steps; knows nothing of schedules, epochs and checkpoints."""
 
@@ -71,6 +86,7 @@ class Stepper:
         adversary: Adversary | None,
         clock: Clock,
         seed: int,
+        numerics: Numerics = PLAIN,
     ) -> None:
         """`seed` is the job's: dropout masks are a function of it and the microbatch's place."""
         self._model = model
@@ -82,6 +98,7 @@ class Stepper:
         self._adversary = adversary
         self._clock = clock
         self._seed = seed
+        self._numerics = numerics
 
     def lanes(self, microbatches: range) -> list[range]:
         """The microbatches that this rank will compute, in order."""
@@ -126,6 +143,8 @@ class Stepper:
         with self._clock("comp"):
             squares = self._squares(square, len(microbatches), divisor) if wants_squares else None
             self._statistics.update(totals[:-RESERVED], len(microbatches), steps_before)
+            if self._numerics.clip_norm is not None:
+                torch.nn.utils.clip_grad_norm_(self._model.parameters(), self._numerics.clip_norm)
             for group in self._optimizer.param_groups:
                 group["lr"] = lr
             self._optimizer.step()
@@ -155,7 +174,7 @@ class Stepper:
         inputs, targets = microbatch.inputs, microbatch.targets
         count = int(fraction * len(targets) + 1e-9)  # 0.29 · 100 is 28.999…
         if count and self._adversary:
-            with self._clock("adversarial"):
+            with self._clock("adversarial"), self._autocast(inputs):
                 moved = fgsm.perturb(
                     self._model,
                     self._loss,
@@ -167,11 +186,19 @@ class Stepper:
                 inputs = torch.cat([moved, inputs[count:]])
         with self._clock("comp"):
             with self._statistics.collecting(extra[:-RESERVED]):
-                loss = self._loss(self._model(inputs), targets)
+                with self._autocast(inputs):
+                    outputs = self._model(inputs)
+                # The loss is a sum over few numbers, which bfloat16 would spoil for nothing.
+                outputs = outputs.float() if self._numerics.autocast else outputs
+                loss = self._loss(outputs, targets)
             with self._reduction.backward(last=last), self._norms.collecting(extra[-RESERVED]):
                 (loss / divisor).backward()
             extra[1 - RESERVED] += loss.detach() * len(targets)
             extra[2 - RESERVED] += len(targets)
+
+    def _autocast(self, inputs: Tensor) -> AbstractContextManager[None]:
+        on = self._numerics.autocast
+        return torch.autocast(inputs.device.type, torch.bfloat16, enabled=on)
 
 
 def _mixed(seed: int, index: int) -> int:

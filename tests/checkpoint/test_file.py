@@ -60,6 +60,7 @@ def test_arrays_come_back_bit_for_bit(path, array):
         0.1,
         -0.0,
         float("inf"),
+        float("nan"),
         5e-324,
         True,
         False,
@@ -361,3 +362,36 @@ def test_named_as_a_checkpoint_but_none(path, found):
 def test_a_copy_elsewhere_under_another_name_is_as_good(good, tmp_path):
     shutil.copy(good, tmp_path / "copy.backup")
     assert_same(read(tmp_path / "copy.backup"), content())
+
+
+@pytest.mark.parametrize("place", ["first", "last", "end of a checksum's bytes", "begin of one's"])
+def test_a_byte_that_reads_back_otherwise_is_noticed_wherever_it_is(path, monkeypatch, place):
+    """Over arrays that begin and end within the bytes of one checksum and of several."""
+    draw = np.random.default_rng(0)
+    sizes = {"a": 3, "b": 2 * seal.CHUNK + 5, "c": 1000, "d": seal.CHUNK - 7, "e": 0, "f": 9}
+    arrays = {key: draw.integers(0, 256, size, np.uint8) for key, size in sizes.items()}
+    wanted = Content({}, {"model": Group({}, arrays)})
+    write(path, wanted)
+    assert_same(read(path), wanted)
+    sign = file._sign
+
+    def spoil(temporary, digest):
+        sign(temporary, digest)
+        block, starts = seal.block_size(wanted.nbytes()), file._outline(temporary).places
+        long = starts["model", "b"].start
+        at = {
+            "first": starts["model", "a"].start,
+            "last": starts["model", "f"].start + 8,
+            "end of a checksum's bytes": block
+            + seal.CHUNK * (1 + (long - block) // seal.CHUNK)
+            - 1,
+            "begin of one's": block + seal.CHUNK * (1 + (long - block) // seal.CHUNK),
+        }[place]
+        with temporary.open("r+b") as opened:
+            byte = os.pread(opened.fileno(), 1, at)
+            os.pwrite(opened.fileno(), bytes([byte[0] ^ 1]), at)
+
+    monkeypatch.setattr(file, "_sign", spoil)
+    with pytest.raises(CheckpointError, match="what was read back is not what was written"):
+        write(path, wanted)
+    assert_same(read(path), wanted)

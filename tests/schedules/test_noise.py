@@ -113,6 +113,21 @@ def test_the_evidence_is_told():
     )
 
 
+@pytest.mark.parametrize("scale", [10, 16, 40, NAN, -1])
+def test_a_decision_is_made_again_from_its_evidence(scale):
+    """As an event has it, where what is not finite is null."""
+    rule = gns()
+    state = rule.learn(rule.learn(rule.initial(), step(scale)), step(scale))
+    told = {k: v if math.isfinite(v) else None for k, v in rule.evidence(state).items()}
+    again = rule.recall(rule.initial(), {"epoch": 1, **told})
+    assert rule.decide(again, at(1)) == rule.decide(state, at(1))
+
+
+def test_where_nothing_was_measured_nothing_is_recalled():
+    rule = gns()
+    assert rule.recall(rule.initial(), {"epoch": 1}) == rule.initial()
+
+
 @pytest.mark.parametrize("stop", range(5))
 def test_a_resume_in_between_decides_the_same(tmp_path, stop):
     """Stopped in the middle of a stretch, the state goes through a checkpoint's attributes."""

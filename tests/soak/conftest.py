@@ -1,7 +1,10 @@
 """The campaigns' common summary, printed when the session ends."""
 
+import os
+
 import pytest
 
+from tests.soak.runs import reap
 from tests.soak.summary import Summary
 
 _SUMMARY = pytest.StashKey[Summary]()
@@ -17,8 +20,14 @@ def campaign(request) -> Summary:
     return request.config.stash[_SUMMARY]
 
 
+@pytest.fixture(autouse=True)
+def _nothing_stays(tmp_path):
+    yield
+    reap(tmp_path)
+
+
 def pytest_terminal_summary(terminalreporter, config):
     if lines := config.stash[_SUMMARY].table():
-        terminalreporter.section("campaigns")
+        terminalreporter.section(f"campaigns, seed {os.environ.get('HPC_ABSA_SOAK_SEED', '0')}")
         for line in lines:
             terminalreporter.write_line(line)

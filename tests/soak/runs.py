@@ -60,6 +60,16 @@ def write_job(folder: Path, *, base: int = 32, largest: int = 128, **shape: int)
     return path
 
 
+_started: list[SoakRun] = []
+
+
+def reap(folder: Path) -> None:
+    """End what a test that failed has left running under its folder."""
+    for run in _started:
+        if run.run.path.is_relative_to(folder) and run.process and run.ended() is None:
+            run.kill_tree()
+
+
 class SoakRun:
     """One run directory and the supervisor at work on it, in a session of its own."""
 
@@ -73,6 +83,7 @@ class SoakRun:
         self.environment |= {watched.FOLDER: str(self.watched), **environment}
         self.output = folder / "output"
         self.process: subprocess.Popen[bytes] | None = None
+        _started.append(self)
 
     def start(self) -> SoakRun:
         """Give the command, for the first time or again."""
@@ -131,8 +142,8 @@ class SoakRun:
         """The launcher, where there is one at present."""
         with contextlib.suppress(psutil.NoSuchProcess):
             for child in self.supervisor().children():
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    if child.name() in ("mpirun", "orterun"):
+                with contextlib.suppress(psutil.NoSuchProcess, IndexError):
+                    if Path(child.cmdline()[0]).name == "mpirun":
                         return child
         return None
 

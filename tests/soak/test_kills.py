@@ -33,9 +33,14 @@ TOGETHER = 2
 """Runs that are under attack at the same time: a run waits more than it computes."""
 SHAPE = {"epochs": 20, "kappa": 4, "initial": 1, "most": 4}
 """Growth after epochs 4 and 8; then twelve epochs on four ranks."""
+FOUR = 3
+"""Every third run has four ranks in the end, the others two, which start in half the time: the bits
+are the same."""
 VICTIMS = ("rank", "rank", "mpirun", "supervisor", "tree")
 MOMENTS = ("any", "any", "any", "start", "saving", "hessian", "evaluation", "relaunching")
-LIFE = 9.0
+GROWING = ("hessian", "relaunching")
+"""Those that a run has behind it once it has grown."""
+LIFE = 7.0
 """Seconds over which `any` is uniform: the start of a world and its work."""
 
 
@@ -108,7 +113,8 @@ def _attack(folder: Path, number: int) -> list[tuple[SoakRun, list[Kill]]]:
     attacked = []
     while left:
         place = folder / f"{number}-{len(attacked)}"
-        run, kills = SoakRun(place, write_job(place, **SHAPE)).start(), []
+        shape = {**SHAPE, "most": 2 if number % FOUR else 4}
+        run, kills = SoakRun(place, write_job(place, **shape)).start(), []
         while len(kills) < left and _alive(run):
             if kill := _kill(run, draw):
                 kills.append(kill)
@@ -120,13 +126,15 @@ def _attack(folder: Path, number: int) -> list[tuple[SoakRun, list[Kill]]]:
 
 def _kill(run: SoakRun, draw: random.Random) -> Kill | None:
     """Kill something at a moment of the draw's choice; None where the run ended before."""
-    victim, moment, spread = draw.choice(VICTIMS), draw.choice(MOMENTS), draw.random()
+    grown = any(start["global_batch"] == 128 for start in run.events("phase_start"))
+    moments = [each for each in MOMENTS if not (grown and each in GROWING)]
+    victim, moment, spread = draw.choice(VICTIMS), draw.choice(moments), draw.random()
     if not _come_to(run, moment, spread):
         return None
     ranks = [rank.pid for rank in run.ranks()]
     when = time.time()
     try:
-        _strike(run, victim, draw)
+        victim = _strike(run, victim, draw)
     except psutil.NoSuchProcess:
         return None  # it ended by itself just before
     return Kill(victim, when, ranks)
@@ -186,26 +194,25 @@ def _reached(run: SoakRun, moment: str, since: float) -> bool:
     return False
 
 
-def _strike(run: SoakRun, victim: str, draw: random.Random) -> None:
+def _strike(run: SoakRun, victim: str, draw: random.Random) -> str:
+    """Kill it; everything where there is no such process at this moment. Says which it was."""
     match victim:
-        case "tree":
-            run.kill_tree()
-        case "supervisor":
-            run.supervisor().kill()
-            assert run.process is not None
-            run.process.wait(30)
         case "mpirun":
-            _or_tree(run, [launcher] if (launcher := run.mpirun()) else [], draw)
+            found = [launcher] if (launcher := run.mpirun()) else []
         case "rank":
-            _or_tree(run, run.ranks(), draw)
-
-
-def _or_tree(run: SoakRun, victims: list[psutil.Process], draw: random.Random) -> None:
-    """One of `victims`; everything where there is none at this moment."""
-    if victims:
-        draw.choice(victims).kill()
-    else:
+            found = run.ranks()
+        case "supervisor":
+            found = [run.supervisor()]
+        case _:
+            found = []
+    if not found:
         run.kill_tree()
+        return "tree"
+    draw.choice(found).kill()
+    if victim == "supervisor":
+        assert run.process is not None
+        run.process.wait(30)
+    return victim
 
 
 def _to_its_end(run: SoakRun) -> int:

@@ -11,7 +11,7 @@ from hpc_absa.training.clock import Clock
 from hpc_absa.training.norms import MicrobatchNorms
 from hpc_absa.training.reduction import Overlapped, Reproducible
 from hpc_absa.training.statistics import RunningStatistics
-from hpc_absa.training.step import Adversary, Flags, Stepper
+from hpc_absa.training.step import Adversary, Flags, Numerics, Stepper
 
 NONE = np.empty(0, np.int64)
 
@@ -230,3 +230,93 @@ def test_the_time_of_adversarial_examples_is_their_own():
     seconds = of._clock.seconds()
     assert seconds["adversarial"] > 0
     assert seconds["comp"] > 0
+
+
+# Options of the job
+
+
+def moved(clip_norm, batches, lr=0.1):
+    """How far one step moves the weights, and the gradient's own norm."""
+    net, whole = model(), model()
+    before = torch.cat([p.detach().clone().reshape(-1) for p in net.parameters()])
+    of = Stepper(
+        net,
+        nn.CrossEntropyLoss(),
+        torch.optim.SGD(net.parameters(), lr=lr),
+        RunningStatistics(net),
+        Overlapped(net, SerialCommunicator()),
+        None,
+        Clock(),
+        0,
+        Numerics(clip_norm=clip_norm),
+    )
+    of.take(
+        range(len(batches)),
+        iter(batches),
+        divisor=len(batches),
+        lr=lr,
+        adversarial_fraction=0.0,
+        steps_before=0,
+        flags=Flags(),
+    )
+    for batch in batches:
+        loss = nn.functional.cross_entropy(whole(batch.inputs), batch.targets)
+        (loss / len(batches)).backward()
+    norm = torch.cat([p.grad.reshape(-1) for p in whole.parameters()]).norm()
+    after = torch.cat([p.detach().reshape(-1) for p in net.parameters()])
+    return (after - before).norm() / lr, norm
+
+
+@pytest.mark.parametrize("share", [0.1, 0.9, 2.0])
+def test_the_gradient_of_the_whole_step_is_clipped(share):
+    """Of the sum over microbatches, not of each: theirs are longer."""
+    batches = feed(4)
+    _, norm = moved(None, batches)
+    length, _ = moved(share * norm.item(), batches)
+    assert length.item() == pytest.approx(min(1.0, share) * norm.item(), rel=1e-4)
+
+
+def test_mixed_precision_computes_in_bfloat16_and_keeps_float32():
+    seen = []
+
+    class Recording(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = model()
+
+        def forward(self, x):
+            outputs = self.inner(x)
+            seen.append(outputs.dtype)
+            return outputs
+
+    def loss(outputs, targets):
+        seen.append(outputs.dtype)
+        return nn.functional.cross_entropy(outputs, targets)
+
+    net, batch = Recording(), feed(1)
+    of = Stepper(
+        net,
+        loss,
+        torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9),
+        RunningStatistics(net),
+        Overlapped(net, SerialCommunicator()),
+        None,
+        Clock(),
+        0,
+        Numerics(autocast=True),
+    )
+    found = of.take(
+        range(1),
+        iter(batch),
+        divisor=1,
+        lr=0.1,
+        adversarial_fraction=0.0,
+        steps_before=0,
+        flags=Flags(),
+    )
+    assert seen == [torch.bfloat16, torch.float32]
+    assert {p.dtype for p in net.parameters()} == {p.grad.dtype for p in net.parameters()}
+    assert {p.dtype for p in net.parameters()} == {torch.float32}
+    plain = take(model(), batch)
+    assert found.loss == pytest.approx(plain.loss, rel=0.02)
+    assert found.loss != plain.loss

@@ -1,0 +1,1 @@
+"""`hpc-absa compare`: a grid of schedules, batches and seeds, and the talk's two tables of it."""

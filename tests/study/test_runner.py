@@ -1,0 +1,223 @@
+"""The cells of a sweep at work, with a program that only leaves the files of a run."""
+
+import csv
+import io
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from hpc_absa.errors import ExitStatus, RunLockedError, UsageError
+from hpc_absa.lock import RunLock
+from hpc_absa.rundir import RunDir
+from hpc_absa.study import sweep as sweeps
+from hpc_absa.study import tables
+from hpc_absa.study.folder import StudyDir
+from hpc_absa.study.progress import Progress
+from hpc_absa.study.runner import Runner, shares, state
+from tests.study.test_sweep import BASE, SWEEP
+
+PROGRAM = Path(__file__).with_name("fake_program.py")
+
+
+class Stopping(Progress):
+    """Sends this process a signal as soon as a cell says that it is at work."""
+
+    def look(self, working):
+        super().look(working)
+        if any(self._study.cell(cell).events.exists() for cell in working):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+class Study:
+    """A sweep of six cells in a folder."""
+
+    def __init__(self, folder, monkeypatch):
+        monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+        (folder / "base.toml").write_text(BASE)
+        (folder / "sweep.toml").write_text(SWEEP)
+        self.folder = folder
+        self.behave()
+        _, self.cells = sweeps.load(folder / "sweep.toml")
+        self.study = StudyDir(folder / "out")
+
+    def behave(self, **cells):
+        text = json.dumps({name.replace("_", "-"): does for name, does in cells.items()})
+        (self.folder / "behaviour.json").write_text(text)
+
+    def run(self, *, progress=Progress, side_by_side=2, retry=False, cells=None):
+        self.output = io.StringIO()
+        runner = Runner(
+            self.study,
+            cells or self.cells,
+            side_by_side=side_by_side,
+            retry=retry,
+            progress=progress(self.study, self.cells, Console(file=self.output, width=200)),
+            program=(sys.executable, str(PROGRAM), str(self.folder / "behaviour.json")),
+        )
+        self.ended = 0
+
+        def ended():
+            self.ended += 1
+
+        return runner.run(ended)
+
+    def starts(self):
+        """Cells started since the last question, with their cores."""
+        path = self.folder / "starts.txt"
+        lines = path.read_text().splitlines() if path.exists() else []
+        path.write_text("")
+        return dict(line.split(" ", 1) for line in lines)
+
+    def states(self):
+        return [state(self.study, cell) for cell in self.cells]
+
+
+@pytest.fixture(name="study")
+def _study(tmp_path, monkeypatch):
+    return Study(tmp_path, monkeypatch)
+
+
+def test_all_cells_are_run_once(study):
+    assert study.states() == ["new"] * 6
+    assert study.run() == ExitStatus.OK
+    assert study.states() == ["done"] * 6
+    assert study.starts().keys() == {cell.name for cell in study.cells}
+    assert study.ended == 6
+    assert "bl-32-seed0: 90.00 % after 50 steps" in study.output.getvalue()
+    assert study.run() == ExitStatus.OK
+    assert study.starts() == {}
+    assert "6 of 6 cells were done before" in study.output.getvalue()
+
+
+def test_a_failed_cell_holds_up_no_other_and_is_tried_again_on_request(study):
+    study.behave(bl_32_seed1="fail", absa_128_seed0="refuse")
+    assert study.run() == ExitStatus.FAILED
+    wanted = ["done", "failed", "done", "done", "failed", "done"]
+    assert study.states() == wanted
+    assert "[2/6] bl-32-seed1: failed: something is wrong; log: " in study.output.getvalue()
+    assert study.study.failures()["absa-128-seed0"].exit_status == 2
+    study.starts()
+    study.behave()
+    assert study.run() == ExitStatus.FAILED
+    assert study.starts() == {}
+    told = study.output.getvalue()
+    assert "bl-32-seed1: failed before: something is wrong; --retry tries again" in told
+    assert study.run(retry=True) == ExitStatus.OK
+    assert study.starts().keys() == {"bl-32-seed1", "absa-128-seed0"}
+    assert study.states() == ["done"] * 6
+    assert study.study.failures() == {}
+
+
+def test_a_signal_stops_the_cells_and_the_same_command_goes_on(study):
+    study.behave(bl_32_seed0="wait")
+    before = signal.getsignal(signal.SIGINT)
+    assert study.run(progress=Stopping, side_by_side=1) == ExitStatus.STOPPED
+    assert signal.getsignal(signal.SIGINT) is before
+    assert study.states() == ["unfinished", *["new"] * 5]
+    assert "stopped after 1 epochs, saved" in study.output.getvalue()
+    assert study.run() == ExitStatus.OK
+    assert study.states() == ["done"] * 6
+
+
+def test_side_by_side_each_has_its_share_of_the_cores(study):
+    cores = sorted(os.sched_getaffinity(0))
+    study.behave(bl_32_seed0="meet", bl_32_seed1="meet")
+    assert study.run(side_by_side=2) == ExitStatus.OK
+    starts = study.starts()
+    wanted = [str(share) for share in shares(cores, 2)]
+    assert sorted([starts["bl-32-seed0"], starts["bl-32-seed1"]]) == sorted(wanted)
+
+
+@pytest.mark.parametrize(
+    ("cores", "count", "wanted"),
+    [
+        ([0, 1], 1, [[0, 1]]),
+        ([0, 1], 2, [[0], [1]]),
+        ([3, 5, 8], 2, [[3], [5, 8]]),
+        ([0, 1], 3, [[0], [1], [0]]),
+    ],
+)
+def test_cores_are_dealt_out(cores, count, wanted):
+    assert shares(cores, count) == wanted
+
+
+def test_a_second_compare_on_the_folder_is_refused(study):
+    study.study.path.mkdir()
+    lock = RunLock(RunDir(study.study.path))
+    lock.acquire()
+    with pytest.raises(RunLockedError, match="in use by process"):
+        study.run()
+    lock.release()
+
+
+def test_a_cell_begun_with_another_job_is_refused(study):
+    assert study.run(cells=study.cells[:1]) == ExitStatus.OK
+    _, others = sweeps.load(study.folder / "sweep.toml", ("train.lr=0.5",))
+    with pytest.raises(UsageError, match=r"bl-32-seed0.*train\.lr = 0\.05 there, 0\.5 here"):
+        study.run(cells=others)
+
+
+# The tables
+
+
+def read(path):
+    return list(csv.reader(path.open()))
+
+
+def test_the_tables_are_means_over_seeds_of_what_is_done(study):
+    study.behave(absa_128_seed1="fail")
+    study.run()
+    paths = tables.write(study.study.tables, tables.of(study.study, study.cells))
+    assert {path.name for path in paths} == {
+        f"{name}.{suffix}"
+        for name in ("accuracy", "time")
+        for suffix in ("md", "csv", "tex", "html")
+    }
+    heads, small, large = read(study.study.tables / "accuracy.csv")
+    assert heads[:4] == ["batch", "BL accuracy %", "BL accuracy % std", "BL accuracy % n"]
+    assert [float(value) for value in small[:4]] == pytest.approx([32, 91, 2**0.5, 2])
+    row = dict(zip(heads, large, strict=True))
+    assert float(row["ABSA accuracy %"]) == pytest.approx(90)
+    assert row["ABSA accuracy % n"] == "1"
+    markdown = (study.study.tables / "accuracy.md").read_text()
+    assert "91.00 ± 1.41" in markdown
+    assert "1 run without a result not included" in markdown
+    times = read(study.study.tables / "time.csv")
+    assert [row[0] for row in times] == ["method", "BL 32", "BL 128", "ABSA"]
+    page = (study.study.tables / "time.html").read_text()
+    assert page.startswith("<!DOCTYPE html>")
+    assert "BL 32" in page
+
+
+def test_before_anything_is_done_the_tables_are_empty(study):
+    made = tables.of(study.study, study.cells)
+    assert made["time"].rows == ()
+    assert "6 runs without a result" in made["accuracy"].to_markdown()
+
+
+@pytest.mark.parametrize(
+    ("words", "published"),
+    [
+        (("data.name=cifar10", "model.name=resnet18-cifar"), "accuracy"),
+        (("data.name=imagenet", "model.name=resnet18"), "time"),
+        (("data.name=cifar10", "model.name=resnet8"), None),
+    ],
+)
+def test_the_talk_s_numbers_stand_beside_its_own_jobs(study, words, published):
+    base = 256 if "data.name=imagenet" in words else 128
+    sizes = (f"train.microbatch={base}", f"schedule.base_batch={base}")
+    text = SWEEP.replace("max_batch = [32]", "max_batch = [256]").replace("[128]", "[2560]")
+    (study.folder / "sweep.toml").write_text(text)
+    _, cells = sweeps.load(study.folder / "sweep.toml", (*words, *sizes))
+    made = tables.of(study.study, cells)
+    assert ("published" in made["accuracy"].to_markdown()) == (published == "accuracy")
+    assert ("published" in made["time"].to_markdown()) == (published == "time")
+    if published == "accuracy":
+        assert "35156" in made["accuracy"].to_csv()
+    if published == "time":
+        assert "ABSA 66k iterations, 70.2 %" in made["time"].to_markdown()

@@ -11,6 +11,7 @@ import bisect
 import contextlib
 import itertools
 import os
+import threading
 import time
 import zlib
 from collections.abc import Iterator, Mapping
@@ -148,17 +149,19 @@ def write(path: Path, content: Content, shards: tuple[Shard, ...] = ()) -> Writt
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with ThreadPoolExecutor(2) as pool:
-            hashing = pool.submit(content.fingerprints)
+        # Two threads hash, then compare; the third waits for the disk, which works meanwhile.
+        with ThreadPoolExecutor(3) as pool:
             block = seal.block_size(content.nbytes())
             places = _lay_out(temporary, content, shards, block)
+            arrays = content.arrays()
+            hashes = pool.map(Fingerprint.of, arrays.values())
             _fill(temporary, content, places)
-            syncing = pool.submit(_sync, temporary)  # the disk works while we hash and compare
-            own = hashing.result()
+            syncing = pool.submit(_sync, temporary)
+            own = dict(zip(arrays, hashes, strict=True))
             linked = {key: of for shard in shards for key, of in shard.fingerprints.items()}
             digest = content.digest({**linked, **own})
             _sign(temporary, digest)
-            checksums = _compare(temporary, content, {**linked, **own}, block)
+            checksums = _compare(temporary, content, {**linked, **own}, block, pool)
             syncing.result()
             size = seal.seal(temporary, block, checksums)
         os.replace(temporary, path)
@@ -337,7 +340,11 @@ def _sign(temporary: Path, digest: str) -> None:
 
 
 def _compare(
-    temporary: Path, content: Content, fingerprints: Mapping[Key, Fingerprint], block: int
+    temporary: Path,
+    content: Content,
+    fingerprints: Mapping[Key, Fingerprint],
+    block: int,
+    pool: ThreadPoolExecutor,
 ) -> list[int]:
     """Raise unless the file, read back, says what `content` says.
 
@@ -353,13 +360,23 @@ def _compare(
     }
     wanted = [(places[key].start, raw(array)) for key, array in arrays.items()] if same else []
     wanted.sort(key=lambda each: each[0])
-    checksums = []
-    for start, chunk in seal.chunks(temporary, block):
-        same = same and _holds(chunk, start, wanted)
-        checksums.append(zlib.crc32(chunk))
-    if not same:
+    own = threading.local()
+    descriptor = os.open(temporary, os.O_RDONLY)
+
+    def look(start: int) -> tuple[int, bool]:
+        if not hasattr(own, "scratch"):
+            own.scratch = memoryview(bytearray(seal.CHUNK))
+        chunk = seal.read_chunk(descriptor, start, own.scratch)
+        return zlib.crc32(chunk), _holds(chunk, start, wanted)
+
+    try:
+        starts = range(block, os.fstat(descriptor).st_size, seal.CHUNK)
+        looked = list(pool.map(look, starts))
+    finally:
+        os.close(descriptor)
+    if not same or not all(held for _, held in looked):
         raise CheckpointError("what was read back is not what was written")
-    return checksums
+    return [checksum for checksum, _ in looked]
 
 
 def _holds(chunk: memoryview, start: int, wanted: list[tuple[int, memoryview]]) -> bool:

@@ -130,14 +130,15 @@ def _evidence(
 
     An estimate that ended early said that λ lies above its own threshold, and that is all it said.
     """
+    if finite(event.get("epoch")) >= own.train.epochs:
+        return None, None
+    if rule.wants_gradients(state) and "noise_scale" not in event:
+        return None, "the run measured no gradient noise here"
+    if not rule.wants_eigenvalue(state):
+        return None, None
     matvecs = int(finite(event.get("matvecs"), 0.0))
     if not matvecs:
-        if finite(event.get("epoch")) >= own.train.epochs:
-            return None, None
-        if rule.wants_gradients(state) and "noise_scale" not in event:
-            return None, "the run measured no gradient noise here"
-        wanted = rule.wants_eigenvalue(state)
-        return None, "the run estimated no λ here" if wanted else None
+        return None, "the run estimated no λ here"
     found = Eigenvalue(
         value=finite(event.get("eigenvalue")),
         residual=finite(event.get("residual")),

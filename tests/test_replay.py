@@ -145,6 +145,27 @@ def test_a_rule_without_eigenvalues(tmp_path):
     assert [(d.epoch, d.next_batch) for d in growing.growths] == [(5, 160)]
 
 
+def test_the_gradient_noise_scale_is_read_from_the_log(tmp_path):
+    rows = [(None, "", 0, None, "continue", 32, 0.05), (None, "", 0, None, "grow", 64, 0.1)]
+    job = JOB.replace('"abs"', '"gns"').replace("kappa = 3\n", "").replace("= 32\nlr", "= 16\nlr")
+    write(tmp_path, rows, job)
+    log, scales = RunDir(tmp_path).events, [60.0, 70.0]
+    events = [json.loads(line) for line in log.read_text().splitlines()]
+    for event, scale in zip(events[1::2], scales, strict=True):
+        event |= {"gradient_noise": 2 * scale, "gradient_signal": 2.0, "noise_scale": scale}
+    log.write_text("".join(json.dumps(event) + "\n" for event in events))
+    assert not replay(tmp_path).differing
+    assert [d.epoch for d in replay(tmp_path, ["schedule.gamma=2.0"]).growths] == [1, 2]
+    adaptive = replay(tmp_path, ["schedule={method='abs', base_batch=32, max_batch=64}"])
+    assert at(adaptive, 1).unknown == "the run estimated no λ here"
+
+
+def test_noise_is_not_told_by_a_run_that_looked_at_eigenvalues(run):
+    course = replay(run, ["schedule={method='gns', base_batch=64, max_batch=128}"])
+    assert at(course, 1).unknown == "the run measured no gradient noise here"
+    assert not course.growths
+
+
 @pytest.mark.parametrize("change", ["train.epochs=3", "hessian.tol=0.1", "schedules.alpha=3"])
 def test_what_would_change_the_eigenvalues_cannot_be_asked(run, change):
     with pytest.raises(UsageError, match="a replay can change schedule"):

@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 SCRIPTS := $(wildcard launch/*.sh) .ci/run
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-mpi test-slurm soak bench check format clean distclean
+.PHONY: help setup demo test test-mpi test-clusters soak bench check format clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -20,10 +20,10 @@ demo: setup ## train the digits job with ABSA, from 1 rank to 4, and write a rep
 	@ls runs/demo/report.html runs/demo/report.png
 
 test: setup check ## the checks of `make check`, then the whole test suite
-	$(BIN)/python -m pytest -m "not slow and not slurm" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not slow and not slurm and not namespaces" $(PYTEST_ARGS)
 
-soak: setup ## the longer proofs that `make test` leaves out
-	$(BIN)/python -m pytest -m "slow and not slurm" $(PYTEST_ARGS)
+soak: setup ## the longer proofs that `make test` leaves out: kills, signals, damage, failing disks
+	$(BIN)/python -m pytest -m "slow and not slurm and not namespaces" $(PYTEST_ARGS)
 
 bench: setup ## time curvature and checkpoints against their peers; wants the machine for itself
 	$(BIN)/python -m pip install --quiet --editable '.[bench]'
@@ -34,8 +34,8 @@ bench: setup ## time curvature and checkpoints against their peers; wants the ma
 test-mpi: setup ## only the tests that run under mpirun
 	$(BIN)/python -m pytest -m "not slow" tests/mpi tests/setup/test_environment.py $(PYTEST_ARGS)
 
-test-slurm: setup ## only the tests on a four-node Slurm, which they start themselves where it is installed
-	$(BIN)/python -m pytest -m slurm $(PYTEST_ARGS)
+test-clusters: setup ## the tests on a four-node Slurm and on hosts of their own making, where that can be done
+	$(BIN)/python -m pytest -m "slurm or namespaces" $(PYTEST_ARGS)
 
 check: setup ## ruff, mypy, import-linter and shellcheck
 	$(BIN)/ruff check

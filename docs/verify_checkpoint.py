@@ -78,6 +78,8 @@ def damage(path):
             with h5py.File(path.with_name(name), "r") as shard:
                 if shard.attrs["digest"] != digest:
                     return f"shard {name}: it is another one"
+        if "shard" in file.attrs and path.suffix != ".shard":
+            return "it is a shard, under the name of a whole checkpoint"
         for record in records(file):
             for part in record:
                 data = part.encode() if isinstance(part, str) else part

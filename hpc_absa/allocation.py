@@ -22,6 +22,14 @@ from pathlib import Path
 
 from hpc_absa.errors import UsageError
 
+WORLD_SIZE_VARIABLES = (
+    "OMPI_COMM_WORLD_SIZE",  # Open MPI's mpirun
+    "PMI_SIZE",  # MPICH, Intel MPI, srun --mpi=pmi2
+    "MV2_COMM_WORLD_SIZE",  # MVAPICH
+    "HOROVOD_SIZE",  # horovodrun --gloo
+)
+"""Set by a launcher in every rank it starts; with none of them set a process is alone."""
+
 Hosts = list[tuple[str, int]]
 """Names with their slots, in the order in which more ranks take more hosts."""
 

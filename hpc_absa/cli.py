@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -113,7 +115,8 @@ def run(
 
     def show(line: str) -> None:
         _show(line)
-        board.update()
+        with contextlib.suppress(OSError):  # figures may wait, the run may not
+            board.update()
 
     supervisor = driver.Supervisor(loaded, folder, tuple(allow_changed or ()), show)
     if dry_run:
@@ -175,7 +178,8 @@ def link(
 
     def show(line: str) -> None:
         _show(line)
-        board.update()
+        with contextlib.suppress(OSError):  # figures may wait, the run may not
+            board.update()
 
     status = LinkRun(run, number, tuple(allow_changed or ()), show).work()
     board.close()
@@ -325,6 +329,42 @@ def status(
 
 
 @app.command()
+def doctor(
+    job: Annotated[
+        Path | None, typer.Argument(metavar="[JOB]", help="Job file that is to run here.")
+    ] = None,
+    run_dir: RunFolder = None,
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> int:
+    """Say what the installation can do, and what is wrong, each with its cure.
+
+    With a job file also whether that job finds here what it needs: hosts, slots, cores, Slurm.
+    Exit status: 0 nothing is wrong, 1 something is.
+    """
+    from hpc_absa import job as jobs
+    from hpc_absa.doctor import Patient, examine
+    from hpc_absa.rundir import RunDir
+    from hpc_absa.supervisor import driver
+
+    loaded = jobs.load(job, tuple(overrides or ())) if job else None
+    folder = run_dir or (driver.default_run_dir(loaded) if loaded else Path("runs"))
+    findings = []
+    for finding in examine(Patient(RunDir(folder), loaded)):
+        findings.append(finding)
+        if not as_json:
+            _show(f"{finding.state.upper():9} {finding.check}: {finding.found}")
+            if finding.cure:
+                _show(f"{'':9} mend it: {finding.cure}")
+    faults = sum(finding.state == "fault" for finding in findings)
+    if as_json:
+        _print_json({"faults": faults, "findings": [asdict(finding) for finding in findings]})
+    else:
+        _show(f"{faults or 'no'} fault{'s' * (faults != 1)}")
+    return ExitStatus.FAILED if faults else ExitStatus.OK
+
+
+@app.command()
 def replay(
     directory: Annotated[Path, typer.Argument(metavar="D", help="Run directory.")],
     alpha: Annotated[
@@ -390,25 +430,15 @@ def spectrum(
     out: Annotated[
         Path | None, typer.Option(help="Prefix of OUT.h5 and OUT.png; default none is written.")
     ] = None,
-    layers: Annotated[
-        bool, typer.Option(help="Each parameter's own block too, which takes most of the time.")
-    ] = True,
-    gauss_newton: Annotated[
-        bool, typer.Option("--gauss-newton", help="That part of the Hessian alone.")
-    ] = False,
     as_json: Json = False,
 ) -> int:
     """Compute top eigenvalues, trace and density of the Hessian at a checkpoint.
 
-    Also negative directions, the loss along the top eigenvectors, and every layer's own block.
     Alone, or over several ranks: `mpirun -np 4 hpc-absa spectrum CHECKPOINT`.
     """
     from hpc_absa.training import inspection
 
-    matrix = "gauss-newton" if gauss_newton else "hessian"
-    return inspection.spectrum(
-        checkpoint, root, out, as_json, samples=samples, k=k, layers=layers, matrix=matrix
-    )
+    return inspection.spectrum(checkpoint, samples, k, root, out, as_json)
 
 
 @app.command()
@@ -530,5 +560,8 @@ def main() -> None:
         status = ExitStatus.STOPPED
     except BrokenPipeError:
         sys.stderr.close()
+        status = ExitStatus.FAILED
+    except OSError as error:  # a disk that is full, read-only or gone
+        print(f"hpc-absa: {error}", file=sys.stderr)
         status = ExitStatus.FAILED
     sys.exit(int(status or 0))

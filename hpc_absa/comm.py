@@ -1,6 +1,6 @@
 """The one place that imports Horovod and mpi4py; a serial communicator is a first-class one.
 
-Gradients travel through Horovod, which overlaps them with the backward pass.
+Gradients travel through Horovod, which overlaps them with the backward pass and fuses small ones.
 Everything that must be complete before the next line of code (Hessian-vector products, decisions,
 states) travels through MPI itself, on a duplicate of the communicator Horovod was initialised with,
 or through Horovod where it runs without MPI (`horovodrun --gloo`).
@@ -15,15 +15,8 @@ from typing import Any, Protocol
 
 import torch
 
+from hpc_absa.allocation import WORLD_SIZE_VARIABLES
 from hpc_absa.errors import UsageError
-
-WORLD_SIZE_VARIABLES = (
-    "OMPI_COMM_WORLD_SIZE",  # Open MPI's mpirun
-    "PMI_SIZE",  # MPICH, Intel MPI, srun --mpi=pmi2
-    "MV2_COMM_WORLD_SIZE",  # MVAPICH
-    "HOROVOD_SIZE",  # horovodrun --gloo
-)
-"""Set by a launcher in every rank it starts; with none of them set a process is alone."""
 
 POLL = 5e-5
 """Seconds between looks at a sum that is under way: some 1 % of a small model's step."""
@@ -143,8 +136,6 @@ class HorovodCommunicator:
                 f"Horovod does not import in {sys.executable} ({error}); launch/bootstrap.sh "
                 "builds an environment that has it"
             ) from None
-        # Messages of chance content would be summed in chance order: see `training.reduction`.
-        os.environ.setdefault("HOROVOD_FUSION_THRESHOLD", "0")
         self._hvd = hvd
         self._mpi = self._mpi_world()
         self._beats = self._mpi.Dup() if self._mpi else None

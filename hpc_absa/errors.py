@@ -29,5 +29,9 @@ class CheckpointError(HpcAbsaError):
     """A checkpoint that is damaged, unreadable, or belongs to another job."""
 
 
+class RunDirError(HpcAbsaError):
+    """A file of the run directory that cannot be written: a full disk, no permission."""
+
+
 class RunLockedError(HpcAbsaError):
     """Another supervisor or world already works on this run directory."""

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from hpc_absa.errors import RunDirError
+
 Event = dict[str, Any]
 
 
@@ -18,9 +20,20 @@ def append(path: Path, event: str, phase: int, /, **fields: Any) -> Event:
 
     The line goes out in a single write on an `O_APPEND` descriptor, so lines of the supervisor and
     of rank 0 never mix. A line that a crash left unfinished is closed first.
+
+    Raises:
+        RunDirError: the file cannot be written; names path and cause.
     """
     record: Event = {"event": event, "time": time.time(), "phase": phase, **_finite(fields)}
     line = json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+    try:
+        _write(path, line)
+    except OSError as error:
+        raise RunDirError(f"{path}: cannot be written: {error.strerror or error}") from None
+    return record
+
+
+def _write(path: Path, line: bytes) -> None:
     descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
     try:
         size = os.fstat(descriptor).st_size
@@ -30,7 +43,6 @@ def append(path: Path, event: str, phase: int, /, **fields: Any) -> Event:
             line = line[os.write(descriptor, line) :]
     finally:
         os.close(descriptor)
-    return record
 
 
 def read(path: Path) -> list[Event]:

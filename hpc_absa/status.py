@@ -25,6 +25,7 @@ from hpc_absa.events import Event
 from hpc_absa.report import text
 from hpc_absa.report.accounting import AttemptSeconds, account, attempts, finite, in_order
 from hpc_absa.report.history import read_job, require_run
+from hpc_absa.report.rank_seconds import cost
 from hpc_absa.rundir import RunDir
 from hpc_absa.supervisor.standing import LinkStanding, standing
 
@@ -96,6 +97,10 @@ class Status:
     last_failure: str | None
     seconds_used: float
     """Wall time in which somebody worked, pauses left out."""
+    rank_seconds: float
+    """What a site would charge for so far (`report.rank_seconds`)."""
+    rank_seconds_of_largest: float
+    """The same with the run's largest world throughout."""
     seconds_left: float | None
     """Estimate at the pace of the present phase; None where there is no pace yet."""
     last_event_age: float | None
@@ -154,6 +159,7 @@ def status(path: Path, now: float | None = None) -> Status:
     epochs = finite(_section(job, "train").get("epochs"))
     epoch = _epochs_visited(kept)
     failures = [event for event in written if event["event"] == "failure"]
+    spent = cost(written)
     used = sum(part.wall for part in parts)
     used += max(0.0, now - last_seen) if state == "running" and written else 0.0
     return Status(
@@ -180,6 +186,8 @@ def status(path: Path, now: float | None = None) -> Status:
         failures=len(failures),
         last_failure=_failure(failures[-1]) if failures else None,
         seconds_used=used,
+        rank_seconds=spent.charged,
+        rank_seconds_of_largest=spent.largest,
         seconds_left=_seconds_left(state, parts, kept, epoch, epochs),
         last_event_age=_known(now - last_seen),
         lock=lock,
@@ -358,6 +366,7 @@ def _lines(now: Status) -> list[tuple[str, str]]:
         ("failures", f"{now.failures}, last: {now.last_failure}" if now.failures else ""),
         ("time used", text.duration(now.seconds_used) if now.phase is not None else ""),
         ("time left", _left(now)),
+        ("rank-seconds", _spent(now)),
         ("last event", _ago(now.last_event_age)),
         ("chain", "\n".join(map(_link, now.chain))),
     ]
@@ -380,6 +389,15 @@ def _eigenvalue(now: Status) -> str:
 
 def _checkpoint(file: CheckpointFile | None) -> str:
     return f"{file.name}, {text.size(file.bytes)}, {_ago(file.age_seconds)}" if file else ""
+
+
+def _spent(now: Status) -> str:
+    if now.rank_seconds_of_largest <= 0:
+        return ""
+    return (
+        f"{now.rank_seconds:.0f}, where the largest world throughout would have taken "
+        f"{now.rank_seconds_of_largest:.0f}"
+    )
 
 
 def _left(now: Status) -> str:

@@ -5,12 +5,14 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from hpc_absa import events
+from hpc_absa.errors import RunDirError
 from tests.checkpoint.contents import mounted
 
 
@@ -83,6 +85,7 @@ APPENDING = """
 import sys
 from pathlib import Path
 from hpc_absa import events
+from hpc_absa.errors import RunDirError
 for number in range(300):
     fields = {"writer": sys.argv[2], "number": number, "text": sys.argv[2] * (number * 40)}
     events.append(Path(sys.argv[1]), "epoch", 1, **fields)
@@ -108,7 +111,7 @@ def test_an_event_that_a_full_disk_cut_is_reported(tmp_path):
             for _ in range(9):
                 written.append(events.append(log, "epoch", 1, text="x" * 3000))
 
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(RunDirError, match="No space left"):
             fill()
         assert written
         assert events.read(log) == written
@@ -153,3 +156,8 @@ def test_a_restart_where_nothing_was_lost_undoes_nothing():
     log += [event("resize"), event("phase_start", 10), event("done")]
     assert events.effective(log) == log
     assert events.effective([]) == []
+
+
+def test_a_full_disk_is_named():
+    with pytest.raises(RunDirError, match="/dev/full: cannot be written: No space left on device"):
+        events.append(Path("/dev/full"), "epoch", 1)

@@ -31,6 +31,7 @@ from hpc_absa.checkpoint.schema import (
     Scalar,
     raw,
 )
+from hpc_absa.checkpoint.shards import SUFFIX
 from hpc_absa.errors import CheckpointError
 
 RESERVED = ("format", "format_version", "created", "digest")
@@ -39,6 +40,9 @@ RESERVED = ("format", "format_version", "created", "digest")
 
 SHARDS = "shards"
 """The group whose attributes name the shards."""
+
+SHARD = "shard"
+"""The root attribute with which a shard says its number: it is no checkpoint by itself."""
 
 
 class NotACheckpointError(CheckpointError):
@@ -202,7 +206,10 @@ def load(path: Path) -> Image:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
     if wrong is None:
         try:
-            return Image(_outline(path), image)
+            outline = _outline(path)
+            if SHARD in outline.attributes and path.suffix != SUFFIX:
+                raise CheckpointError(f"{path}: damaged: a shard, under the name of a whole one")
+            return Image(outline, image)
         except CheckpointError:
             raise
         # h5py has no one kind of error for what it cannot make sense of.

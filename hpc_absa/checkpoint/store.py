@@ -70,7 +70,8 @@ class Store:
             CheckpointError: names path and cause.
         """
         name = shards.name(path, save, number, of)
-        written = file.write(path.with_name(name), content)
+        marked = Content({**content.attributes, file.SHARD: number}, content.groups)
+        written = file.write(path.with_name(name), marked)
         return Shard(name, written.digest, written.bytes, written.fingerprints)
 
     def newest_first(self) -> list[Path]:

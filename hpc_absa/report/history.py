@@ -14,6 +14,7 @@ from hpc_absa import events as event_log
 from hpc_absa.errors import UsageError
 from hpc_absa.events import Event
 from hpc_absa.report.accounting import AttemptSeconds, account, finite, in_order, total
+from hpc_absa.report.rank_seconds import Cost, cost
 from hpc_absa.rundir import RunDir
 
 Row = TypeVar("Row")
@@ -136,6 +137,8 @@ class History:
     seconds: Mapping[str, float]
     """Of the whole run, by category; they add up to `wall`."""
     wall: float
+    cost: Cost
+    """In rank-seconds."""
     paused: float
     """Seconds between the first and the last event in which nobody worked."""
     began: float
@@ -211,6 +214,7 @@ def load(path: Path) -> History:
         done=done,
         seconds=total(part.seconds for part in parts),
         wall=sum(part.wall for part in parts),
+        cost=cost(written),
         paused=sum(part.paused for part in parts),
         began=times[0] if times else math.nan,
         last_seen=max(times, default=math.nan),

@@ -17,6 +17,7 @@ from hpc_absa.report import figures, text
 from hpc_absa.report.accounting import CATEGORIES
 from hpc_absa.report.history import DecisionPoint, History, Interruption, Phase, labels, load
 from hpc_absa.report.palette import DARK, LIGHT
+from hpc_absa.report.rank_seconds import KINDS
 from hpc_absa.report.style import style_sheet
 from hpc_absa.report.tables import run_result, time_table
 from hpc_absa.rundir import RunDir
@@ -92,6 +93,7 @@ def _one_run(history: History) -> list[str]:
         _pictures([history]),
         *_decisions(history),
         *_seconds(history),
+        *_costs(history),
         *_phases(history),
         *_failures(history.interruptions),
         *_environment(history),
@@ -118,7 +120,7 @@ def _several_runs(histories: Sequence[History]) -> list[str]:
         times.to_html(),
     ]
     for history, name in zip(histories, names, strict=True):
-        inner = [*_decisions(history), *_seconds(history), *_phases(history)]
+        inner = [*_decisions(history), *_seconds(history), *_costs(history), *_phases(history)]
         inner += [*_failures(history.interruptions), *_environment(history), *_job(history)]
         parts += [f"<details><summary>{_e(name)}: decisions, phases, job</summary>", *inner]
         parts += ["</details>"]
@@ -252,6 +254,36 @@ def _seconds(history: History) -> list[str]:
     return [
         "<h2>Where the time went</h2>",
         _table(["phase", *(CATEGORIES[k] for k in keys), "total"], rows, words=1, sums=2),
+        f'<p class="note">{_e(note)}</p>',
+    ]
+
+
+def _costs(history: History) -> list[str]:
+    cost = history.cost
+    if not cost.phases or cost.largest <= 0:
+        return []
+    kinds = [k for k in KINDS if any(phase.kinds[k] > 0 for phase in cost.phases)]
+    rows = [
+        [
+            f"{p.phase}",
+            f"{p.ranks}",
+            *(f"{p.kinds[k]:.1f}" for k in kinds),
+            f"{p.worked:.1f}",
+            f"{p.idle:.1f}",
+            f"{p.queued:.1f}",
+        ]
+        for p in cost.phases
+    ]
+    held = "not held, and not charged for" if cost.chained else "held all the same"
+    note = (
+        f"Rank-seconds. Idle: places of the largest world that a smaller one left empty, {held}. "
+        f"The run was charged for {cost.charged:.0f}; its largest world throughout would have been "
+        f"for {cost.largest:.0f} ({text.percent(cost.charged / cost.largest, 1)})."
+    )
+    heads = ["phase", "ranks", *kinds, "worked", "idle", "queued"]
+    return [
+        "<h2>What it cost</h2>",
+        _table(heads, rows, words=1, sums=0),
         f'<p class="note">{_e(note)}</p>',
     ]
 

@@ -81,8 +81,15 @@ class Supervisor:
 
     def launch_command(self) -> Command:
         """The command of the next phase."""
+        return self._placed()[1]
+
+    def _placed(self) -> tuple[int, Command, str]:
+        """Ranks of the next world, its command, and for people where it will be."""
         ranks = self._ranks()
-        return command(self._resources.placed(self._job, ranks), ranks, self._worker())
+        job = self._resources.placed(self._job, ranks)
+        bound = ", bound to cores" if job.launch.bind == "core" else ""
+        where = f"ranks on {job.launch.hosts}{bound}" if job.launch.hosts else bound[2:]
+        return ranks, command(job, ranks, self._worker()), where
 
     def _supervise(self) -> ExitStatus:
         restarts, best = 0, self._newest_step()
@@ -139,10 +146,13 @@ class Supervisor:
             self._run.stop_request.unlink(missing_ok=True)
         self._moving = False
         known = len(events.read(self._run.events))
-        start = self.launch_command()
-        self._world_ranks = self._ranks()
+        self._world_ranks, start, where = self._placed()
+        if where:
+            self._show(where)
         self._run.joined.unlink(missing_ok=True)
         log = self._run.logs / f"world-{known:06d}-{self._job.launch.launcher}.log"
+        with log.open("a", encoding="utf-8") as file:
+            file.write(f"$ {start}\n")
         self._world = World(start, log, self._lock.descriptor, self._show)
         with self._resources.watching(self._move):
             ending = self._world.wait(self._run.joined, self._job.launch.start_seconds)
@@ -151,8 +161,16 @@ class Supervisor:
         if ended and ended[-1]["outcome"] in ("done", "resize", "stopped"):
             self._run.failure.unlink(missing_ok=True)
             self._resources.succeeded()
-            return str(ended[-1]["outcome"])
+            outcome = str(ended[-1]["outcome"])
+            return "stopped" if outcome == "resize" and self._asked(ending) else outcome
+        if self._asked(ending) and not self._run.failure.exists():
+            return "stopped"
         return self._failure(ending)
+
+    def _asked(self, ending: Ending) -> bool:
+        """Whether the world was asked to stop when its ranks did not listen: early, or late."""
+        told = ending.fatal_signal() in STOPS and not ending.late
+        return told or (self._run.stop_request.exists() and not self._moving)
 
     def _failure(self, ending: Ending) -> Failure:
         """The rank's own word where it left one, otherwise what the launcher said."""

@@ -142,9 +142,8 @@ class Follower:
             self._show_new()
             last = self._chain.last()
             assert last is not None
-            if driver.finished(self._run):
-                return ExitStatus.OK
-            if looks % ASK_EVERY == 0 and not self._alive(last):
+            done = driver.finished(self._run) is not None  # its job has the report to write yet
+            if (done or looks % ASK_EVERY == 0) and not self._alive(last):
                 self._show_new()
                 # the last link may have submitted another, or ended in order, since we looked
                 if self._chain.last() == last:

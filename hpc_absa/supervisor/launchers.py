@@ -78,7 +78,7 @@ def mpi_environment() -> dict[str, str]:
 
 
 def _mpirun(job: Job, ranks: int, worker: tuple[str, ...]) -> Command:
-    words = [_program("mpirun"), "-np", str(ranks), *_binding(job)]
+    words = [program("mpirun"), "-np", str(ranks), *_binding(job)]
     words += ["--mca", "odls_base_sigkill_timeout", str(KILL_SECONDS)]
     if job.launch.hosts:
         words += ["-H", job.launch.hosts, *_remote(job)]
@@ -109,7 +109,7 @@ def _remote(job: Job) -> list[str]:
 
 def _horovodrun(job: Job, ranks: int, worker: tuple[str, ...]) -> Command:
     words = [
-        _program("horovodrun"),
+        program("horovodrun"),
         "-np",
         str(ranks),
         "-H",
@@ -132,7 +132,7 @@ def _srun(job: Job, ranks: int, worker: tuple[str, ...]) -> Command:
     # Nodes are filled one after the other: a small world leaves the later ones alone.
     nodes = len(fill(list(given.hosts), ranks))
     return Command(
-        (_program("srun"), "-N", str(nodes), "-n", str(ranks), *job.launch.extra, *worker)
+        (program("srun"), "-N", str(nodes), "-n", str(ranks), *job.launch.extra, *worker)
     )
 
 
@@ -144,8 +144,11 @@ def _crowded(job: Job, ranks: int) -> bool:
     return ranks > (given.slots if given else len(os.sched_getaffinity(0)))
 
 
-def _program(name: str) -> str:
-    """The mpirun that Horovod was built with, a program beside this Python, or one on PATH."""
+def program(name: str) -> str:
+    """Path of a launcher.
+
+    The mpirun that Horovod was built with, a program beside this Python, or one on PATH.
+    """
     if name == "mpirun" and (recorded := _recorded_mpirun()):
         return recorded
     beside = Path(sys.executable).parent / name

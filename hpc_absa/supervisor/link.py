@@ -24,6 +24,9 @@ FENCE = 600.0
 """Seconds that a requeued job waits for the processes of its former life on a node that slurmctld
 has lost; they are asked to save and end."""
 
+REMEMBERED = 86400.0
+"""Seconds for which a size that Slurm refused is not asked for again; limits change."""
+
 IDLE_LINKS = 3
 """Jobs in a row that reach their time limit without a step before a chain is given up."""
 
@@ -91,15 +94,15 @@ class LinkRun:
         self._chain.tell(self._link, "started", ranks=self._me.tasks, restarts=self._me.restarts)
         self._fence()
         partition = self._partition()
-        if self._grown(partition) > self._me.tasks:  # requeued after its decision
-            return self._next("resize", partition)
+        if self._me.restarts and self._grown(partition) > self._me.tasks:
+            return self._next("resize", partition)  # requeued between its decision and its end
         self._say_limit(partition)
         supervisor = driver.Supervisor(
             self._job,
             self._run,
             self._allow,
             self._show,
-            Allocated(self._me.tasks, most_ranks(self._job, partition)),
+            Allocated(self._me.tasks, self._most(partition)),
         )
         if self._chain.cancelled:
             return self._end("cancelled")
@@ -175,6 +178,7 @@ class LinkRun:
                     self._end("failed", reason=str(error))
                     raise
                 self._show(f"Slurm refuses {size} ({error}); accumulating on what there is")
+                self._chain.tell(self._link, "refused", ranks=size.ranks, reason=str(error))
                 continue
             self._show(f"link {link.number}: job {link.job_id}, {size}")
             return self._end(why, next_job=link.job_id)
@@ -200,12 +204,21 @@ class LinkRun:
         return patiently(lambda: self._slurm.partition(name), PATIENCE)
 
     def _grown(self, partition: Partition) -> int:
-        """Ranks that the present global batch feeds, at most what the partition gives."""
-        most = max(1, most_ranks(self._job, partition))
-        return worldsize.ranks_for(self._job, driver.present_batch(self._job, self._run), most)
+        """Ranks that the present global batch feeds, at most what a job can have."""
+        batch = driver.present_batch(self._job, self._run)
+        return worldsize.ranks_for(self._job, batch, self._most(partition))
+
+    def _most(self, partition: Partition) -> int:
+        """Ranks that the partition gives one job, fewer than Slurm refused within a day."""
+        refused = [
+            int(event["ranks"]) - 1
+            for event in events.read(self._run.events)
+            if event.get("action") == "refused" and event["time"] > time.time() - REMEMBERED
+        ]
+        return max(1, min([most_ranks(self._job, partition), *refused]))
 
     def _say_limit(self, partition: Partition) -> None:
-        most = most_ranks(self._job, partition)
+        most = self._most(partition)
         feeds = self._job.ranks.max or self._job.schedule.largest_batch
         largest = worldsize.ranks_for(self._job, self._job.schedule.largest_batch, feeds)
         if largest > most:

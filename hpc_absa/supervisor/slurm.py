@@ -27,7 +27,7 @@ UNUSABLE = ("down", "drain", "drng", "fail", "maint", "unk", "inval", "future", 
 
 SILENT = re.compile(
     r"Unable to contact|Socket timed out|Zero Bytes|Connection refused|standby mode|"
-    r"Communication connection failure|slurm_load|timed out|try again",
+    r"Communication connection failure|configuration source|slurm_load|timed out|try again",
     re.IGNORECASE,
 )
 """What the commands say when slurmctld does not answer, rather than saying no."""

@@ -42,6 +42,12 @@ class Ending:
             return None
         return int(match["rank"]), match["host"], int(match["signal"])
 
+    def fatal_signal(self) -> int | None:
+        """The signal that ended a rank, or the launcher itself; None where none did."""
+        if killed := self.killed_rank():
+            return killed[2]
+        return -self.exit_code if self.exit_code < 0 else None
+
 
 class World:
     """A launcher's process in a session of its own, so that Ctrl-C reaches the supervisor alone."""
@@ -104,12 +110,12 @@ class World:
 
     def _read(self, log: Path, show: Callable[[str], None]) -> None:
         assert self._process.stdout is not None
-        with log.open("a", encoding="utf-8") as file:
-            for line in self._process.stdout:
-                self._tail.append(line.rstrip("\n"))
+        for line in self._process.stdout:
+            self._tail.append(line.rstrip("\n"))
+            # A disk without room for the log must not stop the reading: the world would wait.
+            with contextlib.suppress(OSError), log.open("a", encoding="utf-8") as file:
                 file.write(line)
-                file.flush()
-                show(line.rstrip("\n"))
+            show(line.rstrip("\n"))
 
 
 _libc = ctypes.CDLL(None)

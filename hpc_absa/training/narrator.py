@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 import time
 from typing import Any, TextIO
 
@@ -33,8 +35,9 @@ class Narrator:
         if not self._speaks:
             return
         self._last_line = time.monotonic()
-        print(line, file=self._output, flush=True)
-        print(line, flush=True)
+        for output in (self._output, sys.stdout):
+            with contextlib.suppress(OSError):  # no room for a log is no reason to end
+                print(line, file=output, flush=True)
 
     def progress(self, line: str) -> None:
         """Print `line` if nothing has been said for a while."""

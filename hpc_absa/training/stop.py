@@ -80,6 +80,12 @@ class StopRequest:
             self._beat()
             self._busy = False
 
+    def close(self) -> None:
+        """Listen no more: from here on a signal does what it does to any program."""
+        signal.set_wakeup_fd(-1)
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
+
     def _beat(self) -> None:
         now = time.monotonic()
         self._longest = max(self._longest, now - (self._last_beat or now))

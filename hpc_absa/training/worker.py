@@ -9,6 +9,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TextIO
 
@@ -46,8 +47,9 @@ def main(
         agreed(comm, lambda: _prepare(job, run, comm, lock))
         hosts = comm.gather_objects(host())
         watchdog = Watchdog(comm, hosts, job.launch.silence_seconds, _giving_up(run, comm, people))
-        outcome = work(job, run, comm, people, allow_changed)
-        comm.gather_objects(None)  # nobody leaves before everybody's last event is written
+        stop = StopRequest(comm, run.stop_request)
+        outcome = work(job, run, comm, people, stop, allow_changed)
+        outcome = _last_word(outcome, run, comm, stop)
         watchdog.close()
     except AgreedError as error:
         if watchdog:
@@ -68,10 +70,14 @@ def main(
 
 
 def work(
-    job: Job, run: RunDir, comm: Communicator, people: TextIO, allow_changed: tuple[str, ...]
+    job: Job,
+    run: RunDir,
+    comm: Communicator,
+    people: TextIO,
+    stop: StopRequest,
+    allow_changed: tuple[str, ...],
 ) -> PhaseOutcome:
     """Assemble and train; the body of a rank once its world stands (a collective)."""
-    stop = StopRequest(comm, run.stop_request)
     clock = Clock()
     clock.add("start", _seconds_since_start())
     with clock("start"):
@@ -102,6 +108,23 @@ def work(
         _resized_from(run),
     )
     return loop.run()
+
+
+def _last_word(
+    outcome: PhaseOutcome, run: RunDir, comm: Communicator, stop: StopRequest
+) -> PhaseOutcome:
+    """Where a world that makes room for a larger one is asked to stop, none comes (a collective).
+
+    On return everybody's last event is written, and a signal ends this rank, as it would a program
+    that knows of none: the launcher tells the supervisor.
+    """
+    asked = any(comm.gather_objects(stop.here()))
+    stop.close()
+    if not asked or outcome.kind != "resize":
+        return outcome
+    if comm.rank == 0:
+        run.stop_request.touch()
+    return replace(outcome, kind="stopped")
 
 
 def _prepare(job: Job, run: RunDir, comm: Communicator, lock: RunLock) -> None:

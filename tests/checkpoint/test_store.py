@@ -170,6 +170,16 @@ def test_a_checkpoint_in_shards_reads_as_one(folder):
     assert len(of(path(folder, 1))) == 3
 
 
+def test_a_shard_under_a_checkpoint_s_name_is_none(folder):
+    store = Store(folder, 2)
+    save_shards(store, folder, 1)
+    save_shards(store, folder, 2)
+    of(path(folder, 2))[0].replace(path(folder, 2))
+    loaded = store.newest_good()
+    assert loaded.path == path(folder, 1)
+    assert "a shard, under the name of a whole one" in loaded.damaged[0]
+
+
 def test_shards_go_with_their_checkpoint_and_not_before(folder):
     store = Store(folder, 2)
     for step in (1, 2, 3):
@@ -201,10 +211,7 @@ def test_shards_without_a_checkpoint_go_with_the_next_save(folder):
         (lambda shards: (shards[1].unlink(), shards[1].mkdir()), "not a file"),
         (lambda shards: shards[1].write_bytes(shards[0].read_bytes()), "has digest"),
         (lambda shards: flip(shards[1]), "do not match their checksum"),
-        (
-            lambda shards: shards[1].write_bytes(shards[1].read_bytes()[:-1]),
-            "it has .* bytes, not the .* written",
-        ),
+        (lambda shards: shards[1].write_bytes(shards[1].read_bytes()[:-1]), "bytes, not the"),
     ],
     ids=["missing", "empty", "folder", "swapped", "flipped bit", "truncated"],
 )

@@ -7,9 +7,8 @@ import sys
 import torch
 
 from hpc_absa.comm import Communicator, connect
-from hpc_absa.curvature.export import to_dict
 from hpc_absa.curvature.probe import estimate
-from hpc_absa.curvature.spectrum import spectrum
+from hpc_absa.curvature.spectrum import spectrum, to_dict
 from tests.curvature.nets import build
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from datetime import datetime
 from pathlib import Path
 
 import pytest
 
 from hpc_absa import events
+from hpc_absa.report.rank_seconds import cost
 from hpc_absa.rundir import RunDir
 from tests.mpi.conftest import find_mpirun, mpi_environment
 from tests.mpi.jobs import write_job
@@ -97,6 +99,30 @@ class ChainRun:
         prefix = next(n.split()[1] for n in names if n.split()[0] in mine).rpartition("-")[0]
         of_chain = {n.split()[0] for n in names if n.split()[1].startswith(f"{prefix}-")}
         assert of_chain == mine, names
+
+    def assert_charged_as_slurm_says(self) -> None:
+        """Our rank-seconds against Slurm's own record of completed jobs, which has whole seconds.
+
+        Slurm also counts what a batch job takes before its ranks start and after they ended.
+        """
+        jobs = {str(e["job_id"]): e["ranks"] for e in self.events("link") if "ranks" in e}
+        wait_until(
+            lambda: jobs.keys() <= {j["JobId"] for j in self.cluster.completed()},
+            20,
+            "record of every job",
+        )
+        theirs = 0.0
+        for record in self.cluster.completed():
+            if record["JobId"] in jobs:
+                assert int(record["ProcCnt"]) == jobs[record["JobId"]]
+                begin, end = (
+                    datetime.fromisoformat(record[k]).timestamp() for k in ("StartTime", "EndTime")
+                )
+                theirs += (end - begin) * int(record["ProcCnt"])
+        spent = cost(events.read(self.run.events))
+        assert spent.chained
+        overhead = 8.0 * sum(jobs.values())
+        assert theirs - overhead <= spent.charged <= theirs + sum(jobs.values())
 
     def story(self) -> str:
         """Everything that tells why a test failed."""

@@ -57,6 +57,7 @@ def test_a_chain_grows_from_one_node_to_four(cluster, tmp_path, weights):
     chain.assert_each_submitted_once()
     assert np.array_equal(weights, final_weights(chain.run.path))
     assert chain.run.report.exists()
+    chain.assert_charged_as_slurm_says()
     # --dry-run had printed the very bytes that were executed
     script = chain.run.link_script(1)
     assert dry.stdout == f"sbatch --parsable {script}\n{script.read_text()}"

@@ -1,5 +1,7 @@
 """The campaigns' common summary, printed when the session ends."""
 
+import os
+
 import pytest
 
 from tests.soak.summary import Summary
@@ -19,6 +21,6 @@ def campaign(request) -> Summary:
 
 def pytest_terminal_summary(terminalreporter, config):
     if lines := config.stash[_SUMMARY].table():
-        terminalreporter.section("campaigns")
+        terminalreporter.section(f"campaigns, seed {os.environ.get('HPC_ABSA_SOAK_SEED', '0')}")
         for line in lines:
             terminalreporter.write_line(line)

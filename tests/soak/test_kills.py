@@ -35,6 +35,8 @@ SHAPE = {"epochs": 20, "kappa": 4, "initial": 1, "most": 4}
 """Growth after epochs 4 and 8; then twelve epochs on four ranks."""
 VICTIMS = ("rank", "rank", "mpirun", "supervisor", "tree")
 MOMENTS = ("any", "any", "any", "start", "saving", "hessian", "evaluation", "relaunching")
+GROWING = ("hessian", "relaunching")
+"""Those that a run has behind it once it has grown."""
 LIFE = 9.0
 """Seconds over which `any` is uniform: the start of a world and its work."""
 
@@ -120,7 +122,9 @@ def _attack(folder: Path, number: int) -> list[tuple[SoakRun, list[Kill]]]:
 
 def _kill(run: SoakRun, draw: random.Random) -> Kill | None:
     """Kill something at a moment of the draw's choice; None where the run ended before."""
-    victim, moment, spread = draw.choice(VICTIMS), draw.choice(MOMENTS), draw.random()
+    grown = any(start["ranks"] == SHAPE["most"] for start in run.events("phase_start"))
+    moments = [each for each in MOMENTS if not (grown and each in GROWING)]
+    victim, moment, spread = draw.choice(VICTIMS), draw.choice(moments), draw.random()
     if not _come_to(run, moment, spread):
         return None
     ranks = [rank.pid for rank in run.ranks()]

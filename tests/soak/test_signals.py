@@ -26,16 +26,17 @@ pytestmark = [pytest.mark.mpi, pytest.mark.slow]
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 TARGETS = ("rank", "mpirun", "supervisor")
+GROWING, RELAUNCHING = "evaluation before a growth", "relaunching"
 HELD = {
-    "start": "start:1",
-    "first step": "step:1",
-    "adversarial examples": "adversarial:1",
-    "Hessian": "hessian:0",
-    "evaluation": "evaluation:1",
-    "saving": "saving:0",
+    "start": "start:1:1",
+    "first step": "step:1:1",
+    "adversarial examples": "adversarial:1:1",
+    "Hessian": "hessian:0:1",
+    "evaluation": "evaluation:1:1",
+    "saving": "saving:0:1",
+    GROWING: "evaluation:0:2",
 }
-"""Moments, and which rank stands still in it."""
-RELAUNCHING = "relaunching"
+"""Moments, which rank stands still in it, and for which time it comes to it then."""
 TOGETHER = 2
 """Runs at the same time: they mostly wait."""
 AT_ONCE = 15.0
@@ -44,7 +45,7 @@ AT_ONCE = 15.0
 
 def shape(moment: str) -> dict[str, int]:
     """Two ranks throughout, or a growth from one to two where that is what is disturbed."""
-    if moment == RELAUNCHING:
+    if moment in (GROWING, RELAUNCHING):
         return {"epochs": 3, "kappa": 1, "initial": 1, "most": 2, "base": 32, "largest": 64}
     return {"epochs": 3, "kappa": 1, "initial": 2, "most": 2, "base": 64, "largest": 128}
 

@@ -6,8 +6,8 @@ folder, every rank appends JSON lines to a file of its own there: `start`, its `
 each optimizer step a `step` with the samples that it drew, written before the ranks add up their
 gradients: no rank can complete a step that is not in all ranks' ledgers.
 
-With `HPC_ABSA_HOLD` set to `MOMENT:RANK`, that rank stands still the first time it comes to the
-moment, until the file `released` exists: a test can then act in the middle of it.
+With `HPC_ABSA_HOLD` set to `MOMENT:RANK:TIME`, that rank stands still when it comes to the moment
+for that time (from 1), until the file `released` exists: a test can then act in the middle of it.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,7 @@ class Watcher:
         path = folder / f"world-{world}-rank-{self._rank}.jsonl"
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         self._hold = os.environ.get(HOLD)
+        self._times: Counter[str] = Counter()
         self._step = 0
         self._visits: list[tuple[int, int]] | None = None
         self._note("start", pid=os.getpid())
@@ -100,7 +102,9 @@ class Watcher:
 
     def _moment(self, moment: str) -> None:
         self._note("moment", moment=moment)
-        if self._hold != f"{moment}:{self._rank}" or (self._folder / "held").exists():
+        self._times[moment] += 1
+        here = f"{moment}:{self._rank}:{self._times[moment]}"
+        if self._hold != here or (self._folder / "held").exists():
             return
         (self._folder / "held").write_text(str(os.getpid()))
         until = time.monotonic() + PATIENCE

@@ -1,0 +1,1 @@
+"""What a resize costs, against the bare start of the same world."""

@@ -1,0 +1,22 @@
+#!/bin/bash
+# A job in one LSF allocation:
+#   JOB=jobs/digits.toml bsub -env "all" < launch/lsf.sh
+# It begins on one rank and takes more of the allocation as it grows; slots come from
+# $LSB_DJOB_HOSTFILE. Adapt the #BSUB lines and the module line to your site.
+#BSUB -J hpc-absa
+#BSUB -n 8
+#BSUB -R "span[ptile=4] affinity[core(8)]"
+#BSUB -W 4:00
+#BSUB -wt 2 -wa USR1
+#BSUB -r
+#BSUB -o hpc-absa.%J.log
+set -euo pipefail
+
+# module load gcc openmpi          # the modules that the environment was made with
+# shellcheck source=/dev/null
+source "${VENV:-.venv}/bin/activate"
+
+# -wt 2 -wa USR1: the signal comes two minutes before the time is up, and hpc-absa saves on it.
+# blaunch reaches the job's other hosts where ssh is not allowed to.
+# Exit status 75 says: saved and not finished; the same bsub goes on.
+exec hpc-absa run "${JOB:?JOB=jobs/digits.toml bsub ...}" --launcher mpirun --set launch.agent=blaunch

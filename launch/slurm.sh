@@ -1,0 +1,22 @@
+#!/bin/bash
+# A job in one Slurm allocation: it begins on one rank and takes more of the allocation as it grows.
+#   sbatch launch/slurm.sh jobs/digits.toml
+# For a chain of jobs of their own sizes, with no idle nodes, give `hpc-absa run JOB --launcher slurm`
+# on the login node instead. Adapt the #SBATCH lines and the module line to your site.
+#SBATCH --job-name=hpc-absa
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=4
+#SBATCH --cpus-per-task=8
+#SBATCH --time=04:00:00
+#SBATCH --signal=B:USR1@120
+#SBATCH --requeue
+#SBATCH --open-mode=append
+set -euo pipefail
+
+# module load gcc openmpi          # the modules that the environment was made with
+# shellcheck source=/dev/null
+source "${VENV:-$SLURM_SUBMIT_DIR/.venv}/bin/activate"
+
+# exec: the signal, two minutes before the time is up, goes to hpc-absa itself, which saves.
+# Exit status 75 says: saved and not finished; the same sbatch goes on.
+exec hpc-absa run "$@" --launcher mpirun

@@ -430,15 +430,25 @@ def spectrum(
     out: Annotated[
         Path | None, typer.Option(help="Prefix of OUT.h5 and OUT.png; default none is written.")
     ] = None,
+    layers: Annotated[
+        bool, typer.Option(help="Each parameter's own block too, which takes most of the time.")
+    ] = True,
+    gauss_newton: Annotated[
+        bool, typer.Option("--gauss-newton", help="That part of the Hessian alone.")
+    ] = False,
     as_json: Json = False,
 ) -> int:
     """Compute top eigenvalues, trace and density of the Hessian at a checkpoint.
 
+    Also negative directions, the loss along the top eigenvectors, and every layer's own block.
     Alone, or over several ranks: `mpirun -np 4 hpc-absa spectrum CHECKPOINT`.
     """
     from hpc_absa.training import inspection
 
-    return inspection.spectrum(checkpoint, samples, k, root, out, as_json)
+    matrix = "gauss-newton" if gauss_newton else "hessian"
+    return inspection.spectrum(
+        checkpoint, root, out, as_json, samples=samples, k=k, layers=layers, matrix=matrix
+    )
 
 
 @app.command()

@@ -1,6 +1,6 @@
 """The one place that imports Horovod and mpi4py; a serial communicator is a first-class one.
 
-Gradients travel through Horovod, which overlaps them with the backward pass and fuses small ones.
+Gradients travel through Horovod, which overlaps them with the backward pass.
 Everything that must be complete before the next line of code (Hessian-vector products, decisions,
 states) travels through MPI itself, on a duplicate of the communicator Horovod was initialised with,
 or through Horovod where it runs without MPI (`horovodrun --gloo`).
@@ -136,6 +136,8 @@ class HorovodCommunicator:
                 f"Horovod does not import in {sys.executable} ({error}); launch/bootstrap.sh "
                 "builds an environment that has it"
             ) from None
+        # Messages of chance content would be summed in chance order: see `training.reduction`.
+        os.environ.setdefault("HOROVOD_FUSION_THRESHOLD", "0")
         self._hvd = hvd
         self._mpi = self._mpi_world()
         self._beats = self._mpi.Dup() if self._mpi else None

@@ -3,7 +3,8 @@
 Needs `pip install hpc-absa[bench]` for the peers; without one it is left out. Times are whole
 CPU time of the process (all threads), so that neighbours on the machine matter less; the fastest of
 the rounds counts. One "gradient" is forward and backward in evaluation mode as PyTorch runs it by
-default (contiguous images, batches of 128).
+default (contiguous images, batches of 128). Rows with a question ask what a decision asks, whether
+λ is above a threshold t, and stop as soon as that is settled.
 """
 
 from __future__ import annotations
@@ -48,9 +49,15 @@ def main() -> None:
     for tol in (1e-2, 1e-3):
         ours = partial(_ours, model, images, tol=tol, microbatch=options.microbatch, max_iter=20)
         contenders[f"hpc_absa {tol:g}"] = ours
-        contenders[f"PyHessian {tol:g}"] = partial(_pyhessian, model, images, tol)
-        if not options.no_curvlinops:
+        if not options.no_peers:
+            contenders[f"PyHessian {tol:g}"] = partial(_pyhessian, model, images, tol)
+        if not (options.no_curvlinops or options.no_peers):
             contenders[f"curvlinops+eigsh {tol:g}"] = partial(_curvlinops, model, images, tol)
+    for what, share in (("λ > 2 t", 0.5), ("λ > 1.25 t", 0.8), ("λ < t/2", 2.0)):
+        contenders[f"hpc_absa, {what}? 0.01"] = partial(
+            _ours, model, images, tol=1e-2, microbatch=options.microbatch, max_iter=20,
+            threshold=share * reference,
+        )  # fmt: skip
     product = _product(model, images, options.microbatch)
     times: dict[str, list[float]] = {name: [] for name in ["gradient", "product", *contenders]}
     answers: dict[str, tuple[float, str]] = {}
@@ -77,6 +84,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--no-curvlinops", action="store_true", help="leave out the slowest")
+    parser.add_argument("--no-peers", action="store_true", help="leave out both")
     return parser.parse_args()
 
 
@@ -132,15 +140,23 @@ def _product(model: nn.Module, images: Images, microbatch: int) -> Callable[[], 
 
 
 def _ours(
-    model: nn.Module, images: Images, *, tol: float, microbatch: int, max_iter: int
+    model: nn.Module,
+    images: Images,
+    *,
+    tol: float,
+    microbatch: int,
+    max_iter: int,
+    threshold: float | None = None,
 ) -> tuple[float, str]:
     found = probe.estimate(
         model, functional.cross_entropy, images, SerialCommunicator(), method="lanczos",
         samples=images.size, microbatch=microbatch, tol=tol, max_iter=max_iter,
-        keep_samples=images.size,
+        keep_samples=images.size, threshold=threshold,
     )  # fmt: skip
     value = found.eigenvalue
-    return value.value, f"{value.matvecs} products + {found.coarse_matvecs} on an eighth"
+    answer = "" if threshold is None else "above: " if found.settled else "not above: "
+    note = f"{answer}{value.matvecs} products of {value.samples} images"
+    return value.value, note + f" + {found.coarse_matvecs} of an eighth"
 
 
 def _pyhessian(model: nn.Module, images: Images, tol: float) -> tuple[float, str]:

@@ -2,19 +2,27 @@
 
 `python -m benchmarks.curvature.agreement RUN...` goes through the checkpoints of runs whose rule is
 `abs` or `absa` (set `checkpoint.keep` so that all of them are kept). At each decision point it
-takes λ of the saved weights to 1e-6 over all of `hessian.samples`, lets the same rule decide on
+takes λ of the saved weights to 1e-4 over all of `hessian.samples`, lets the same rule decide on
 that, from the state that its own decisions led to, and compares. Once the two differ, the rest of
-that run is another course and is not counted.
+that run is another course and is not counted. A growth in the middle of a step is saved after what
+was left of that step, so λ is then taken a part of a step later than the run's.
+
+With `--questions N`, at every N-th of these checkpoints, also the question itself is asked, whether
+λ is at most a threshold, for thresholds around the converged λ, with the run's own settings: how
+often the answer is the converged one's, and what it cost.
 """
 
 from __future__ import annotations
 
-import json
-import sys
+import argparse
+from collections import defaultdict
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch import nn
 
+from hpc_absa import events
 from hpc_absa import job as jobs
 from hpc_absa.checkpoint import read
 from hpc_absa.comm import SerialCommunicator
@@ -24,57 +32,120 @@ from hpc_absa.records import Eigenvalue, Observation
 from hpc_absa.rundir import RunDir
 from hpc_absa.schedules import build
 from hpc_absa.training.material import (
+    HessianSample,
     build_batches,
     build_model_and_loss,
     hessian_sample,
     open_data,
 )
 from hpc_absa.training.state import load_model
+from hpc_absa.training.step import Loss
+
+THRESHOLDS = (0.25, 0.5, 0.8, 0.9, 0.95, 1.05, 1.1, 1.25, 2.0, 4.0)
+"""In units of the converged λ; from 1 on the run would grow."""
+
+
+@dataclass
+class Answers:
+    """To one question, over all checkpoints."""
+
+    right: int = 0
+    wrong: int = 0
+    none: int = 0
+    """Unconverged: no growth, whatever the truth."""
+    gradients: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A run's model, to be loaded with one checkpoint after the other."""
+
+    job: jobs.Job
+    model: nn.Module
+    loss: Loss
+    sample: HessianSample
+
+    def estimate(self, tol: float, max_iter: int, threshold: float | None = None) -> probe.Estimate:
+        return probe.estimate(
+            self.model, self.loss, self.sample, SerialCommunicator(),
+            method=self.job.hessian.method, samples=self.sample.size,
+            microbatch=self.job.train.microbatch, tol=tol, max_iter=max_iter, threshold=threshold,
+        )  # fmt: skip
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.curvature.agreement")
+    parser.add_argument("runs", nargs="+", type=Path)
+    parser.add_argument("--questions", type=int, default=0, metavar="N")
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
     same = total = 0
-    for path in map(Path, sys.argv[1:]):
-        agreed, decisions = replay(RunDir(path))
+    answers: dict[float, Answers] = defaultdict(Answers)
+    for path in options.runs:
+        agreed, decisions = replay(RunDir(path), options.questions, answers)
         same, total = same + agreed, total + decisions
     print(f"in all: {same} of {total} decisions as with converged estimates")
+    if answers:
+        print("| threshold / λ | asked | right | wrong | unconverged | gradients, mean |")
+        print("| --- | --- | --- | --- | --- | --- |")
+    for threshold, told in answers.items():
+        cost = sum(told.gradients) / len(told.gradients)
+        print(f"| {threshold} | {len(told.gradients)} | {told.right} | {told.wrong} | {told.none} "
+              f"| {cost:.2f} |")  # fmt: skip
 
 
-def replay(run: RunDir) -> tuple[int, int]:
-    """Decisions that agree, and decisions compared."""
-    job, comm, cpu = jobs.load(run.job), SerialCommunicator(), torch.device("cpu")
-    dataset = open_data(job, run, comm)
-    course = course_of(job, len(dataset.train))
-    batches = build_batches(job, dataset, course, cpu)
-    sample = hessian_sample(job, batches, course, job.hessian.samples)
-    model, loss = build_model_and_loss(job, dataset, cpu)
-    rule = build(job)
-    state, same, total = rule.initial(), 0, 0
-    made = [json.loads(line) for line in run.events.read_text().splitlines()]
-    decisions = {e["step"]: e for e in made if e["event"] == "decision"}
-    boundaries = {}
-    for path in sorted(run.checkpoints.glob("*.h5")):
-        content = read(path)
-        boundaries[int(content.attributes["step"])] = content
-    for step, event in sorted(decisions.items()):
-        if event["action"] == "finish" or step not in boundaries:
+def replay(run: RunDir, questions: int, answers: dict[float, Answers]) -> tuple[int, int]:
+    """Decisions that agree, and decisions compared; `answers` are added to."""
+    subject = _subject(run)
+    rule = build(subject.job)
+    state, same, total, differs = rule.initial(), 0, 0, False
+    made = [e for e in events.effective(events.read(run.events)) if e["event"] == "decision"]
+    saved = {int(read(p).attributes["step"]): p for p in sorted(run.checkpoints.glob("*.h5"))}
+    for number, event in enumerate(made):
+        if event["action"] == "finish" or event["step"] not in saved:
             continue
-        load_model(model, boundaries[step].groups["model"].arrays, str(step))
+        content = read(saved[event["step"]])
+        load_model(subject.model, content.groups["model"].arrays, str(event["step"]))
         value = None
         if rule.wants_eigenvalue(state):
-            value = probe.estimate(
-                model, loss, sample, comm, method="lanczos", samples=sample.size,
-                microbatch=course.microbatch, tol=1e-6, max_iter=60,
-            ).eigenvalue  # fmt: skip
+            value = subject.estimate(1e-4, 60).eigenvalue
+        if value is not None and questions and number % questions == 0:
+            _ask(subject, value, answers)
+        if differs:
+            continue
         decision = rule.decide(state, Observation(event["epoch"], True, value))
         state = decision.state
-        total += 1
-        same += decision.action == event["action"]
+        differs = decision.action != event["action"]
+        total, same = total + 1, same + (not differs)
         print(f"{run.path.name} epoch {event['epoch']:.2f}: {_told(value)}, {decision.action}; "
-              f"the run {event['eigenvalue']}, {event['action']}, {event['reason']}")  # fmt: skip
-        if decision.action != event["action"]:
-            break
+              f"the run {event['eigenvalue']}, {event['action']}, {event['reason']}",
+              flush=True)  # fmt: skip
     return same, total
+
+
+def _subject(run: RunDir) -> Subject:
+    job, comm, cpu = jobs.load(run.job), SerialCommunicator(), torch.device("cpu")
+    dataset = open_data(job, run, comm)
+    course = course_of(job, len(dataset.train.labels))
+    batches = build_batches(job, dataset, course, cpu)
+    sample = hessian_sample(job, batches, course, job.hessian.samples)
+    return Subject(job, *build_model_and_loss(job, dataset, cpu), sample)
+
+
+def _ask(subject: Subject, truth: Eigenvalue, answers: dict[float, Answers]) -> None:
+    settings = subject.job.hessian
+    for share in THRESHOLDS:
+        threshold = share * truth.value
+        found = subject.estimate(settings.tol, settings.max_iter, threshold)
+        told = answers[share]
+        told.gradients.append(found.samples_processed / subject.sample.size)
+        if not (found.settled or found.eigenvalue.converged):
+            told.none += 1
+        elif (not found.settled and found.eigenvalue.value <= threshold) == (share >= 1):
+            told.right += 1
+        else:
+            told.wrong += 1
 
 
 def _told(value: Eigenvalue | None) -> str:

@@ -39,10 +39,17 @@ def main() -> None:
             method="lanczos", samples=options.images, microbatch=64, tol=1e-3, max_iter=20,
         ).eigenvalue  # fmt: skip
         seconds.append(time.perf_counter() - begin)
+    total = torch.zeros(sum(p.numel() for p in model.parameters()), dtype=torch.float64)
+    comm.sum_(total)
+    begin = time.perf_counter()
+    for _ in range(20):
+        comm.sum_(total)
+    reduction = (time.perf_counter() - begin) / 20
     if comm.rank == 0:
         print(
             f"{comm.size} ranks: {min(seconds):.2f} s of {sorted(round(s, 2) for s in seconds)}, "
-            f"λ {found.value!r}, {found.matvecs} products"
+            f"λ {found.value!r}, {found.matvecs} products; a product's sum over the ranks "
+            f"({8 * total.numel() / 1e6:.2g} MB) takes {1e3 * reduction:.2g} ms"
         )
     comm.close()
 

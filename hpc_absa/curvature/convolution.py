@@ -83,7 +83,7 @@ class ConvolutionGradient(torch.autograd.Function):
         """
         gy, x, w = ctx.saved_tensors
         need_gy, need_x, need_w = ctx.needs_input_grad[:3]
-        by_gy = _by_output(ctx.geometry, x, w, ggx, ggw, ggb) if need_gy else None
+        by_gy = _by_output(ctx.geometry, gy, x, w, ggx, ggw, ggb) if need_gy else None
         mask = (need_x and ggw is not None, need_w and ggx is not None, False)
         by_x = by_w = None
         if mask[0] or mask[1]:
@@ -95,6 +95,7 @@ class ConvolutionGradient(torch.autograd.Function):
 
 def _by_output(
     geometry: Geometry,
+    gy: Tensor,
     x: Tensor,
     w: Tensor,
     ggx: Tensor | None,
@@ -108,7 +109,7 @@ def _by_output(
     if ggw is not None:
         result = geometry.forward(x, ggw, ggb)
     elif ggb is not None:
-        result = ggb.view(1, -1, *[1] * len(geometry.stride))
+        result = ggb.view(1, -1, *[1] * len(geometry.stride)).expand_as(gy)
     if ggx is not None:
         other = geometry.forward(ggx, w, None)
         result = other if result is None else other + result

@@ -1,11 +1,11 @@
 """One microbatch differentiated once, ready to be multiplied with vectors.
 
-Shapes: P trainable parameters; tensors "shaped as leaves" have the parameters' shapes.
+Shapes: P parameters differentiated by; tensors "shaped as leaves" have the parameters' shapes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from hpc_absa.curvature import fast
-from hpc_absa.curvature.state import trainable
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """`loss_fn(outputs, targets)`, a mean over the microbatch."""
@@ -108,9 +107,10 @@ def differentiate(
     targets: Tensor,
     plan: fast.Plan | None,
     matrix: Matrix,
+    parameters: Mapping[str, nn.Parameter],
 ) -> Graph:
-    """`∇L` at the model's parameters, with the graph that leads to it."""
-    leaves = {name: fast.leaf(p) for name, p in trainable(model).items()}
+    """`∇L` by `parameters`, with the graph that leads to it."""
+    leaves = {name: fast.leaf(p) for name, p in parameters.items()}
     outputs = forward(model, inputs, leaves, plan)
     wanted = tuple(leaves.values())
     if matrix == "hessian":
@@ -130,12 +130,12 @@ def differentiate(
 def forward(
     model: nn.Module, inputs: Tensor, leaves: dict[str, Tensor], plan: fast.Plan | None
 ) -> Tensor:
-    """The outputs with `leaves` in the parameters' places.
+    """The outputs with `leaves` in their parameters' places; the other parameters are constants.
 
     The model runs on tensors of our own, so that no hook on a parameter fires and a buffer that a
     module writes to in evaluation mode is thrown away.
     """
-    fixed = {n: p.detach() for n, p in model.named_parameters() if not p.requires_grad}
+    fixed = {n: p.detach() for n, p in model.named_parameters() if n not in leaves}
     copies = {name: b.clone() for name, b in model.named_buffers()}
     tensors = {**leaves, **fixed, **copies}
     with fast.products(plan, tensors):

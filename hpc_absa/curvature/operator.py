@@ -1,11 +1,11 @@
 """The Hessian of the mean loss over a fixed sample as a linear operator over all ranks.
 
-Shapes: P trainable parameters in all, N samples, M microbatches of n_m samples, Σ n_m = N.
+Shapes: P parameters differentiated by, N samples, M microbatches of n_m samples, Σ n_m = N.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Protocol
 
 import torch
@@ -56,6 +56,8 @@ class HessianOperator:
             takes about the memory of a training step on it, and saves a gradient per product.
         accelerate: use the faster convolution and normalization of `fast` where they apply.
         matrix: the Hessian, or its Gauss-Newton part.
+        names: the parameters to differentiate by, for their own block of the Hessian; all
+            trainable ones by default.
         reproducible: sum along the fixed tree of `hpc_absa.summation`: the same bits at any
             power-of-two world size (with one thread a rank, as a kernel's own sums depend on it).
         poll: asked before each product, with the same answer on all ranks; True gives up.
@@ -77,6 +79,7 @@ class HessianOperator:
         kept: int = 2,
         accelerate: bool = True,
         matrix: Matrix = "hessian",
+        names: Collection[str] | None = None,
         reproducible: bool = False,
         poll: Callable[[], bool] | None = None,
     ) -> None:
@@ -94,10 +97,11 @@ class HessianOperator:
         self.microbatches = -(-samples // microbatch)
         self.kept, self.accelerate = kept, accelerate
         self.matrix, self.reproducible, self.poll = matrix, reproducible, poll
-        self.parameters = tuple(trainable(model).values())
+        found = trainable(model)
+        self.parameters = {n: p for n, p in found.items() if names is None or n in names}
         if not self.parameters:
-            raise ValueError("model: expected parameters that require grad, got none")
-        self.size = sum(p.numel() for p in self.parameters)
+            raise ValueError(f"names: expected some of the trainable {list(found)}, got {names}")
+        self.size = sum(p.numel() for p in self.parameters.values())
         self.matvecs = 0
         every = range(self.microbatches)
         self._lanes = (
@@ -111,12 +115,12 @@ class HessianOperator:
     @property
     def device(self) -> torch.device:
         """Where the vectors live."""
-        return self.parameters[0].device
+        return next(iter(self.parameters.values())).device
 
     @property
     def dtype(self) -> torch.dtype:
         """The vectors' type: the parameters' own."""
-        return self.parameters[0].dtype
+        return next(iter(self.parameters.values())).dtype
 
     def gradient(self) -> Tensor:
         """`∇L` over the sample, flat [P]; kept graphs are built on the way."""
@@ -148,8 +152,8 @@ class HessianOperator:
         """The mean loss over the sample at the parameters plus `offset` [P]."""
         losses = torch.zeros(self.microbatches, dtype=torch.float64)
         shift = self._shaped(torch.zeros(self.size) if offset is None else offset)
-        names = trainable(self.model)
-        leaves = {name: (p + s).detach() for (name, p), s in zip(names.items(), shift, strict=True)}
+        moved = zip(self.parameters.items(), shift, strict=True)
+        leaves = {name: (p + s).detach() for (name, p), s in moved}
         with torch.no_grad():
             for index in (index for lane in self._lanes for index in lane):
                 inputs, targets = self._load(index)
@@ -160,19 +164,6 @@ class HessianOperator:
     def agree(self, scalars: Tensor) -> Tensor:
         """Rank 0's copy of a small tensor, so that all ranks take the same turns."""
         return self.comm.broadcast_(scalars.contiguous())
-
-    def span(self, name: str) -> slice:
-        """Where a parameter lies in the vectors."""
-        start = 0
-        for other, parameter in trainable(self.model).items():
-            if other == name:
-                return slice(start, start + parameter.numel())
-            start += parameter.numel()
-        raise KeyError(f"{name}: expected one of {list(trainable(self.model))}")
-
-    def vector(self) -> Tensor:
-        """Zeros [P] of the operator's type, on its device."""
-        return torch.zeros(self.size, dtype=self.dtype, device=self.device)
 
     def close(self) -> None:
         """Let go of the kept graphs."""
@@ -222,14 +213,16 @@ class HessianOperator:
         return graph
 
     def _differentiate(self, inputs: Tensor, targets: Tensor) -> Graph:
-        return differentiate(self.model, self.loss_fn, inputs, targets, self._plan, self.matrix)
+        return differentiate(
+            self.model, self.loss_fn, inputs, targets, self._plan, self.matrix, self.parameters
+        )
 
     def _zeros(self) -> Tensor:
         return torch.zeros(self.size, dtype=torch.float64, device=self.device)
 
     def _shaped(self, vector: Tensor) -> list[Tensor]:
-        pieces = vector.to(self.device, self.dtype).split([p.numel() for p in self.parameters])
+        parameters = self.parameters.values()
+        pieces = vector.to(self.device, self.dtype).split([p.numel() for p in parameters])
         return [
-            fast.arranged(piece.view_as(p))
-            for piece, p in zip(pieces, self.parameters, strict=True)
+            fast.arranged(piece.view_as(p)) for piece, p in zip(pieces, parameters, strict=True)
         ]

@@ -36,7 +36,8 @@ def _density(axis: Any, found: Spectrum) -> None:
         axis.axvline(value, color="tab:red", linewidth=0.8)
     axis.set_ylim(bottom=1e-7 * float(density.density.max(initial=1e-5)))
     axis.set(xlabel="eigenvalue", ylabel="density")
-    axis.set_title(f"{found.density.negative:.0%} of the eigenvalues negative")
+    low, high = found.density.negative_low, found.density.negative_high
+    axis.set_title(f"{low:.0%} to {high:.0%} of the eigenvalues are negative")
 
 
 def _layers(axis: Any, found: Spectrum) -> None:

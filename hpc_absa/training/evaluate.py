@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -29,20 +30,24 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate in eval mode over this rank's `batches`; sums go over all ranks (a collective).
 
-    Training flags are as before on return.
+    The batches' losses are added up exactly, so that the result has the same bits however they
+    were dealt to ranks. Training flags are as before on return.
     """
     training = [module for module in model.modules() if module.training]
     model.eval()
-    totals = torch.zeros(3, dtype=torch.float64)  # correct, loss, images
+    correct = images = 0
+    losses = []
     try:
         with torch.inference_mode():
             for inputs, targets in batches:
                 outputs = model(inputs)
-                correct = (outputs.argmax(dim=1) == targets).sum().item()
-                mean = loss(outputs, targets).item()
-                totals += torch.tensor([correct, mean * len(targets), len(targets)])
+                correct += int((outputs.argmax(dim=1) == targets).sum())
+                images += len(targets)
+                losses.append(loss(outputs, targets).item() * len(targets))
     finally:
         for module in training:
             module.training = True
-    correct, loss_sum, images = comm.sum_(totals).tolist()
-    return Evaluation(correct / max(images, 1), loss_sum / max(images, 1))
+    everyone = comm.gather_objects((correct, images, losses))
+    images = max(1, sum(count for _, count, _ in everyone))
+    total = math.fsum(each for _, _, shares in everyone for each in shares)
+    return Evaluation(sum(right for right, _, _ in everyone) / images, total / images)

@@ -13,7 +13,7 @@ from rich.console import Console
 from hpc_absa import job as jobs
 from hpc_absa.checkpoint import Content
 from hpc_absa.comm import Communicator, connect
-from hpc_absa.curvature import picture
+from hpc_absa.curvature import export, picture
 from hpc_absa.curvature import spectrum as curvature
 from hpc_absa.job import Job
 from hpc_absa.plan import course_of
@@ -32,12 +32,15 @@ from hpc_absa.training.state import load_model
 
 
 def spectrum(
-    checkpoint: Path, samples: int, k: int, root: str | None, out: Path | None, as_json: bool
+    checkpoint: Path, root: str | None, out: Path | None, as_json: bool, **settings: Any
 ) -> int:
-    """Print, and where asked for save, the spectrum at a checkpoint; one rank's whole life."""
+    """Print, and where asked for save, the spectrum at a checkpoint; one rank's whole life.
+
+    `settings` are those of `curvature.spectrum`: `samples`, `k`, `layers`, `matrix`.
+    """
     comm = connect()
     try:
-        found = _spectrum(comm, checkpoint, samples, k, root)
+        found = _spectrum(comm, checkpoint, root, **settings)
     except AgreedError as error:
         if comm.rank == 0:
             print(f"hpc-absa: {error}", file=sys.stderr)
@@ -45,19 +48,22 @@ def spectrum(
     finally:
         comm.close()
     if comm.rank == 0:
-        summary = curvature.to_dict(found)
-        print(json.dumps(summary) if as_json else _lines(found))
+        if as_json:
+            print(json.dumps(export.to_dict(found), allow_nan=False))
+        else:
+            print(export.heading(found))
+            for table in export.tables(found):
+                Console().print(table)
         if out:
-            curvature.save(found, out.with_suffix(".h5"))
-            picture.draw(found, out.with_suffix(".png"))
-            print(
-                f"written: {out.with_suffix('.h5')} and {out.with_suffix('.png')}", file=sys.stderr
-            )
+            tables, figure = Path(f"{out}.h5"), Path(f"{out}.png")
+            export.save(found, tables)
+            picture.draw(found, figure)
+            print(f"written: {tables} and {figure}", file=sys.stderr)
     return 0
 
 
 def _spectrum(
-    comm: Communicator, checkpoint: Path, samples: int, k: int, root: str | None
+    comm: Communicator, checkpoint: Path, root: str | None, samples: int, **settings: Any
 ) -> curvature.Spectrum:
     content = load(checkpoint, comm)
     job = agreed(comm, lambda: _job(content, checkpoint, root))
@@ -70,7 +76,8 @@ def _spectrum(
     sample = hessian_sample(job, build_batches(job, dataset, course, device), course, samples)
     with Console(stderr=True, quiet=comm.rank > 0).status("spectrum") as status:
         return curvature.spectrum(
-            model, loss, sample, comm, samples=sample.size, microbatch=course.microbatch, k=k,
+            model, loss, sample, comm, samples=sample.size, microbatch=course.microbatch,
+            **settings,
             progress=lambda part, products: status.update(f"{part}, {products} products so far"),
         )  # fmt: skip
 
@@ -78,12 +85,3 @@ def _spectrum(
 def _job(content: Content, checkpoint: Path, root: str | None) -> Job:
     override = (f"data.root={json.dumps(root)}",) if root else ()
     return jobs.parse(str(content.groups["job"].attributes["text"]), str(checkpoint), override)
-
-
-def _lines(found: curvature.Spectrum) -> str:
-    summary: dict[str, Any] = curvature.to_dict(found)
-    top, trace = summary["top"], summary["trace"]
-    values = "  ".join(f"{value:.5g}" for value in top["values"])
-    return (
-        f"top eigenvalues  {values}\ntrace            {trace['value']:.5g} ± {trace['error']:.2g}"
-    )

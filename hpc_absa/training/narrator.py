@@ -28,7 +28,9 @@ class Narrator:
         self._speaks = rank == 0
         self._output = output
         self._pending: list[tuple[str, int, dict[str, Any]]] = []
+        self._queued = self._written = 0  # events that have ever been pending, and no longer are
         self._last_line = time.monotonic()
+        self._phase = 1
 
     def say(self, line: str) -> None:
         """Print a line for people, to the launcher and into the rank's own log."""
@@ -46,6 +48,7 @@ class Narrator:
 
     def emit(self, event: str, phase: int, **fields: Any) -> None:
         """Append an event now."""
+        self._phase = phase
         if self._speaks:
             events.append(self._run.events, event, phase, **fields)
 
@@ -53,6 +56,15 @@ class Narrator:
         """Append an event once the next checkpoint is durable: what is logged is never redone."""
         if self._speaks:
             self._pending.append((event, phase, {"time": time.time(), **fields}))
+            self._queued += 1
+
+    def save_failed(self, reason: str) -> None:
+        """A checkpoint could not be written and training goes on: an event and a line."""
+        self.say(f"warning: {reason}")
+        if self._speaks:
+            # Where the disk is full, the log may be as well.
+            with contextlib.suppress(OSError):
+                self.emit("save_failed", self._phase, reason=reason)
 
     def decision(
         self,
@@ -103,13 +115,14 @@ class Narrator:
 
         Where that one fails they wait for the next.
         """
-        count = len(self._pending)
+        upto = self._queued
 
         def saved(published: Published) -> None:
-            for _ in range(count):
+            while self._written < upto:
                 event, of_phase, fields = self._pending[0]
                 self.emit(event, of_phase, **fields)
                 del self._pending[0]
+                self._written += 1
             self.emit(
                 "checkpoint",
                 phase,

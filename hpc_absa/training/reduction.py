@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -49,17 +50,25 @@ class Reduction(Protocol):
 
 
 class Overlapped:
-    """Horovod's ring-allreduce, overlapped with the backward pass."""
+    """Horovod's ring-allreduce, overlapped with the backward pass.
+
+    Gradients lie side by side in buckets, in the order in which the backward pass finishes them,
+    and a bucket sets off with its last one. Horovod itself would join whatever gradients happen to
+    be ready (which `comm` turns off): where a value lies in such a message decides the order in
+    which more than two ranks' values are added, so that its last bits would be chance.
+    """
 
     def __init__(self, model: nn.Module, comm: Communicator) -> None:
-        """Hooks every parameter that requires a gradient."""
+        """Takes over the gradients of every parameter that requires one."""
         self._comm = comm
-        self._parameters = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-        self._handles: dict[str, Any] = {}
+        self._buckets = _buckets([p for p in model.parameters() if p.requires_grad])
+        self._handles: dict[int, Any] = {}
+        self._waiting: list[int] = []
         self._last = False
         if comm.size > 1:
-            for name, parameter in self._parameters:
-                parameter.register_post_accumulate_grad_hook(self._hook(name))
+            for index, bucket in enumerate(self._buckets):
+                for parameter in bucket.parameters:
+                    parameter.register_post_accumulate_grad_hook(self._hook(index))
 
     def lanes(self, microbatches: range) -> list[range]:
         """One group: this rank's share."""
@@ -67,14 +76,15 @@ class Overlapped:
 
     def begin(self) -> None:
         """Zero the gradients in place, so that their memory stays where Horovod knows it."""
-        for _, parameter in self._parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        torch._foreach_zero_([p.grad for _, p in self._parameters if p.grad is not None])
+        for bucket in self._buckets:
+            bucket.sums.zero_()
+            for parameter, gradient in zip(bucket.parameters, bucket.gradients, strict=True):
+                parameter.grad = gradient
+        self._waiting = [len(bucket.parameters) for bucket in self._buckets]
 
     @contextmanager
     def backward(self, *, last: bool) -> Iterator[None]:
-        """During the last pass, each finished gradient sets off on its way."""
+        """During the last pass, each finished bucket sets off on its way."""
         self._last = last
         try:
             yield
@@ -85,27 +95,67 @@ class Overlapped:
         """Nothing to do: there is one group."""
 
     def finish(self, extra: Tensor) -> Tensor:
-        """Send what no backward pass reached (unused parameter, no microbatch); wait for all."""
+        """Send what no backward pass filled (unused parameter, no microbatch); wait for all."""
         extra_handle = self._comm.sum_async_(extra, "extra")
-        for name, parameter in self._parameters:
-            if name not in self._handles:
-                self._send(name, parameter)
+        for index in range(len(self._buckets)):
+            if index not in self._handles:
+                self._send(index)
         for handle in self._handles.values():
             self._comm.wait(handle)
         self._handles.clear()
         self._comm.wait(extra_handle)
         return extra
 
-    def _hook(self, name: str) -> Any:
+    def _hook(self, index: int) -> Any:
         def on_gradient(parameter: Tensor) -> None:
             if self._last:
-                self._send(name, parameter)
+                self._waiting[index] -= 1
+                if not self._waiting[index]:
+                    self._send(index)
 
         return on_gradient
 
-    def _send(self, name: str, parameter: Tensor) -> None:
-        assert parameter.grad is not None, "begin() gives every parameter a gradient"
-        self._handles[name] = self._comm.sum_async_(parameter.grad, f"gradient.{name}")
+    def _send(self, index: int) -> None:
+        sums = self._buckets[index].sums
+        self._handles[index] = self._comm.sum_async_(sums, f"gradients.{index}")
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Neighbouring gradients in one piece of memory."""
+
+    sums: Tensor
+    """Flat."""
+    parameters: tuple[Tensor, ...]
+    gradients: tuple[Tensor, ...]
+    """Views of `sums`, laid out as their parameters."""
+
+
+BUCKET = 1 << 20
+"""Bytes of gradients that are worth a message of their own."""
+
+
+def _buckets(parameters: list[Tensor]) -> list[Bucket]:
+    """Parameters from the last to the first, as the backward pass comes to them, in buckets."""
+    groups: list[list[Tensor]] = []
+    for parameter in reversed(parameters):
+        last = groups[-1] if groups else []
+        filled = sum(p.numel() * p.element_size() for p in last)
+        if not last or filled >= BUCKET or last[0].dtype != parameter.dtype:
+            groups.append([])
+        groups[-1].append(parameter)
+    return [_bucket(group) for group in groups]
+
+
+def _bucket(parameters: list[Tensor]) -> Bucket:
+    sums = parameters[0].new_zeros(sum(p.numel() for p in parameters))
+    pieces = sums.split([p.numel() for p in parameters])
+    gradients = (
+        # strides of a dense tensor laid out as the parameter, so that addition runs at full speed
+        piece.as_strided(p.size(), torch.empty_like(p, device="meta").stride())
+        for piece, p in zip(pieces, parameters, strict=True)
+    )
+    return Bucket(sums, tuple(parameters), tuple(gradients))
 
 
 class Reproducible:

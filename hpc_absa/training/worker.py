@@ -92,7 +92,7 @@ def work(
         background=job.checkpoint.background,
         shard_bytes=job.checkpoint.shard_bytes,
         on_error=job.checkpoint.on_error,
-        warn=narrator.say,
+        warn=narrator.save_failed,
     )
     loop = Loop(
         parts,

@@ -45,6 +45,18 @@ def test_a_tight_tolerance_gives_the_vector_too(kind):
     assert abs(float(vectors[:, -1] @ found.vector.double())) == pytest.approx(1, abs=1e-6)
 
 
+@pytest.mark.parametrize("part", ["bias", "weight", "bn"])
+def test_where_only_some_parameters_are_trained(part):
+    """Frozen convolutions with trained biases, and the other way round."""
+    model, loss, sample = build("conv", dtype=torch.float64)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(part in name)
+    settings = SETTINGS | {"tol": 1e-8, "max_iter": 60}
+    found = estimate(model, loss, sample, SerialCommunicator(), **settings)
+    truth = float(torch.linalg.eigvalsh(dense(model, loss, sample, 20))[-1])
+    assert found.eigenvalue.value == pytest.approx(truth, rel=1e-6)
+
+
 def test_starts_from_the_last_vector():
     cold, _ = probe("mlp", tol=1e-4, max_iter=60)
     warm, _ = probe("mlp", tol=1e-4, max_iter=60, start=cold.vector)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 
@@ -9,14 +10,20 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from rich.console import Console
 
 from hpc_absa.comm import SerialCommunicator
+from hpc_absa.curvature import export
+from hpc_absa.curvature.export import save, to_dict
 from hpc_absa.curvature.operator import HessianOperator, Interrupted
 from hpc_absa.curvature.picture import draw
-from hpc_absa.curvature.spectrum import hutch, quadrature, save, spectrum, to_dict
+from hpc_absa.curvature.spectrum import spectrum
 from hpc_absa.curvature.state import observed, trainable
+from hpc_absa.curvature.stochastic import hutch, quadrature, random_vector
 from tests.curvature.nets import build, dense
-from tests.curvature.test_eigen import operator
+from tests.curvature.test_eigen import VALUES, operator
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +59,13 @@ def test_density_integrates_to_one_and_counts_negative_directions(found):
     density, values = result.density, torch.linalg.eigvalsh(hessian).numpy()
     assert np.trapezoid(density.density, density.grid) == pytest.approx(1, abs=1e-3)
     truth = float((values < -density.cutoff).mean())
-    assert abs(density.negative - truth) <= 4 * density.negative_error + 0.02
+    assert density.negative_low <= density.negative <= density.negative_high
+    assert density.negative_low - 0.02 <= truth <= density.negative_high + 0.02
+    least = (values < -density.cutoff).sum()
+    assert 0 < density.negative_least <= least
+    assert result.lowest >= values[0] - 1e-9
+    _, low, high = density.below(float(values[-1]) / 2)
+    assert low - 0.01 <= float((values < values[-1] / 2).mean()) <= high + 0.01
     bells = np.exp(-0.5 * ((density.grid[:, None] - values) / density.width) ** 2)
     exact = bells.mean(1) / (density.width * math.sqrt(2 * math.pi))
     distance = np.trapezoid(np.abs(exact - density.density), density.grid)
@@ -69,7 +82,10 @@ def test_each_layers_own_block(found):
         if layer.converged:
             top = float(torch.linalg.eigvalsh(block)[-1])
             assert layer.top == pytest.approx(top, rel=1e-4, abs=1e-12)
-        assert abs(layer.trace - float(block.trace())) <= 5 * layer.trace_error + 1e-9
+        trace, density = layer.trace, layer.density
+        assert abs(trace.value - float(block.trace())) <= 5 * trace.error + 1e-9
+        negative = float((torch.linalg.eigvalsh(block) < -density.cutoff).double().mean())
+        assert density.negative_low - 0.2 <= negative <= density.negative_high + 0.2
         start = stop
     assert sum(layer.converged for layer in result.layers) >= len(result.layers) / 2
 
@@ -99,10 +115,42 @@ def test_goes_to_json_and_hdf5(found, tmp_path):
         assert file["layers/0000"].attrs["name"] == result.layers[0].name
 
 
+def test_the_tables_say_what_was_found(found):
+    result = found[0]
+    console = Console(width=160, record=True, file=io.StringIO())
+    console.print(export.heading(result), *export.tables(result))
+    told = console.export_text()
+    density = result.density
+    for value in (*result.top.values, *(line.losses[-1] for line in result.slices)):
+        assert f"{value:.4g}"[:4] in told
+    low, high = (
+        round(share * result.parameters) for share in (density.negative_low, density.negative_high)
+    )
+    assert f"between {max(low, density.negative_least)} and {high};" in told
+    assert all(layer.name in told for layer in result.layers)
+    for share in density.below(export.SHARES[0] * result.top.values[0]):
+        assert f"{100 * share:.2f} %" in told
+
+
 def test_trace_is_exact_where_the_sketch_spans_the_range():
     matvec, matrix, start = operator([7.0, -3.0, 2.0] + [0.0] * 30)
     trace = hutch(matvec, start, matvecs=15)
     assert trace.value == pytest.approx(float(matrix.trace()))
+
+
+@settings(max_examples=40)
+@given(st.lists(VALUES, min_size=2, max_size=30), st.integers(0, 99), st.floats(-60, 60))
+def test_bounds_hold_for_each_probe_whatever_the_spectrum(values, seed, limit):
+    """Few steps, so that nodes stand for many eigenvalues; the truth is the probe's own measure."""
+    matvec, matrix, start = operator(values, seed)
+    density = quadrature(matvec, start, steps=4, probes=1, seed=seed)
+    exact, vectors = torch.linalg.eigh(matrix)
+    assume(bool((exact - limit).abs().min() > 1e-6))
+    probe = random_vector(start, seed)
+    measure = (vectors.T @ (probe / probe.norm())) ** 2
+    _, low, high = density.below(limit)
+    assert low - 1e-6 <= float(measure[exact < limit].sum()) <= high + 1e-6
+    assert density.negative_least <= int((exact < 0).sum())
 
 
 def test_density_of_a_zero_operator():

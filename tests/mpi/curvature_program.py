@@ -7,8 +7,9 @@ import sys
 import torch
 
 from hpc_absa.comm import Communicator, connect
+from hpc_absa.curvature.export import to_dict
 from hpc_absa.curvature.probe import estimate
-from hpc_absa.curvature.spectrum import spectrum, to_dict
+from hpc_absa.curvature.spectrum import spectrum
 from tests.curvature.nets import build
 
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from hpc_absa.comm import SerialCommunicator
+from hpc_absa.curvature.export import to_dict
 from hpc_absa.curvature.probe import estimate
-from hpc_absa.curvature.spectrum import spectrum, to_dict
+from hpc_absa.curvature.spectrum import spectrum
 from tests.curvature.nets import build, dense
 from tests.mpi import curvature_program
 

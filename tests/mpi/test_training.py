@@ -2,7 +2,9 @@
 
 import subprocess
 import sys
+import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -92,6 +94,28 @@ def test_reproducible_runs_end_with_the_same_bits(mpirun, folder):
             mpirun(ranks, "hpc_absa", "train", job, "--run-dir", place / "run", timeout=120)
         weights.append(final_weights(place / "run"))
     assert np.array_equal(*weights)
+
+
+def test_stopped_and_resumed_at_the_same_size_it_is_bit_for_bit_the_uninterrupted_run(
+    mpirun, folder, fixed
+):
+    """In the middle of an epoch, without `reproducible`."""
+    place = folder / "stopped"
+    place.mkdir()
+    job, run = write_job(place, initial=4, most=4), RunDir(place / "run")
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(
+            mpirun, 4, "hpc_absa", "train", job, "--run-dir", run.path, timeout=120, check=False
+        )
+        while not first.done() and not any(e["event"] == "epoch" for e in events.read(run.events)):
+            time.sleep(0.01)
+        run.stop_request.touch()
+        assert first.result().returncode == 75, first.result().stdout
+    ended = [e for e in events.read(run.events) if e["event"] == "phase_end"][-1]
+    assert ended["outcome"] == "stopped"
+    assert 0 < ended["samples"] < EPOCHS * SAMPLES
+    mpirun(4, "hpc_absa", "train", job, "--run-dir", run.path, timeout=120)
+    assert np.array_equal(fixed[4], final_weights(run.path))
 
 
 def test_three_ranks_share_four_microbatches_unevenly(mpirun, folder, fixed):

@@ -1,4 +1,4 @@
-"""`hpc-absa spectrum` on a checkpoint of a real run, alone."""
+"""`hpc-absa spectrum` on a checkpoint of a real run, alone and under mpirun."""
 
 import json
 import subprocess
@@ -9,15 +9,21 @@ import pytest
 
 from hpc_absa.checkpoint.store import listed
 from hpc_absa.rundir import RunDir
+from tests.mpi.conftest import find_mpirun, mpi_environment
 from tests.mpi.jobs import write_job
 
 
-def hpc_absa(*words):
+def hpc_absa(*words, ranks=0):
     command = [sys.executable, "-m", "hpc_absa", *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+    environment = None
+    if ranks:
+        command = [str(find_mpirun()), "--oversubscribe", "-np", str(ranks), *command]
+        environment = mpi_environment(find_mpirun())
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
 
 
 @pytest.mark.slow
+@pytest.mark.mpi
 def test_the_spectrum_of_a_checkpoint(tmp_path):
     job, run = write_job(tmp_path, most=1), tmp_path / "run"
     trained = hpc_absa("train", job, "--run-dir", run, "--set", "train.epochs=1")
@@ -32,6 +38,13 @@ def test_the_spectrum_of_a_checkpoint(tmp_path):
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     with h5py.File(out.with_suffix(".h5")) as file:
         assert "top" in file
+    options = ("--samples", 64, "--k", 2, "--no-layers")
+    two = hpc_absa("spectrum", checkpoint, *options, "--json", ranks=2)
+    assert two.returncode == 0, two.stderr
+    assert json.loads(two.stdout)["top"]["values"] == pytest.approx(found["top"]["values"], 1e-6)
+    part = hpc_absa("spectrum", checkpoint, *options, "--gauss-newton")
+    assert part.stdout.startswith("Gauss-Newton matrix of the mean loss over 64 samples, ")
+    assert "Loss along the top eigenvectors" in part.stdout
 
 
 def test_a_file_that_is_no_checkpoint_costs_one_line(tmp_path):

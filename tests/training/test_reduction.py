@@ -6,6 +6,7 @@ from torch import nn
 
 from hpc_absa.comm import SerialCommunicator
 from hpc_absa.summation import LANES
+from hpc_absa.training import reduction
 from hpc_absa.training.reduction import FLAGS, Overlapped, Reproducible
 
 
@@ -24,16 +25,16 @@ def local_sum(gradients, rank, size):
     """What a rank brings to the exchange, `gradients` holding one number a microbatch."""
     net = nn.Linear(1, 1, bias=False)
     comm = Played(rank, size)
-    reduction = Reproducible(net, comm)
-    reduction.begin()
-    for lane in reduction.lanes(range(len(gradients))):
+    exact = Reproducible(net, comm)
+    exact.begin()
+    for lane in exact.lanes(range(len(gradients))):
         extra = torch.zeros(1 + FLAGS)
         for k in lane:
-            with reduction.backward(last=False):
+            with exact.backward(last=False):
                 (net.weight.sum() * gradients[k]).backward()
             extra[0] += 1
-        reduction.end_lane(extra)
-    reduction.finish(torch.zeros(1 + FLAGS))
+        exact.end_lane(extra)
+    exact.finish(torch.zeros(1 + FLAGS))
     return comm.sent
 
 
@@ -78,3 +79,31 @@ def test_both_reductions_deal_the_same_microbatches_to_a_rank():
                 exact = Reproducible(net, Played(rank, size))
                 lanes = [k for lane in exact.lanes(range(count)) for k in lane]
                 assert lanes == [k for lane in fast.lanes(range(count)) for k in lane]
+
+
+def test_gradients_in_buckets_are_the_gradients(monkeypatch):
+    """Several buckets, an unused parameter, another memory format, two passes."""
+    monkeypatch.setattr(reduction, "BUCKET", 64)
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4, 2), nn.Linear(2, 2))
+    net = net.to(memory_format=torch.channels_last)
+    net.unused = nn.Parameter(torch.ones(3))
+    inputs = torch.randn(2, 5, 3, 3, 3)
+    for part in inputs:
+        net(part).square().sum().backward()
+    wanted = {n: p.grad for n, p in net.named_parameters()}
+    overlapped = Overlapped(net, SerialCommunicator())
+    for _ in range(2):
+        overlapped.begin()
+        for part in inputs:
+            with overlapped.backward(last=False):
+                net(part).square().sum().backward()
+        overlapped.finish(torch.zeros(FLAGS))
+        for name, parameter in net.named_parameters():
+            expected = torch.zeros(3) if wanted[name] is None else wanted[name]
+            assert torch.equal(parameter.grad, expected), name
+            assert parameter.grad.stride() == parameter.stride()
+    assert len(overlapped._buckets) > 2
+    assert sum(bucket.sums.numel() for bucket in overlapped._buckets) == sum(
+        parameter.numel() for parameter in net.parameters()
+    )

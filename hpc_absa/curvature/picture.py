@@ -7,13 +7,17 @@ from typing import Any
 
 from hpc_absa.curvature.spectrum import Spectrum
 
+LINE = 0.14
+"""Inches for a layer's name."""
+
 
 def draw(found: Spectrum, path: Path) -> None:
     """Write the figure; the format follows the name (`.png`, `.svg`, `.pdf`)."""
     from matplotlib.figure import Figure
 
     panels = 1 + bool(found.layers) + bool(found.slices)
-    figure = Figure(figsize=(5.5 * panels, 4), layout="constrained")
+    height = max(4.0, LINE * len(found.layers))
+    figure = Figure(figsize=(5.5 * panels, height), layout="constrained")
     axes = iter(figure.subplots(1, panels, squeeze=False)[0])
     _density(next(axes), found)
     if found.layers:
@@ -44,7 +48,8 @@ def _layers(axis: Any, found: Spectrum) -> None:
     names = [layer.name for layer in found.layers]
     axis.barh(names, [layer.top for layer in found.layers])
     axis.invert_yaxis()
-    axis.tick_params(axis="y", labelsize=max(3, 8 - len(names) // 12))
+    axis.margins(y=0.01)
+    axis.tick_params(axis="y", labelsize=7)
     axis.set(xlabel="top eigenvalue of the layer's own block")
 
 

@@ -188,6 +188,9 @@ class Supervisor:
             rank, host, number = killed
             name = signal.Signals(number).name
             return Failure(f"killed by {name}", rank, host, 128 + number)
+        if ending.exit_code < 0:
+            name = signal.Signals(-ending.exit_code).name
+            return Failure(f"the launcher was killed by {name}", exit_code=128 - ending.exit_code)
         said = next((line for line in reversed(ending.tail) if line.strip(" -")), "nothing")
         return Failure(f"the launcher exited and last said: {said}", exit_code=ending.exit_code)
 

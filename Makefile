@@ -23,7 +23,7 @@ test: setup check ## the checks of `make check`, then the whole test suite
 	$(BIN)/python -m pytest -m "not slow and not slurm and not namespaces" $(PYTEST_ARGS)
 
 soak: setup ## the longer proofs that `make test` leaves out: kills, signals, damage, failing disks
-	$(BIN)/python -m pytest -m "slow and not slurm and not namespaces" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
 
 bench: setup ## time curvature and checkpoints against their peers; wants the machine for itself
 	$(BIN)/python -m pip install --quiet --editable '.[bench]'
@@ -35,7 +35,7 @@ test-mpi: setup ## only the tests that run under mpirun
 	$(BIN)/python -m pytest -m "not slow" tests/mpi tests/setup/test_environment.py $(PYTEST_ARGS)
 
 test-clusters: setup ## the tests on a four-node Slurm and on hosts of their own making, where that can be done
-	$(BIN)/python -m pytest -m "slurm or namespaces" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "(slurm or namespaces) and not slow" $(PYTEST_ARGS)
 
 check: setup ## ruff, mypy, import-linter and shellcheck
 	$(BIN)/ruff check

@@ -128,7 +128,8 @@ def run(
         return ExitStatus.OK
     status = supervisor.supervise()
     board.close()
-    if folder.events.exists():
+    # Whoever is asked to stop may have seconds: the report waits for the end, or `hpc-absa report`.
+    if folder.events.exists() and status != ExitStatus.STOPPED:
         _write_report([folder.path], None)
     return status
 

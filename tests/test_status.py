@@ -12,8 +12,11 @@ import pytest
 from rich.console import Console
 
 from hpc_absa.errors import UsageError
+from hpc_absa.rundir import RunDir
 from hpc_absa.status import status
+from hpc_absa.supervisor.chain import Chain, Link
 from tests.report.synthetic import JOB, Log, whole_run
+from tests.supervisor.fake_slurm import FakeSlurm
 
 
 def lock(log, pid, host=None, started=None):
@@ -246,3 +249,25 @@ def test_answers_in_a_blink():
     )  # fmt: skip
     for heavy in ("numpy", "matplotlib", "torch", "h5py", "pydantic", "mpi4py", "typer"):
         assert heavy not in out.stdout
+
+
+def test_a_chain_of_batch_jobs(tmp_path, monkeypatch):
+    log = Log(tmp_path / "run").start().train_epoch(0.8).decide(9.5, grow_to=(64, 2)).end("resize")
+    chain = Chain(RunDir(log.path), "digits")
+    chain.record(Link(1, chain.name(1), "16", 1, 1, log.now))
+    chain.record(Link(2, chain.name(2), "17", 2, 2, log.now))
+    slurm = FakeSlurm(tmp_path)
+    monkeypatch.setenv("PATH", slurm.path)
+    slurm.says("squeue", f"echo '17|{chain.name(2)}|PENDING|Resources|2'")
+    now = status(log.path)
+    assert now.state == "queued"
+    assert now.explanation == "Job 17, link 2 of its chain, waits for Resources."
+    assert now.next_command is None
+    assert f"link 2, job 17 ({chain.name(2)}), 2 nodes, 2 ranks: pending" in printed(now)
+    assert [link["job_id"] for link in now.to_dict()["chain"]] == ["16", "17"]
+    slurm.says("squeue", f"echo '17|{chain.name(2)}|RUNNING|None|2'")
+    assert status(log.path).state == "running"
+    slurm.says("squeue", "")
+    assert status(log.path).state == "stopped"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "Slurm cannot be asked from here" in status(log.path).explanation

@@ -1,8 +1,8 @@
-"""Checkpoints as HDF5 files: the only module here that imports h5py.
+"""Checkpoints as files: written whole or not at all, read only where every byte is as written.
 
-HDF5 lays a file out and keeps its names, types and attributes; the bytes of the arrays are written
-and read past it, at the places it has given them. So they go to and from the disk at its speed, in
-calls that leave the interpreter free for the training meanwhile (h5py's hold its lock).
+HDF5 lays a file out (`layout`); the bytes of the arrays are written and read past it, at the places
+it has given them. So they go to and from the disk at its speed, in calls that leave the interpreter
+free for the training meanwhile (h5py's hold its lock).
 """
 
 from __future__ import annotations
@@ -11,57 +11,25 @@ import bisect
 import contextlib
 import itertools
 import os
-import time
+import threading
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
-import h5py
 import numpy as np
 
-from hpc_absa.checkpoint import seal
-from hpc_absa.checkpoint.schema import (
-    FORMAT,
-    FORMAT_VERSION,
-    Content,
-    Fingerprint,
-    Group,
-    Key,
-    Scalar,
-    raw,
-)
+from hpc_absa.checkpoint import layout, seal
+from hpc_absa.checkpoint.layout import SHARD, Outline, Place, Shard
+from hpc_absa.checkpoint.schema import FORMAT, Content, Fingerprint, Group, Key, raw
 from hpc_absa.checkpoint.shards import SUFFIX
 from hpc_absa.errors import CheckpointError
-
-RESERVED = ("format", "format_version", "created", "digest")
-"""Root attributes that describe the file, not the content; the digest leaves them out."""
-
-
-SHARDS = "shards"
-"""The group whose attributes name the shards."""
-
-SHARD = "shard"
-"""The root attribute with which a shard says its number: it is no checkpoint by itself."""
 
 
 class NotACheckpointError(CheckpointError):
     """The path is no checkpoint of ours, good or damaged."""
-
-
-@dataclass(frozen=True)
-class Shard:
-    """A file with some of a checkpoint's arrays, written by one rank."""
-
-    name: str
-    """Its file's, in the checkpoint's folder."""
-    digest: str
-    bytes: int
-    fingerprints: Mapping[Key, Fingerprint]
-    """Of the arrays in it."""
 
 
 @dataclass(frozen=True)
@@ -71,37 +39,6 @@ class Written:
     bytes: int
     digest: str
     fingerprints: Mapping[Key, Fingerprint]
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where an array's bytes lie."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    """Offset in the file, bytes."""
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the array."""
-        return int(np.dtype(self.dtype).itemsize * np.prod(self.shape, dtype=np.int64))
-
-
-@dataclass(frozen=True)
-class Outline:
-    """A file without its arrays' bytes: small enough to be sent to every rank."""
-
-    name: str
-    attributes: Mapping[str, Scalar]
-    groups: Mapping[str, Mapping[str, Scalar]]
-    places: Mapping[Key, Place]
-    """Of the arrays in this file; others lie in its shards."""
-    digest: str
-    shards: Mapping[str, str] = field(default_factory=dict)
-    """Digests of the shards by their files' names, in the order of their numbers."""
-    others: Mapping[Key, np.ndarray] = field(default_factory=dict)
-    """Arrays that another program has laid out anew, compressed or in chunks."""
 
 
 @dataclass(frozen=True)
@@ -148,17 +85,19 @@ def write(path: Path, content: Content, shards: tuple[Shard, ...] = ()) -> Writt
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with ThreadPoolExecutor(2) as pool:
-            hashing = pool.submit(content.fingerprints)
+        # Two threads hash, then compare; the third waits for the disk, which works meanwhile.
+        with ThreadPoolExecutor(3) as pool:
             block = seal.block_size(content.nbytes())
-            places = _lay_out(temporary, content, shards, block)
+            places = layout.lay_out(temporary, content, shards, block)
+            arrays = content.arrays()
+            hashes = pool.map(Fingerprint.of, arrays.values())
             _fill(temporary, content, places)
-            syncing = pool.submit(_sync, temporary)  # the disk works while we hash and compare
-            own = hashing.result()
+            syncing = pool.submit(_sync, temporary)
+            own = dict(zip(arrays, hashes, strict=True))
             linked = {key: of for shard in shards for key, of in shard.fingerprints.items()}
             digest = content.digest({**linked, **own})
-            _sign(temporary, digest)
-            checksums = _compare(temporary, content, {**linked, **own}, block)
+            layout.sign(temporary, digest)
+            checksums = _compare(temporary, content, {**linked, **own}, block, pool)
             syncing.result()
             size = seal.seal(temporary, block, checksums)
         os.replace(temporary, path)
@@ -209,7 +148,7 @@ def load(path: Path) -> Image:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
     if wrong is None:
         try:
-            outline = _outline(path)
+            outline = layout.outline(path)
             if SHARD in outline.attributes and path.suffix != SUFFIX:
                 raise CheckpointError(f"{path}: damaged: a shard, under the name of a whole one")
             return Image(outline, image)
@@ -271,52 +210,6 @@ def require_checkpoint(path: Path) -> None:
 # Writing
 
 
-def _lay_out(
-    temporary: Path, content: Content, shards: tuple[Shard, ...], block: int
-) -> dict[Key, Place]:
-    """Make the file with everything but the arrays' bytes; says where those belong."""
-    with h5py.File(temporary, "w", locking=False, userblock_size=block) as file:
-        file.attrs.update(format=FORMAT, format_version=FORMAT_VERSION, created=time.time())
-        file.attrs.update(content.attributes)
-        groups = {name: file.create_group(name) for name in content.groups}
-        for name, group in content.groups.items():
-            groups[name].attrs.update(group.attributes)
-        place = _Placer()
-        places = {
-            (name, key): place(groups[name].id, key, array)
-            for (name, key), array in content.arrays().items()
-        }
-        if shards:
-            file.create_group(SHARDS).attrs.update({s.name: s.digest for s in shards})
-        for shard in shards:
-            for name, key in shard.fingerprints:
-                file[f"{name}/{key}"] = h5py.ExternalLink(shard.name, f"/{name}/{key}")
-    return places
-
-
-class _Placer:
-    """Creates data sets whose bytes have their place in the file from the beginning.
-
-    In HDF5's own calls: h5py's convenience takes three times as long for a model's many arrays.
-    """
-
-    def __init__(self) -> None:
-        self._settings = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
-        self._settings.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
-        self._settings.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
-        self._links = h5py.h5p.create(h5py.h5p.LINK_CREATE)
-        self._links.set_create_intermediate_group(True)
-        self._links.set_char_encoding(h5py.h5t.CSET_UTF8)
-
-    def __call__(self, group: Any, key: str, array: np.ndarray) -> Place:
-        shape = array.shape
-        space = h5py.h5s.create_simple(shape) if shape else h5py.h5s.create(h5py.h5s.SCALAR)
-        kind = h5py.h5t.py_create(array.dtype, logical=True)
-        made = h5py.h5d.create(group, None, kind, space, self._settings)
-        h5py.h5o.link(made, group, key.encode(), lcpl=self._links)
-        return Place(array.dtype.str, shape, made.get_offset() if array.nbytes else 0)
-
-
 def _fill(temporary: Path, content: Content, places: Mapping[Key, Place]) -> None:
     descriptor = os.open(temporary, os.O_WRONLY)
     try:
@@ -331,20 +224,19 @@ def _fill(temporary: Path, content: Content, places: Mapping[Key, Place]) -> Non
         os.close(descriptor)
 
 
-def _sign(temporary: Path, digest: str) -> None:
-    with h5py.File(temporary, "r+", locking=False) as file:
-        file.attrs["digest"] = digest
-
-
 def _compare(
-    temporary: Path, content: Content, fingerprints: Mapping[Key, Fingerprint], block: int
+    temporary: Path,
+    content: Content,
+    fingerprints: Mapping[Key, Fingerprint],
+    block: int,
+    pool: ThreadPoolExecutor,
 ) -> list[int]:
     """Raise unless the file, read back, says what `content` says.
 
     Returns:
         The checksums that belong into its first `block` bytes: what was compared is what is sealed.
     """
-    outline = _outline(temporary)
+    outline = layout.outline(temporary)
     bare = Content(outline.attributes, {name: Group(of) for name, of in outline.groups.items()})
     same = bare.digest(fingerprints) == outline.digest == content.digest(fingerprints)
     arrays, places = content.arrays(), outline.places
@@ -353,13 +245,23 @@ def _compare(
     }
     wanted = [(places[key].start, raw(array)) for key, array in arrays.items()] if same else []
     wanted.sort(key=lambda each: each[0])
-    checksums = []
-    for start, chunk in seal.chunks(temporary, block):
-        same = same and _holds(chunk, start, wanted)
-        checksums.append(zlib.crc32(chunk))
-    if not same:
+    own = threading.local()
+    descriptor = os.open(temporary, os.O_RDONLY)
+
+    def look(start: int) -> tuple[int, bool]:
+        if not hasattr(own, "scratch"):
+            own.scratch = memoryview(bytearray(seal.CHUNK))
+        chunk = seal.read_chunk(descriptor, start, own.scratch)
+        return zlib.crc32(chunk), _holds(chunk, start, wanted)
+
+    try:
+        starts = range(block, os.fstat(descriptor).st_size, seal.CHUNK)
+        looked = list(pool.map(look, starts))
+    finally:
+        os.close(descriptor)
+    if not same or not all(held for _, held in looked):
         raise CheckpointError("what was read back is not what was written")
-    return checksums
+    return [checksum for checksum, _ in looked]
 
 
 def _holds(chunk: memoryview, start: int, wanted: list[tuple[int, memoryview]]) -> bool:
@@ -391,66 +293,6 @@ def _sync(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
-
-
-# Reading
-
-
-def _outline(path: Path) -> Outline:
-    """What HDF5 says of the file; its bytes must have been checked."""
-    with h5py.File(path, "r", locking=False) as file:
-        version = int(file.attrs["format_version"])
-        if version != FORMAT_VERSION:
-            age = "a newer" if version > FORMAT_VERSION else "an older"
-            raise CheckpointError(
-                f"{path}: format version {version}, expected {FORMAT_VERSION}: "
-                f"it was written by {age} hpc-absa; install that one to read it"
-            )
-        groups = {name: _attributes(file[name]) for name in file if name != SHARDS}
-        found = {(name, key): item for name in groups for key, item in _data_sets(file[name].id)}
-        places = {key: _placed(item) for key, item in found.items()}
-        return Outline(
-            path.name,
-            {k: v for k, v in _attributes(file).items() if k not in RESERVED},
-            groups,
-            {key: place for key, place in places.items() if place},
-            str(file.attrs["digest"]),
-            {k: str(v) for k, v in sorted(file[SHARDS].attrs.items())} if SHARDS in file else {},
-            {
-                key: np.asarray(h5py.Dataset(found[key])[()])
-                for key, place in places.items()
-                if not place
-            },
-        )
-
-
-def _data_sets(group: Any, prefix: bytes = b"") -> Iterator[tuple[str, Any]]:
-    """Names and data sets in this file; HDF5 made groups of the slashes that a name had."""
-    for name in group:
-        if group.links.get_info(name).type == h5py.h5l.TYPE_EXTERNAL:
-            continue
-        item = h5py.h5o.open(group, name)
-        if isinstance(item, h5py.h5g.GroupID):
-            yield from _data_sets(item, prefix + name + b"/")
-        else:
-            yield (prefix + name).decode(), item
-
-
-def _placed(item: Any) -> Place | None:
-    """Where the bytes lie, None where they do not lie in one piece."""
-    place = Place(item.dtype.str, item.shape, 0)
-    if not place.nbytes:
-        return place
-    start = item.get_offset()
-    return None if start is None else replace(place, start=start)
-
-
-def _attributes(place: Any) -> dict[str, Scalar]:
-    """Attributes as Python scalars: HDF5 gives numpy's."""
-    return {
-        key: value.item() if isinstance(value, np.generic) else str(value)
-        for key, value in place.attrs.items()
-    }
 
 
 # Errors

@@ -42,16 +42,16 @@ def seal(path: Path, block: int, checksums: list[int] | None = None) -> int:
     Args:
         path: the file.
         block: bytes.
-        checksums: of its `chunks`, where they are known already.
+        checksums: of its chunks, where they are known already.
 
     Returns:
         The bytes of the whole file.
     """
-    if checksums is None:
-        checksums = [zlib.crc32(chunk) for _, chunk in chunks(path, block)]
     descriptor = os.open(path, os.O_RDWR)
     try:
         size = os.fstat(descriptor).st_size
+        if checksums is None:
+            checksums = [zlib.crc32(chunk) for _, chunk in _chunks(descriptor, block)]
         os.pwrite(descriptor, _block(block, size, checksums), 0)
         os.fsync(descriptor)
         return size
@@ -59,13 +59,12 @@ def seal(path: Path, block: int, checksums: list[int] | None = None) -> int:
         os.close(descriptor)
 
 
-def chunks(path: Path, block: int) -> Iterator[tuple[int, memoryview]]:
-    """Place and bytes of what each checksum is of; the bytes are gone with the next ones."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        yield from _chunks(descriptor, block)
-    finally:
-        os.close(descriptor)
+def read_chunk(descriptor: int, start: int, into: memoryview) -> memoryview:
+    """The chunk that begins at `start`, in the first bytes of `into`; shorter at the file's end."""
+    filled = 0
+    while filled < len(into) and (count := os.preadv(descriptor, [into[filled:]], start + filled)):
+        filled += count
+    return into[:filled]
 
 
 def broken(path: Path, into: np.ndarray | None = None) -> str | None:
@@ -130,18 +129,12 @@ def _chunks(
     descriptor: int, start: int, into: np.ndarray | None = None
 ) -> Iterator[tuple[int, memoryview]]:
     """Place and bytes of every chunk; the bytes are gone with the next one, unless `into` them."""
-    scratch = bytearray(0 if into is not None else CHUNK)
-    while True:
-        view = memoryview(scratch) if into is None else into[start : start + CHUNK].data
-        filled = 0
-        while filled < len(view) and (
-            count := os.preadv(descriptor, [view[filled:]], start + filled)
-        ):
-            filled += count
-        if not filled:
-            return
-        yield start, view[:filled]
-        start += filled
+    scratch = memoryview(bytearray(0 if into is not None else CHUNK))
+    while chunk := read_chunk(
+        descriptor, start, scratch if into is None else into[start : start + CHUNK].data
+    ):
+        yield start, chunk
+        start += len(chunk)
 
 
 def _block(block: int, size: int, checksums: list[int]) -> bytes:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hpc_absa.checkpoint import file, shards
-from hpc_absa.checkpoint.file import Shard
+from hpc_absa.checkpoint.layout import SHARD, Shard
 from hpc_absa.checkpoint.schema import Content
 from hpc_absa.errors import CheckpointError
 
@@ -70,7 +70,7 @@ class Store:
             CheckpointError: names path and cause.
         """
         name = shards.name(path, save, number, of)
-        marked = Content({**content.attributes, file.SHARD: number}, content.groups)
+        marked = Content({**content.attributes, SHARD: number}, content.groups)
         written = file.write(path.with_name(name), marked)
         return Shard(name, written.digest, written.bytes, written.fingerprints)
 

@@ -17,7 +17,7 @@ LIBMPI = re.compile(r"(/\S*/libmpi(?:_cray|_gnu\S*|ch)?\.so[.\d]*)$", re.MULTILI
 def main() -> None:
     """Print one JSON object: by package its version or error, then what Horovod and torch have."""
     found: dict[str, Any] = {}
-    for name in ("torch", "h5py", "mpi4py", "horovod", "horovod.torch"):
+    for name in ("torch", "h5py", "horovod", "horovod.torch", "mpi4py"):  # as ranks do
         found[name] = _imported(name)
     mpi4py, torch, horovod = (_module(n) for n in ("mpi4py", "torch", "horovod.torch"))
     if mpi4py:

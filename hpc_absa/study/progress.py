@@ -59,7 +59,8 @@ class Progress:
         known = len(over) - sum(cell.name in failures for cell in over)
         if known:
             self._console.print(f"{known} of {len(self._cells)} cells were done before")
-        self.look([])
+        # Not an update: what was done before says nothing of the pace.
+        self._bars.reset(self._all, completed=int(sum(self._over.values())))
 
     def started(self, cell: Cell) -> None:
         """A cell has begun or goes on."""

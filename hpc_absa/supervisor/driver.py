@@ -19,6 +19,7 @@ from hpc_absa.errors import ExitStatus, HpcAbsaError, UsageError
 from hpc_absa.job import Job
 from hpc_absa.lock import RunLock
 from hpc_absa.rundir import RunDir
+from hpc_absa.schedules import build
 from hpc_absa.supervisor.launchers import Command, command
 from hpc_absa.supervisor.resources import Resources, resources_of
 from hpc_absa.supervisor.world import Ending, World
@@ -187,6 +188,9 @@ class Supervisor:
             rank, host, number = killed
             name = signal.Signals(number).name
             return Failure(f"killed by {name}", rank, host, 128 + number)
+        if ending.exit_code < 0:
+            name = signal.Signals(-ending.exit_code).name
+            return Failure(f"the launcher was killed by {name}", exit_code=128 - ending.exit_code)
         said = next((line for line in reversed(ending.tail) if line.strip(" -")), "nothing")
         return Failure(f"the launcher exited and last said: {said}", exit_code=ending.exit_code)
 
@@ -248,9 +252,7 @@ class Supervisor:
 
 def present_batch(job: Job, run: RunDir) -> int:
     """The global batch of the next step, by the run's events."""
-    batch = job.schedule.base_batch
-    if job.schedule.method in ("bl", "fb"):
-        batch = job.schedule.largest_batch
+    batch = build(job).initial().global_batch
     for event in events.effective(events.read(run.events)):
         batch = event.get("next_batch") or event.get("global_batch") or batch
     return batch

@@ -10,7 +10,7 @@ import h5py
 import numpy as np
 import pytest
 
-from hpc_absa.checkpoint import Content, Group, file, seal
+from hpc_absa.checkpoint import Content, Group, file, layout, seal
 from hpc_absa.checkpoint.file import NotACheckpointError, read, write
 from hpc_absa.errors import CheckpointError
 from tests.checkpoint.contents import assert_same, content, mounted
@@ -314,7 +314,7 @@ def test_damaged_bytes_never_reach_libhdf5(good, monkeypatch):
     spoiled = bytearray(good.read_bytes())
     spoiled[2552] ^= 4
     good.write_bytes(spoiled)
-    monkeypatch.setattr(file.h5py, "File", reached)
+    monkeypatch.setattr(layout.h5py, "File", reached)
     with pytest.raises(
         CheckpointError, match=r"damaged: bytes 512 to .* do not match their checksum"
     ):
@@ -373,11 +373,11 @@ def test_a_byte_that_reads_back_otherwise_is_noticed_wherever_it_is(path, monkey
     wanted = Content({}, {"model": Group({}, arrays)})
     write(path, wanted)
     assert_same(read(path), wanted)
-    sign = file._sign
+    sign = layout.sign
 
     def spoil(temporary, digest):
         sign(temporary, digest)
-        block, starts = seal.block_size(wanted.nbytes()), file._outline(temporary).places
+        block, starts = seal.block_size(wanted.nbytes()), layout.outline(temporary).places
         long = starts["model", "b"].start
         at = {
             "first": starts["model", "a"].start,
@@ -391,7 +391,7 @@ def test_a_byte_that_reads_back_otherwise_is_noticed_wherever_it_is(path, monkey
             byte = os.pread(opened.fileno(), 1, at)
             os.pwrite(opened.fileno(), bytes([byte[0] ^ 1]), at)
 
-    monkeypatch.setattr(file, "_sign", spoil)
+    monkeypatch.setattr(layout, "sign", spoil)
     with pytest.raises(CheckpointError, match="what was read back is not what was written"):
         write(path, wanted)
     assert_same(read(path), wanted)

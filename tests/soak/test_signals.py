@@ -1,5 +1,7 @@
 """The signal campaign: four signals, to a rank, mpirun or the supervisor, in each moment of work.
 
+Three of the four for each moment and target, 72 cases, so that each signal meets each moment.
+
 A rank stands still in the moment (`watched.py`) while the signal is sent. The run must end with
 status 75 and everything saved: the same command goes on with the very next step, and ends with the
 bits of the undisturbed run.
@@ -37,7 +39,7 @@ HELD = {
     GROWING: "evaluation:0:2",
 }
 """Moments, which rank stands still in it, and for which time it comes to it then."""
-TOGETHER = 2
+TOGETHER = 3
 """Runs at the same time: they mostly wait."""
 AT_ONCE = 15.0
 """Seconds that a second Ctrl-C may take; the launcher waits 5 of them for its ranks."""
@@ -72,12 +74,14 @@ def test_a_signal_saves_and_the_same_command_goes_on(
     tmp_path: Path, undisturbed, campaign: Summary, moment: str, target: str
 ):
     wanted = undisturbed(moment)
+    left_out = SIGNALS[([*HELD, RELAUNCHING].index(moment) + TARGETS.index(target)) % 4]
+    signals = [number for number in SIGNALS if number != left_out]
     with ThreadPoolExecutor(TOGETHER) as threads:
-        outcomes = list(threads.map(partial(_case, tmp_path, wanted, moment, target), SIGNALS))
-    for number, outcome in zip(SIGNALS, outcomes, strict=True):
+        outcomes = list(threads.map(partial(_case, tmp_path, wanted, moment, target), signals))
+    for number, outcome in zip(signals, outcomes, strict=True):
         kind = f"{number.name} to {target}, {moment}"
         campaign.add(Case("signal", kind, outcome=outcome or "passed"))
-    assert not any(outcomes), dict(zip([s.name for s in SIGNALS], outcomes, strict=True))
+    assert not any(outcomes), dict(zip([s.name for s in signals], outcomes, strict=True))
 
 
 def _case(

@@ -6,11 +6,13 @@ import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+from hpc_absa import events
 from hpc_absa.errors import ExitStatus, RunLockedError, UsageError
 from hpc_absa.lock import RunLock
 from hpc_absa.rundir import RunDir
@@ -122,6 +124,32 @@ def test_a_signal_stops_the_cells_and_the_same_command_goes_on(study):
     assert "stopped after 1 epochs, saved" in study.output.getvalue()
     assert study.run() == ExitStatus.OK
     assert study.states() == ["done"] * 6
+
+
+def test_a_killed_compare_leaves_cells_that_save_and_stop(study):
+    study.behave(bl_32_seed0="wait")
+    child = os.fork()
+    if child == 0:
+        study.run(side_by_side=1)
+        os._exit(0)
+    log = study.study.cell(study.cells[0]).events
+    wait_for(lambda: "checkpoint" in kinds(log))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    wait_for(lambda: kinds(log)[-1] == "phase_end")
+    assert study.run() == ExitStatus.OK
+    assert study.states() == ["done"] * 6
+
+
+def kinds(log):
+    return [event["event"] for event in events.read(log)]
+
+
+def wait_for(holds):
+    until = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < until
+        time.sleep(0.01)
 
 
 def test_side_by_side_each_has_its_share_of_the_cores(study):

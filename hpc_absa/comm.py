@@ -26,8 +26,8 @@ SETTINGS = {
     "OMPI_MCA_mpi_yield_when_idle": "1",
 }
 """Environment of a rank, unless the user has set it otherwise. Two ranks of one core each, ResNet-8
-on CIFAR-10, global batch 256: 496 samples/s without yielding, 810 with it (two cores of an AMD EPYC,
-nothing else running)."""
+on CIFAR-10, global batch 256: 496 samples/s without yielding, 810 with it (two cores of an AMD
+EPYC, nothing else running)."""
 
 POLL = 5e-5
 """Seconds between looks at a sum that is under way: some 1 % of a small model's step."""

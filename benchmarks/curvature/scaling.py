@@ -1,20 +1,26 @@
 """Strong scaling of the estimate: `mpirun -np N python -m benchmarks.curvature.scaling DATA`.
 
 The same estimate on the same images over N ranks of one thread each; wall time, the fastest of the
-rounds, and λ, which must not depend on N.
+rounds, and λ, which must not depend on N. Beside it the gradient of the same images, each rank its
+share, with nothing sent: how far the machine itself scales.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Callable
+from functools import partial
+from typing import TypeVar
 
 import torch
 from torch.nn import functional
 
-from benchmarks.curvature.__main__ import trained
-from hpc_absa.comm import connect
+from benchmarks.curvature.__main__ import Images, gradient, trained
+from hpc_absa.comm import Communicator, connect
 from hpc_absa.curvature import probe
+
+T = TypeVar("T")
 
 
 def main() -> None:
@@ -30,15 +36,17 @@ def main() -> None:
     model, images = trained(options)
     for tensor in model.state_dict().values():
         comm.broadcast_(tensor.contiguous())
-    seconds = []
+    own = len(images.inputs) // comm.size
+    share = Images(images.inputs[:own], images.targets[:own])
+    estimate = partial(
+        probe.estimate, model, functional.cross_entropy, images, comm,
+        method="lanczos", samples=options.images, microbatch=64, tol=1e-3, max_iter=20,
+    )  # fmt: skip
+    seconds, gradients = [], []
     for _ in range(options.rounds):
-        comm.gather_objects(None)
-        begin = time.perf_counter()
-        found = probe.estimate(
-            model, functional.cross_entropy, images, comm,
-            method="lanczos", samples=options.images, microbatch=64, tol=1e-3, max_iter=20,
-        ).eigenvalue  # fmt: skip
-        seconds.append(time.perf_counter() - begin)
+        gradients.append(_together(comm, partial(gradient, model, share))[0])
+        elapsed, found = _together(comm, estimate)
+        seconds.append(elapsed)
     total = torch.zeros(sum(p.numel() for p in model.parameters()), dtype=torch.float64)
     comm.sum_(total)
     begin = time.perf_counter()
@@ -46,12 +54,22 @@ def main() -> None:
         comm.sum_(total)
     reduction = (time.perf_counter() - begin) / 20
     if comm.rank == 0:
+        value = found.eigenvalue
         print(
-            f"{comm.size} ranks: {min(seconds):.2f} s of {sorted(round(s, 2) for s in seconds)}, "
-            f"λ {found.value!r}, {found.matvecs} products; a product's sum over the ranks "
-            f"({8 * total.numel() / 1e6:.2g} MB) takes {1e3 * reduction:.2g} ms"
+            f"{comm.size} ranks: gradient {min(gradients):.2f} s, λ {min(seconds):.2f} s", end=" "
         )
+        print(f"(of {', '.join(f'{s:.2f}' for s in sorted(seconds))})", end="; ")
+        print(f"{value.value!r}, {value.matvecs} products; the ranks' sum of one, ", end="")
+        print(f"{8 * total.numel() / 1e6:.2g} MB, takes {1e3 * reduction:.2g} ms")
     comm.close()
+
+
+def _together(comm: Communicator, work: Callable[[], T]) -> tuple[float, T]:
+    """Wall seconds until the slowest rank is through with it, and what it found."""
+    comm.gather_objects(None)
+    begin = time.perf_counter()
+    found = work()
+    return max(comm.gather_objects(time.perf_counter() - begin)), found
 
 
 if __name__ == "__main__":

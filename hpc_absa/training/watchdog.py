@@ -2,8 +2,8 @@
 
 Every rank tells the next one each second that it lives, in a thread and over MPI. A rank that is
 stopped (SIGSTOP), swapped out or on a host that died falls silent, while the others, which wait for
-it in a collective for ever, go on telling. A rank whose own work is stuck outside communication
-notices that by itself.
+it in a collective for ever, go on telling. A rank whose own work is stuck in an endless loop still
+tells, and is not noticed.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Checkpoints in HDF5: written whole or not at all, verified before they are trusted."""
 
-from hpc_absa.checkpoint.file import read, verify, write
+from hpc_absa.checkpoint.file import read, write
 from hpc_absa.checkpoint.layout import Shard
 from hpc_absa.checkpoint.schema import Content, Group, Key
 from hpc_absa.checkpoint.store import Published, Store
 
-__all__ = ["Content", "Group", "Key", "Published", "Shard", "Store", "read", "verify", "write"]
+__all__ = ["Content", "Group", "Key", "Published", "Shard", "Store", "read", "write"]

@@ -1,16 +1,21 @@
-"""The checkpoints of one run: publish them, find the newest good one, keep a few."""
+"""The checkpoints of one run: publish them, list the newest first, keep a few."""
 
 from __future__ import annotations
 
 import contextlib
+import re
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from hpc_absa.checkpoint import file, shards
 from hpc_absa.checkpoint.layout import SHARD, Shard
-from hpc_absa.checkpoint.schema import Content
+from hpc_absa.checkpoint.schema import Content, Scalar
 from hpc_absa.errors import CheckpointError
+
+_STEP = re.compile(r"step-(\d+)-phase-\d+\.h5$")
+"""A checkpoint's name, as `rundir` makes it."""
 
 
 @dataclass(frozen=True)
@@ -22,15 +27,6 @@ class Published:
     """Of all its files."""
     seconds: float
     """From the hand-over to the verified file."""
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """The newest good checkpoint, and the damaged newer ones that were passed over."""
-
-    path: Path
-    content: Content
-    damaged: tuple[str, ...]
 
 
 class Store:
@@ -82,23 +78,6 @@ class Store:
         """Remember that a checkpoint is damaged: it does not count as a generation."""
         self._damaged.add(path)
 
-    def newest_good(self) -> Loaded | None:
-        """The newest checkpoint that verifies, None where there is no checkpoint at all.
-
-        Raises:
-            CheckpointError: there are checkpoints, and every one is damaged.
-        """
-        damaged: list[str] = []
-        for path in self.newest_first():
-            try:
-                return Loaded(path, file.read(path), tuple(damaged))
-            except CheckpointError as error:
-                damaged.append(str(error))
-                self.pass_over(path)
-        if damaged:
-            raise none_good(self.folder, damaged)
-        return None
-
     def _remove_outlived(self, newest: Path, parts: set[str]) -> None:
         # What cannot be removed costs space, not the run.
         with contextlib.suppress(OSError):
@@ -126,6 +105,23 @@ class Store:
 def listed(folder: Path) -> list[Path]:
     """A folder's checkpoints, oldest first; temporary files begin with a dot and do not count."""
     return sorted(path for path in folder.glob("*.h5") if not path.name.startswith("."))
+
+
+def require_name(path: Path, attributes: Mapping[str, Scalar]) -> None:
+    """Refuse another step's checkpoint under a name that a store gives; other names are free.
+
+    Args:
+        path: the file.
+        attributes: the root's, of the checkpoint in it.
+
+    Raises:
+        CheckpointError: name and content differ.
+    """
+    named, step = _STEP.match(path.name), attributes.get("step")
+    if named and int(named[1]) != step:
+        raise CheckpointError(
+            f"{path}: damaged: it holds step {step}, not the {int(named[1])} in its name"
+        )
 
 
 def none_good(folder: Path, damaged: list[str]) -> CheckpointError:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hpc_absa.checkpoint import file
-from hpc_absa.checkpoint.store import listed
+from hpc_absa.checkpoint.store import listed, require_name
 from hpc_absa.errors import CheckpointError, ExitStatus
 from hpc_absa.rundir import RunDir
 
@@ -39,7 +39,7 @@ def verify(path: Path) -> list[Verification]:
 
 def _verify(path: Path) -> Verification:
     try:
-        file.verify(path)
+        require_name(path, file.read(path).attributes)
     except file.NotACheckpointError as error:
         return Verification(path, ExitStatus.USAGE, _bare(path, error))
     except CheckpointError as error:

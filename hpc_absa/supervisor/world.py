@@ -46,6 +46,8 @@ class Ending:
         """The signal that ended a rank, or the launcher itself; None where none did."""
         if killed := self.killed_rank():
             return killed[2]
+        if "KeyboardInterrupt" in self.tail:  # Ctrl-C, as an interpreter that just starts takes it
+            return signal.SIGINT
         return -self.exit_code if self.exit_code < 0 else None
 
 

@@ -10,7 +10,7 @@ import torch
 
 from hpc_absa.checkpoint import Content, Store, file
 from hpc_absa.checkpoint.file import Image
-from hpc_absa.checkpoint.store import none_good
+from hpc_absa.checkpoint.store import none_good, require_name
 from hpc_absa.comm import Communicator
 from hpc_absa.training.agreement import AgreedError, agreed
 
@@ -58,8 +58,7 @@ def load(path: Path, comm: Communicator) -> Content:
     Raises:
         AgreedError: on all ranks, where it is damaged or no checkpoint.
     """
-    image = agreed(comm, lambda: file.load(path) if comm.rank == 0 else None)
-    image = _broadcast(image, comm, 0)
+    image = _broadcast(agreed(comm, lambda: _own(path) if comm.rank == 0 else None), comm, 0)
     content = image.content()
     own = dict(image.fingerprints) if comm.rank == 0 else {}
     shards = list(image.outline.shards.items())
@@ -82,6 +81,13 @@ def load(path: Path, comm: Communicator) -> Content:
         lambda: file.require_digest(path, content.digest(found), image.outline.digest),
     )
     return content
+
+
+def _own(path: Path) -> Image:
+    """The checkpoint's own file."""
+    image = file.load(path)
+    require_name(path, image.outline.attributes)
+    return image
 
 
 def _broadcast(image: Image | None, comm: Communicator, root: int) -> Image:

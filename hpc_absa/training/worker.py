@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import signal
 import sys
 import time
 import traceback
@@ -37,6 +38,8 @@ def main(
     job_path: Path, run_path: Path, overrides: tuple[str, ...], allow_changed: tuple[str, ...]
 ) -> int:
     """Run one rank; returns the process's exit status, or ends the whole world on an error."""
+    # Until this rank can listen, Ctrl-C ends it as other signals do, not as an error of its own.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     comm = connect()
     people = _duplicate(sys.stdout)
     run = RunDir(run_path)

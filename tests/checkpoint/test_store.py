@@ -6,7 +6,10 @@ import pytest
 
 from hpc_absa.checkpoint import Store, file
 from hpc_absa.checkpoint.shards import of
+from hpc_absa.comm import SerialCommunicator
 from hpc_absa.errors import CheckpointError
+from hpc_absa.training import resuming
+from hpc_absa.training.agreement import AgreedError
 from tests.checkpoint.contents import assert_same, content, split
 
 
@@ -17,6 +20,10 @@ def _folder(tmp_path):
 
 def path(folder, step):
     return folder / f"step-{step:010d}-phase-001.h5"
+
+
+def newest_good(store):
+    return resuming.newest_good(store, SerialCommunicator())
 
 
 def save(store, folder, *steps):
@@ -42,16 +49,16 @@ def test_keeps_so_many_generations(folder, keep):
 
 def test_newest_good(folder):
     store = Store(folder, 3)
-    assert store.newest_good() is None
+    assert newest_good(store) is None
     save(store, folder, 9, 10, 100)
-    loaded = store.newest_good()
+    loaded = newest_good(store)
     assert loaded.path == path(folder, 100)
     assert loaded.damaged == ()
     assert_same(loaded.content, content(100))
 
 
 def test_a_folder_that_does_not_exist_holds_none(folder):
-    assert Store(folder / "none", 2).newest_good() is None
+    assert newest_good(Store(folder / "none", 2)) is None
 
 
 def test_damaged_ones_are_passed_over_and_named(folder):
@@ -59,26 +66,36 @@ def test_damaged_ones_are_passed_over_and_named(folder):
     damage(folder, 3)
     path(folder, 2).write_bytes(b"")
     path(folder, 4).mkdir()
-    loaded = Store(folder, 3).newest_good()
+    loaded = newest_good(Store(folder, 3))
     assert loaded.path == path(folder, 1)
     assert_same(loaded.content, content(1))
     for step, named in zip((4, 3, 2), loaded.damaged, strict=True):
         assert str(path(folder, step)) in named
 
 
+def test_another_generation_under_a_newer_name_is_passed_over(folder):
+    save(Store(folder, 3), folder, 1, 2, 3)
+    path(folder, 3).write_bytes(path(folder, 1).read_bytes())
+    loaded = newest_good(Store(folder, 3))
+    assert loaded.path == path(folder, 2)
+    assert "step 1, not the 3 in its name" in loaded.damaged[0]
+    path(folder, 1).rename(folder / "kept.h5")
+    assert_same(file.read(folder / "kept.h5"), content(1))
+
+
 def test_all_damaged_is_an_error_that_names_each(folder):
     save(Store(folder, 2), folder, 1, 2)
     damage(folder, 1)
     damage(folder, 2)
-    with pytest.raises(CheckpointError, match="no checkpoint is good") as caught:
-        Store(folder, 2).newest_good()
+    with pytest.raises(AgreedError, match="no checkpoint is good") as caught:
+        newest_good(Store(folder, 2))
     assert all(str(path(folder, step)) in str(caught.value) for step in (1, 2))
 
 
 def test_half_written_files_are_not_seen_and_go_with_the_next_save(folder):
     (folder / f".{path(folder, 9).name}.123.tmp").write_bytes(b"half")
     store = Store(folder, 2)
-    assert store.newest_good() is None
+    assert newest_good(store) is None
     save(store, folder, 1)
     assert [p.name for p in folder.iterdir()] == [path(folder, 1).name]
 
@@ -106,14 +123,14 @@ def test_the_same_step_saved_again_replaces_it_only_when_good(folder, monkeypatc
     with pytest.raises(CheckpointError):
         store.publish(path(folder, 1), content(1, weight=9.0))
     monkeypatch.undo()
-    assert_same(store.newest_good().content, content(1))
+    assert_same(newest_good(store).content, content(1))
 
 
 def test_a_damaged_generation_does_not_count_as_one(folder):
     save(Store(folder, 2), folder, 1, 2)
     damage(folder, 2)
     store = Store(folder, 2)
-    assert store.newest_good().path == path(folder, 1)
+    assert newest_good(store).path == path(folder, 1)
     save(store, folder, 3)
     assert steps(folder) == [1, 2, 3]
     save(store, folder, 4)
@@ -126,10 +143,10 @@ def test_a_save_older_than_damaged_ones_survives_them(folder):
     for step in (5, 6, 7):
         damage(folder, step)
     store = Store(folder, 2)
-    assert store.newest_good().path == path(folder, 1)
+    assert newest_good(store).path == path(folder, 1)
     save(store, folder, 2, 3)
     assert steps(folder) == [2, 3, 5, 6, 7]
-    assert Store(folder, 2).newest_good().path == path(folder, 3)
+    assert newest_good(Store(folder, 2)).path == path(folder, 3)
 
 
 def test_what_cannot_be_removed_costs_no_run(folder):
@@ -166,7 +183,7 @@ def save_shards(store, folder, step, save="0a", count=3):
 
 def test_a_checkpoint_in_shards_reads_as_one(folder):
     whole = save_shards(Store(folder, 2), folder, 1)
-    assert_same(Store(folder, 2).newest_good().content, whole)
+    assert_same(newest_good(Store(folder, 2)).content, whole)
     assert len(of(path(folder, 1))) == 3
 
 
@@ -175,7 +192,7 @@ def test_a_shard_under_a_checkpoint_s_name_is_none(folder):
     save_shards(store, folder, 1)
     save_shards(store, folder, 2)
     of(path(folder, 2))[0].replace(path(folder, 2))
-    loaded = store.newest_good()
+    loaded = newest_good(store)
     assert loaded.path == path(folder, 1)
     assert "a shard, under the name of a whole one" in loaded.damaged[0]
 
@@ -221,7 +238,7 @@ def test_a_damaged_shard_spoils_its_checkpoint_alone(folder, spoil, words):
         save_shards(store, folder, step)
     shards = of(path(folder, 2))
     spoil(shards)
-    loaded = Store(folder, 3).newest_good()
+    loaded = newest_good(Store(folder, 3))
     assert loaded.path == path(folder, 1)
     assert str(shards[1]) in loaded.damaged[0]
     assert re.search(words, loaded.damaged[0])
@@ -233,7 +250,7 @@ def test_a_shard_of_another_save_is_not_taken_for_this_one_s(folder):
     save_shards(store, folder, 2)
     for mine, other in zip(of(path(folder, 2)), of(path(folder, 1)), strict=True):
         mine.write_bytes(other.read_bytes())
-    assert store.newest_good().path == path(folder, 1)
+    assert newest_good(store).path == path(folder, 1)
 
 
 def flip(path):

@@ -14,9 +14,11 @@ from hpc_absa.training import resuming
 from hpc_absa.training.agreement import AgreedError
 from hpc_absa.training.saving import Saver
 
-SCALARS = Content(
-    {"step": 1, "epoch": 0}, {"model": Group(), "curvature": Group({"eigenvalue": 2.5})}
-)
+
+def scalars(step):
+    return Content(
+        {"step": step, "epoch": 0}, {"model": Group(), "curvature": Group({"eigenvalue": 2.5})}
+    )
 
 
 def state(step):
@@ -47,7 +49,7 @@ def main(folder):
 
     def save(step):
         saver.save(
-            folder / f"step-{step:010d}-phase-001.h5", SCALARS, state(step), published.append
+            folder / f"step-{step:010d}-phase-001.h5", scalars(step), state(step), published.append
         )
 
     def steps_until_durable():
@@ -68,7 +70,7 @@ def main(folder):
             sum(f.stat().st_size for f in [p.path, *shards.of(p.path)]) for p in published
         ]
         assert len(shards.of(published[0].path)) == comm.size
-        file.verify(published[0].path)
+        file.read(published[0].path)
 
     found = resuming.newest_good(Store(folder, 3), comm)
     assert found.path.name.startswith("step-0000000002")

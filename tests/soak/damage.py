@@ -357,9 +357,6 @@ def judge(folder: Path, case: Case) -> str:
     """What is loaded of the folder, or which rule that breaks."""
     pristine = {step: content(step) for step in STEPS}
     path, found, damaged = _load(folder)
-    again = _load(folder, resuming=True)
-    if (path, damaged) != (again[0], again[2]):
-        return f"WRONG: ranks load {again[0]}, the store {path}"
     statuses = {each.path: each.error for each in verification.verify(folder)}
     if found is None:
         good = [step for step in STEPS if step not in case.steps]
@@ -384,19 +381,14 @@ def judge(folder: Path, case: Case) -> str:
     return "still good" if f"{step:010d}" in path.name and step in case.steps else "an older one"
 
 
-def _load(folder: Path, *, resuming: bool = False) -> tuple[Path | None, Content | None, str]:
-    store = Store(folder, len(STEPS))
+def _load(folder: Path) -> tuple[Path | None, Content | None, str]:
     try:
-        loaded = _ranks_load(store) if resuming else store.newest_good()
+        loaded = resuming.newest_good(Store(folder, len(STEPS)), SerialCommunicator())
     except HpcAbsaError as error:
         return None, None, str(error)
     if loaded is None:
         return None, None, "there is no checkpoint at all"
     return loaded.path, loaded.content, "; ".join(loaded.damaged)
-
-
-def _ranks_load(store: Store) -> object:
-    return resuming.newest_good(store, SerialCommunicator())
 
 
 def main(folder: Path, seed: str, first: int, last: int) -> None:

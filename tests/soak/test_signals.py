@@ -36,7 +36,7 @@ HELD = {
     "Hessian": "hessian:0:1",
     "evaluation": "evaluation:1:1",
     "saving": "saving:0:1",
-    GROWING: "evaluation:0:2",
+    GROWING: "evaluation:0:1",
 }
 """Moments, which rank stands still in it, and for which time it comes to it then."""
 TOGETHER = 3

@@ -19,6 +19,7 @@ KILLED = "mpirun noticed that process rank 1 with PID 4711 on node far exited on
         (143, ("-----", KILLED[:60], KILLED[60:]), signal.SIGTERM),
         (137, (KILLED.replace("15 (Term)", "9 (Killed)"),), signal.SIGKILL),
         (-signal.SIGUSR1, (), signal.SIGUSR1),
+        (1, ("  File <frozen site>", "KeyboardInterrupt", "-----"), signal.SIGINT),
     ],
 )
 def test_the_signal_that_ended_a_world(code, tail, number):

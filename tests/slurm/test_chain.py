@@ -15,9 +15,6 @@ from tests.slurm.cluster import NODES, wait_until
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 
-unproven = pytest.mark.slow
-"""Not yet seen to pass from beginning to end, so left to `make soak`: no gate stands on it."""
-
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
@@ -46,7 +43,6 @@ def _nodes_are_idle(request):
     wait_until(lambda: cluster.states() == dict.fromkeys(NODES, "idle"), 60, "idle nodes")
 
 
-@unproven
 def test_a_chain_grows_from_one_node_to_four(cluster, tmp_path, weights):
     chain = ChainRun(cluster, tmp_path, most=4)
     dry = subprocess.run(
@@ -125,7 +121,6 @@ def test_a_requeued_job_goes_on(cluster, tmp_path, long_weights):
     assert np.array_equal(long_weights, final_weights(chain.run.path))
 
 
-@unproven
 def test_a_signal_saves_and_the_next_link_goes_on(cluster, tmp_path, long_weights):
     """`scancel --signal`, as Slurm itself sends it some time before the limit."""
     chain = ChainRun(cluster, tmp_path, *LONG).start()
@@ -140,7 +135,6 @@ def test_a_signal_saves_and_the_next_link_goes_on(cluster, tmp_path, long_weight
     assert np.array_equal(long_weights, final_weights(chain.run.path))
 
 
-@unproven
 def test_a_preempted_job_loses_nothing(cluster, tmp_path, long_weights):
     chain = ChainRun(cluster, tmp_path, *LONG).start()
     chain.wait_for("epoch", 3)
@@ -161,7 +155,6 @@ def test_a_preempted_job_loses_nothing(cluster, tmp_path, long_weights):
     assert np.array_equal(long_weights, final_weights(chain.run.path))
 
 
-@unproven
 def test_a_restarted_controller_is_waited_for(cluster, tmp_path, weights):
     """Gone in the first phase, so also at its decision; back some seconds later."""
     chain = ChainRun(cluster, tmp_path).start()
@@ -175,10 +168,9 @@ def test_a_restarted_controller_is_waited_for(cluster, tmp_path, weights):
     assert np.array_equal(weights, final_weights(chain.run.path))
 
 
-@unproven
 def test_a_lost_node_costs_a_requeue(cluster, tmp_path, long_weights):
     """slurmd dies; the ranks on its node live on, and are asked to save and end by the new life."""
-    chain = ChainRun(cluster, tmp_path, *LONG, "train.epochs=40").start()
+    chain = ChainRun(cluster, tmp_path, *LONG, "train.epochs=120").start()
     chain.wait_for("phase_start", 2)
     nodes = cluster.say("squeue", "-h", "-j", chain.job_of(2), "-o", "%N")
     victim = cluster.say("scontrol", "show", "hostnames", nodes).split()[0]
@@ -192,11 +184,10 @@ def test_a_lost_node_costs_a_requeue(cluster, tmp_path, long_weights):
     chain.assert_each_submitted_once()
     started = [e for e in chain.events("link") if e["action"] == "started"]
     assert started[-1]["restarts"] >= 1
-    whole = alone(tmp_path, *LONG, "train.epochs=40")
+    whole = alone(tmp_path, *LONG, "train.epochs=120")
     assert np.array_equal(final_weights(whole.path), final_weights(chain.run.path))
 
 
-@unproven
 def test_the_time_limit_hands_over(cluster, tmp_path):
     """A minute is the shortest limit that Slurm has; the signal is due at once."""
     settings = ("train.epochs=120", "model.width=16", "launch.slurm.time=1", "launch.slurm.lead=58")
@@ -211,7 +202,6 @@ def test_the_time_limit_hands_over(cluster, tmp_path):
     assert np.array_equal(final_weights(whole.path), final_weights(chain.run.path))
 
 
-@unproven
 def test_what_the_partition_cannot_give_is_accumulated(cluster, tmp_path, weights):
     chain = ChainRun(cluster, tmp_path, "launch.slurm.partition=narrow", most=4).start()
     code, output = chain.finish()
@@ -222,7 +212,6 @@ def test_what_the_partition_cannot_give_is_accumulated(cluster, tmp_path, weight
     assert np.array_equal(weights, final_weights(chain.run.path))
 
 
-@unproven
 def test_cancel_ends_the_chain_and_run_takes_it_up_again(cluster, tmp_path, long_weights):
     chain = ChainRun(cluster, tmp_path, *LONG).start()
     chain.wait_for("epoch", 2)
@@ -238,7 +227,6 @@ def test_cancel_ends_the_chain_and_run_takes_it_up_again(cluster, tmp_path, long
     assert np.array_equal(long_weights, final_weights(chain.run.path))
 
 
-@unproven
 def test_a_second_job_of_a_link_leaves_at_once(cluster, tmp_path):
     """Whatever submitted it."""
     chain = ChainRun(cluster, tmp_path).start()

@@ -20,6 +20,7 @@ import pytest
 
 from hpc_absa.checkpoint import verification
 from hpc_absa.errors import ExitStatus
+from hpc_absa.supervisor.launchers import KILL_SECONDS
 from tests.soak import ledger, watched
 from tests.soak.runs import SoakRun, weights, write_job
 from tests.soak.summary import Case, Summary
@@ -136,6 +137,8 @@ def _signal_while_held(run: SoakRun, target: str, number: signal.Signals) -> Non
             launcher = run.mpirun()
             assert launcher is not None
             launcher.send_signal(number)
+            if number in (signal.SIGTERM, signal.SIGINT):
+                time.sleep(KILL_SECONDS + 0.5)  # mpirun waits before it tells its ranks
         case _:
             run.supervisor().send_signal(number)
             run.wait_for(lambda: run.run.stop_request.exists(), "a request to stop")

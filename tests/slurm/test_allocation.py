@@ -67,3 +67,4 @@ def test_srun_starts_the_ranks(cluster, tmp_path):
     assert [e["ranks"] for e in chain.events("phase_start")][:2] == [1, 2], output
     assert chain.events("done"), output
     assert chain.events("phase_start")[1]["backend"] == "Horovod over MPI"
+    assert np.array_equal(final_weights(alone(tmp_path).path), final_weights(chain.run.path))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -223,7 +224,11 @@ def train(
     """
     from hpc_absa.training import worker
 
-    return worker.main(job, run_dir, tuple(overrides or ()), tuple(allow_changed or ()))
+    status = worker.main(job, run_dir, tuple(overrides or ()), tuple(allow_changed or ()))
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    # Everything is closed. To unload torch takes 0.8 s, for which the next world would wait.
+    os._exit(status)
 
 
 @app.command()

@@ -252,8 +252,12 @@ class HorovodCommunicator:
         os._exit(status)
 
     def close(self) -> None:
-        """Shut Horovod down; MPI finalises itself at exit."""
+        """Shut Horovod and MPI down."""
         self._hvd.shutdown()
+        if self._mpi:
+            from mpi4py import MPI
+
+            MPI.Finalize()
 
 
 def connect() -> Communicator:

@@ -72,6 +72,9 @@ def mpi_environment() -> dict[str, str]:
     environment = {}
     if (Path(sys.prefix) / "bin" / "mpirun").exists():
         environment["OPAL_PREFIX"] = os.path.realpath(sys.prefix)
+        if "OMPI_MCA_btl" not in os.environ:
+            # For one-sided messages over libfabric, of which we send none: a second to close it.
+            environment["OMPI_MCA_btl"] = "^ofi"
     if os.geteuid() == 0:
         environment |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     return environment

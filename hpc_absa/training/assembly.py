@@ -35,6 +35,7 @@ from hpc_absa.training.material import (
 )
 from hpc_absa.training.reduction import Overlapped, Reduction, Reproducible
 from hpc_absa.training.resuming import newest_good
+from hpc_absa.training.sgd import SGD
 from hpc_absa.training.state import Live, Progress, restore
 from hpc_absa.training.statistics import RunningStatistics
 from hpc_absa.training.step import Adversary, Loss, Numerics, Stepper
@@ -77,7 +78,7 @@ def assemble(
     course = course_of(job, len(dataset.train.labels))
     batches = build_batches(job, dataset, course, device)
     model, loss = agreed(comm, lambda: build_model_and_loss(job, dataset, device))
-    optimizer = torch.optim.SGD(_groups(job, model), lr=job.train.lr, momentum=job.train.momentum)
+    optimizer = SGD(_groups(job, model), lr=job.train.lr, momentum=job.train.momentum)
     rule = agreed(comm, lambda: build_rule(job))
     store = Store(run.checkpoints, job.checkpoint.keep)
     statistics = RunningStatistics(model)

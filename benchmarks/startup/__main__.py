@@ -6,7 +6,8 @@ A resize is timed by the run itself: from the `phase_end` of the old world, whos
 more ranks, to the end of the first step of the new one (event `resize`). The bare start is `mpirun`
 of the imports, `hvd.init()` and one allreduce, from the launch to the allreduce's end. The two take
 turns, so that a machine that slows down slows down both. `slurm` starts a four-node Slurm of its
-own, as the tests do; its bare start is mpirun's, so that its ratio shows what Slurm adds.
+own, as the tests do; its bare start is mpirun's, so that its ratio shows what Slurm adds. Bytecode
+is kept, as for any installed package (PYTHONDONTWRITEBYTECODE is left out).
 """
 
 from __future__ import annotations
@@ -120,6 +121,7 @@ def resize(job: Path, run: Path, environment: dict[str, str]) -> float:
 def surroundings(launcher: str) -> Iterator[dict[str, str]]:
     """The environment of runs; for `slurm` with a cluster behind it."""
     environment = os.environ | mpi_environment() | {"OMP_NUM_THREADS": "1"}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
     if launcher != "slurm":
         yield environment
         return

@@ -67,7 +67,7 @@ class Supervisor:
         """The first signal that asked for a stop."""
         self._lock = RunLock(run)
         self._world: World | None = None
-        self._stops = 0
+        self._stops = self._obeyed = 0
 
     def supervise(self) -> ExitStatus:
         """Run the job to its end; the status `hpc-absa run` exits with."""
@@ -146,6 +146,7 @@ class Supervisor:
         if self._moving and not self._stops:
             self._run.stop_request.unlink(missing_ok=True)
         self._moving = False
+        self._obey()
         known = len(events.read(self._run.events))
         self._world_ranks, start, where = self._placed()
         if where:
@@ -156,7 +157,8 @@ class Supervisor:
             file.write(f"$ {start}\n")
         self._world = World(start, log, self._lock.descriptor, self._show)
         with self._resources.watching(self._move):
-            ending = self._world.wait(self._run.joined, self._job.launch.start_seconds)
+            patience = self._job.launch.start_seconds
+            ending = self._world.wait(self._run.joined, patience, self._obey)
         self._world = None
         ended = [e for e in events.read(self._run.events)[known:] if e["event"] == "phase_end"]
         if ended and ended[-1]["outcome"] in ("done", "resize", "stopped"):
@@ -242,9 +244,14 @@ class Supervisor:
         return int(names[-1].split("-")[1]) if names else -1
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        """First: ask the ranks to save and stop. Second: end the world now."""
         self._stops += 1
         self.stopped_by = self.stopped_by or number
+
+    def _obey(self) -> None:
+        """After a first signal, ask the ranks to save and stop; after a second, end them now."""
+        if self._stops == self._obeyed:
+            return
+        self._obeyed = self._stops
         self._run.stop_request.touch()
         if self._stops > 1 and self._world:
             self._world.kill()

@@ -81,20 +81,22 @@ class World:
         self._reader = threading.Thread(target=self._read, args=(log, show), name="output")
         self._reader.start()
 
-    def wait(self, joined: Path, patience: float) -> Ending:
+    def wait(self, joined: Path, patience: float, look: Callable[[], None]) -> Ending:
         """Return when the launcher and its output have ended.
 
         Args:
             joined: exists once the world's ranks have found each other.
             patience: seconds after which a world that has not come so far is ended.
+            look: called some times a second meanwhile.
         """
         until = time.monotonic() + patience
         late = False
         while True:
             try:
-                code = self._process.wait(timeout=1)
+                code = self._process.wait(timeout=0.2)
                 break
             except subprocess.TimeoutExpired:
+                look()
                 if not late and time.monotonic() > until and not joined.exists():
                     late = True
                     self.kill()

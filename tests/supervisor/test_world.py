@@ -30,6 +30,6 @@ def test_a_log_without_room_holds_nobody_up(tmp_path):
     """More lines than a pipe holds: were they not read, the world would wait for ever."""
     shown: list[str] = []
     many = Command(("seq", "1", "30000"))
-    ending = World(many, Path("/dev/full"), None, shown.append).wait(tmp_path, 60)
+    ending = World(many, Path("/dev/full"), None, shown.append).wait(tmp_path, 60, lambda: None)
     assert ending.exit_code == 0
     assert len(shown) == 30000

@@ -176,7 +176,7 @@ def _remount(folder: Path, how: str) -> None:
 
 @pytest.mark.parametrize("on_error", WAYS)
 def test_a_limit_of_bytes(tmp_path: Path, wanted: str, campaign: Summary, on_error: str):
-    """The largest file that a rank may write is smaller than a checkpoint."""
+    """The largest file that a rank may write: more than the ledger has, less than a checkpoint."""
 
     @contextlib.contextmanager
     def limited(run: SoakRun) -> Iterator[None]:
@@ -184,7 +184,7 @@ def test_a_limit_of_bytes(tmp_path: Path, wanted: str, campaign: Summary, on_err
 
         none = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
         (rank,) = run.ranks()
-        rank.rlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+        rank.rlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
         yield
         with contextlib.suppress(Exception):
             for rank in run.ranks():

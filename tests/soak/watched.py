@@ -34,10 +34,10 @@ PATIENCE = 60.0
 
 
 def network(channels: int, classes: int) -> nn.Module:
-    """The digits network with width 4, watched where the environment asks for it."""
+    """The digits network, watched where the environment asks for it."""
     if folder := os.environ.get(FOLDER):
         Watcher(Path(folder)).attach()
-    return small.digits_cnn(channels, classes, 4)
+    return small.digits_cnn(channels, classes, 8)
 
 
 class Watcher:

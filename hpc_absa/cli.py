@@ -230,8 +230,10 @@ def train(
 
 def _leave(status: int) -> None:
     """End this process without unloading torch: 0.8 s, for which the next world would wait."""
-    for thread in threading.enumerate():  # a save may be under way
-        if not thread.daemon and thread is not threading.current_thread():
+    from hpc_absa.training.saving import SAVING
+
+    for thread in threading.enumerate():
+        if thread.name == SAVING:  # others, as one that reads ahead, may wait for ever
             thread.join()
     for stream in (sys.stdout, sys.stderr):
         stream.flush()

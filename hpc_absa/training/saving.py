@@ -28,6 +28,9 @@ from hpc_absa.training.agreement import AgreedError
 
 T = TypeVar("T")
 
+SAVING = "checkpoint"
+"""Name of the threads that write."""
+
 
 class Task(Generic[T]):
     """A piece of work in a thread of its own, or done at once."""
@@ -36,7 +39,7 @@ class Task(Generic[T]):
         """Begins the work."""
         self._value: T | None = None
         self._error: Exception | None = None
-        self._thread = threading.Thread(target=self._run, args=(work,), name="checkpoint")
+        self._thread = threading.Thread(target=self._run, args=(work,), name=SAVING)
         if background:
             self._thread.start()
         else:

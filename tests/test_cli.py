@@ -172,8 +172,8 @@ def _checkpoints(tmp_path):
     folder = tmp_path / "checkpoints"
     folder.mkdir()
     paths = [folder / f"step-{step:010d}-phase-001.h5" for step in (1, 2)]
-    for path in paths:
-        write(path, content())
+    for step, path in enumerate(paths, 1):
+        write(path, content(step))
     return paths
 
 

@@ -41,7 +41,9 @@ class Command:
     def __str__(self) -> str:
         """As a shell would be given it."""
         changed = {k: v for k, v in self.environment.items() if os.environ.get(k) != v}
-        return shlex.join((*(f"{k}={v}" for k, v in changed.items()), *self.words))
+        # A quoted name would be no variable's.
+        settings = [f"{name}={shlex.quote(value)}" for name, value in changed.items()]
+        return " ".join([*settings, shlex.join(self.words)])
 
 
 def command(job: Job, ranks: int, worker: tuple[str, ...]) -> Command:

@@ -3,6 +3,7 @@
 usage: ledger_program.py LEDGER JOB RUN_DIR
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -26,9 +27,8 @@ if __name__ == "__main__":
     Batches.prefetch = noting  # type: ignore[method-assign]
     status = worker.main(job, run, (), ())
     import horovod.torch as hvd
-    from mpi4py import MPI
 
-    rank = MPI.COMM_WORLD.Get_rank()
+    rank = os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("HOROVOD_RANK", "0"))
     assert not hvd.is_initialized(), "the worker leaves its world in order"
     name = f"{len(list(folder.glob(f'*-rank{rank}.npy')))}-rank{rank}.npy"
     np.save(folder / name, np.concatenate(visits) if visits else np.empty((0, 2), np.int64))

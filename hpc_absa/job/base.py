@@ -15,17 +15,13 @@ class Section(BaseModel):
     """A table of the job file."""
 
     # Strict: `true` is no number and "3" no integer, whatever Python could make of them.
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True
-    )
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
 class Named(BaseModel):
     """A table that names a thing and passes its other keys on as that thing's own arguments."""
 
-    model_config = ConfigDict(
-        frozen=True, extra="allow", strict=True, use_attribute_docstrings=True
-    )
+    model_config = ConfigDict(frozen=True, extra="allow", strict=True)
 
     name: str
     """A built-in one's name, or `package.module:function`."""

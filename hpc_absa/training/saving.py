@@ -28,9 +28,6 @@ from hpc_absa.training.agreement import AgreedError
 
 T = TypeVar("T")
 
-SAVING = "checkpoint"
-"""Name of the threads that write."""
-
 
 class Task(Generic[T]):
     """A piece of work in a thread of its own, or done at once."""
@@ -39,7 +36,7 @@ class Task(Generic[T]):
         """Begins the work."""
         self._value: T | None = None
         self._error: Exception | None = None
-        self._thread = threading.Thread(target=self._run, args=(work,), name=SAVING)
+        self._thread = threading.Thread(target=self._run, args=(work,), name="checkpoint")
         if background:
             self._thread.start()
         else:
@@ -55,10 +52,14 @@ class Task(Generic[T]):
         """Whether it has ended with an error."""
         return self.done and self._error is not None
 
-    def result(self) -> T:
-        """What the work returned, waiting for it; raises what it raised."""
+    def wait(self) -> None:
+        """Return once it has ended, well or not."""
         if self._thread.ident is not None:
             self._thread.join()
+
+    def result(self) -> T:
+        """What the work returned, waiting for it; raises what it raised."""
+        self.wait()
         if self._error is not None:
             raise self._error
         return self._value  # type: ignore[return-value]
@@ -117,7 +118,7 @@ class Flight:
 
 
 class Saver:
-    """Saves of one world, at most one in flight; every method but `flags` is a collective."""
+    """Saves of one world, at most one in flight; all but `flags` and `wait` are collectives."""
 
     def __init__(
         self,
@@ -223,6 +224,12 @@ class Saver:
             raise AgreedError(error, ExitStatus.FAILED)
         self._warn(f"{error}; training goes on, and {path.name} is not among the checkpoints")
         return False
+
+    def wait(self) -> None:
+        """Return once this rank writes nothing, well or not; no collective."""
+        for task in (self._own, self._publishing):
+            if task:
+                task.wait()
 
     def _index(self) -> None:
         """Every share is durable: rank 0 publishes the file that points to them."""

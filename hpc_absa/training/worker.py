@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shlex
@@ -41,6 +42,8 @@ def main(
     # Until this rank can listen, Ctrl-C ends it as other signals do, not as an error of its own.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     comm = connect()
+    gc.freeze()  # what the imports made stays
+    gc.enable()
     people = _duplicate(sys.stdout)
     run = RunDir(run_path)
     lock = RunLock(run)
@@ -110,7 +113,11 @@ def work(
         worldsize.limit(job),
         _resized_from(run),
     )
-    return loop.run()
+    try:
+        return loop.run()
+    except AgreedError:
+        saver.wait()
+        raise
 
 
 def _last_word(

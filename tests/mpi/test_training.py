@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from hpc_absa import events
+from hpc_absa.errors import ExitStatus
 from hpc_absa.replay import replay
 from hpc_absa.rundir import RunDir
 from tests.mpi.conftest import find_mpirun, mpi_environment
@@ -156,3 +157,43 @@ def test_one_ranks_error_ends_the_world_and_is_named(mpirun, folder):
     log = RunDir(place / "run").rank_log(1, 1).read_text()
     assert "Traceback" in log
     assert "on purpose" in log
+
+
+@pytest.mark.parametrize(
+    ("fault", "line"),
+    [
+        (
+            "raise ValueError(f'garbage {gc.isenabled()}')",
+            "schedule.method: faulty_rule:Faulty.decide failed: ValueError: garbage True",
+        ),
+        ("self.folder.rename(self.folder.with_name('gone'))", "No such file or directory"),
+    ],
+    ids=["rule", "save"],
+)
+def test_an_error_while_ranks_read_ahead_ends_the_world_with_one_line(
+    mpirun, tmp_path, fault, line
+):
+    (tmp_path / "faulty_rule.py").write_text(
+        "import gc\n"
+        "from pathlib import Path\n"
+        "from hpc_absa.records import Decision, ScheduleState\n"
+        "from hpc_absa.schedules import Rule\n"
+        "class Faulty(Rule):\n"
+        "    def __init__(self, base_batch, lr, folder):\n"
+        "        self.start, self.folder = ScheduleState(base_batch, lr), Path(folder)\n"
+        "    def initial(self): return self.start\n"
+        "    def decide(self, state, seen):\n"
+        f"        {fault}\n"
+        "        return Decision('continue', 'of no matter', state)\n"
+    )
+    job = write_job(tmp_path, initial=2, most=2)
+    place = RunDir(tmp_path / "run").checkpoints
+    text = job.read_text().replace('"absa"', f'"faulty_rule:Faulty"\nfolder = "{place}"')
+    text = text.replace("max_batch = 128\nkappa = 1\n", "")
+    job.write_text(text.replace("tol = 0.1", "every = 500"))
+    run = ["hpc_absa", "train", job, "--run-dir", tmp_path / "run"]
+    done = mpirun(2, *run, timeout=60, check=False, env={"PYTHONPATH": str(tmp_path)})
+    (said,) = [line for line in done.stdout.splitlines() if line.startswith("hpc-absa: ")]
+    assert line in said
+    assert done.returncode in (ExitStatus.USAGE, ExitStatus.FAILED)
+    assert "Traceback" not in done.stdout + done.stderr

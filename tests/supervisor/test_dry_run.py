@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from hpc_absa import cli
+from hpc_absa.cli import running
 from hpc_absa.rundir import RunDir
 from hpc_absa.supervisor import launchers
 from tests.mpi.jobs import write_job
@@ -25,7 +26,7 @@ def _recorder(tmp_path, monkeypatch):
     path.write_text(RECORDER)
     path.chmod(0o755)
     monkeypatch.setattr(launchers, "program", lambda name: str(path))
-    monkeypatch.setattr(cli, "_write_report", lambda *_: None)
+    monkeypatch.setattr(running, "write_report", lambda *_: None)
     monkeypatch.setenv("RECORD", str(tmp_path / "record"))
     handlers = {number: signal.getsignal(number) for number in signal.Signals if number < 32}
     yield tmp_path / "record"

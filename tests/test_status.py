@@ -13,7 +13,7 @@ from rich.console import Console
 
 from hpc_absa.errors import UsageError
 from hpc_absa.rundir import RunDir
-from hpc_absa.status import status
+from hpc_absa.status import render, status
 from hpc_absa.supervisor.chain import Chain, Link
 from tests.report.synthetic import JOB, Log, whole_run
 from tests.supervisor.fake_slurm import FakeSlurm
@@ -37,7 +37,7 @@ def gone_pid():
 
 def printed(now):
     console = Console(width=100, file=open(os.devnull, "w"), record=True)  # noqa: SIM115
-    now.render(console)
+    render(now, console)
     return console.export_text()
 
 

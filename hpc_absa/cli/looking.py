@@ -16,15 +16,15 @@ def status(
     as_json: Json = False,
 ) -> int:
     """Say where a run stands, from its files alone: while it runs, after its end, after a crash."""
-    from hpc_absa.status import status as of
+    from hpc_absa import status as standing
 
-    found = of(directory)
+    found = standing.status(directory)
     if as_json:
         print_json(found.to_dict())
     else:
         from rich.console import Console
 
-        found.render(Console())
+        standing.render(found, Console())
     return ExitStatus.OK
 
 

@@ -1,7 +1,4 @@
-"""Where a run stands, from its files alone: also while it runs, also after a crash.
-
-Only the standard library and rich are imported, so that the answer comes in a blink.
-"""
+"""Where a run stands, from its files alone: also while it runs, also after a crash."""
 
 from __future__ import annotations
 
@@ -16,10 +13,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-
 from hpc_absa import events as event_log
 from hpc_absa.events import Event
 from hpc_absa.report import text
@@ -31,15 +24,6 @@ from hpc_absa.supervisor.standing import LinkStanding, standing
 
 State = Literal["not started", "queued", "running", "done", "stopped", "interrupted", "failed"]
 
-STATE_STYLES: Mapping[State, str] = {
-    "not started": "bold",
-    "queued": "bold blue",
-    "running": "bold blue",
-    "done": "bold green",
-    "stopped": "bold yellow",
-    "interrupted": "bold red",
-    "failed": "bold red",
-}
 CLOCK_SLACK = 5.0
 """Seconds by which a process may seem younger than the lock it wrote (boot time is rounded)."""
 
@@ -112,25 +96,6 @@ class Status:
     def to_dict(self) -> dict[str, Any]:
         """For JSON: plain values, null for what is unknown or not finite."""
         return {key: _plain(value) for key, value in asdict(self).items()}
-
-    def render(self, console: Console) -> None:
-        """Print it for people."""
-        head = Text.assemble((self.name, "bold"), "  ", (self.state, STATE_STYLES[self.state]))
-        console.print(head)
-        console.print(Text(self.explanation, style="dim"))
-        grid = Table.grid(padding=(0, 2))
-        grid.add_column(style="dim", no_wrap=True)
-        grid.add_column(overflow="fold")
-        for name, words in _lines(self):
-            grid.add_row(name, Text(words))
-        console.print(grid)
-        if self.next_command:
-            # No wrapping: a command that is broken over lines cannot be copied.
-            console.print(
-                Text.assemble("Next: ", (self.next_command, "bold")),
-                soft_wrap=True,
-                highlight=False,
-            )
 
 
 def status(path: Path, now: float | None = None) -> Status:
@@ -345,75 +310,6 @@ def _next_command(state: State, run: RunDir) -> str | None:
     if state == "done":
         return f"hpc-absa report {folder}"
     return f"hpc-absa run {shlex.quote(str(run.job))} --run-dir {folder}"
-
-
-def _lines(now: Status) -> list[tuple[str, str]]:
-    """The lines of the picture for people, those without anything to say left out."""
-    epochs = text.epoch(now.epoch) + (f" of {text.epoch(now.epochs)}" if now.epochs else "")
-    lines = [
-        ("schedule", now.schedule),
-        ("phase", "" if now.phase is None else str(now.phase)),
-        ("epoch", "" if now.epoch is None else epochs),
-        ("step", "" if now.step is None else text.count(now.step)),
-        ("samples", "" if now.samples is None else text.count(now.samples)),
-        ("ranks", _ranks(now)),
-        ("global batch", "" if now.global_batch is None else text.count(now.global_batch)),
-        ("learning rate", "" if now.lr is None else text.number(now.lr)),
-        ("eigenvalue", _eigenvalue(now)),
-        ("last decision", now.last_decision or ""),
-        ("test accuracy", "" if now.test_accuracy is None else text.percent(now.test_accuracy)),
-        ("checkpoint", _checkpoint(now.checkpoint)),
-        ("failures", f"{now.failures}, last: {now.last_failure}" if now.failures else ""),
-        ("time used", text.duration(now.seconds_used) if now.phase is not None else ""),
-        ("time left", _left(now)),
-        ("rank-seconds", _spent(now)),
-        ("last event", _ago(now.last_event_age)),
-        ("chain", "\n".join(map(_link, now.chain))),
-    ]
-    return [(name, words) for name, words in lines if words]
-
-
-def _ranks(now: Status) -> str:
-    if now.ranks is None:
-        return ""
-    wanted = now.next_ranks not in (None, now.ranks) and now.state != "done"
-    return text.count(now.ranks) + (f", next phase {now.next_ranks}" if wanted else "")
-
-
-def _eigenvalue(now: Status) -> str:
-    if now.eigenvalue is None:
-        return ""
-    against = "" if now.reference is None else f", reference {text.number(now.reference)}"
-    return f"λ {text.number(now.eigenvalue)}{against}"
-
-
-def _checkpoint(file: CheckpointFile | None) -> str:
-    return f"{file.name}, {text.size(file.bytes)}, {_ago(file.age_seconds)}" if file else ""
-
-
-def _spent(now: Status) -> str:
-    if now.rank_seconds_of_largest <= 0:
-        return ""
-    return (
-        f"{now.rank_seconds:.0f}, where the largest world throughout would have taken "
-        f"{now.rank_seconds_of_largest:.0f}"
-    )
-
-
-def _left(now: Status) -> str:
-    if now.seconds_left is None or now.state == "done":
-        return ""
-    return f"about {text.duration(now.seconds_left)} at the present pace"
-
-
-def _ago(seconds: float | None) -> str:
-    return "" if seconds is None else f"{text.duration(max(0.0, seconds))} ago"
-
-
-def _link(link: LinkStanding) -> str:
-    nodes = "1 node" if link.nodes == 1 else f"{link.nodes} nodes"
-    ranks = "1 rank" if link.ranks == 1 else f"{link.ranks} ranks"
-    return f"link {link.link}, job {link.job_id} ({link.name}), {nodes}, {ranks}: {link.state}"
 
 
 def _failure(event: Event) -> str:

@@ -8,53 +8,34 @@ import sys
 from datetime import datetime
 from pathlib import Path
 
-import pytest
-
 from hpc_absa import events
 from hpc_absa.report.rank_seconds import cost
 from hpc_absa.rundir import RunDir
 from tests.mpi.conftest import find_mpirun, mpi_environment
 from tests.mpi.jobs import write_job
 from tests.slurm.cluster import Cluster, wait_until
+from tests.supervised import Supervised
 
 
-class ChainRun:
+class ChainRun(Supervised):
     """`hpc-absa run --launcher slurm` of the small reproducible job, one rank a node."""
+
+    patience = 240.0
 
     def __init__(self, cluster: Cluster, folder: Path, *settings: str, most: int = 2) -> None:
         self.cluster, self.folder = cluster, folder
-        self.run = RunDir(folder / "run")
         mpirun = find_mpirun()
         assert mpirun
-        self.environment = mpi_environment(mpirun) | {
-            "SLURM_CONF": str(cluster.configuration),
-            "COLUMNS": "200",
-        }
-        self.job = write_job(folder, most=most, reproducible=True)
-        self.words = [sys.executable, "-m", "hpc_absa", "run", str(self.job)]
-        self.words += ["--run-dir", str(self.run.path), "--launcher", "slurm"]
+        words = ["--launcher", "slurm"]
         for setting in ("launch.ranks_per_node=1", *settings):
-            self.words += ["--set", setting]
-        self.process: subprocess.Popen[str] | None = None
-
-    def start(self) -> ChainRun:
-        self.process = subprocess.Popen(
-            self.words,
-            env=self.environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
+            words += ["--set", setting]
+        super().__init__(
+            write_job(folder, most=most, reproducible=True),
+            RunDir(folder / "run"),
+            *words,
+            environment=mpi_environment(mpirun)
+            | {"SLURM_CONF": str(cluster.configuration), "COLUMNS": "200"},
         )
-        return self
-
-    def finish(self, timeout: float = 240) -> tuple[int, str]:
-        assert self.process is not None
-        try:
-            output, _ = self.process.communicate(timeout=timeout)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            pytest.fail(f"still running: {self.process.communicate()[0]}\n{self.story()}")
-        return self.process.returncode, output
 
     def say(self, *words: str) -> subprocess.CompletedProcess[str]:
         """One of our commands, to its end."""
@@ -65,15 +46,6 @@ class ChainRun:
             text=True,
             timeout=60,
         )
-
-    def events(self, kind: str) -> list[events.Event]:
-        return [e for e in events.read(self.run.events) if e["event"] == kind]
-
-    def wait_for(self, kind: str, count: int = 1, timeout: float = 120) -> None:
-        try:
-            wait_until(lambda: len(self.events(kind)) >= count, timeout, f"{count} {kind} events")
-        except AssertionError as error:
-            pytest.fail(f"{error}\n{self.story()}")
 
     def links(self) -> list[tuple[int, str]]:
         """Number and outcome of each link that ended, in order."""

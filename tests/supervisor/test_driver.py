@@ -5,63 +5,27 @@ import os
 import re
 import signal
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 
-from hpc_absa import events
 from hpc_absa import job as jobs
 from hpc_absa.errors import UsageError
 from hpc_absa.lock import host
 from hpc_absa.rundir import RunDir
 from hpc_absa.supervisor import driver
 from tests.mpi.jobs import final_weights, relative_difference, write_job
+from tests.supervised import Supervised
 
 pytestmark = pytest.mark.mpi
 
 
-class Run:
-    """A supervised run in its own process."""
+class Run(Supervised):
+    """One of the small job unless told, whose ranks can be found."""
 
     def __init__(self, folder: Path, *words: str, job: Path | None = None, **environment: str):
-        self.run = RunDir(folder / "run")
-        self.job = job or write_job(folder)
-        self.words = [sys.executable, "-m", "hpc_absa", "run", str(self.job)]
-        self.words += ["--run-dir", str(self.run.path), *words]
-        self.environment = os.environ | environment
-        self.process: subprocess.Popen[str] | None = None
-
-    def start(self) -> "Run":
-        self.process = subprocess.Popen(
-            self.words,
-            env=self.environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        return self
-
-    def finish(self, timeout: float = 120) -> tuple[int, str]:
-        assert self.process is not None
-        try:
-            output, _ = self.process.communicate(timeout=timeout)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            pytest.fail(f"still running after {timeout} s: {self.process.communicate()[0]}")
-        return self.process.returncode, output
-
-    def events(self, kind: str) -> list[events.Event]:
-        return [e for e in events.read(self.run.events) if e["event"] == kind]
-
-    def wait_for(self, kind: str, count: int = 1, timeout: float = 90) -> None:
-        until = time.monotonic() + timeout
-        while len(self.events(kind)) < count:
-            assert self.process is not None
-            if self.process.poll() is not None or time.monotonic() > until:
-                pytest.fail(f"no {kind} event: {self.process.communicate()[0]}")
-            time.sleep(0.02)
+        job, run = job or write_job(folder), RunDir(folder / "run")
+        super().__init__(job, run, *words, environment=os.environ | environment)
 
     def ranks(self) -> list[int]:
         """Process ids of the living ranks."""

@@ -1,0 +1,72 @@
+"""`hpc-absa run` in a process of its own: started, watched, waited for."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Self
+
+import pytest
+
+from hpc_absa import events
+from hpc_absa.rundir import RunDir
+
+
+class Supervised:
+    """A run as its user sees it: a command, its output, its run directory."""
+
+    patience = 120.0
+    """Seconds after which what is waited for will not come."""
+
+    def __init__(self, job: Path, run: RunDir, *words: str, environment: Mapping[str, str]) -> None:
+        self.job, self.run, self.environment = job, run, environment
+        self.words = [sys.executable, "-m", "hpc_absa", "run", str(job)]
+        self.words += ["--run-dir", str(run.path), *words]
+        self.process: subprocess.Popen[str] | None = None
+
+    def start(self) -> Self:
+        self.process = subprocess.Popen(
+            self.words,
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        return self
+
+    def finish(self, timeout: float | None = None) -> tuple[int, str]:
+        """Exit status and output."""
+        assert self.process is not None
+        timeout = timeout or self.patience
+        try:
+            output, _ = self.process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            self._fail(f"still running after {timeout} s")
+        return self.process.returncode, output
+
+    def events(self, kind: str) -> list[events.Event]:
+        return [e for e in events.read(self.run.events) if e["event"] == kind]
+
+    def wait_for(self, kind: str, count: int = 1) -> None:
+        """Return once so many events of this kind are written."""
+        assert self.process is not None
+        until = time.monotonic() + self.patience
+        while True:
+            over = self.process.poll() is not None or time.monotonic() > until
+            if len(self.events(kind)) >= count:
+                return
+            if over:
+                self._fail(f"no {count} {kind} events")
+            time.sleep(0.02)
+
+    def story(self) -> str:
+        """What else tells why a test failed."""
+        return ""
+
+    def _fail(self, why: str) -> None:
+        assert self.process is not None
+        self.process.kill()
+        pytest.fail(f"{why}: {self.process.communicate()[0]}\n{self.story()}")

@@ -166,6 +166,9 @@ class Launch(Section):
     silence_seconds: PositiveFloat = 60.0
     """A rank that gives no sign of life for so long is given up, its world ended and started again;
     ranks give one each second (ours; over Gloo, without MPI, nobody watches)."""
+    stuck_seconds: PositiveFloat = 1800.0
+    """A rank that has been reading or computing one microbatch for so long is given up likewise:
+    its file system hangs, or its model loops (ours)."""
     start_seconds: PositiveFloat = 600.0
     """A world whose ranks have not found each other after so long is ended (ours)."""
     ranks_per_node: PositiveInt | None = None

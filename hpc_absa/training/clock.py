@@ -35,6 +35,10 @@ class Clock:
             self._charge()
             self._open.pop()
 
+    def doing(self) -> tuple[str, float]:
+        """The kind that is open, and a number that changes with every change; from any thread."""
+        return self._open[-1], self._since
+
     def add(self, kind: str, seconds: float) -> None:
         """Charge time that passed before this clock began."""
         self._seconds[kind] += seconds

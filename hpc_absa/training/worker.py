@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import json
 import os
@@ -52,9 +53,11 @@ def main(
         job = agreed(comm, lambda: jobs.load(job_path, overrides))
         agreed(comm, lambda: _prepare(job, run, comm, lock))
         hosts = comm.gather_objects(host())
-        watchdog = Watchdog(comm, hosts, job.launch.silence_seconds, _giving_up(run, comm, people))
+        clock, limits = Clock(), job.launch
+        end = _giving_up(run, comm, people)
+        watchdog = Watchdog(comm, hosts, clock, limits.silence_seconds, limits.stuck_seconds, end)
         stop = StopRequest(comm, run.stop_request)
-        outcome = work(job, run, comm, people, stop, allow_changed)
+        outcome = work(job, run, comm, clock, people, stop, allow_changed)
         outcome = _last_word(outcome, run, comm, stop)
         watchdog.close()
     except AgreedError as error:
@@ -79,12 +82,12 @@ def work(
     job: Job,
     run: RunDir,
     comm: Communicator,
+    clock: Clock,
     people: TextIO,
     stop: StopRequest,
     allow_changed: tuple[str, ...],
 ) -> PhaseOutcome:
     """Assemble and train; the body of a rank once its world stands (a collective)."""
-    clock = Clock()
     clock.add("start", _seconds_since_start())
     with clock("start"):
         parts, live, progress, origin = assemble(job, run, comm, clock, allow_changed)
@@ -193,9 +196,10 @@ def _die(error: BaseException, run: RunDir, comm: Communicator, people: TextIO) 
 
 
 def _giving_up(run: RunDir, comm: Communicator, people: TextIO) -> Callable[[str, int, str], None]:
-    """What the watchdog calls when a rank is silent: leave word, and end the world."""
+    """What the watchdog calls: leave word, and end the world; what each thread does is logged."""
 
     def give_up(reason: str, rank: int, where: str) -> None:
+        faulthandler.dump_traceback()
         _leave_failure(run, comm, reason, ExitStatus.FAILED, blame=(rank, where))
         print(f"hpc-absa: {reason}: the world is ended", file=people, flush=True)
         comm.abort(ExitStatus.FAILED)

@@ -114,6 +114,39 @@ def test_a_rank_that_does_not_answer_is_named_and_its_world_started_again(tmp_pa
     assert relative_difference(weights, final_weights(run.run.path)) < 1e-4
 
 
+def test_a_rank_that_gets_nowhere_is_named_and_its_world_started_again(tmp_path, undisturbed):
+    """The first world's second rank loops in its loss, once it has taken some steps."""
+    (tmp_path / "looping.py").write_text(
+        "import os, pathlib, torch\n"
+        "once, calls = pathlib.Path(__file__).with_name('once'), []\n"
+        "def loss(outputs, targets):\n"
+        "    calls.append(1)\n"
+        "    if len(calls) == 5 and os.environ.get('OMPI_COMM_WORLD_RANK') == '1':\n"
+        "        while once.exists():\n"
+        "            pass\n"
+        "    return torch.nn.functional.cross_entropy(outputs, targets)\n"
+    )
+    once = tmp_path / "once"
+    once.touch()
+    words = []
+    for setting in ("train.loss=looping:loss", "launch.stuck_seconds=3", "ranks.initial=2"):
+        words += ["--set", setting]
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    run = Run(tmp_path, "--max-ranks", "2", *words, PYTHONPATH=path).start()
+    run.wait_for("failure")
+    once.unlink()
+    code, output = run.finish()
+    assert code == 0, output
+    (failure,) = run.events("failure")
+    assert re.fullmatch(
+        r"rank 1 on \S+ has been computing one microbatch for \d+ s", failure["reason"]
+    )
+    assert (failure["rank"], failure["host"]) == (1, host())
+    assert "looping.py" in run.run.rank_log(1, 1).read_text()
+    weights = final_weights(undisturbed[0].run.path)
+    assert relative_difference(weights, final_weights(run.run.path)) < 1e-4
+
+
 def test_a_world_whose_ranks_do_not_find_each_other_is_ended(tmp_path):
     """mpirun starts something else, which hangs."""
     job = write_job(tmp_path)

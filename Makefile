@@ -25,11 +25,12 @@ test: setup check ## the checks of `make check`, then the whole test suite
 soak: setup ## the longer proofs that `make test` leaves out: kills, signals, damage, failing disks
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
 
-bench: setup ## time curvature and checkpoints against their peers; wants the machine for itself
+bench: setup ## time curvature, checkpoints and resizes against their peers; wants the machine for itself
 	$(BIN)/python -m pip install --quiet --editable '.[bench]'
 	$(BIN)/python -m benchmarks.curvature $(DATA)
 	$(BIN)/python -m benchmarks.checkpoint .
 	$(BIN)/python -m benchmarks.checkpoint . --model wide_resnet101_2 --rounds 3
+	$(BIN)/python -m benchmarks.startup
 
 test-mpi: setup ## only the tests that run under mpirun
 	$(BIN)/python -m pytest -m "not slow" tests/mpi tests/setup/test_environment.py $(PYTEST_ARGS)

@@ -54,6 +54,7 @@ def main(
         agreed(comm, lambda: _prepare(job, run, comm, lock))
         hosts = comm.gather_objects(host())
         clock, limits = Clock(), job.launch
+        clock.add("start", _seconds_since_start())
         end = _giving_up(run, comm, people)
         watchdog = Watchdog(comm, hosts, clock, limits.silence_seconds, limits.stuck_seconds, end)
         stop = StopRequest(comm, run.stop_request)
@@ -88,7 +89,6 @@ def work(
     allow_changed: tuple[str, ...],
 ) -> PhaseOutcome:
     """Assemble and train; the body of a rank once its world stands (a collective)."""
-    clock.add("start", _seconds_since_start())
     with clock("start"):
         parts, live, progress, origin = assemble(job, run, comm, clock, allow_changed)
         if parts.device.type == "cuda":

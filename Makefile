@@ -29,7 +29,7 @@ bench: setup ## time curvature, checkpoints and resizes against their peers; wan
 	$(BIN)/python -m pip install --quiet --editable '.[bench]'
 	$(BIN)/python -m benchmarks.curvature $(DATA)
 	$(BIN)/python -m benchmarks.checkpoint .
-	$(BIN)/python -m benchmarks.checkpoint . --model wide_resnet101_2 --rounds 3
+	$(BIN)/python -m benchmarks.checkpoint . --model wide_resnet101_2 --batch 2 --image 32 --rounds 3
 	$(BIN)/python -m benchmarks.startup
 
 test-mpi: setup ## only the tests that run under mpirun

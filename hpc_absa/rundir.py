@@ -2,9 +2,47 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from hpc_absa import events
+from hpc_absa.errors import UsageError
+
+MARK = "# Resolved by hpc-absa; every key with its value. Changing this file changes nothing.\n"
+"""First line of a run directory's `job.toml`: the file is ours, and so is the directory."""
+
+CHECKPOINT_NAME = re.compile(r"step-(\d{10})-phase-(\d{3,})\.h5")
+"""Name of a checkpoint; other files in the folder are the user's."""
+
+OWN_FILES = {
+    "checkpoints": (
+        r"step-\d{10}-phase-\d{3,}\.h5",
+        r"step-\d{10}-phase-\d{3,}\.[0-9a-f]+\.\d{4}-of-\d{4}\.shard",
+        r"\.step-\d{10}-phase-.*\.tmp",
+    ),
+    "logs": (
+        r"phase-\d+-rank-\d+\.log",
+        r"world-\d+-[a-z]+\.log",
+        r"link-\d+\.log",
+        r"failure\.json",
+        r"joined",
+    ),
+    "chain": (r"\d+\.(sh|json)", r"owner", r"cancelled", r"lock", r"\..*\.(tmp|json\.\d+)"),
+    "tensorboard": (r"events\.out\.tfevents\..*",),
+    "data": (r"[\w.]+\.h5", r"[\w.]+\.h5\.tmp"),
+    ".": (
+        r"report\.(html|png)",
+        r"\.report\.(html|png)\.\d+\.part",
+        r"stop",
+        r"\.job\.\d+\.toml",
+    ),
+    "./": (r"job\.toml", r"events\.jsonl"),
+}
+"""Names of the files that we write, by folder, in the order in which they are removed."""
 
 
 @dataclass(frozen=True)
@@ -101,11 +139,68 @@ class RunDir:
     def write_job(self, text: str) -> None:
         """Put the resolved job in place, whole or not at all: a kill costs nothing."""
         temporary = self.path / f".job.{os.getpid()}.toml"
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(MARK + text, encoding="utf-8")
         os.replace(temporary, self.job)
 
+    @property
+    def is_run(self) -> bool:
+        """Whether the folder is positively known to be a run directory, by our own files in it."""
+        try:
+            with self.job.open(encoding="utf-8", errors="replace") as file:
+                if file.readline() == MARK:
+                    return True
+        except OSError:
+            pass
+        return any({"time", "phase"} <= event.keys() for event in events.read(self.events))
+
+    def require_own_job(self) -> None:
+        """Refuse to replace a `job.toml` that we have not written.
+
+        Raises:
+            UsageError: the folder has one, and nothing shows that the folder is a run directory.
+        """
+        if self.job.exists() and not self.is_run:
+            raise UsageError(
+                f"{self.path}: it has a job.toml, and is not a run directory; "
+                "a run would replace that file: name another folder with --run-dir"
+            )
+
+    def remove_files(self) -> None:
+        """Remove the files of the run, and no others; the folder itself and its lock stay.
+
+        What marks the folder as a run directory goes last, so that a kill leaves one.
+
+        Raises:
+            UsageError: the folder holds files, and nothing shows that it is a run directory.
+        """
+        if not self.is_run:
+            known = {"lock", *OWN_FILES}  # as `create` and a lock leave them
+            if any(entry.name not in known for entry in self.path.iterdir()):
+                raise UsageError(f"{self.path}: not a run directory; --fresh removes nothing else")
+            return
+        root = self.path.resolve()
+        for folder, names in OWN_FILES.items():
+            own = re.compile("|".join(names))
+            for entry in _entries(root / folder):
+                if own.fullmatch(entry.name):
+                    entry.unlink(missing_ok=True)
+            if root / folder != root:
+                with contextlib.suppress(OSError):  # the user's own files are in it
+                    (root / folder).rmdir()
+
     def create(self) -> RunDir:
-        """Make the folders; existing ones are left as they are."""
+        """Make the folders; existing ones are left as they are.
+
+        Raises:
+            UsageError: as `require_own_job`.
+        """
+        self.require_own_job()
         for folder in (self.path, self.checkpoints, self.logs):
             os.makedirs(folder, exist_ok=True)
         return self
+
+
+def _entries(folder: Path) -> Iterator[Path]:
+    """The files of a folder; none where it is a link to elsewhere, or absent."""
+    if folder.is_dir() and not folder.is_symlink():
+        yield from [entry for entry in folder.iterdir() if entry.is_file() or entry.is_symlink()]

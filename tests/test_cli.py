@@ -251,3 +251,9 @@ def test_a_reader_that_goes_away_is_no_traceback():
     command = f"{sys.executable} -m hpc_absa plan {JOB} --json | true"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert "Traceback" not in done.stderr
+
+
+def test_an_empty_run_dir_is_a_variable_that_was_not_set(command):
+    status, _, err = command("run", JOB, "--run-dir", "")
+    assert status == 2
+    assert "it is empty, expected a folder" in err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -9,6 +10,9 @@ from hpc_absa.checkpoint.schema import Key
 
 SUFFIX = ".shard"
 """Not `.h5`: whoever takes the newest `*.h5` of a folder gets a whole checkpoint."""
+
+NAME = re.compile(r"(?P<checkpoint>step-\d{10}-phase-\d{3,})\.[0-9a-f]+\.\d{4}-of-\d{4}\.shard")
+"""What `name` gives; other files are the user's."""
 
 SMALL = 1 << 16
 """Bytes below which an array stays in the checkpoint's own file."""

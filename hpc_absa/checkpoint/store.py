@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,9 +12,7 @@ from hpc_absa.checkpoint import file, shards
 from hpc_absa.checkpoint.layout import SHARD, Shard
 from hpc_absa.checkpoint.schema import Content, Scalar
 from hpc_absa.errors import CheckpointError
-
-_STEP = re.compile(r"step-(\d+)-phase-\d+\.h5$")
-"""A checkpoint's name, as `rundir` makes it."""
+from hpc_absa.rundir import CHECKPOINT_NAME
 
 
 @dataclass(frozen=True)
@@ -50,7 +47,7 @@ class Store:
             CheckpointError: names path and cause; every older checkpoint is as it was.
         """
         begun = time.perf_counter()
-        for leftover in self.folder.glob(".*.tmp"):
+        for leftover in self.folder.glob(".step-*.h5.*.tmp"):
             if not leftover.name.startswith(f".{path.stem}."):  # whose writer was killed
                 leftover.unlink(missing_ok=True)
         written = file.write(path, content, parts)
@@ -85,8 +82,10 @@ class Store:
                 with contextlib.suppress(OSError):
                     old.unlink()
             present = {path.stem for path in listed(self.folder)}
-            for shard in self.folder.glob(f"*{shards.SUFFIX}"):
-                stem = shard.name.split(".")[0]
+            for shard in self.folder.glob(f"step-*{shards.SUFFIX}"):
+                if not (named := shards.NAME.fullmatch(shard.name)):
+                    continue
+                stem = named["checkpoint"]
                 orphan = stem not in present or (stem == newest.stem and shard.name not in parts)
                 if orphan:
                     shard.unlink(missing_ok=True)
@@ -103,8 +102,8 @@ class Store:
 
 
 def listed(folder: Path) -> list[Path]:
-    """A folder's checkpoints, oldest first; temporary files begin with a dot and do not count."""
-    return sorted(path for path in folder.glob("*.h5") if not path.name.startswith("."))
+    """A folder's checkpoints by our own names, oldest first; other files are not looked at."""
+    return sorted(path for path in folder.glob("step-*.h5") if CHECKPOINT_NAME.fullmatch(path.name))
 
 
 def require_name(path: Path, attributes: Mapping[str, Scalar]) -> None:
@@ -117,7 +116,7 @@ def require_name(path: Path, attributes: Mapping[str, Scalar]) -> None:
     Raises:
         CheckpointError: name and content differ.
     """
-    named, step = _STEP.match(path.name), attributes.get("step")
+    named, step = CHECKPOINT_NAME.fullmatch(path.name), attributes.get("step")
     if named and int(named[1]) != step:
         raise CheckpointError(
             f"{path}: damaged: it holds step {step}, not the {int(named[1])} in its name"

@@ -31,7 +31,10 @@ def verify(path: Path) -> list[Verification]:
     if not path.is_dir():
         return [_verify(path)]
     run = RunDir(path)
-    found = listed(run.checkpoints if run.checkpoints.is_dir() else path)
+    if run.checkpoints.is_dir():
+        found = listed(run.checkpoints)
+    else:
+        found = sorted(file for file in path.glob("*.h5") if not file.name.startswith("."))
     if not found:
         return [Verification(path, ExitStatus.USAGE, "no checkpoint in this folder")]
     return [_verify(checkpoint) for checkpoint in found]

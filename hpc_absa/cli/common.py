@@ -11,8 +11,18 @@ import typer
 JobFile = Annotated[
     Path, typer.Argument(metavar="JOB", help="Job file (TOML); jobs/ has examples.")
 ]
+
+
+def folder(text: str) -> Path:
+    """The folder that an option names; an empty one is a variable that was not set."""
+    if not text.strip():
+        raise typer.BadParameter("it is empty, expected a folder")
+    return Path(text)
+
+
 RunFolder = Annotated[
-    Path | None, typer.Option("--run-dir", help="Folder of the run; default runs/<job name>.")
+    Path | None,
+    typer.Option("--run-dir", parser=folder, metavar="D", help="Run directory; default runs/NAME."),
 ]
 Overrides = Annotated[
     list[str] | None,

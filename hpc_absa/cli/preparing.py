@@ -119,7 +119,7 @@ def data(
         return ExitStatus.OK
     if not name:
         raise UsageError("Missing argument 'NAME', or --show FILE.")
-    packed = out or Path(f"{root or name}.h5")
+    packed = out or (prepare.packed_beside(root) if root else Path(f"{name}.h5"))
     arguments = {"image_size": image_size} if image_size else {}
     prepare.pack(name, root, arguments, packed, progress=True)
     say(f"packed: {packed}; in the job: [data] name = {name!r}, root = {str(packed)!r}")

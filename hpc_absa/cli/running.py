@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hpc_absa.cli.common import AllowChanged, JobFile, MaxRanks, Overrides, RunFolder, say
+from hpc_absa.cli.common import (
+    AllowChanged,
+    JobFile,
+    MaxRanks,
+    Overrides,
+    RunFolder,
+    folder,
+    say,
+)
 from hpc_absa.cli.looking import write_report
 from hpc_absa.errors import ExitStatus
 
@@ -65,25 +73,25 @@ def run(
     extra += [f"launch.hosts={hosts}"] if hosts else []
     extra += [f"launch.hostfile={hostfile}"] if hostfile else []
     loaded = jobs.load(job, (*(overrides or ()), *extra))
-    folder = RunDir(run_dir or driver.default_run_dir(loaded))
+    place = RunDir(run_dir or driver.default_run_dir(loaded))
     if loaded.launch.launcher == "slurm":
-        return _run_chain(loaded, folder, tuple(allow_changed or ()), fresh, dry_run)
+        return _run_chain(loaded, place, tuple(allow_changed or ()), fresh, dry_run)
     resolved = {"ranks": loaded.ranks.model_copy(update={"max": worldsize.limit(loaded)})}
     loaded = loaded.model_copy(update=resolved)
-    board = TensorBoardLog(folder)
-    supervisor = driver.Supervisor(loaded, folder, tuple(allow_changed or ()), _onto(board))
+    board = TensorBoardLog(place)
+    supervisor = driver.Supervisor(loaded, place, tuple(allow_changed or ()), _onto(board))
     if dry_run:
         print(supervisor.launch_command())
         return ExitStatus.OK
     if fresh:
-        driver.clear(folder)
-    if _already_done(folder):
+        driver.clear(place)
+    if _already_done(place):
         return ExitStatus.OK
     status = supervisor.supervise()
     board.close()
     # Whoever is asked to stop may have seconds: the report waits for the end, or `hpc-absa report`.
-    if folder.events.exists() and status != ExitStatus.STOPPED:
-        write_report([folder.path], None)
+    if place.events.exists() and status != ExitStatus.STOPPED:
+        write_report([place.path], None)
     return status
 
 
@@ -176,7 +184,9 @@ def cancel(
 
 def train(
     job: JobFile,
-    run_dir: Annotated[Path, typer.Option("--run-dir", help="Folder of the run.")],
+    run_dir: Annotated[
+        Path, typer.Option("--run-dir", parser=folder, metavar="D", help="Run directory.")
+    ],
     overrides: Overrides = None,
     allow_changed: AllowChanged = None,
 ) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 from rich.table import Table
 
 from hpc_absa.curvature.spectrum import Spectrum
+from hpc_absa.errors import UsageError
 
 
 def to_dict(record: Any, *, vectors: bool = False) -> Any:
@@ -33,7 +34,27 @@ def save(found: Spectrum, path: Path) -> None:
     import h5py
 
     with h5py.File(path, "w") as file:
+        file.attrs["format"] = FORMAT
         _write(file, found)
+
+
+def require_replaceable(path: Path) -> None:
+    """Refuse to replace a file that is no spectrum of ours.
+
+    Raises:
+        UsageError: there is such a file, as a checkpoint or somebody's data.
+    """
+    import h5py
+
+    if not path.exists():
+        return
+    try:
+        with h5py.File(path, "r", locking=False) as file:
+            ours = file.attrs.get("format") == FORMAT
+    except Exception:  # h5py has no one kind of error for what it cannot make sense of
+        ours = False
+    if not ours:
+        raise UsageError(f"{path}: exists, and is no spectrum of hpc-absa; choose another --out")
 
 
 def _write(group: Any, record: Any) -> None:
@@ -49,6 +70,8 @@ def _write(group: Any, record: Any) -> None:
         else:
             group.attrs[item.name] = value
 
+
+FORMAT = "hpc-absa-spectrum"
 
 SHARES = (0.1, 0.01, 0.001, 1e-4)
 """Edges of the density's table, in units of the largest eigenvalue by magnitude."""

@@ -133,7 +133,7 @@ def header(
 
 
 def _read(file: h5py.File, path: Path) -> PackedDataset:
-    if _text(file.attrs.get("format", b"")) != FORMAT:
+    if text(file.attrs.get("format", b"")) != FORMAT:
         raise UsageError(f"{path}: an HDF5 file, but not a data set packed by `hpc-absa data`")
     version = int(file.attrs["format_version"])
     if version > FORMAT_VERSION:
@@ -143,21 +143,21 @@ def _read(file: h5py.File, path: Path) -> PackedDataset:
         )
     train, test = (_split(file, name, path) for name in SPLITS)
     dataset = PackedDataset(
-        name=_text(file.attrs["name"]),
-        arguments=json.loads(_text(file.attrs["arguments"])),
+        name=text(file.attrs["name"]),
+        arguments=json.loads(text(file.attrs["arguments"])),
         train=train,
         test=test,
-        classes=tuple(_text(name) for name in file["classes"][()]),
+        classes=tuple(text(name) for name in file["classes"][()]),
         mean=np.asarray(file.attrs["mean"], np.float64),
         std=np.asarray(file.attrs["std"], np.float64),
-        digest=_text(file.attrs["digest"]),
+        digest=text(file.attrs["digest"]),
         path=path,
     )
     _check_shapes(dataset)
     return dataset
 
 
-def _text(value: Any) -> str:
+def text(value: Any) -> str:
     """A string of HDF5, which come as bytes where their length is fixed."""
     return value.decode("utf-8") if isinstance(value, bytes) else str(value)
 

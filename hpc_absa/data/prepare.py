@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from hpc_absa.data.packed import FORMAT_VERSION, PackedDataset, open_packed
+from hpc_absa.data.packed import FORMAT, FORMAT_VERSION, PackedDataset, open_packed, text
 from hpc_absa.errors import UsageError
 
 
@@ -49,7 +50,13 @@ def pack(
     packed: Path,
     progress: bool = False,
 ) -> PackedDataset:
-    """Pack a source anew, replacing `packed` once the new file is complete; see `prepare`."""
+    """Pack a source, replacing a packed file of ours once the new one is complete; see `prepare`.
+
+    Raises:
+        UsageError: `packed` is a file that is no packed data set; nothing is read or written.
+    """
+    if packed.exists():
+        _require_packed(packed)
     # Imported here because workers only read, and reading needs none of it.
     from hpc_absa.data.packing import write_packed
     from hpc_absa.data.sources import load
@@ -59,6 +66,34 @@ def pack(
         return write_packed(packed, source, name, dict(arguments))
     with progress_bar(f"packing {name}") as advance:
         return write_packed(packed, source, name, dict(arguments), advance)
+
+
+def packed_beside(root: Path) -> Path:
+    """Where the packed form of the data set in `root` lies unless a place is named: `ROOT.h5`.
+
+    Raises:
+        UsageError: the folder has no name, as `/`.
+    """
+    root = Path(os.path.abspath(root.expanduser()))
+    if not root.name:
+        raise UsageError(f"{root}: expected the folder of a data set; or name the packed file")
+    return root.with_name(f"{root.name}.h5")
+
+
+def _require_packed(path: Path) -> None:
+    """Refuse to replace a file that is not ours; a damaged one of ours may be replaced."""
+    import h5py
+
+    try:
+        with h5py.File(path, "r", locking=False) as file:
+            ours = text(file.attrs.get("format", b"")) == FORMAT
+    except Exception:  # h5py has no one kind of error for what it cannot make sense of
+        ours = False
+    if not ours:
+        raise UsageError(
+            f"{path}: exists, and is not a data set packed by hpc-absa; "
+            "remove it, or name another file with --out"
+        )
 
 
 def describe(path: Path) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -272,7 +271,7 @@ def finished(run: RunDir) -> events.Event | None:
 
 
 def clear(run: RunDir) -> None:
-    """Remove a run directory to begin anew.
+    """Remove a run's files to begin anew.
 
     Raises:
         UsageError: the folder holds something that is no run.
@@ -280,13 +279,13 @@ def clear(run: RunDir) -> None:
     """
     if not run.path.exists():
         return
-    known = run.job.exists() or run.events.exists() or not any(run.path.iterdir())
-    if not known:
-        raise UsageError(f"{run.path}: not a run directory; --fresh removes nothing else")
     lock = RunLock(run)
-    lock.acquire()
-    shutil.rmtree(run.path)
-    lock.release()
+    if run.is_run:
+        lock.acquire()
+    try:
+        run.remove_files()
+    finally:
+        lock.release()
 
 
 def default_run_dir(job: Job) -> Path:

@@ -40,6 +40,8 @@ def spectrum(
     """
     comm = connect()
     try:
+        if out:
+            agreed(comm, lambda: export.require_replaceable(Path(f"{out}.h5")))
         found = _spectrum(comm, checkpoint, root, **settings)
     except AgreedError as error:
         if comm.rank == 0:

@@ -16,7 +16,7 @@ from hpc_absa.course import Course
 from hpc_absa.data import order
 from hpc_absa.data.batches import Batches
 from hpc_absa.data.packed import PackedDataset
-from hpc_absa.data.prepare import prepare
+from hpc_absa.data.prepare import packed_beside, prepare
 from hpc_absa.errors import UsageError
 from hpc_absa.job import Job
 from hpc_absa.models import build as build_model
@@ -91,8 +91,8 @@ def packed_path(job: Job, run: RunDir) -> Path:
     root = Path(job.data.root).expanduser()
     if root.suffix == ".h5":
         return root
-    if job.data.root and os.access(root.parent, os.W_OK):
-        return root.with_name(f"{root.name}.h5")
+    if job.data.root and os.access(packed_beside(root).parent, os.W_OK):
+        return packed_beside(root)
     return run.data / f"{job.data.name.replace(':', '.')}.h5"
 
 

@@ -257,3 +257,13 @@ def flip(path):
     spoiled = bytearray(path.read_bytes())
     spoiled[-1] ^= 1
     path.write_bytes(spoiled)
+
+
+def test_files_of_the_user_s_are_neither_resumed_from_nor_removed(folder):
+    mine = ["step-best.h5", "best.h5", "zzz.h5", "copy.shard", ".notes.tmp", "step-12.h5"]
+    for name in mine:
+        (folder / name).write_text("mine")
+    store = Store(folder, 2)
+    save(store, folder, 1, 2, 3, 4)
+    assert newest_good(store).path == path(folder, 4)
+    assert {p.name for p in folder.iterdir()} == {*mine, path(folder, 3).name, path(folder, 4).name}

@@ -13,7 +13,7 @@ import pytest
 from hpc_absa.data.content import Samples, Source
 from hpc_absa.data.packed import check_content, open_packed
 from hpc_absa.data.packing import write_packed
-from hpc_absa.data.prepare import describe, prepare
+from hpc_absa.data.prepare import describe, pack, packed_beside, prepare
 from hpc_absa.errors import HpcAbsaError, UsageError
 
 
@@ -350,3 +350,32 @@ def test_a_copy_elsewhere_is_as_good(packed, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     copy = shutil.copy(packed.path, tmp_path / "elsewhere")
     check_content(open_packed(Path(copy)))
+
+
+@pytest.mark.parametrize("foreign", ["text", "hdf5"])
+def test_a_file_that_is_not_ours_is_not_replaced(tmp_path, foreign):
+    path = tmp_path / "cats.h5"
+    if foreign == "text":
+        path.write_text("my notes")
+    else:
+        with h5py.File(path, "w") as file:
+            file["mine"] = [1, 2, 3]
+    before = path.read_bytes()
+    with pytest.raises(UsageError, match="is not a data set packed by hpc-absa"):
+        pack("digits", None, {}, path)
+    assert path.read_bytes() == before
+
+
+def test_a_packed_file_of_ours_is_replaced(tmp_path):
+    path = tmp_path / "digits.h5"
+    first = pack("digits", None, {}, path)
+    assert pack("digits", None, {}, path).digest == first.digest
+
+
+def test_the_packed_file_of_the_present_folder_has_its_name(tmp_path, monkeypatch):
+    (tmp_path / "cats").mkdir()
+    monkeypatch.chdir(tmp_path / "cats")
+    for root in (Path("."), Path("../cats"), Path("../cats/")):
+        assert packed_beside(root) == tmp_path / "cats.h5"
+    with pytest.raises(UsageError, match="expected the folder of a data set"):
+        packed_beside(Path("/"))

@@ -1,0 +1,102 @@
+"""Files of a user's are never removed or replaced: only names that a run has, in a run's folder."""
+
+import os
+
+import pytest
+
+from hpc_absa import events
+from hpc_absa.errors import RunLockedError, UsageError
+from hpc_absa.lock import RunLock
+from hpc_absa.rundir import MARK, RunDir
+from hpc_absa.supervisor import driver
+
+
+def a_run(folder):
+    run = RunDir(folder).create()
+    run.write_job("name = 'x'\n")
+    events.append(run.events, "phase_start", 1, ranks=1, step=0)
+    (run.checkpoints / "step-0000000010-phase-001.h5").touch()
+    (run.checkpoints / "step-0000000010-phase-001.0123abcd.0001-of-0002.shard").touch()
+    run.rank_log(1, 0).touch()
+    run.report.touch()
+    return run
+
+
+def content(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def test_a_project_with_a_job_file_is_left_alone(tmp_path):
+    (tmp_path / "job.toml").write_text("name = 'mine'\n")
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(UsageError, match="not a run directory"):
+        driver.clear(RunDir(tmp_path))
+    with pytest.raises(UsageError, match="would replace that file"):
+        RunDir(tmp_path).create()
+    assert content(tmp_path) == ["job.toml", "thesis.tex"]
+    assert (tmp_path / "job.toml").read_text() == "name = 'mine'\n"
+
+
+def test_other_programs_events_make_no_run(tmp_path):
+    (tmp_path / "events.jsonl").write_text('{"event": "click"}\n')
+    with pytest.raises(UsageError, match="not a run directory"):
+        driver.clear(RunDir(tmp_path))
+    assert content(tmp_path) == ["events.jsonl"]
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_a_run_is_cleared_and_the_users_files_in_it_stay(tmp_path, linked):
+    folder = tmp_path / "run"
+    run = a_run(folder)
+    for name in ("notes.txt", "checkpoints/best.h5", "checkpoints/step-best.h5", "logs/mine.log"):
+        (folder / name).write_text("mine")
+    if linked:
+        os.symlink(folder, tmp_path / "link")
+        run = RunDir(tmp_path / "link")
+    driver.clear(run)
+    kept = ["checkpoints/best.h5", "checkpoints/step-best.h5", "logs/mine.log", "notes.txt"]
+    assert content(folder) == sorted([*kept, "lock"])
+
+
+def test_a_linked_folder_of_a_run_is_not_emptied(tmp_path):
+    run = a_run(tmp_path / "run")
+    elsewhere = tmp_path / "elsewhere"
+    run.checkpoints.rename(elsewhere)
+    os.symlink(elsewhere, run.checkpoints)
+    driver.clear(run)
+    assert len(content(elsewhere)) == 2
+
+
+def test_a_file_that_cannot_go_yet_is_no_failure(tmp_path):
+    """NFS keeps a removed open file under another name until it is closed."""
+    run = a_run(tmp_path / "run")
+    (run.logs / ".nfs0001").touch()
+    driver.clear(run)
+    assert content(run.path) == ["lock", "logs/.nfs0001"]
+
+
+def test_a_run_in_use_is_not_cleared(tmp_path):
+    run = a_run(tmp_path / "run")
+    lock = RunLock(run)
+    lock.acquire()
+    before = content(run.path)
+    with pytest.raises(RunLockedError):
+        driver.clear(run)
+    lock.release()
+    assert content(run.path) == before
+
+
+def test_a_run_that_ended_before_its_first_event_is_a_run(tmp_path):
+    run = RunDir(tmp_path / "run").create()
+    run.write_job("name = 'x'\n")
+    assert run.job.read_text().startswith(MARK)
+    driver.clear(run)
+    assert content(run.path) == ["lock"]
+    assert not run.is_run
+
+
+def test_a_run_of_an_earlier_version_is_a_run(tmp_path):
+    run = a_run(tmp_path / "run")
+    run.job.write_text("name = 'x'\n")  # without the mark
+    driver.clear(run)
+    assert content(run.path) == ["lock"]

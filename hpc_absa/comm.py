@@ -11,12 +11,15 @@ from __future__ import annotations
 import os
 import sys
 import time
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any, Protocol, TypeVar
 
 import torch
 
 from hpc_absa.allocation import WORLD_SIZE_VARIABLES
-from hpc_absa.errors import UsageError
+from hpc_absa.errors import CollectiveError, ExitStatus, HpcAbsaError, UsageError
+
+T = TypeVar("T")
 
 SETTINGS = {
     # Messages of chance content would be summed in chance order: see `training.reduction`.
@@ -47,16 +50,16 @@ class Communicator(Protocol):
     backend: str
     """For people: `serial`, `Horovod over MPI`, `Horovod over Gloo`."""
 
-    def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
+    def allreduce_(self, tensor: torch.Tensor) -> torch.Tensor:
         """Replace `tensor` (contiguous, any device) by its sum over ranks; returns it."""
         ...
 
-    def sum_in_pairs_(self, tensor: torch.Tensor) -> torch.Tensor:
-        """As `sum_`, along a fixed binary tree over ranks, nearest first; needs a size of 2^n."""
+    def allreduce_recursive_doubling_(self, tensor: torch.Tensor) -> torch.Tensor:
+        """As `allreduce_`, along a fixed binary tree over ranks; needs 2^n ranks."""
         ...
 
-    def sum_async_(self, tensor: torch.Tensor, name: str) -> Any:
-        """Start `sum_` in the background; `name` pairs up the ranks' calls, in any order."""
+    def allreduce_async_(self, tensor: torch.Tensor, name: str) -> Any:
+        """Start `allreduce_` in the background; `name` pairs up the ranks' calls, in any order."""
         ...
 
     def wait(self, handle: Any) -> None:
@@ -71,14 +74,14 @@ class Communicator(Protocol):
         """The root's small Python object, on every rank."""
         ...
 
-    def gather_objects(self, value: Any) -> list[Any]:
+    def allgather_object(self, value: Any) -> list[Any]:
         """Every rank's small Python object, by rank, on every rank."""
         ...
 
-    def beat(self) -> bool:
-        """Tell the next rank that this one lives, and say whether the one before it has told so.
+    def exchange_heartbeats(self) -> bool:
+        """Send a heartbeat to the next rank; whether one arrived from the previous rank.
 
-        No collective; from one thread of its own. True where nobody watches anybody.
+        Not a collective; called from one thread of its own. Always True without MPI.
         """
         ...
 
@@ -98,15 +101,15 @@ class SerialCommunicator:
     size = local_size = 1
     backend = "serial"
 
-    def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
+    def allreduce_(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum over one rank is the tensor itself."""
         return tensor
 
-    def sum_in_pairs_(self, tensor: torch.Tensor) -> torch.Tensor:
+    def allreduce_recursive_doubling_(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum over one rank is the tensor itself."""
         return tensor
 
-    def sum_async_(self, tensor: torch.Tensor, name: str) -> None:
+    def allreduce_async_(self, tensor: torch.Tensor, name: str) -> None:
         """Nothing to start."""
 
     def wait(self, handle: Any) -> None:
@@ -120,12 +123,12 @@ class SerialCommunicator:
         """The root's object is this one."""
         return value
 
-    def gather_objects(self, value: Any) -> list[Any]:
+    def allgather_object(self, value: Any) -> list[Any]:
         """One rank, one object."""
         return [value]
 
-    def beat(self) -> bool:
-        """Nobody to tell."""
+    def exchange_heartbeats(self) -> bool:
+        """No other rank."""
         return True
 
     def abort(self, status: int) -> None:
@@ -173,7 +176,7 @@ class HorovodCommunicator:
             return None
         return MPI.COMM_WORLD.Dup()
 
-    def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
+    def allreduce_(self, tensor: torch.Tensor) -> torch.Tensor:
         """Blocking sum, through MPI for tensors in host memory."""
         if self._mpi and tensor.device.type == "cpu":
             from mpi4py import MPI
@@ -182,7 +185,7 @@ class HorovodCommunicator:
             return tensor
         return self._hvd.allreduce_(tensor, op=self._hvd.Sum, name=f"sum.{tuple(tensor.shape)}")
 
-    def sum_in_pairs_(self, tensor: torch.Tensor) -> torch.Tensor:
+    def allreduce_recursive_doubling_(self, tensor: torch.Tensor) -> torch.Tensor:
         """Exchange with the partner at distance 1, 2, 4, ...: addition of two numbers commutes."""
         assert self.size & (self.size - 1) == 0, "the tree wants a power of two"
         if not (self._mpi and tensor.device.type == "cpu"):
@@ -198,7 +201,7 @@ class HorovodCommunicator:
             distance *= 2
         return tensor
 
-    def sum_async_(self, tensor: torch.Tensor, name: str) -> Any:
+    def allreduce_async_(self, tensor: torch.Tensor, name: str) -> Any:
         """Horovod's fused ring-allreduce, in the background."""
         return self._hvd.allreduce_async_(tensor, op=self._hvd.Sum, name=name)
 
@@ -225,14 +228,14 @@ class HorovodCommunicator:
             return self._mpi.bcast(value, root=root)
         return self._hvd.broadcast_object(value, root_rank=root)
 
-    def gather_objects(self, value: Any) -> list[Any]:
+    def allgather_object(self, value: Any) -> list[Any]:
         """Small objects only: they are serialised."""
         if self._mpi:
             return list(self._mpi.allgather(value))
         return list(self._hvd.allgather_object(value))
 
-    def beat(self) -> bool:
-        """An empty message around the ring of ranks; without MPI nobody watches."""
+    def exchange_heartbeats(self) -> bool:
+        """An empty message around the ring of ranks."""
         if self._beats is None or self.size == 1:
             return True
         from mpi4py import MPI
@@ -267,3 +270,24 @@ def connect() -> Communicator:
     if "SLURM_STEP_ID" in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
         return HorovodCommunicator()
     return SerialCommunicator()
+
+
+def raise_on_all_ranks(comm: Communicator, action: Callable[[], T]) -> T:
+    """The value of `action()` on this rank, unless it fails on any rank (a collective).
+
+    All ranks learn of an error before any of them leaves, so that none waits for one that left.
+    `action` itself must not enter a collective.
+
+    Raises:
+        CollectiveError: on all ranks, with the message of the first rank on which `action` raised
+            an `HpcAbsaError`.
+    """
+    error: tuple[str, ExitStatus] | None = None
+    try:
+        value = action()
+    except HpcAbsaError as raised:
+        error = (str(raised), raised.status)
+    first = next((e for e in comm.allgather_object(error) if e), None)
+    if first:
+        raise CollectiveError(*first)
+    return value

@@ -35,3 +35,12 @@ class RunDirError(HpcAbsaError):
 
 class RunLockedError(HpcAbsaError):
     """Another supervisor or world already works on this run directory."""
+
+
+class CollectiveError(HpcAbsaError):
+    """A user's error that all ranks have raised together, so that each may exit by itself."""
+
+    def __init__(self, message: str, status: ExitStatus) -> None:
+        """`message` is one line and `status` the exit status that all ranks end with."""
+        super().__init__(message)
+        self.status = status

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from hpc_absa.course import Boundary, Course, Position
+from hpc_absa.config import Job
 from hpc_absa.errors import UsageError
-from hpc_absa.job import Job
+from hpc_absa.progress import Boundary, Course, Position
 from hpc_absa.records import Eigenvalue, GradientSquares, Observation, ScheduleState
 from hpc_absa.schedules import Rule, build
 from hpc_absa.worldsize import ranks_for
@@ -78,7 +78,7 @@ def course_of(job: Job, samples: int) -> Course:
         job.train.microbatch,
         job.train.epochs,
         job.hessian.every or samples,
-        job.train.remainder,
+        job.train.drop_last,
     )
 
 
@@ -145,7 +145,7 @@ def _walk(job: Job, rule: Rule, samples: int, limit: int, *, growing: bool) -> t
         nonlocal begun
         if position.step > begun.step:
             length = (position.microbatch - begun.microbatch) * b
-            if job.train.remainder == "drop":
+            if job.train.drop_last:
                 epochs = length / (course.microbatches_per_epoch * b)
             else:
                 epochs = length / samples

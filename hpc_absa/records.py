@@ -24,7 +24,7 @@ class Eigenvalue:
     seconds: float
     converged: bool
     """Whether the estimated error met the tolerance; otherwise the value never grows a run."""
-    settled: bool = False
+    stopped_above_threshold: bool = False
     """Ended early, unconverged: λ is above the threshold asked about, so the run does not grow."""
 
 
@@ -68,7 +68,7 @@ class ScheduleState:
     """Fraction of every microbatch replaced by adversarial examples (r in ABSA)."""
     reference: float | None = None
     """Eigenvalue that the next ones are compared with (λ_ref)."""
-    waited: int = 0
+    patience_count: int = 0
     """Decision points since the last growth (the patience counter)."""
     milestones_passed: int = 0
 

@@ -17,15 +17,14 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from hpc_absa import events as event_log
-from hpc_absa import job as jobs
+from hpc_absa import config
+from hpc_absa.config import Job
 from hpc_absa.errors import UsageError
-from hpc_absa.events import Event
-from hpc_absa.job import Job
 from hpc_absa.records import Decision, Eigenvalue, Observation, ScheduleState
 from hpc_absa.report import text
 from hpc_absa.report.accounting import finite
 from hpc_absa.report.history import require_run
+from hpc_absa.rundir.events import Event, effective
 from hpc_absa.schedules import Rule, build
 
 CHANGEABLE = ("schedule", "train.lr", "train.lr_decay", "train.milestones")
@@ -96,8 +95,8 @@ def replay(path: Path, changes: Sequence[str] = ()) -> Course:
                 f"--set {change}: a replay can change schedule.*, {', '.join(CHANGEABLE[1:])}; "
                 "anything else would have changed the eigenvalues themselves"
             )
-    own, job = jobs.load(run.job), jobs.load(run.job, tuple(changes))
-    events = event_log.effective(event_log.read(run.events))
+    own, job = config.load(run.job, warn=False), config.load(run.job, tuple(changes), warn=False)
+    events = effective(run.log.read())
     return Course(tuple(changes), tuple(_derive(own, job, events)))
 
 
@@ -146,15 +145,15 @@ def _evidence(
         samples=int(finite(event.get("hessian_samples"), 0.0)),
         seconds=finite(event.get("seconds"), 0.0),
         converged=bool(event.get("converged")),
-        settled=bool(event.get("settled")),
+        stopped_above_threshold=bool(event.get("stopped_above_threshold")),
     )
-    if not found.settled:
+    if not found.stopped_above_threshold:
         return found, None
     threshold, above = rule.threshold(state), _above(own, event, found, whole)
     if threshold is not None and threshold <= above:
         return found, None
     asked = "its value" if threshold is None else f"whether it is above {threshold:.4g}"
-    plain = Eigenvalue(**{**asdict(found), "settled": False})
+    plain = Eigenvalue(**{**asdict(found), "stopped_above_threshold": False})
     return plain, f"λ is above {above:.4g}; {asked} was not asked"
 
 

@@ -2,9 +2,9 @@
 
 Lane `l` of `LANES` holds the microbatches `share(all, l, LANES)`, added one after the other. A rank
 owns `LANES / size` neighbouring lanes and adds them up as a binary counter does (`Tree`); ranks
-then exchange whole sums with the partner at distance 1, 2, 4, ... (`comm.sum_in_pairs_`). Addition
-of two numbers commutes exactly, so both partners hold the same bits, and every world walks the
-same tree.
+then exchange sums with the partner at distance 1, 2, 4, ...
+(`comm.allreduce_recursive_doubling_`). Addition of two numbers commutes exactly, so both partners
+hold the same bits, and the tree is the same at any world size.
 """
 
 from __future__ import annotations

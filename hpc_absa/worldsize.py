@@ -7,8 +7,8 @@ import re
 
 from hpc_absa import allocation
 from hpc_absa.allocation import Hosts
+from hpc_absa.config import Job
 from hpc_absa.errors import UsageError
-from hpc_absa.job import Job
 
 
 def limit(job: Job) -> int:

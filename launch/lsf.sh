@@ -19,4 +19,4 @@ source "${VENV:-.venv}/bin/activate"
 # -wt 2 -wa USR1: the signal comes two minutes before the time is up, and hpc-absa saves on it.
 # blaunch reaches the job's other hosts where ssh is not allowed to.
 # Exit status 75 says: saved and not finished; the same bsub goes on.
-exec hpc-absa run "${JOB:?JOB=jobs/digits.toml bsub ...}" --launcher mpirun --set launch.agent=blaunch
+exec hpc-absa run "${JOB:?JOB=jobs/digits.toml bsub ...}" --launcher mpirun --set launch.rsh_agent=blaunch

@@ -11,8 +11,8 @@ from typing import Self
 
 import pytest
 
-from hpc_absa import events
 from hpc_absa.rundir import RunDir
+from hpc_absa.rundir.events import Event
 
 
 class Supervised:
@@ -47,8 +47,8 @@ class Supervised:
             self._fail(f"still running after {timeout} s")
         return self.process.returncode, output
 
-    def events(self, kind: str) -> list[events.Event]:
-        return [e for e in events.read(self.run.events) if e["event"] == kind]
+    def events(self, kind: str) -> list[Event]:
+        return [e for e in self.run.log.read() if e["event"] == kind]
 
     def wait_for(self, kind: str, count: int = 1) -> None:
         """Return once so many events of this kind are written."""

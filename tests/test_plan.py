@@ -6,7 +6,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from hpc_absa import job as jobs
+from hpc_absa import config
 from hpc_absa.errors import UsageError
 from hpc_absa.plan import plan, timed, training_samples
 from hpc_absa.records import Eigenvalue, GradientSquares, Observation
@@ -33,7 +33,7 @@ base_batch = 128
 
 
 def job(*overrides):
-    return jobs.parse("name = 'a'\n" + JOB, "test", overrides)
+    return config.parse("name = 'a'\n" + JOB, "test", overrides)
 
 
 def course(*overrides, samples=50_000, limit=64):
@@ -61,7 +61,7 @@ def test_constant_batches_of_the_talk(method, batch, steps):
     [(640, 16380), (3200, 14508), (5120, 14449), (10240, 14400), (16000, 14383)],
 )
 def test_gg_of_the_talk(batch, steps):
-    planned = course("schedule.method=gg", f"schedule.max_batch={batch}", "train.remainder=drop")
+    planned = course("schedule.method=gg", f"schedule.max_batch={batch}", "train.drop_last=true")
     assert planned.steps == steps
 
 
@@ -214,7 +214,7 @@ def simulate(of, samples, grows):
     """Steps and batches as (steps, batch) runs, one microbatch at a time in exact fractions."""
     train, rule, estimate = of.train, build(of), value(of, grows)
     b, N, E = train.microbatch, samples, train.epochs
-    per_epoch = Fraction(N // b) if train.remainder == "drop" else Fraction(N, b)
+    per_epoch = Fraction(N // b) if train.drop_last else Fraction(N, b)
     total = int(per_epoch * E)
     every = of.hessian.every or N
     marks = dict.fromkeys(range(every, E * N + 1, every), True)
@@ -268,7 +268,7 @@ def tasks(draw):
         f"train.epochs={epochs}",
         f"train.milestones={milestones}",
         f"train.lr_decay={draw(st.sampled_from([0.1, 0.2, 0.5, 1.0]))}",
-        f"train.remainder={draw(st.sampled_from(['carry', 'drop']))}",
+        f"train.drop_last={draw(st.sampled_from(['false', 'true']))}",
         f"schedule.base_batch={base}",
         f"schedule.max_batch={base + b * draw(st.integers(0, 20))}",
     ]
@@ -308,14 +308,14 @@ def test_the_earliest_course_is_the_shortest(task):
     # A growth in the middle of a step cuts it, and the pieces count as steps of their own.
     cuts = len(plans["earliest"].phases)
     assert plans["earliest"].steps <= plans["latest"].steps + cuts
-    whole_epochs = of.train.remainder == "drop" and not samples % of.schedule.base_batch
+    whole_epochs = of.train.drop_last and not samples % of.schedule.base_batch
     if whole_epochs and of.hessian.every is None and of.schedule.largest_batch <= samples:
         assert plans["earliest"].steps <= plans["latest"].steps
 
 
 def planned_jobs():
     """Every job of the package, and those of its sweeps' cells."""
-    yield from (pytest.param(jobs.load(path), id=job_files.name(path)) for path in JOB_FILES)
+    yield from (pytest.param(config.load(path), id=job_files.name(path)) for path in JOB_FILES)
     for path in SWEEP_FILES:
         for cell in sweep.load(path)[1]:
             yield pytest.param(cell.job, id=f"{job_files.name(path)}:{cell.name}")

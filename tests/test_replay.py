@@ -31,10 +31,10 @@ WHOLE, COARSE = 128, 16
 DECISIONS = [
     # λ, how it ended, samples, reference, action, next batch, next learning rate
     (40.0, "converged", WHOLE, None, "continue", 32, 0.05),
-    (30.0, "settled", WHOLE, 40.0, "continue", 32, 0.05),
+    (30.0, "stopped_above_threshold", WHOLE, 40.0, "continue", 32, 0.05),
     (18.0, "converged", WHOLE, 40.0, "grow", 64, 0.1),
     (7.0, "unfinished", WHOLE, 18.0, "continue", 64, 0.1),
-    (25.0, "settled", COARSE, 18.0, "continue", 64, 0.02),
+    (25.0, "stopped_above_threshold", COARSE, 18.0, "continue", 64, 0.02),
     (15.0, "converged", WHOLE, 18.0, "grow", 128, 0.04),
     (7.0, "converged", WHOLE, 15.0, "grow", 256, 0.08),
     (None, "", 0, 7.0, "finish", 256, 0.08),
@@ -56,7 +56,8 @@ def write(path, decisions, job=JOB):
             {
                 "event": "decision", "epoch": float(epoch), "step": 10 * epoch, "phase": 1,
                 "eigenvalue": value, "residual": 0.01, "converged": ending == "converged",
-                "settled": ending == "settled", "matvecs": 3 if ending else 0,
+                "stopped_above_threshold": ending == "stopped_above_threshold",
+                "matvecs": 3 if ending else 0,
                 "hessian_samples": samples, "reference": reference, "action": action,
                 "next_batch": batch, "next_lr": lr,
             }

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from hpc_absa import job as jobs
+from hpc_absa import config
 from hpc_absa.errors import UsageError
 from hpc_absa.worldsize import hosts, limit, ranks_for, share
 
@@ -27,7 +27,7 @@ base_batch = 10
 
 
 def job(*overrides):
-    return jobs.parse(JOB, "test", overrides)
+    return config.parse(JOB, "test", overrides)
 
 
 @given(st.integers(0, 200), st.integers(0, 300), st.integers(1, 40))

@@ -15,7 +15,7 @@ from torch.distributed import checkpoint as dcp
 
 from hpc_absa.checkpoint import Store
 from hpc_absa.comm import SerialCommunicator
-from hpc_absa.course import Position
+from hpc_absa.progress import Position
 from hpc_absa.records import ScheduleState
 from hpc_absa.training.saving import Saver
 from hpc_absa.training.state import Live, Progress, described, scalars, tensors

@@ -4,7 +4,7 @@ Needs `pip install hpc-absa[bench]` for the peers; without one it is left out. T
 CPU time of the process (all threads), so that neighbours on the machine matter less; the fastest of
 the rounds counts. One "gradient" is forward and backward in evaluation mode as PyTorch runs it by
 default (contiguous images, batches of 128). Rows with a question ask what a decision asks, whether
-λ is above a threshold t, and stop as soon as that is settled.
+λ is above a threshold t, and stop as soon as that is stopped_above_threshold.
 """
 
 from __future__ import annotations
@@ -153,7 +153,9 @@ def _ours(
         keep_samples=images.size, threshold=threshold,
     )  # fmt: skip
     value = found.eigenvalue
-    answer = "" if threshold is None else "above: " if found.settled else "not above: "
+    answer = (
+        "" if threshold is None else "above: " if found.stopped_above_threshold else "not above: "
+    )
     note = f"{answer}{value.matvecs} products of {value.samples} images"
     return value.value, note + f" + {found.coarse_matvecs} of an eighth"
 

@@ -22,14 +22,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from hpc_absa import events
-from hpc_absa import job as jobs
+from hpc_absa import config
 from hpc_absa.checkpoint import read
 from hpc_absa.comm import SerialCommunicator
 from hpc_absa.curvature import probe
 from hpc_absa.plan import course_of
 from hpc_absa.records import Eigenvalue, Observation
 from hpc_absa.rundir import RunDir
+from hpc_absa.rundir.events import effective
 from hpc_absa.schedules import build
 from hpc_absa.training.material import (
     HessianSample,
@@ -60,7 +60,7 @@ class Answers:
 class Subject:
     """A run's model, to be loaded with one checkpoint after the other."""
 
-    job: jobs.Job
+    job: config.Job
     model: nn.Module
     loss: Loss
     sample: HessianSample
@@ -100,7 +100,7 @@ def replay(run: RunDir, questions: int, answers: dict[float, Answers]) -> tuple[
     subject = _subject(run)
     rule = build(subject.job)
     state, same, total, differs = rule.initial(), 0, 0, False
-    made = [e for e in events.effective(events.read(run.events)) if e["event"] == "decision"]
+    made = [e for e in effective(run.log.read()) if e["event"] == "decision"]
     saved = {int(read(p).attributes["step"]): p for p in sorted(run.checkpoints.glob("*.h5"))}
     for number, event in enumerate(made):
         if event["action"] == "finish" or event["step"] not in saved:
@@ -125,7 +125,7 @@ def replay(run: RunDir, questions: int, answers: dict[float, Answers]) -> tuple[
 
 
 def _subject(run: RunDir) -> Subject:
-    job, comm, cpu = jobs.load(run.job), SerialCommunicator(), torch.device("cpu")
+    job, comm, cpu = config.load(run.job), SerialCommunicator(), torch.device("cpu")
     dataset = open_data(job, run, comm)
     course = course_of(job, len(dataset.train.labels))
     batches = build_batches(job, dataset, course, cpu)
@@ -140,9 +140,11 @@ def _ask(subject: Subject, truth: Eigenvalue, answers: dict[float, Answers]) -> 
         found = subject.estimate(settings.tol, settings.max_iter, threshold)
         told = answers[share]
         told.gradients.append(found.samples_processed / subject.sample.size)
-        if not (found.settled or found.eigenvalue.converged):
+        if not (found.stopped_above_threshold or found.eigenvalue.converged):
             told.none += 1
-        elif (not found.settled and found.eigenvalue.value <= threshold) == (share >= 1):
+        elif (not found.stopped_above_threshold and found.eigenvalue.value <= threshold) == (
+            share >= 1
+        ):
             told.right += 1
         else:
             told.wrong += 1

@@ -48,10 +48,10 @@ def main() -> None:
         elapsed, found = _together(comm, estimate)
         seconds.append(elapsed)
     total = torch.zeros(sum(p.numel() for p in model.parameters()), dtype=torch.float64)
-    comm.sum_(total)
+    comm.allreduce_(total)
     begin = time.perf_counter()
     for _ in range(20):
-        comm.sum_(total)
+        comm.allreduce_(total)
     reduction = (time.perf_counter() - begin) / 20
     if comm.rank == 0:
         value = found.eigenvalue
@@ -66,10 +66,10 @@ def main() -> None:
 
 def _together(comm: Communicator, work: Callable[[], T]) -> tuple[float, T]:
     """Wall seconds until the slowest rank is through with it, and what it found."""
-    comm.gather_objects(None)
+    comm.allgather_object(None)
     begin = time.perf_counter()
     found = work()
-    return max(comm.gather_objects(time.perf_counter() - begin)), found
+    return max(comm.allgather_object(time.perf_counter() - begin)), found
 
 
 if __name__ == "__main__":

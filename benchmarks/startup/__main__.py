@@ -24,7 +24,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from hpc_absa import events
+from hpc_absa.rundir.events import EventLog
 from hpc_absa.supervisor.launchers import mpi_environment, program
 
 BARE = """
@@ -113,7 +113,7 @@ def resize(job: Path, run: Path, environment: dict[str, str]) -> float:
     """Seconds of the one resize of a run of its own."""
     words = [sys.executable, "-m", "hpc_absa", "run", str(job), "--run-dir", str(run)]
     subprocess.run(words, env=environment, check=True, capture_output=True)
-    (told,) = [e for e in events.read(run / "events.jsonl") if e["event"] == "resize"]
+    (told,) = [e for e in EventLog(run / "events.jsonl").read() if e["event"] == "resize"]
     return float(told["seconds"])
 
 

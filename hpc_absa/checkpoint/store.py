@@ -12,7 +12,7 @@ from hpc_absa.checkpoint import file, shards
 from hpc_absa.checkpoint.layout import SHARD, Shard
 from hpc_absa.checkpoint.schema import Content, Scalar
 from hpc_absa.errors import CheckpointError
-from hpc_absa.rundir import CHECKPOINT_NAME
+from hpc_absa.rundir.paths import CHECKPOINT_NAME, checkpoint_files
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Store:
 
     def newest_first(self) -> list[Path]:
         """All checkpoints, good or not."""
-        return listed(self.folder)[::-1]
+        return checkpoint_files(self.folder)[::-1]
 
     def pass_over(self, path: Path) -> None:
         """Remember that a checkpoint is damaged: it does not count as a generation."""
@@ -81,7 +81,7 @@ class Store:
             for old in self._outlived(newest):
                 with contextlib.suppress(OSError):
                     old.unlink()
-            present = {path.stem for path in listed(self.folder)}
+            present = {path.stem for path in checkpoint_files(self.folder)}
             for shard in self.folder.glob(f"step-*{shards.SUFFIX}"):
                 if not (named := shards.NAME.fullmatch(shard.name)):
                     continue
@@ -92,18 +92,13 @@ class Store:
 
     def _outlived(self, newest: Path) -> list[Path]:
         """Checkpoints older than the generations to keep; known damaged ones are no generation."""
-        older = [path for path in listed(self.folder) if path.name < newest.name]
+        older = [path for path in checkpoint_files(self.folder) if path.name < newest.name]
         kept = self._keep - 1
         good = [path for path in older if path not in self._damaged]
         if len(good) < kept:
             return []
         oldest = good[-kept] if kept else newest
         return [path for path in older if path.name < oldest.name]
-
-
-def listed(folder: Path) -> list[Path]:
-    """A folder's checkpoints by our own names, oldest first; other files are not looked at."""
-    return sorted(path for path in folder.glob("step-*.h5") if CHECKPOINT_NAME.fullmatch(path.name))
 
 
 def require_name(path: Path, attributes: Mapping[str, Scalar]) -> None:
@@ -117,9 +112,9 @@ def require_name(path: Path, attributes: Mapping[str, Scalar]) -> None:
         CheckpointError: name and content differ.
     """
     named, step = CHECKPOINT_NAME.fullmatch(path.name), attributes.get("step")
-    if named and int(named[1]) != step:
+    if named and int(named["step"]) != step:
         raise CheckpointError(
-            f"{path}: damaged: it holds step {step}, not the {int(named[1])} in its name"
+            f"{path}: damaged: it holds step {step}, not the {int(named['step'])} in its name"
         )
 
 

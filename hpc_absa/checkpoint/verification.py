@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hpc_absa.checkpoint import file
-from hpc_absa.checkpoint.store import listed, require_name
+from hpc_absa.checkpoint.store import require_name
 from hpc_absa.errors import CheckpointError, ExitStatus
 from hpc_absa.rundir import RunDir
 
@@ -32,7 +32,7 @@ def verify(path: Path) -> list[Verification]:
         return [_verify(path)]
     run = RunDir(path)
     if run.checkpoints.is_dir():
-        found = listed(run.checkpoints)
+        found = run.checkpoint_files()
     else:
         found = sorted(file for file in path.glob("*.h5") if not file.name.startswith("."))
     if not found:

@@ -34,11 +34,10 @@ def plan(
     Where measurements decide, the earliest and the latest possible course are shown. With `--rate`
     also the hours that the steps take to compute, and node-hours.
     """
-    from hpc_absa import job as jobs
+    from hpc_absa import config, worldsize
     from hpc_absa import plan as planner
-    from hpc_absa import worldsize
 
-    loaded = jobs.load(job, (*(overrides or ()),))
+    loaded = config.load(job, (*(overrides or ()),))
     count = samples or planner.training_samples(loaded)
     limit = (
         max_ranks or loaded.ranks.max or loaded.schedule.largest_batch // loaded.train.microbatch
@@ -139,12 +138,12 @@ def doctor(
     With a job file also whether that job finds here what it needs: hosts, slots, cores, Slurm.
     Exit status: 0 nothing is wrong, 1 something is.
     """
-    from hpc_absa import job as jobs
+    from hpc_absa import config
     from hpc_absa.doctor import Patient, examine
     from hpc_absa.rundir import RunDir
     from hpc_absa.supervisor import driver
 
-    loaded = jobs.load(job, tuple(overrides or ())) if job else None
+    loaded = config.load(job, tuple(overrides or ())) if job else None
     folder = run_dir or (driver.default_run_dir(loaded) if loaded else Path("runs"))
     findings = []
     for finding in examine(Patient(RunDir(folder), loaded)):

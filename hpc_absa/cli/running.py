@@ -25,7 +25,7 @@ from hpc_absa.cli.looking import write_report
 from hpc_absa.errors import ExitStatus
 
 if TYPE_CHECKING:
-    from hpc_absa.job import Job
+    from hpc_absa.config import Job
     from hpc_absa.report.tensorboard import TensorBoardLog
     from hpc_absa.rundir import RunDir
 
@@ -62,8 +62,7 @@ def run(
     after Ctrl-C, a crash or a reboot, the same command continues. Exit status: 0 done, 1 failed,
     2 bad usage or job file, 75 stopped on request with everything saved.
     """
-    from hpc_absa import job as jobs
-    from hpc_absa import worldsize
+    from hpc_absa import config, worldsize
     from hpc_absa.report.tensorboard import TensorBoardLog
     from hpc_absa.rundir import RunDir
     from hpc_absa.supervisor import driver
@@ -72,7 +71,7 @@ def run(
     extra += [f"ranks.max={max_ranks}"] if max_ranks else []
     extra += [f"launch.hosts={hosts}"] if hosts else []
     extra += [f"launch.hostfile={hostfile}"] if hostfile else []
-    loaded = jobs.load(job, (*(overrides or ()), *extra))
+    loaded = config.load(job, (*(overrides or ()), *extra))
     place = RunDir(run_dir or driver.default_run_dir(loaded))
     if loaded.launch.launcher == "slurm":
         return _run_chain(loaded, place, tuple(allow_changed or ()), fresh, dry_run)

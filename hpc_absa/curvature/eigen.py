@@ -287,15 +287,15 @@ def power(
         history.append(value)
         error = min(length, _aitken(history))
         floor = negligible(start) * max(abs(value), shift)
-        settled = error <= max(tol * abs(value), floor)
-        done = settled and (value >= 0 or shift > 0)
+        stopped_above_threshold = error <= max(tol * abs(value), floor)
+        done = stopped_above_threshold and (value >= 0 or shift > 0)
         pair = Pair(value, vector, _relative(length, value), _relative(error, value), done)
         if stop is not None and stop(value):
             stopped = True
             break
         if pair.converged:
             break
-        if settled:
+        if stopped_above_threshold:
             shift, history = abs(value), []
             vector = _perturbed(vector, start)
             continue

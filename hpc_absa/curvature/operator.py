@@ -159,7 +159,7 @@ class HessianOperator:
                 inputs, targets = self._load(index)
                 mean = self.loss_fn(forward(self.model, inputs, leaves, None), targets)
                 losses[index] = float(mean) * self._weight(index)
-        return float(self.agree(self.comm.sum_(losses)).sum())
+        return float(self.agree(self.comm.allreduce_(losses)).sum())
 
     def agree(self, scalars: Tensor) -> Tensor:
         """Rank 0's copy of a small tensor, so that all ranks take the same turns."""
@@ -183,7 +183,9 @@ class HessianOperator:
         total = tree.total()
         if total is None:
             total = self._zeros()
-        gathered = self.comm.sum_in_pairs_ if self.reproducible else self.comm.sum_
+        gathered = (
+            self.comm.allreduce_recursive_doubling_ if self.reproducible else self.comm.allreduce_
+        )
         return gathered(total).to(self.dtype)
 
     def _span(self, index: int) -> tuple[int, int]:

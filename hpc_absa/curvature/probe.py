@@ -36,7 +36,7 @@ class Estimate:
     NaN with fewer than two microbatches."""
     lowest: float = math.nan
     """Smallest Ritz value seen; negative proves a direction of negative curvature."""
-    settled: bool = False
+    stopped_above_threshold: bool = False
     """Ended early because the value is above `threshold`, which no more products would change."""
     coarse_matvecs: int = 0
     """Products with the Hessian of the coarse sample, on top of `eigenvalue.matvecs`."""
@@ -101,7 +101,7 @@ def estimate(
         start: [P], the previous estimate's vector, or None.
         threshold: the caller only asks whether λ ≤ threshold. A Rayleigh quotient above it answers
             that (it never exceeds λ), and so does a coarse value far above it (`CERTAIN`): the
-            estimate ends there, unconverged, `settled`.
+            estimate ends there, unconverged, `stopped_above_threshold`.
         poll: asked between products, with the same answer on all ranks.
         keep_samples: samples per rank whose graph stays in memory from product to product, where a
             product costs two gradients and not three. By default one and a half microbatches, with
@@ -157,7 +157,7 @@ def estimate(
         samples=samples,
         seconds=time.perf_counter() - begin,
         converged=top.converged and not result.stopped,
-        settled=result.stopped,
+        stopped_above_threshold=result.stopped,
     )
     vector = comm.broadcast_(top.vector.float().contiguous())
     return Estimate(
@@ -233,7 +233,7 @@ class _Search:
             weights = 2 * result.combination[: j + 1] * result.combination[j]
             weights[j] /= 2
             own += part[:, -(j + 1) :] @ weights
-        own = self.operator.comm.sum_(own)
+        own = self.operator.comm.allreduce_(own)
         share = torch.full((count,), float(self.operator.microbatch), dtype=torch.float64)
         share[-1] = self.operator.samples - self.operator.microbatch * (count - 1)
         share /= self.operator.samples

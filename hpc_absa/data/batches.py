@@ -23,7 +23,7 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 class Segment(Protocol):
-    """Positions [start, stop) of one epoch's order (`hpc_absa.course.Segment`)."""
+    """Positions [start, stop) of one epoch's order (`hpc_absa.progress.Segment`)."""
 
     @property
     def epoch(self) -> int:
@@ -39,7 +39,7 @@ class Segment(Protocol):
 
 
 class Course(Protocol):
-    """Which positions a microbatch consists of (`hpc_absa.course.Course`)."""
+    """Which positions a microbatch consists of (`hpc_absa.progress.Course`)."""
 
     def segments(self, k: int, /) -> tuple[Segment, ...]:
         """Of the k-th microbatch, in order; two where it straddles an epoch's end."""

@@ -59,7 +59,7 @@ def listing(folder: Path) -> tuple[list[str], list[Path], list[int]]:
     Raises:
         UsageError: No class folders, or one without pictures.
     """
-    from hpc_absa.vision import torchvision
+    from hpc_absa.torchvision_import import torchvision
 
     torchvision()
     datasets = importlib.import_module("torchvision.datasets")

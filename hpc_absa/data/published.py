@@ -79,7 +79,7 @@ def tiny_imagenet(root: Path, image_size: int) -> Source:
 
 
 def _datasets() -> Any:
-    from hpc_absa.vision import torchvision
+    from hpc_absa.torchvision_import import torchvision
 
     torchvision()
     return importlib.import_module("torchvision.datasets")

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from hpc_absa import allocation, worldsize
+from hpc_absa.config import Job
 from hpc_absa.doctor.finding import Finding, absent, fault, good
 from hpc_absa.errors import HpcAbsaError, UsageError
-from hpc_absa.job import Job
 from hpc_absa.supervisor.batch import most_ranks
 from hpc_absa.supervisor.hosts import agent_of, is_here
 from hpc_absa.supervisor.slurm import Slurm, SlurmSilentError
@@ -69,11 +69,11 @@ def _slurm(job: Job | None) -> Iterator[Finding]:
             f"{partition.name} gives one job {most} ranks, ranks.initial = {job.ranks.initial}",
             "lower ranks.initial, raise launch.ranks_per_node, or choose another partition",
         )
-    prologue = job.launch.slurm.prologue
-    if prologue and not Path(prologue).expanduser().is_file():
+    setup_script = job.launch.slurm.setup_script
+    if setup_script and not Path(setup_script).expanduser().is_file():
         yield fault(
-            "slurm prologue",
-            f"launch.slurm.prologue = {prologue!r}: no such file",
+            "slurm setup script",
+            f"launch.slurm.setup_script = {setup_script!r}: no such file",
             "write the `module load` lines of your site into it, or leave the key out",
         )
 
@@ -94,7 +94,7 @@ def _hosts(job: Job) -> Iterator[Finding]:
         yield good("slots", f"{slots} on {len(named)} hosts")
     agent = agent_of(job)
     if not shutil.which(agent[0]):
-        cure = "install it (Debian: openssh-client), or set launch.agent"
+        cure = "install it (Debian: openssh-client), or set launch.rsh_agent"
         yield fault("hosts", f"{agent[0]}: not on PATH", cure)
         return
     for host, _ in named:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from hpc_absa.config import Job
 from hpc_absa.doctor.cluster import check_cluster
 from hpc_absa.doctor.directory import check_directory
 from hpc_absa.doctor.finding import Finding
 from hpc_absa.doctor.software import check_software
 from hpc_absa.doctor.surroundings import check_surroundings
-from hpc_absa.job import Job
 from hpc_absa.rundir import RunDir
 
 

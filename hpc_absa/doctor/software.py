@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from importlib import metadata
 from typing import Any
 
+from hpc_absa.config import Job
 from hpc_absa.doctor.finding import Finding, absent, fault, good
 from hpc_absa.errors import UsageError
-from hpc_absa.job import Job
 from hpc_absa.supervisor.launchers import mpi_environment, program
 
 REBUILD = "launch/bootstrap.sh builds an environment in which they fit"

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from hpc_absa import worldsize
 from hpc_absa.allocation import WORLD_SIZE_VARIABLES
+from hpc_absa.config import Job
 from hpc_absa.doctor.finding import Finding, absent, fault, good
-from hpc_absa.job import Job
 
 OPEN_FILES = 1024
 """Files that a rank and mpirun want to have open at most, with some hosts."""

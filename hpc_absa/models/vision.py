@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from hpc_absa import plugins
 from hpc_absa.errors import UsageError
-from hpc_absa.vision import torchvision
+from hpc_absa.torchvision_import import torchvision
 
 if TYPE_CHECKING:
     from torch import nn

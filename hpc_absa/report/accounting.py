@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from hpc_absa.events import Event
+from hpc_absa.rundir.events import Event
 
 CATEGORIES: Mapping[str, str] = {
     "comp": "computing",

@@ -151,7 +151,7 @@ def _kind(decision: DecisionPoint) -> str:
     """What the figure's legend calls this estimate."""
     if decision.action == "grow":
         return "λ, batch grows"
-    if decision.settled:
+    if decision.stopped_above_threshold:
         return "λ, at least"
     return "λ" if decision.converged else "λ, not converged"
 

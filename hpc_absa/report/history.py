@@ -10,12 +10,11 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from hpc_absa import events as event_log
 from hpc_absa.errors import UsageError
-from hpc_absa.events import Event
 from hpc_absa.report.accounting import AttemptSeconds, account, finite, in_order, total
 from hpc_absa.report.rank_seconds import Cost, cost
 from hpc_absa.rundir import RunDir
+from hpc_absa.rundir.events import Event, effective
 
 Row = TypeVar("Row")
 
@@ -50,7 +49,7 @@ class DecisionPoint:
     eigenvalue: float
     residual: float
     converged: bool
-    settled: bool
+    stopped_above_threshold: bool
     """The estimate ended early, above the threshold: `eigenvalue` is as far as it came."""
     reference: float
     """Eigenvalue that this one was compared with (λ_ref)."""
@@ -191,8 +190,8 @@ def load(path: Path) -> History:
         UsageError: `path` is no folder, or holds neither `job.toml` nor `events.jsonl`.
     """
     run = require_run(path)
-    written = in_order(event_log.read(run.events))
-    kept = event_log.effective(written)
+    written = in_order(run.log.read())
+    kept = effective(written)
     text, job = read_job(run)
     parts = account(written)
     epochs = tuple(_row(Epoch, e) for e in kept if e["event"] == "epoch")

@@ -227,7 +227,7 @@ def _decisions(history: History) -> list[str]:
 def _decision_numbers(decision: DecisionPoint) -> list[str]:
     mark = ""
     if text.known(decision.eigenvalue) and not decision.converged:
-        mark = " (at least)" if decision.settled else " (not converged)"
+        mark = " (at least)" if decision.stopped_above_threshold else " (not converged)"
     return [
         text.epoch(decision.epoch),
         text.number(decision.eigenvalue) + mark,

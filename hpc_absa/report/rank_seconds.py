@@ -13,8 +13,8 @@ import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from hpc_absa.events import Event
 from hpc_absa.report.accounting import AttemptSeconds, account, finite, in_order
+from hpc_absa.rundir.events import Event
 
 KINDS: Mapping[str, tuple[str, ...]] = {
     "computing": ("comp", "adversarial"),

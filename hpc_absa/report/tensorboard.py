@@ -9,8 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from hpc_absa import events
 from hpc_absa.rundir import RunDir
+from hpc_absa.rundir.events import Event
 
 SCALARS = {
     "epoch": {
@@ -38,7 +38,7 @@ class TensorBoardLog:
 
     def update(self) -> None:
         """Write what has been added to the events since the last time."""
-        new = events.read(self._run.events)[self._seen :]
+        new = self._run.log.read()[self._seen :]
         self._seen += len(new)
         if new and self._writer is None:
             self._writer = _fresh_writer(self._run.tensorboard)
@@ -53,7 +53,7 @@ class TensorBoardLog:
         if self._writer is not None:
             self._writer.close()
 
-    def _write(self, event: events.Event) -> None:
+    def _write(self, event: Event) -> None:
         from tensorboard.compat.proto import event_pb2, summary_pb2
 
         step, when = event.get("step", 0), event["time"]

@@ -52,7 +52,7 @@ class AdaptiveBatch(Rule):
         """Until the batch has reached its maximum, and early on not at every decision point."""
         if not self.growth.possible(state):
             return False
-        point = state.waited + 1
+        point = state.patience_count + 1
         return (
             state.global_batch > self.base_batch
             or state.reference is None
@@ -62,7 +62,7 @@ class AdaptiveBatch(Rule):
 
     def threshold(self, state: ScheduleState) -> float | None:
         """`λ_ref/α`; None where the value itself will be the reference, as when patience ends."""
-        if state.reference is None or state.waited + 1 >= self.kappa:
+        if state.reference is None or state.patience_count + 1 >= self.kappa:
             return None
         return state.reference / self.alpha
 
@@ -76,7 +76,9 @@ class AdaptiveBatch(Rule):
         if not self.growth.possible(state):
             reason = f"batch is at its maximum {self.growth.max_batch}"
             return Decision("continue", milestone or reason, state)
-        decision = self._decide_growth(replace(state, waited=state.waited + 1), seen.eigenvalue)
+        decision = self._decide_growth(
+            replace(state, patience_count=state.patience_count + 1), seen.eigenvalue
+        )
         return replace(decision, reason="; ".join(filter(None, [decision.reason, milestone])))
 
     def lr(self, state: ScheduleState, epoch: float) -> float:
@@ -91,14 +93,14 @@ class AdaptiveBatch(Rule):
     def _decide_growth(self, state: ScheduleState, eigenvalue: Eigenvalue | None) -> Decision:
         value, doubt = _trusted(eigenvalue)
         reference = state.reference
-        if eigenvalue is not None and eigenvalue.settled and reference is not None:
+        if eigenvalue is not None and eigenvalue.stopped_above_threshold and reference is not None:
             above = f"λ above {reference:.4g}/{self.alpha:g} (at least {eigenvalue.value:.4g})"
-            if state.waited < self.kappa:
+            if state.patience_count < self.kappa:
                 return Decision("continue", above, state)
         if value is not None and reference is not None and value <= reference / self.alpha:
             return self._grow(state, value, f"λ {value:.4g} ≤ {reference:.4g}/{self.alpha:g}")
-        if state.waited >= self.kappa:
-            why = f"no growth for {state.waited} decisions"
+        if state.patience_count >= self.kappa:
+            why = f"no growth for {state.patience_count} decisions"
             return self._grow(state, value, f"{doubt}; {why}" if doubt else why)
         if doubt:
             return Decision("continue", f"{doubt}: no growth", state)
@@ -114,7 +116,7 @@ class AdaptiveBatch(Rule):
             grown,
             adversarial_fraction=fraction if self.growth.possible(grown) else 0.0,
             reference=value if value is not None else state.reference,
-            waited=0,
+            patience_count=0,
         )
         why += f": batch {state.global_batch} → {grown.global_batch}"
         return Decision("grow", why, grown)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from hpc_absa import job as jobs
-from hpc_absa.job import Job
+from hpc_absa import config
+from hpc_absa.config import Job
 from hpc_absa.schedules.absa import AdaptiveBatch, Adversarial
 from hpc_absa.schedules.fixed import Constant
 from hpc_absa.schedules.noise import NoiseScale
@@ -24,7 +24,7 @@ def build(job: Job) -> Rule:
     schedule, train = job.schedule, job.train
     milestones = Milestones(train.milestones, train.lr_decay)
     base, largest = schedule.base_batch, schedule.largest_batch
-    if isinstance(schedule, jobs.OwnRule):
+    if isinstance(schedule, config.OwnRule):
         offered = {
             "base_batch": base,
             "max_batch": largest,
@@ -37,18 +37,18 @@ def build(job: Job) -> Rule:
     exponent = EXPONENTS[schedule.lr_rule]
     growth = Growth(getattr(schedule, "beta", 1), largest, exponent)
     match schedule:
-        case jobs.Baseline():
+        case config.Baseline():
             lr = train.lr * (largest / base) ** exponent
             scaled = schedule.lr_rule != "none"
             return Constant(largest, lr, milestones, _rate(job, train.lr / lr if scaled else TENTH))
-        case jobs.GoogleRule():
+        case config.GoogleRule():
             return GoogleRule(
                 base, largest, train.microbatch, train.lr, milestones, exponent, _rate(job)
             )
-        case jobs.NoiseScale():
+        case config.NoiseScale():
             gamma, b = schedule.gamma, train.microbatch
             return NoiseScale(base, train.lr, growth, gamma, b, milestones, _rate(job))
-        case jobs.AdaptiveBatch():
+        case config.AdaptiveBatch():
             return AdaptiveBatch(
                 base,
                 train.lr,
@@ -58,7 +58,7 @@ def build(job: Job) -> Rule:
                 milestones,
                 schedule.estimate_every,
                 Adversarial(schedule.ratio, schedule.omega, train.epochs / 2)
-                if isinstance(schedule, jobs.AdversarialAdaptiveBatch)
+                if isinstance(schedule, config.AdversarialAdaptiveBatch)
                 else None,
                 _rate(job),
             )
@@ -67,7 +67,7 @@ def build(job: Job) -> Rule:
 def _rate(job: Job, start: float = TENTH) -> Rate:
     """Warm-up and cosine of the job; a warm-up begins at `start` unless the job says otherwise."""
     train, schedule = job.train, job.schedule
-    assert not isinstance(schedule, jobs.OwnRule)
+    assert not isinstance(schedule, config.OwnRule)
     cosine = float(train.epochs) if train.annealing == "cosine" else None
     if not schedule.warmup_epochs:
         return Rate(cosine_until=cosine)

@@ -13,13 +13,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from hpc_absa import events as event_log
-from hpc_absa.events import Event
 from hpc_absa.report import text
 from hpc_absa.report.accounting import AttemptSeconds, account, attempts, finite, in_order
 from hpc_absa.report.history import read_job, require_run
 from hpc_absa.report.rank_seconds import cost
 from hpc_absa.rundir import RunDir
+from hpc_absa.rundir.events import Event, effective
 from hpc_absa.supervisor.standing import LinkStanding, standing
 
 State = Literal["not started", "queued", "running", "done", "stopped", "interrupted", "failed"]
@@ -110,8 +109,8 @@ def status(path: Path, now: float | None = None) -> Status:
     """
     run = require_run(path)
     now = time.time() if now is None else now
-    written = in_order(event_log.read(run.events))
-    kept = event_log.effective(written)
+    written = in_order(run.log.read())
+    kept = effective(written)
     _, job = read_job(run)
     lock = read_lock(run.lock)
     name = str(job.get("name") or run.path.resolve().name)

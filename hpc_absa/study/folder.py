@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from hpc_absa import job as jobs
+from hpc_absa import config
 from hpc_absa.rundir import RunDir
 from hpc_absa.study.sweep import Cell
 
@@ -64,10 +64,10 @@ class StudyDir:
         for cell in cells:
             begun = self.cell(cell).job
             if begun.exists():
-                jobs.refuse_changes(jobs.load(begun), cell.job, str(begun), allow_changed)
+                config.refuse_changes(config.load(begun), cell.job, str(begun), allow_changed)
         self.jobs.mkdir(parents=True, exist_ok=True)
         for cell in cells:
-            self.job(cell).write_text(jobs.dump(cell.job), encoding="utf-8")
+            self.job(cell).write_text(config.dump(cell.job), encoding="utf-8")
 
     def failures(self) -> dict[str, Failure]:
         """By cell name."""

@@ -8,7 +8,6 @@ from types import TracebackType
 from rich import progress as bars
 from rich.console import Console
 
-from hpc_absa import events
 from hpc_absa.report import text
 from hpc_absa.report.history import load
 from hpc_absa.rundir import RunDir
@@ -107,5 +106,5 @@ def _epochs(cell: Cell) -> int:
 
 def _visited(run: RunDir) -> float:
     """Epochs that a run has come to, from its events."""
-    known = [e["epoch"] for e in events.read(run.events) if isinstance(e.get("epoch"), int | float)]
+    known = [e["epoch"] for e in run.log.read() if isinstance(e.get("epoch"), int | float)]
     return float(known[-1]) if known else 0.0

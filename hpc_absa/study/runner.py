@@ -13,8 +13,8 @@ from types import FrameType
 from typing import Literal
 
 from hpc_absa.errors import ExitStatus
-from hpc_absa.lock import RunLock
 from hpc_absa.rundir import RunDir
+from hpc_absa.rundir.lock import RunLock
 from hpc_absa.study.folder import Failure, StudyDir
 from hpc_absa.study.progress import Progress
 from hpc_absa.study.sweep import Cell

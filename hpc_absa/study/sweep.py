@@ -11,10 +11,10 @@ from typing import Annotated, Any
 
 from pydantic import Field, PositiveInt, ValidationError
 
-from hpc_absa import job as jobs
+from hpc_absa import config
+from hpc_absa.config import OWN, SCHEDULES, Count, Job, Section
+from hpc_absa.config.file import explain
 from hpc_absa.errors import UsageError
-from hpc_absa.job import OWN, SCHEDULES, Count, Job, Section
-from hpc_absa.job.file import explain
 
 Words = Annotated[tuple[str, ...], Field(strict=False)]
 
@@ -124,7 +124,7 @@ def _cell(
     tables["schedule"] = _schedule(base.get("schedule"), schedule, batch)
     tables["seed"] = seed
     tables.setdefault("name", sweep.name)
-    job = jobs.from_tables(tables, origin, (*sweep.set, *grid.set, *overrides))
+    job = config.from_tables(tables, origin, (*sweep.set, *grid.set, *overrides))
     words = [schedule, grid.label, str(job.schedule.largest_batch), f"seed{job.seed}"]
     name = "-".join(filter(None, (re.sub(r"[^\w.=+]+", "-", word).strip("-") for word in words)))
     return Cell(

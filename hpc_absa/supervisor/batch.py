@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from hpc_absa.job import Job
+from hpc_absa.config import Job
 from hpc_absa.rundir import RunDir
 from hpc_absa.supervisor.slurm import Partition
 
@@ -72,7 +72,7 @@ def script(
         "qos": options.qos,
         "constraint": options.constraint,
         "time": options.time,
-        "signal": f"B:USR1@{options.lead}",
+        "signal": f"B:USR1@{options.signal_seconds}",
         "output": run.link_log(number).resolve(),
         "open-mode": "append",
     }
@@ -83,8 +83,10 @@ def script(
         "#SBATCH --requeue",
         *(f"#SBATCH {line}" for line in options.sbatch),
     ]
-    if options.prologue:
-        lines.append(f"source {shlex.quote(str(Path(options.prologue).expanduser().resolve()))}")
+    if options.setup_script:
+        lines.append(
+            f"source {shlex.quote(str(Path(options.setup_script).expanduser().resolve()))}"
+        )
     words = [sys.executable, "-m", "hpc_absa", "link", str(run.path.resolve()), str(number)]
     for key in allow:
         words += ["--allow-changed", key]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from hpc_absa import job as jobs
+from hpc_absa import config
 from hpc_absa.errors import UsageError
 from hpc_absa.rundir import RunDir
 from hpc_absa.supervisor import driver
@@ -32,7 +32,7 @@ def cancel(path: Path, now: bool) -> Iterator[str]:
     if not run.chain.exists():
         yield f"{path}: asked to save and stop (a run at work sees it within a step)"
         return
-    chain = Chain(run, jobs.load(run.job).name)
+    chain = Chain(run, config.load(run.job, warn=False).name)
     chain.cancel()
     slurm = Slurm()
     for job in (job for job in slurm.jobs(chain.prefix) if job.alive):

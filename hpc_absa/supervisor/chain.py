@@ -20,7 +20,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from hpc_absa import events
 from hpc_absa.rundir import RunDir
 from hpc_absa.supervisor.slurm import Slurm, submission
 
@@ -117,10 +116,8 @@ class Chain:
 
     def tell(self, link: Link, action: str, **more: object) -> None:
         """Write a `link` event."""
-        last = events.read(self._run.events)[-1:]
-        phase = last[0]["phase"] if last else 1
         told = {"link": link.number, "job_id": link.job_id, "action": action} | more
-        events.append(self._run.events, "link", phase, **told)
+        self._run.log.append("link", None, **told)
 
     # Owning: the incarnation of a link that may work, after a requeue not the one before
 

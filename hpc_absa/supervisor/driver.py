@@ -12,12 +12,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from hpc_absa import events, worldsize
-from hpc_absa import job as jobs
+from hpc_absa import config, worldsize
+from hpc_absa.config import Job
 from hpc_absa.errors import ExitStatus, HpcAbsaError, UsageError
-from hpc_absa.job import Job
-from hpc_absa.lock import RunLock
 from hpc_absa.rundir import RunDir
+from hpc_absa.rundir.events import Event, effective
+from hpc_absa.rundir.lock import RunLock
 from hpc_absa.schedules import build
 from hpc_absa.supervisor.launchers import Command, command
 from hpc_absa.supervisor.resources import Resources, resources_of
@@ -133,10 +133,10 @@ class Supervisor:
         job = self._job
         self._run.create()
         self._lock.acquire()
-        if self._run.job.exists() and any(self._run.checkpoints.glob("*.h5")):
-            saved = jobs.load(self._run.job)
-            jobs.refuse_changes(saved, job, str(self._run.job), self._allow)
-        self._run.write_job(jobs.dump(job))
+        if self._run.job.exists() and self._run.checkpoint_files():
+            saved = config.load(self._run.job, warn=False)
+            config.refuse_changes(saved, job, str(self._run.job), self._allow)
+        self._run.write_job(config.dump(job))
         self._run.stop_request.unlink(missing_ok=True)
         self._run.failure.unlink(missing_ok=True)
 
@@ -146,7 +146,7 @@ class Supervisor:
             self._run.stop_request.unlink(missing_ok=True)
         self._moving = False
         self._obey()
-        known = len(events.read(self._run.events))
+        known = len(self._run.log.read())
         self._world_ranks, start, where = self._placed()
         if where:
             self._show(where)
@@ -159,7 +159,7 @@ class Supervisor:
             patience = self._job.launch.start_seconds
             ending = self._world.wait(self._run.joined, patience, self._obey)
         self._world = None
-        ended = [e for e in events.read(self._run.events)[known:] if e["event"] == "phase_end"]
+        ended = [e for e in self._run.log.read()[known:] if e["event"] == "phase_end"]
         if ended and ended[-1]["outcome"] in ("done", "resize", "stopped"):
             self._run.failure.unlink(missing_ok=True)
             self._resources.succeeded()
@@ -198,11 +198,9 @@ class Supervisor:
     def _report(self, failure: Failure) -> None:
         place = f"rank {failure.rank} on {failure.host}: " if failure.rank is not None else ""
         self._show(f"failed: {place}{failure.reason}")
-        last = events.read(self._run.events)[-1:]
-        events.append(
-            self._run.events,
+        self._run.log.append(
             "failure",
-            last[0]["phase"] if last else 1,
+            None,
             reason=failure.reason,
             rank=failure.rank,
             host=failure.host,
@@ -217,9 +215,7 @@ class Supervisor:
 
     def _tell_host(self, host: str, action: str, why: str) -> None:
         self._show(f"host {host}: {action.replace('_', ' ')}, {why}")
-        last = events.read(self._run.events)[-1:]
-        phase = last[0]["phase"] if last else 1
-        events.append(self._run.events, "host", phase, host=host, action=action, reason=why)
+        self._run.log.append("host", host=host, action=action, reason=why)
 
     def _ranks(self) -> int:
         """Ranks of the next world: those that the present global batch can feed."""
@@ -239,8 +235,7 @@ class Supervisor:
 
     def _newest_step(self) -> int:
         """Steps behind the newest checkpoint, by its name; -1 without any."""
-        names = sorted(path.name for path in self._run.checkpoints.glob("step-*.h5"))
-        return int(names[-1].split("-")[1]) if names else -1
+        return -1 if (step := self._run.newest_step()) is None else step
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._stops += 1
@@ -259,14 +254,14 @@ class Supervisor:
 def present_batch(job: Job, run: RunDir) -> int:
     """The global batch of the next step, by the run's events."""
     batch = build(job).initial().global_batch
-    for event in events.effective(events.read(run.events)):
+    for event in effective(run.log.read()):
         batch = event.get("next_batch") or event.get("global_batch") or batch
     return batch
 
 
-def finished(run: RunDir) -> events.Event | None:
+def finished(run: RunDir) -> Event | None:
     """The `done` event of a run that is over."""
-    last = [e for e in events.read(run.events) if e["event"] == "done"][-1:]
+    last = [e for e in run.log.read() if e["event"] == "done"][-1:]
     return last[0] if last else None
 
 

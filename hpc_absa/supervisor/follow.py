@@ -11,10 +11,9 @@ import time
 from collections.abc import Callable
 from types import FrameType
 
-from hpc_absa import events, worldsize
-from hpc_absa import job as jobs
+from hpc_absa import config, worldsize
+from hpc_absa.config import Job
 from hpc_absa.errors import ExitStatus, UsageError
-from hpc_absa.job import Job
 from hpc_absa.rundir import RunDir
 from hpc_absa.supervisor import driver
 from hpc_absa.supervisor.batch import Size, most_ranks, script, size_of
@@ -100,10 +99,10 @@ class Follower:
             self._show(f"link {last.number} (job {last.job_id}) is at work; watching")
             return
         self._run.create()
-        if self._run.job.exists() and any(self._run.checkpoints.glob("*.h5")):
-            saved = jobs.load(self._run.job)
-            jobs.refuse_changes(saved, self._job, str(self._run.job), self._allow)
-        self._run.write_job(jobs.dump(self._job))
+        if self._run.job.exists() and self._run.checkpoint_files():
+            saved = config.load(self._run.job, warn=False)
+            config.refuse_changes(saved, self._job, str(self._run.job), self._allow)
+        self._run.write_job(config.dump(self._job))
         self._run.stop_request.unlink(missing_ok=True)
         self._chain.allow()
         self._submit()
@@ -171,7 +170,7 @@ class Follower:
     def _last_word(self, link: Link) -> str:
         told = [
             event
-            for event in events.read(self._run.events)
+            for event in self._run.log.read()
             if event["event"] == "link" and event["link"] == link.number
         ]
         return str(told[-1].get("outcome", "")) if told else ""
@@ -215,8 +214,7 @@ class Follower:
                 self._show(line)
 
     def _step(self) -> int:
-        names = sorted(path.name for path in self._run.checkpoints.glob("step-*.h5"))
-        return int(names[-1].split("-")[1]) if names else -1
+        return -1 if (step := self._run.newest_step()) is None else step
 
 
 def _detach(number: int, frame: FrameType | None) -> None:

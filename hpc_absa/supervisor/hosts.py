@@ -19,10 +19,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 from hpc_absa.allocation import Hosts
-from hpc_absa.job import Job
+from hpc_absa.config import Job
 
 AGENT = "ssh -o BatchMode=yes -o ConnectTimeout=5"
-"""Reaches a host unless `launch.agent` or Open MPI's own `plm_rsh_agent` names another program."""
+"""Reaches a host unless `launch.rsh_agent` or `plm_rsh_agent` of Open MPI names a program."""
 OPEN_MPI_AGENT = "OMPI_MCA_plm_rsh_agent"
 ANSWER_SECONDS = 15.0
 """Longest time in which a living host says yes."""
@@ -147,7 +147,7 @@ def fill(hosts: Hosts, ranks: int) -> Hosts:
 
 def agent_of(job: Job) -> tuple[str, ...]:
     """The program and its options that reach a host: `AGENT HOST COMMAND`."""
-    return tuple(shlex.split(job.launch.agent or os.environ.get(OPEN_MPI_AGENT) or AGENT))
+    return tuple(shlex.split(job.launch.rsh_agent or os.environ.get(OPEN_MPI_AGENT) or AGENT))
 
 
 def reached(host: str, agent: tuple[str, ...]) -> bool:

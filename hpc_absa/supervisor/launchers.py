@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hpc_absa import allocation, worldsize
+from hpc_absa.config import Job
 from hpc_absa.errors import UsageError
-from hpc_absa.job import Job
-from hpc_absa.lock import SUPERVISED
+from hpc_absa.rundir.lock import SUPERVISED
 from hpc_absa.supervisor.hosts import fill, network_environment
 
 KILL_SECONDS = 3
@@ -103,8 +103,8 @@ def _remote(job: Job) -> list[str]:
     words = []
     for name, value in KEEPALIVE.items():
         words += ["--mca", f"oob_tcp_keepalive_{name}", str(value)]
-    if job.launch.agent:
-        words += ["--mca", "plm_rsh_agent", job.launch.agent]
+    if job.launch.rsh_agent:
+        words += ["--mca", "plm_rsh_agent", job.launch.rsh_agent]
     network = network_environment(job.launch.interface)
     known = (SUPERVISED, *(name for name in PASSED_ON if name in os.environ), *network)
     for name in known:

@@ -8,12 +8,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from hpc_absa import events, worldsize
-from hpc_absa import job as jobs
+from hpc_absa import config, worldsize
+from hpc_absa.config import Job
 from hpc_absa.errors import ExitStatus, HpcAbsaError, RunLockedError, UsageError
-from hpc_absa.job import Job
-from hpc_absa.lock import RunLock
 from hpc_absa.rundir import RunDir
+from hpc_absa.rundir.lock import RunLock
 from hpc_absa.supervisor import driver
 from hpc_absa.supervisor.batch import Size, most_ranks, script, size_of
 from hpc_absa.supervisor.chain import PATIENCE, Chain, Link
@@ -72,7 +71,7 @@ class LinkRun:
     ) -> None:
         """Read the job; nothing is claimed yet."""
         self._run, self._number, self._allow, self._show = run, number, allow_changed, show
-        self._job: Job = jobs.load(run.job)
+        self._job: Job = config.load(run.job, warn=False)
         self._me = BatchJob.here()
         self._slurm = slurm or Slurm()
         self._chain = Chain(run, self._job.name)
@@ -156,7 +155,7 @@ class LinkRun:
             return self._end("cancelled")
         if stopped_by in (signal.SIGTERM, signal.SIGINT) and not self._preempted():
             return self._end("terminated", reason="Slurm or a user ends the job")
-        ended = [e for e in events.read(self._run.events) if e["event"] == "phase_end"][-1:]
+        ended = [e for e in self._run.log.read() if e["event"] == "phase_end"][-1:]
         outcome = str(ended[0]["outcome"]) if ended else "stopped"
         if outcome != "resize" and stopped_by is None:
             return self._end("stopped", reason="asked to by a file")
@@ -212,7 +211,7 @@ class LinkRun:
         """Ranks that the partition gives one job, fewer than Slurm refused within a day."""
         refused = [
             int(event["ranks"]) - 1
-            for event in events.read(self._run.events)
+            for event in self._run.log.read()
             if event.get("action") == "refused" and event["time"] > time.time() - REMEMBERED
         ]
         return max(1, min([most_ranks(self._job, partition), *refused]))
@@ -238,12 +237,11 @@ class LinkRun:
         """Whether the links before and this one came no step further, each to its time limit."""
         ended = [
             event["step"]
-            for event in events.read(self._run.events)
+            for event in self._run.log.read()
             if event["event"] == "link" and event["action"] == "ended"
         ]
         return len(ended) >= IDLE_LINKS and set(ended[-IDLE_LINKS:]) == {self._step()}
 
     def _step(self) -> int:
         """Steps of the newest checkpoint, by its name."""
-        names = sorted(path.name for path in self._run.checkpoints.glob("step-*.h5"))
-        return int(names[-1].split("-")[1]) if names else 0
+        return self._run.newest_step() or 0

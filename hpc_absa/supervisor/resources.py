@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 from hpc_absa import allocation, worldsize
-from hpc_absa.job import Job
+from hpc_absa.config import Job
 from hpc_absa.supervisor.hosts import HostPool, Tell
 
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hpc_absa.errors import HpcAbsaError
-from hpc_absa.events import Event
 from hpc_absa.rundir import RunDir
+from hpc_absa.rundir.events import Event
 from hpc_absa.supervisor.chain import Chain, Link
 from hpc_absa.supervisor.slurm import QueuedJob, Slurm
 

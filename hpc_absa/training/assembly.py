@@ -9,20 +9,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from hpc_absa import job as jobs
-from hpc_absa import summation
+from hpc_absa import config, summation
 from hpc_absa.checkpoint import Content, Store
-from hpc_absa.comm import Communicator
-from hpc_absa.course import Course, Position
+from hpc_absa.comm import Communicator, raise_on_all_ranks
+from hpc_absa.config import Job
 from hpc_absa.data.batches import Batches
 from hpc_absa.data.packed import PackedDataset
 from hpc_absa.errors import CheckpointError, UsageError
-from hpc_absa.job import Job
 from hpc_absa.plan import course_of
+from hpc_absa.progress import Course, Position
 from hpc_absa.rundir import RunDir
 from hpc_absa.schedules import Rule
 from hpc_absa.schedules import build as build_rule
-from hpc_absa.training.agreement import agreed
 from hpc_absa.training.clock import Clock
 from hpc_absa.training.material import (
     HessianSample,
@@ -68,18 +66,18 @@ def assemble(
         The parts, the live tensors, the progress, and the name of the checkpoint resumed from.
 
     Raises:
-        AgreedError: on all ranks, for anything a user can mend.
+        CollectiveError: on all ranks, for anything a user can mend.
     """
     threads = threads_per_rank(job, comm.local_size)
     torch.set_num_threads(threads)
-    device = agreed(comm, lambda: device_of(job, comm))
+    device = raise_on_all_ranks(comm, lambda: device_of(job, comm))
     _make_reproducible(job, comm)
     dataset = open_data(job, run, comm)
     course = course_of(job, len(dataset.train.labels))
     batches = build_batches(job, dataset, course, device)
-    model, loss = agreed(comm, lambda: build_model_and_loss(job, dataset, device))
+    model, loss = raise_on_all_ranks(comm, lambda: build_model_and_loss(job, dataset, device))
     optimizer = SGD(_groups(job, model), lr=job.train.lr, momentum=job.train.momentum)
-    rule = agreed(comm, lambda: build_rule(job))
+    rule = raise_on_all_ranks(comm, lambda: build_rule(job))
     store = Store(run.checkpoints, job.checkpoint.keep)
     statistics = RunningStatistics(model)
     live, progress = Live(model, optimizer, None), Progress(Position(), rule.initial())
@@ -95,7 +93,7 @@ def assemble(
         _adversary(job, batches),
         clock,
         job.seed,
-        Numerics(job.train.precision == "bfloat16", job.train.clip_norm),
+        Numerics(job.train.precision == "bfloat16", job.train.max_grad_norm),
     )
     parts = Parts(
         job,
@@ -136,7 +134,7 @@ def _resume(
         _check(job, dataset, found.content, str(found.path), allow_changed)
         return restore(found.content, live, name, type(progress.schedule))
 
-    return *agreed(comm, accept), name
+    return *raise_on_all_ranks(comm, accept), name
 
 
 def _check(
@@ -146,8 +144,8 @@ def _check(
     digest = content.groups["data"].attributes["digest"]
     if digest != dataset.digest:
         raise CheckpointError(f"{path}: of another data set: {digest}, not {dataset.digest}")
-    saved = jobs.parse(str(content.groups["job"].attributes["text"]), path)
-    jobs.refuse_changes(saved, job, path, allowed)
+    saved = config.parse(str(content.groups["job"].attributes["text"]), path, warn=False)
+    config.refuse_changes(saved, job, path, allowed)
 
 
 def _make_reproducible(job: Job, comm: Communicator) -> None:
@@ -161,7 +159,7 @@ def _make_reproducible(job: Job, comm: Communicator) -> None:
                 f"expected a power of two up to {summation.LANES}"
             )
 
-    agreed(comm, check)
+    raise_on_all_ranks(comm, check)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
@@ -170,8 +168,8 @@ def _make_reproducible(job: Job, comm: Communicator) -> None:
 def _groups(job: Job, model: nn.Module) -> list[dict[str, Any]]:
     """The parameters with their weight decay; batch norm's and biases are vectors or scalars."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    spared = [p for p in trained if p.dim() < 2 and job.train.decay_spares_vectors]
-    kept = [p for p in trained if p.dim() >= 2 or not job.train.decay_spares_vectors]
+    spared = [p for p in trained if p.dim() < 2 and job.train.no_decay_norm_bias]
+    kept = [p for p in trained if p.dim() >= 2 or not job.train.no_decay_norm_bias]
     groups = [(kept, job.train.weight_decay), (spared, 0.0)]
     return [{"params": some, "weight_decay": decay} for some, decay in groups if some]
 

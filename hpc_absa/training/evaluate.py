@@ -47,7 +47,7 @@ def evaluate(
     finally:
         for module in training:
             module.training = True
-    everyone = comm.gather_objects((correct, images, losses))
+    everyone = comm.allgather_object((correct, images, losses))
     images = max(1, sum(count for _, count, _ in everyone))
     total = math.fsum(each for _, _, shares in everyone for each in shares)
     return Evaluation(sum(right for right, _, _ in everyone) / images, total / images)

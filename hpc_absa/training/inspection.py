@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from hpc_absa import job as jobs
+from hpc_absa import config
 from hpc_absa.checkpoint import Content
-from hpc_absa.comm import Communicator, connect
+from hpc_absa.comm import Communicator, connect, raise_on_all_ranks
+from hpc_absa.config import Job
 from hpc_absa.curvature import export, picture
 from hpc_absa.curvature import spectrum as curvature
-from hpc_absa.job import Job
+from hpc_absa.errors import CollectiveError
 from hpc_absa.plan import course_of
 from hpc_absa.rundir import RunDir
-from hpc_absa.training.agreement import AgreedError, agreed
 from hpc_absa.training.material import (
     build_batches,
     build_model_and_loss,
@@ -41,9 +41,9 @@ def spectrum(
     comm = connect()
     try:
         if out:
-            agreed(comm, lambda: export.require_replaceable(Path(f"{out}.h5")))
+            raise_on_all_ranks(comm, lambda: export.require_replaceable(Path(f"{out}.h5")))
         found = _spectrum(comm, checkpoint, root, **settings)
-    except AgreedError as error:
+    except CollectiveError as error:
         if comm.rank == 0:
             print(f"hpc-absa: {error}", file=sys.stderr)
         return int(error.status)
@@ -68,12 +68,14 @@ def _spectrum(
     comm: Communicator, checkpoint: Path, root: str | None, samples: int, **settings: Any
 ) -> curvature.Spectrum:
     content = load(checkpoint, comm)
-    job = agreed(comm, lambda: _job(content, checkpoint, root))
+    job = raise_on_all_ranks(comm, lambda: _job(content, checkpoint, root))
     torch.set_num_threads(threads_per_rank(job, comm.local_size))
-    device = agreed(comm, lambda: device_of(job, comm))
+    device = raise_on_all_ranks(comm, lambda: device_of(job, comm))
     dataset = open_data(job, RunDir(checkpoint.resolve().parent.parent), comm)
-    model, loss = agreed(comm, lambda: build_model_and_loss(job, dataset, device))
-    agreed(comm, lambda: load_model(model, content.groups["model"].arrays, str(checkpoint)))
+    model, loss = raise_on_all_ranks(comm, lambda: build_model_and_loss(job, dataset, device))
+    raise_on_all_ranks(
+        comm, lambda: load_model(model, content.groups["model"].arrays, str(checkpoint))
+    )
     course = course_of(job, len(dataset.train.labels))
     sample = hessian_sample(job, build_batches(job, dataset, course, device), course, samples)
     with Console(stderr=True, quiet=comm.rank > 0).status("spectrum") as status:
@@ -86,4 +88,6 @@ def _spectrum(
 
 def _job(content: Content, checkpoint: Path, root: str | None) -> Job:
     override = (f"data.root={json.dumps(root)}",) if root else ()
-    return jobs.parse(str(content.groups["job"].attributes["text"]), str(checkpoint), override)
+    return config.parse(
+        str(content.groups["job"].attributes["text"]), str(checkpoint), override, warn=False
+    )

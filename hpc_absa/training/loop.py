@@ -7,16 +7,15 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from hpc_absa import job as jobs
-from hpc_absa.comm import Communicator
-from hpc_absa.course import Boundary, Position, Step
+from hpc_absa import config
+from hpc_absa.comm import Communicator, raise_on_all_ranks
 from hpc_absa.curvature.probe import Estimate, Interrupted, estimate
 from hpc_absa.data.batches import Microbatch
-from hpc_absa.events import Event
-from hpc_absa.lock import host
+from hpc_absa.progress import Boundary, Position, Step
 from hpc_absa.records import Decision, Observation, PhaseOutcome, ScheduleState
 from hpc_absa.rundir import RunDir
-from hpc_absa.training.agreement import agreed
+from hpc_absa.rundir.events import Event
+from hpc_absa.rundir.lock import host
 from hpc_absa.training.assembly import Parts
 from hpc_absa.training.evaluate import evaluate
 from hpc_absa.training.narrator import Narrator, duration
@@ -198,7 +197,7 @@ class Loop:
         if last:
             return Decision("finish", "all epochs are visited", self._progress.schedule)
         state, comm = self._progress.schedule, self._comm
-        decided = agreed(
+        decided = raise_on_all_ranks(
             comm, lambda: self._parts.rule.decide(state, seen) if comm.rank == 0 else None
         )
         return comm.broadcast_object(decided)
@@ -299,7 +298,7 @@ class Loop:
 
     def _begin_phase(self) -> None:
         progress = self._progress
-        hosts = self._comm.gather_objects(host())
+        hosts = self._comm.allgather_object(host())
         self._narrator.emit(
             "phase_start",
             progress.phase,
@@ -337,7 +336,7 @@ class Loop:
     def _end_phase(self, outcome: str, next_ranks: int, phase: int) -> None:
         seconds = self._clock.seconds()
         self._clock.restart()
-        everyone = self._comm.gather_objects(seconds)
+        everyone = self._comm.allgather_object(seconds)
         mean = {kind: sum(s[kind] for s in everyone) / len(everyone) for kind in seconds}
         self._narrator.emit(
             "phase_end",
@@ -376,7 +375,7 @@ class Loop:
         progress, parts = self._progress, self._parts
         with self._clock("checkpoint"), self._stop.busy():
             content = described(
-                scalars(progress, parts.job.seed, parts.dataset.digest, jobs.dump(parts.job)),
+                scalars(progress, parts.job.seed, parts.dataset.digest, config.dump(parts.job)),
                 world_size=self._comm.size,
                 global_batch=progress.schedule.global_batch,
                 samples=self._samples(),

@@ -11,18 +11,17 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from hpc_absa.comm import Communicator
-from hpc_absa.course import Course
+from hpc_absa.comm import Communicator, raise_on_all_ranks
+from hpc_absa.config import Job
 from hpc_absa.data import order
 from hpc_absa.data.batches import Batches
 from hpc_absa.data.packed import PackedDataset
 from hpc_absa.data.prepare import packed_beside, prepare
 from hpc_absa.errors import UsageError
-from hpc_absa.job import Job
 from hpc_absa.models import build as build_model
 from hpc_absa.models.losses import build_loss
+from hpc_absa.progress import Course
 from hpc_absa.rundir import RunDir
-from hpc_absa.training.agreement import agreed
 from hpc_absa.training.step import Loss
 
 HESSIAN_ORDER = 2**32 - 1
@@ -56,9 +55,9 @@ def hessian_sample(job: Job, batches: Batches, course: Course, samples: int) -> 
 def open_data(job: Job, run: RunDir, comm: Communicator) -> PackedDataset:
     """The packed data set, packed by rank 0 first where it is absent (a collective)."""
     packed = packed_path(job, run)
-    if any(comm.gather_objects(not packed.exists())):
-        agreed(comm, lambda: _open(job, packed) if comm.rank == 0 else None)
-    return agreed(comm, lambda: _open(job, packed))
+    if any(comm.allgather_object(not packed.exists())):
+        raise_on_all_ranks(comm, lambda: _open(job, packed) if comm.rank == 0 else None)
+    return raise_on_all_ranks(comm, lambda: _open(job, packed))
 
 
 def build_batches(

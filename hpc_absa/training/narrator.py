@@ -7,12 +7,11 @@ import sys
 import time
 from typing import Any, TextIO
 
-from hpc_absa import events
 from hpc_absa.checkpoint.store import Published
 from hpc_absa.records import Decision, Eigenvalue, ScheduleState
 from hpc_absa.rundir import RunDir
 
-EVIDENCE = ("residual", "converged", "settled", "seconds")
+EVIDENCE = ("residual", "converged", "stopped_above_threshold", "seconds")
 """Fields of an eigenvalue that an event has under the same name."""
 
 LINE_EVERY = 10.0
@@ -50,7 +49,7 @@ class Narrator:
         """Append an event now."""
         self._phase = phase
         if self._speaks:
-            events.append(self._run.events, event, phase, **fields)
+            self._run.log.append(event, phase, **fields)
 
     def emit_when_saved(self, event: str, phase: int, **fields: Any) -> None:
         """Append an event once the next checkpoint is durable: what is logged is never redone."""
@@ -94,6 +93,7 @@ class Narrator:
             samples=samples,
             eigenvalue=eigenvalue.value if eigenvalue else None,
             **evidence,
+            settled=evidence["stopped_above_threshold"],
             matvecs=eigenvalue.matvecs if eigenvalue else 0,
             hessian_samples=eigenvalue.samples if eigenvalue else 0,
             reference=before.reference,

@@ -96,7 +96,7 @@ class Overlapped:
 
     def finish(self, extra: Tensor) -> Tensor:
         """Send what no backward pass filled (unused parameter, no microbatch); wait for all."""
-        extra_handle = self._comm.sum_async_(extra, "extra")
+        extra_handle = self._comm.allreduce_async_(extra, "extra")
         for index in range(len(self._buckets)):
             if index not in self._handles:
                 self._send(index)
@@ -117,7 +117,7 @@ class Overlapped:
 
     def _send(self, index: int) -> None:
         sums = self._buckets[index].sums
-        self._handles[index] = self._comm.sum_async_(sums, f"gradients.{index}")
+        self._handles[index] = self._comm.allreduce_async_(sums, f"gradients.{index}")
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,7 @@ class Reproducible:
         if total is None:
             total = torch.zeros(self._length() + extra.numel(), device=extra.device)
         total[-FLAGS:] = extra[-FLAGS:]
-        self._comm.sum_in_pairs_(total)
+        self._comm.allreduce_recursive_doubling_(total)
         start = 0
         for parameter in self._parameters:
             stop = start + parameter.numel()

@@ -11,8 +11,8 @@ import torch
 from hpc_absa.checkpoint import Content, Store, file
 from hpc_absa.checkpoint.file import Image
 from hpc_absa.checkpoint.store import none_good, require_name
-from hpc_absa.comm import Communicator
-from hpc_absa.training.agreement import AgreedError, agreed
+from hpc_absa.comm import Communicator, raise_on_all_ranks
+from hpc_absa.errors import CollectiveError
 
 CHUNK = 1 << 30
 """Bytes of one broadcast: MPI counts are 32-bit."""
@@ -32,13 +32,13 @@ def newest_good(store: Store, comm: Communicator) -> Resumed | None:
     """The newest checkpoint that verifies, None where there is none at all (a collective).
 
     Raises:
-        AgreedError: there are checkpoints, and every one is damaged.
+        CollectiveError: there are checkpoints, and every one is damaged.
     """
     damaged: list[str] = []
     for path in comm.broadcast_object(store.newest_first()):
         try:
             return Resumed(path, load(path, comm), tuple(damaged))
-        except AgreedError as error:
+        except CollectiveError as error:
             damaged.append(str(error))
             store.pass_over(path)
 
@@ -46,7 +46,7 @@ def newest_good(store: Store, comm: Communicator) -> Resumed | None:
         if damaged:
             raise none_good(store.folder, damaged)
 
-    agreed(comm, refuse)
+    raise_on_all_ranks(comm, refuse)
     return None
 
 
@@ -56,13 +56,15 @@ def load(path: Path, comm: Communicator) -> Content:
     A collective.
 
     Raises:
-        AgreedError: on all ranks, where it is damaged or no checkpoint.
+        CollectiveError: on all ranks, where it is damaged or no checkpoint.
     """
-    image = _broadcast(agreed(comm, lambda: _own(path) if comm.rank == 0 else None), comm, 0)
+    image = _broadcast(
+        raise_on_all_ranks(comm, lambda: _own(path) if comm.rank == 0 else None), comm, 0
+    )
     content = image.content()
     own = dict(image.fingerprints) if comm.rank == 0 else {}
     shards = list(image.outline.shards.items())
-    mine = agreed(
+    mine = raise_on_all_ranks(
         comm,
         lambda: {
             number: file.load_shard(path.with_name(name), digest)
@@ -75,8 +77,8 @@ def load(path: Path, comm: Communicator) -> Content:
     for number in range(len(shards)):
         shard = _broadcast(mine.get(number), comm, number % comm.size)
         content = file.joined(content, shard.content())
-    found = {key: of for rank in comm.gather_objects(own) for key, of in rank.items()}
-    agreed(
+    found = {key: of for rank in comm.allgather_object(own) for key, of in rank.items()}
+    raise_on_all_ranks(
         comm,
         lambda: file.require_digest(path, content.digest(found), image.outline.digest),
     )

@@ -22,9 +22,8 @@ from torch import Tensor
 
 from hpc_absa.checkpoint import Content, Group, Key, Published, Shard, Store, shards
 from hpc_absa.comm import Communicator
-from hpc_absa.errors import ExitStatus, HpcAbsaError
-from hpc_absa.lock import host
-from hpc_absa.training.agreement import AgreedError
+from hpc_absa.errors import CollectiveError, ExitStatus, HpcAbsaError
+from hpc_absa.rundir.lock import host
 
 T = TypeVar("T")
 
@@ -162,7 +161,7 @@ class Saver:
         Waits for the save before it. `then` is called on rank 0 once the checkpoint is durable.
 
         Raises:
-            AgreedError: on all ranks, where a save failed and the job wants to stop then.
+            CollectiveError: on all ranks, where a save failed and the job wants to stop then.
         """
         self.settle()
         sizes = {key: tensor.numel() * tensor.element_size() for key, tensor in tensors.items()}
@@ -197,7 +196,7 @@ class Saver:
         """Act on how many ranks' flags were set: the same numbers on every rank.
 
         Raises:
-            AgreedError: as `save`.
+            CollectiveError: as `save`.
         """
         if failed:
             self.settle()
@@ -208,7 +207,7 @@ class Saver:
         """Return once nothing is in flight; whether the last save, if any, is durable.
 
         Raises:
-            AgreedError: as `save`.
+            CollectiveError: as `save`.
         """
         if self._flight is None:
             return True
@@ -221,7 +220,7 @@ class Saver:
         if error is None:
             return True
         if self._on_error == "stop":
-            raise AgreedError(error, ExitStatus.FAILED)
+            raise CollectiveError(error, ExitStatus.FAILED)
         self._warn(f"{error}; training goes on, and {path.name} is not among the checkpoints")
         return False
 
@@ -234,7 +233,7 @@ class Saver:
     def _index(self) -> None:
         """Every share is durable: rank 0 publishes the file that points to them."""
         assert self._flight is not None
-        parts = self._comm.gather_objects(self._own.result() if self._own else None)
+        parts = self._comm.allgather_object(self._own.result() if self._own else None)
         self._flight = replace(self._flight, indexed=True)
         if self._comm.rank == 0:
             self._publish(tuple(part for part in parts if part))
@@ -257,20 +256,20 @@ class Saver:
                 task.result()
         except (HpcAbsaError, OSError) as raised:
             error = f"rank {self._comm.rank} on {host()}: {raised}"
-        return next((e for e in self._comm.gather_objects(error) if e), None)
+        return next((e for e in self._comm.allgather_object(error) if e), None)
 
 
 def require_durable(saver: Saver, again: Callable[[], None]) -> None:
     """Return once the present state is on disk, trying once more where it is not.
 
     Raises:
-        AgreedError: on all ranks, where it cannot be saved.
+        CollectiveError: on all ranks, where it cannot be saved.
     """
     if saver.settle():
         return
     again()
     if not saver.settle():
-        raise AgreedError(
+        raise CollectiveError(
             "the state could not be saved, so the run cannot go on elsewhere", ExitStatus.FAILED
         )
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from hpc_absa import __version__
 from hpc_absa.checkpoint import Content, Group, Key
 from hpc_absa.checkpoint.schema import Scalar
-from hpc_absa.course import Position
 from hpc_absa.errors import CheckpointError
+from hpc_absa.progress import Position
 from hpc_absa.records import ScheduleState
 
 
@@ -81,7 +81,7 @@ def scalars(progress: Progress, seed: int, digest: str, text: str) -> Content:
         groups={
             "model": Group(),
             "optimizer": Group({"name": "sgd"}),
-            "schedule": Group(_present(asdict(schedule))),
+            "schedule": Group(_present(asdict(schedule) | {"waited": schedule.patience_count})),
             "data": Group(
                 {
                     "seed": seed,
@@ -135,7 +135,9 @@ def restore(
         int(data["position"]), int(content.attributes["step"]), int(data["boundary"])
     )
     known = {field.name for field in fields(kind)}
-    remembered = {k: v for k, v in groups["schedule"].attributes.items() if k in known}
+    saved = groups["schedule"].attributes
+    remembered = {"patience_count": saved["waited"]} if "waited" in saved else {}
+    remembered |= {k: v for k, v in saved.items() if k in known}
     schedule = kind(**remembered)  # type: ignore[arg-type]
     progress = Progress(
         position,

@@ -66,7 +66,7 @@ class Numerics:
     autocast: bool = False
     """Forward passes in bfloat16 where PyTorch holds that safe; weights, gradients, batch-norm
     statistics and the loss stay float32."""
-    clip_norm: float | None = None
+    max_grad_norm: float | None = None
     """Largest norm of a step's gradient, of the sum over all ranks; a longer one is shortened."""
 
 
@@ -143,8 +143,10 @@ class Stepper:
         with self._clock("comp"):
             squares = self._squares(square, len(microbatches), divisor) if wants_squares else None
             self._statistics.update(totals[:-RESERVED], len(microbatches), steps_before)
-            if self._numerics.clip_norm is not None:
-                torch.nn.utils.clip_grad_norm_(self._model.parameters(), self._numerics.clip_norm)
+            if self._numerics.max_grad_norm is not None:
+                torch.nn.utils.clip_grad_norm_(
+                    self._model.parameters(), self._numerics.max_grad_norm
+                )
             for group in self._optimizer.param_groups:
                 group["lr"] = lr
             self._optimizer.step()

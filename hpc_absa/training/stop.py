@@ -62,7 +62,7 @@ class StopRequest:
     def agreed(self) -> bool:
         """Whether any rank knows of a request: the same answer on every rank (a collective)."""
         flag = torch.tensor([float(self.here())], dtype=torch.float64)
-        return bool(self._comm.sum_(flag).item())
+        return bool(self._comm.allreduce_(flag).item())
 
     def alive(self, items: Iterable[T]) -> Iterator[T]:
         """Pass `items` through, each a sign of life."""

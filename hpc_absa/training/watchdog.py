@@ -68,7 +68,7 @@ class Watchdog:
         while not self._over.wait(PERIOD):
             now = time.monotonic()
             paused, woken = now - woken > PAUSED, now
-            if self._comm.beat() or paused:
+            if self._comm.exchange_heartbeats() or paused:
                 heard = now
             if (present := self._clock.doing()) != doing or paused:
                 doing, moved = present, now

@@ -18,15 +18,14 @@ from typing import TextIO
 
 import torch
 
-from hpc_absa import events, worldsize
-from hpc_absa import job as jobs
-from hpc_absa.comm import Communicator, connect
-from hpc_absa.errors import ExitStatus
-from hpc_absa.job import Job
-from hpc_absa.lock import SUPERVISED, RunLock, host
+from hpc_absa import config, worldsize
+from hpc_absa.comm import Communicator, connect, raise_on_all_ranks
+from hpc_absa.config import Job
+from hpc_absa.errors import CollectiveError, ExitStatus
 from hpc_absa.records import PhaseOutcome
 from hpc_absa.rundir import RunDir
-from hpc_absa.training.agreement import AgreedError, agreed
+from hpc_absa.rundir.events import Event
+from hpc_absa.rundir.lock import SUPERVISED, RunLock, host
 from hpc_absa.training.assembly import assemble
 from hpc_absa.training.clock import Clock
 from hpc_absa.training.loop import Loop
@@ -50,18 +49,20 @@ def main(
     lock = RunLock(run)
     watchdog: Watchdog | None = None
     try:
-        job = agreed(comm, lambda: jobs.load(job_path, overrides))
-        agreed(comm, lambda: _prepare(job, run, comm, lock))
-        hosts = comm.gather_objects(host())
+        job = raise_on_all_ranks(comm, lambda: config.load(job_path, overrides))
+        raise_on_all_ranks(comm, lambda: _prepare(job, run, comm, lock))
+        hosts = comm.allgather_object(host())
         clock, limits = Clock(), job.launch
         clock.add("start", _seconds_since_start())
         end = _giving_up(run, comm, people)
-        watchdog = Watchdog(comm, hosts, clock, limits.silence_seconds, limits.stuck_seconds, end)
+        watchdog = Watchdog(
+            comm, hosts, clock, limits.heartbeat_timeout, limits.progress_timeout, end
+        )
         stop = StopRequest(comm, run.stop_request)
         outcome = work(job, run, comm, clock, people, stop, allow_changed)
         outcome = _last_word(outcome, run, comm, stop)
         watchdog.close()
-    except AgreedError as error:
+    except CollectiveError as error:
         if watchdog:
             watchdog.close()
         if comm.rank == 0:
@@ -118,7 +119,7 @@ def work(
     )
     try:
         return loop.run()
-    except AgreedError:
+    except CollectiveError:
         saver.wait()
         raise
 
@@ -131,7 +132,7 @@ def _last_word(
     On return everybody's last event is written, and a signal ends this rank, as it would a program
     that knows of none: the launcher tells the supervisor.
     """
-    asked = any(comm.gather_objects(stop.here()))
+    asked = any(comm.allgather_object(stop.here()))
     stop.close()
     if not asked or outcome.kind != "resize":
         return outcome
@@ -149,12 +150,12 @@ def _prepare(job: Job, run: RunDir, comm: Communicator, lock: RunLock) -> None:
     if SUPERVISED not in os.environ:
         lock.acquire()
         run.stop_request.unlink(missing_ok=True)
-        run.write_job(jobs.dump(job))
+        run.write_job(config.dump(job))
 
 
-def _resized_from(run: RunDir) -> events.Event | None:
+def _resized_from(run: RunDir) -> Event | None:
     """The last event, where it is the end of a phase whose decision asked for this world."""
-    last = [e for e in events.read(run.events) if e["event"] in ("phase_end", "failure")][-1:]
+    last = [e for e in run.log.read() if e["event"] in ("phase_end", "failure")][-1:]
     if last and last[0]["event"] == "phase_end" and last[0].get("outcome") == "resize":
         return last[0]
     return None
@@ -177,7 +178,7 @@ def _status(status: ExitStatus) -> int:
     return int(ExitStatus.OK if SUPERVISED in os.environ else status)
 
 
-def _tell_agreed(error: AgreedError, run: RunDir, comm: Communicator, people: TextIO) -> None:
+def _tell_agreed(error: CollectiveError, run: RunDir, comm: Communicator, people: TextIO) -> None:
     """Say what the user can mend: to the supervisor, or where there is none to the user."""
     if SUPERVISED in os.environ:
         _leave_failure(run, comm, str(error), error.status, final=True)

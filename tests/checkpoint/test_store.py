@@ -7,9 +7,8 @@ import pytest
 from hpc_absa.checkpoint import Store, file
 from hpc_absa.checkpoint.shards import of
 from hpc_absa.comm import SerialCommunicator
-from hpc_absa.errors import CheckpointError
+from hpc_absa.errors import CheckpointError, CollectiveError
 from hpc_absa.training import resuming
-from hpc_absa.training.agreement import AgreedError
 from tests.checkpoint.contents import assert_same, content, split
 
 
@@ -87,7 +86,7 @@ def test_all_damaged_is_an_error_that_names_each(folder):
     save(Store(folder, 2), folder, 1, 2)
     damage(folder, 1)
     damage(folder, 2)
-    with pytest.raises(AgreedError, match="no checkpoint is good") as caught:
+    with pytest.raises(CollectiveError, match="no checkpoint is good") as caught:
         newest_good(Store(folder, 2))
     assert all(str(path(folder, step)) in str(caught.value) for step in (1, 2))
 

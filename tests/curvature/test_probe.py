@@ -73,10 +73,10 @@ def test_too_few_products_are_no_convergence():
 def test_a_value_above_the_threshold_settles_the_question():
     full, _ = probe("mlp", tol=1e-4, max_iter=60)
     found, _ = probe("mlp", tol=1e-4, max_iter=60, threshold=full.eigenvalue.value / 2)
-    assert found.settled
+    assert found.stopped_above_threshold
     assert found.eigenvalue.matvecs < full.eigenvalue.matvecs
     below, _ = probe("mlp", tol=1e-4, max_iter=60, threshold=full.eigenvalue.value * 2)
-    assert not below.settled
+    assert not below.stopped_above_threshold
     assert below.eigenvalue.value == pytest.approx(full.eigenvalue.value, rel=1e-4)
 
 
@@ -177,7 +177,9 @@ def test_a_large_sample_is_searched_from_a_small_one():
     assert found.coarse_matvecs > 0
     truth = float(torch.linalg.eigvalsh(dense(model, loss, sample, 64))[-1])
     assert found.eigenvalue.value == pytest.approx(truth, rel=1e-2)
-    settled = estimate(model, loss, sample, SerialCommunicator(), **settings, threshold=truth / 4)
-    assert settled.settled
-    assert settled.eigenvalue.samples == 16
-    assert not settled.eigenvalue.converged
+    stopped_above_threshold = estimate(
+        model, loss, sample, SerialCommunicator(), **settings, threshold=truth / 4
+    )
+    assert stopped_above_threshold.stopped_above_threshold
+    assert stopped_above_threshold.eigenvalue.samples == 16
+    assert not stopped_above_threshold.eigenvalue.converged

@@ -7,12 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpc_absa.course import Course
 from hpc_absa.data.augment import augment
 from hpc_absa.data.batches import Batches
 from hpc_absa.data.content import Source
 from hpc_absa.data.order import permutation
 from hpc_absa.data.packing import write_packed
+from hpc_absa.progress import Course
 
 CPU = torch.device("cpu")
 N, TEST = 53, 31
@@ -30,8 +30,8 @@ def dataset(tmp_path_factory):
     return write_packed(tmp_path_factory.mktemp("batches") / "set.h5", source, "some")
 
 
-def batches(dataset, b=10, remainder="carry", seed=3, padding=2, flip=True, **more):
-    course = Course(len(dataset.train), b, epochs=9, every=len(dataset.train), remainder=remainder)
+def batches(dataset, b=10, drop_last=False, seed=3, padding=2, flip=True, **more):
+    course = Course(len(dataset.train), b, epochs=9, every=len(dataset.train), drop_last=drop_last)
     return Batches(dataset, course, seed, padding=padding, flip=flip, device=CPU, **more)
 
 
@@ -57,7 +57,7 @@ def test_a_microbatch_that_straddles_an_epochs_end(dataset):
 
 
 def test_drop_leaves_out_the_remainder_of_each_epoch(dataset):
-    batch = batches(dataset, remainder="drop").microbatch(5)
+    batch = batches(dataset, drop_last=True).microbatch(5)
     assert batch.epochs.tolist() == [1] * 10
     assert batch.samples.tolist() == permutation(3, 1, N)[:10].tolist()
 

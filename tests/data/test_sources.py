@@ -192,7 +192,7 @@ def test_image_size_that_is_none(tmp_path, size):
 
 def cifar_release(root, monkeypatch, kind="CIFAR10"):
     """A tiny release in torchvision's original layout, whose checksums count as the right ones."""
-    from hpc_absa.vision import torchvision
+    from hpc_absa.torchvision_import import torchvision
 
     dataset = getattr(torchvision().datasets, kind)
     folder = root / dataset.base_folder
@@ -246,7 +246,7 @@ def test_neither_release_nor_folders(tmp_path):
 def test_svhn(tmp_path, monkeypatch):
     from scipy.io import savemat
 
-    from hpc_absa.vision import torchvision
+    from hpc_absa.torchvision_import import torchvision
 
     with pytest.raises(UsageError, match=r"no file .*/train_32x32.mat"):
         load("svhn", tmp_path, {})

@@ -257,7 +257,7 @@ def agent(folder, body):
     path = folder / "agent"
     path.write_text(f"#!/bin/sh\nshift\n{body}\n")
     path.chmod(0o755)
-    return digits("launch.hosts=192.0.2.7:4", f"launch.agent={path}")
+    return digits("launch.hosts=192.0.2.7:4", f"launch.rsh_agent={path}")
 
 
 def test_a_host_that_answers_and_one_that_does_not(tmp_path):
@@ -294,9 +294,9 @@ def test_a_prologue_that_is_not_there(monkeypatch):
         return Partition("main", 1, None, 1)
 
     monkeypatch.setattr(cluster, "Slurm", Answers)
-    job = digits("launch.launcher=slurm", "launch.slurm.prologue=/none", "ranks.initial=2")
+    job = digits("launch.launcher=slurm", "launch.slurm.setup_script=/none", "ranks.initial=2")
     found = faults(cluster.check_cluster(job))
-    assert set(found) == {"slurm prologue", "slurm partition"}
+    assert set(found) == {"slurm setup script", "slurm partition"}
 
 
 # Software

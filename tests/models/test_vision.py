@@ -4,12 +4,12 @@ import sys
 
 import pytest
 
-from hpc_absa import vision
+from hpc_absa import torchvision_import as vision
 from hpc_absa.errors import UsageError
 
 SHIM = """
 import importlib, sys, torch
-from hpc_absa import vision
+from hpc_absa import torchvision_import as vision
 from hpc_absa.models.vision import names
 
 real, tries = importlib.import_module, []

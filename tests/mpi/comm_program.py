@@ -13,18 +13,18 @@ assert comm.backend == sys.argv[2], comm.backend
 total = size * (size + 1) / 2
 for dtype in (torch.float32, torch.float64, torch.int64):
     mine = torch.full((5,), rank + 1, dtype=dtype)
-    assert comm.sum_(mine.clone()).tolist() == [total] * 5
+    assert comm.allreduce_(mine.clone()).tolist() == [total] * 5
     assert comm.broadcast_(mine.clone(), root=size - 1).tolist() == [size] * 5
     if size & (size - 1) == 0:
-        assert comm.sum_in_pairs_(mine.clone()).tolist() == [total] * 5
+        assert comm.allreduce_recursive_doubling_(mine.clone()).tolist() == [total] * 5
 # Names pair the ranks' calls up, whatever the order they are made in.
 tensors = {name: torch.full((3,), float(rank)) for name in "abcd"}
 names = list(tensors) if rank % 2 else list(reversed(tensors))
-handles = [comm.sum_async_(tensors[name], name) for name in names]
+handles = [comm.allreduce_async_(tensors[name], name) for name in names]
 for handle in handles:
     comm.wait(handle)
 assert all(t.tolist() == [total - size] * 3 for t in tensors.values())
 assert comm.broadcast_object({"from": rank}, root=0) == {"from": 0}
-assert comm.gather_objects((rank, "x")) == [(r, "x") for r in range(size)]
-assert comm.sum_(torch.tensor(1.5, dtype=torch.float64)).item() == 1.5 * size
+assert comm.allgather_object((rank, "x")) == [(r, "x") for r in range(size)]
+assert comm.allreduce_(torch.tensor(1.5, dtype=torch.float64)).item() == 1.5 * size
 comm.close()

@@ -39,7 +39,7 @@ def main(kinds: list[str]) -> None:
         digest = hashlib.sha256(result.vector.numpy().tobytes()).hexdigest()
         value = result.eigenvalue
         mine = (value.value.hex(), value.residual.hex(), value.matvecs, value.converged)
-        everyone = comm.gather_objects((*mine, result.sampling_error.hex(), digest))
+        everyone = comm.allgather_object((*mine, result.sampling_error.hex(), digest))
         found[kind] = {
             "value": value.value,
             "converged": value.converged,
@@ -54,7 +54,7 @@ def main(kinds: list[str]) -> None:
         trace_matvecs=9, density_steps=8, density_probes=2, slice_points=3,
     )  # fmt: skip
     text = json.dumps(to_dict(whole, vectors=True))
-    same = len(set(comm.gather_objects(text))) == 1
+    same = len(set(comm.allgather_object(text))) == 1
     found["spectrum"] = {"same": same, **to_dict(whole)}
     if comm.rank == 0:
         print(json.dumps({"size": comm.size, "found": found}))

@@ -7,8 +7,8 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from hpc_absa.checkpoint.store import listed
 from hpc_absa.rundir import RunDir
+from hpc_absa.rundir.paths import checkpoint_files
 
 SMALL = """
 name = "small"
@@ -48,7 +48,7 @@ def write_job(folder: Path, *, initial: int = 1, most: int = 4, reproducible: bo
 
 def final_weights(run: Path) -> np.ndarray:
     """All parameters and statistics of the newest checkpoint as one vector."""
-    with h5py.File(listed(RunDir(run).checkpoints)[-1]) as file:
+    with h5py.File(checkpoint_files(RunDir(run).checkpoints)[-1]) as file:
         return np.concatenate([file["model"][name][()].ravel() for name in sorted(file["model"])])
 
 

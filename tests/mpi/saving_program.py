@@ -9,9 +9,8 @@ import torch
 
 from hpc_absa.checkpoint import Content, Group, Store, file, shards
 from hpc_absa.comm import connect
-from hpc_absa.errors import CheckpointError
+from hpc_absa.errors import CheckpointError, CollectiveError
 from hpc_absa.training import resuming
-from hpc_absa.training.agreement import AgreedError
 from hpc_absa.training.saving import Saver
 
 
@@ -56,7 +55,7 @@ def main(folder):
         """What the loop does with every step's sums; rank 0 publishes when all have written."""
         told = None
         while told is None or not saver._flight.indexed:
-            told = comm.sum_(torch.tensor(saver.flags(), dtype=torch.float64))
+            told = comm.allreduce_(torch.tensor(saver.flags(), dtype=torch.float64))
             saver.heard(*map(round, told.tolist()))
 
     save(1)
@@ -77,13 +76,13 @@ def main(folder):
     assert same(found.content, 2)
     assert found.content.groups["curvature"].attributes["eigenvalue"] == 2.5
 
-    comm.gather_objects(None)
+    comm.allgather_object(None)
     if comm.rank == 0:
         shard = shards.of(found.path)[1]
         spoiled = bytearray(shard.read_bytes())
         spoiled[-5] ^= 1
         shard.write_bytes(spoiled)
-    comm.gather_objects(None)
+    comm.allgather_object(None)
     older = resuming.newest_good(Store(folder, 3), comm)
     assert older.path.name.startswith("step-0000000001")
     assert same(older.content, 1)
@@ -100,7 +99,7 @@ def main(folder):
     save(4)
     assert saver.settle(), "the next save is as good as any"
     assert same(resuming.load(folder / "step-0000000004-phase-001.h5", comm), 4)
-    with pytest.raises(AgreedError, match="no such file"):
+    with pytest.raises(CollectiveError, match="no such file"):
         resuming.load(folder / "none.h5", comm)
     print(f"rank {comm.rank} of {comm.size} fine")
     comm.close()

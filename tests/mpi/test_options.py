@@ -5,7 +5,6 @@ import sys
 
 import pytest
 
-from hpc_absa import events
 from hpc_absa.rundir import RunDir
 from tests.mpi.jobs import final_weights, relative_difference
 
@@ -23,8 +22,8 @@ epochs = 3
 microbatch = 16
 lr = 0.05
 weight_decay = 1e-3
-decay_spares_vectors = true
-clip_norm = 0.5
+no_decay_norm_bias = true
+max_grad_norm = 0.5
 label_smoothing = 0.1
 channels_last = true
 annealing = "cosine"
@@ -53,7 +52,7 @@ def test_noise_scale_clipping_and_channels_last_on_one_rank_and_on_two(mpirun, t
         else:
             mpirun(ranks, "hpc_absa", *words)
         runs.append(run)
-    decisions = [[e for e in events.read(run.events) if e["event"] == "decision"] for run in runs]
+    decisions = [[e for e in run.log.read() if e["event"] == "decision"] for run in runs]
     assert [e["action"] for e in decisions[0]].count("grow") > 0
     for one, other in zip(*decisions, strict=True):
         assert one["next_batch"] == other["next_batch"]

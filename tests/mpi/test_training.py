@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hpc_absa import events
 from hpc_absa.errors import ExitStatus
 from hpc_absa.replay import replay
 from hpc_absa.rundir import RunDir
@@ -79,7 +78,7 @@ def test_resumed_by_hand_under_other_launchers_it_ends_the_same(mpirun, folder, 
     last = mpirun(4, "hpc_absa", *arguments, timeout=120)
     assert "done ·" in last.stdout
     assert relative_difference(fixed[1], final_weights(run)) < 1e-4
-    ended = [e["outcome"] for e in events.read(RunDir(run).events) if e["event"] == "phase_end"]
+    ended = [e["outcome"] for e in RunDir(run).log.read() if e["event"] == "phase_end"]
     assert ended == ["resize", "resize", "done"]
     assert not replay(run).differing
 
@@ -108,11 +107,11 @@ def test_stopped_and_resumed_at_the_same_size_it_is_bit_for_bit_the_uninterrupte
         first = pool.submit(
             mpirun, 4, "hpc_absa", "train", job, "--run-dir", run.path, timeout=120, check=False
         )
-        while not first.done() and not any(e["event"] == "epoch" for e in events.read(run.events)):
+        while not first.done() and not any(e["event"] == "epoch" for e in run.log.read()):
             time.sleep(0.01)
         run.stop_request.touch()
         assert first.result().returncode == 75, first.result().stdout
-    ended = [e for e in events.read(run.events) if e["event"] == "phase_end"][-1]
+    ended = [e for e in run.log.read() if e["event"] == "phase_end"][-1]
     assert ended["outcome"] == "stopped"
     assert 0 < ended["samples"] < EPOCHS * SAMPLES
     mpirun(4, "hpc_absa", "train", job, "--run-dir", run.path, timeout=120)

@@ -6,13 +6,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpc_absa import events as event_log
 from hpc_absa.report.accounting import CATEGORIES, account, attempts, total
+from hpc_absa.rundir.events import EventLog
 from tests.report.synthetic import START, Log, whole_run
 
 
 def accounted(log):
-    parts = account(event_log.read(log.path / "events.jsonl"))
+    parts = account(EventLog(log.path / "events.jsonl").read())
     return parts, total(part.seconds for part in parts)
 
 
@@ -142,7 +142,7 @@ def test_running_phase_is_not_broken_down_but_its_hessian_is(tmp_path):
 
 def test_attempts_know_how_they_ended(tmp_path):
     whole_run(tmp_path)
-    parts = attempts(event_log.read(tmp_path / "events.jsonl"))
+    parts = attempts(EventLog(tmp_path / "events.jsonl").read())
     assert [(p.phase, p.ending) for p in parts] == [
         (0, "ended"),
         (1, "ended"),

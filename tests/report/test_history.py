@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from hpc_absa import events
 from hpc_absa.errors import UsageError
 from hpc_absa.report.history import Held, labels, load
+from hpc_absa.rundir.events import EventLog
 from tests.report.synthetic import EPOCH_SAMPLES, Log, whole_run
 
 
@@ -164,7 +164,7 @@ def test_every_event_and_field_is_documented(tmp_path):
     """`docs/run-directory.md` names whatever the logs of these tests have."""
     document = (Path(__file__).parents[2] / "docs" / "run-directory.md").read_text()
     log = whole_run(tmp_path)
-    for event in events.read(log.path / "events.jsonl"):
+    for event in EventLog(log.path / "events.jsonl").read():
         assert f"**`{event['event']}`**" in document
         told = event.get("seconds")
         fields = {*event, *(told if isinstance(told, dict) else ())}

@@ -2,14 +2,14 @@
 
 import pytest
 
-from hpc_absa import events as event_log
 from hpc_absa.report.accounting import account
 from hpc_absa.report.rank_seconds import KINDS, cost
+from hpc_absa.rundir.events import EventLog
 from tests.report.synthetic import Log, whole_run
 
 
 def told(log):
-    return event_log.read(log.path / "events.jsonl")
+    return EventLog(log.path / "events.jsonl").read()
 
 
 def test_a_whole_run_adds_up(tmp_path):

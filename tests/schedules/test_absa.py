@@ -54,7 +54,7 @@ def test_growth_once_the_eigenvalue_has_halved(eigenvalues, wanted):
 
 def test_batch_rate_reference_and_patience_after_growth():
     state = follow(abs_(beta=3, largest=27), course(9, 8, 4))[-1].state
-    assert state == ScheduleState(3, pytest.approx(0.3), 0.0, reference=4.0, waited=0)
+    assert state == ScheduleState(3, pytest.approx(0.3), 0.0, reference=4.0, patience_count=0)
 
 
 def test_the_last_growth_is_cut_to_the_maximum_with_its_rate():
@@ -210,7 +210,7 @@ def test_a_boundary_that_is_no_decision_point_costs_no_patience():
     boundaries = [at(e, 8, decision_point=e % 2 == 0) for e in range(1, 7)]
     decisions = follow(abs_(kappa=3), boundaries)
     assert actions(decisions) == "cccccg"
-    assert [d.state.waited for d in decisions] == [0, 1, 1, 2, 2, 0]
+    assert [d.state.patience_count for d in decisions] == [0, 1, 1, 2, 2, 0]
 
 
 # Adversarial examples
@@ -263,16 +263,16 @@ EIGENVALUES = st.lists(
 @given(EIGENVALUES, st.integers(1, 4))
 def test_limits_hold_whatever_is_found(eigenvalues, kappa):
     decisions = follow(absa(largest=12, kappa=kappa), course(*eigenvalues))
-    waited = 0
+    patience_count = 0
     for decision in decisions:
         state = decision.state
         assert 1 <= state.global_batch <= 12
         assert state.lr == pytest.approx(0.1 * state.global_batch)
         assert 0 <= state.adversarial_fraction <= 0.2
-        assert state.waited < kappa
+        assert state.patience_count < kappa
         assert state.reference is None or state.reference > 0
-        waited = 0 if decision.action == "grow" else waited + 1
-        assert waited < kappa or state.global_batch == 12
+        patience_count = 0 if decision.action == "grow" else patience_count + 1
+        assert patience_count < kappa or state.global_batch == 12
 
 
 @pytest.mark.parametrize("stop", range(8))
@@ -295,14 +295,14 @@ def test_a_settled_estimate_is_above_the_threshold_and_never_grows():
     rule = AdaptiveBatch(32, 0.1, Growth(2, 256), 2.0, 3, Milestones((), 0.2))
     state = replace(rule.initial(), reference=8.0)
     assert rule.threshold(state) == 4.0
-    settled = Eigenvalue(5.5, 0.1, 1, 16, 0.0, converged=False, settled=True)
+    settled = Eigenvalue(5.5, 0.1, 1, 16, 0.0, converged=False, stopped_above_threshold=True)
     decision = rule.decide(state, Observation(1.0, True, settled))
     assert (decision.action, decision.reason) == ("continue", "λ above 8/2 (at least 5.5)")
-    assert decision.state == replace(state, waited=1)
+    assert decision.state == replace(state, patience_count=1)
 
 
 def test_where_the_value_will_be_a_reference_nothing_is_settled_early():
     rule = AdaptiveBatch(32, 0.1, Growth(2, 256), 2.0, 3, Milestones((), 0.2))
     assert rule.threshold(rule.initial()) is None
-    assert rule.threshold(replace(rule.initial(), reference=8.0, waited=2)) is None
-    assert rule.threshold(replace(rule.initial(), reference=8.0, waited=1)) == 4.0
+    assert rule.threshold(replace(rule.initial(), reference=8.0, patience_count=2)) is None
+    assert rule.threshold(replace(rule.initial(), reference=8.0, patience_count=1)) == 4.0

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from hpc_absa import job as jobs
+from hpc_absa import config
 from hpc_absa.errors import UsageError
 from hpc_absa.plan import plan
 from hpc_absa.records import Decision, Eigenvalue, GradientSquares, Observation, ScheduleState
@@ -77,7 +77,7 @@ class NoRule:
 
 
 def rule(*overrides):
-    return build(jobs.parse(JOB, "test", overrides))
+    return build(config.parse(JOB, "test", overrides))
 
 
 def refusal(call):
@@ -104,7 +104,7 @@ def test_it_is_made_with_what_it_asks_for_and_with_the_job_s_keys():
 
 
 def test_it_is_planned():
-    planned = plan(jobs.parse(JOB, "test"), 640, 8)["course"]
+    planned = plan(config.parse(JOB, "test"), 640, 8)["course"]
     assert [(p.global_batch, round(p.epochs), p.lr) for p in planned.phases] == [
         (64, 2, 0.1),
         (128, 2, 0.1),
@@ -113,9 +113,9 @@ def test_it_is_planned():
 
 
 def test_a_job_with_it_is_written_and_read_back():
-    job = jobs.parse(JOB, "test", ("schedule.every=3",))
+    job = config.parse(JOB, "test", ("schedule.every=3",))
     assert job.schedule.arguments == {"every": 3}
-    assert jobs.parse(jobs.dump(job), "dump") == job
+    assert config.parse(config.dump(job), "dump") == job
 
 
 def test_what_it_leaves_out_has_an_answer():

@@ -2,7 +2,7 @@
 
 import pytest
 
-from hpc_absa import job as jobs
+from hpc_absa import config
 from hpc_absa.schedules import build
 from hpc_absa.schedules.absa import AdaptiveBatch, Adversarial
 from hpc_absa.schedules.fixed import Constant
@@ -62,14 +62,14 @@ MILESTONES = Milestones((30, 60), 0.5)
     ids=lambda words: words[0] if isinstance(words, list) else "",
 )
 def test_every_method_with_its_parameters(overrides, rule):
-    job = jobs.parse(JOB, "test", tuple(f"schedule.{word}" for word in overrides))
+    job = config.parse(JOB, "test", tuple(f"schedule.{word}" for word in overrides))
     assert build(job) == rule
 
 
 @pytest.mark.parametrize("method", ["bl", "fb", "abs", "absa", "absa-tuned", "gns"])
 def test_cosine_goes_with_every_method_but_gg(method):
     text = JOB.replace(", milestones = [30, 60], lr_decay = 0.5", ', annealing = "cosine"')
-    rule = build(jobs.parse(text, "test", (f"schedule.method={method}",)))
+    rule = build(config.parse(text, "test", (f"schedule.method={method}",)))
     warm = rule.rate.warmup_epochs
     assert rule.lr(rule.initial(), 90) == pytest.approx(0)
     middle = rule.lr(rule.initial(), warm + (90 - warm) / 2)
@@ -78,4 +78,4 @@ def test_cosine_goes_with_every_method_but_gg(method):
 
 def test_max_batch_defaults_to_the_base_batch():
     text = JOB.replace("max_batch = 256", 'method = "bl"')
-    assert build(jobs.parse(text, "test")).initial().global_batch == 64
+    assert build(config.parse(text, "test")).initial().global_batch == 64

@@ -8,7 +8,6 @@ import sys
 from datetime import datetime
 from pathlib import Path
 
-from hpc_absa import events
 from hpc_absa.report.rank_seconds import cost
 from hpc_absa.rundir import RunDir
 from tests.mpi.conftest import find_mpirun, mpi_environment
@@ -91,7 +90,7 @@ class ChainRun(Supervised):
                     datetime.fromisoformat(record[k]).timestamp() for k in ("StartTime", "EndTime")
                 )
                 theirs += (end - begin) * int(record["ProcCnt"])
-        spent = cost(events.read(self.run.events))
+        spent = cost(self.run.log.read())
         assert spent.chained
         overhead = 8.0 * sum(jobs.values())
         assert theirs - overhead <= spent.charged <= theirs + sum(jobs.values())
@@ -103,7 +102,7 @@ class ChainRun(Supervised):
             for path in sorted(self.run.logs.glob("*"))
         )
         queue = self.cluster.say("squeue", "-a", "-t", "all")
-        told = "\n".join(map(str, events.read(self.run.events)[-30:]))
+        told = "\n".join(map(str, self.run.log.read()[-30:]))
         return f"{queue}\n{self.cluster.say('sinfo')}\n{told}\n{logs}"
 
 

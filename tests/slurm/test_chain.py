@@ -190,7 +190,12 @@ def test_a_lost_node_costs_a_requeue(cluster, tmp_path, long_weights):
 
 def test_the_time_limit_hands_over(cluster, tmp_path):
     """A minute is the shortest limit that Slurm has; the signal is due at once."""
-    settings = ("train.epochs=120", "model.width=16", "launch.slurm.time=1", "launch.slurm.lead=58")
+    settings = (
+        "train.epochs=120",
+        "model.width=16",
+        "launch.slurm.time=1",
+        "launch.slurm.signal_seconds=58",
+    )
     chain = ChainRun(cluster, tmp_path, *settings, most=1).start()
     code, output = chain.finish(400)
     assert code == 0, output

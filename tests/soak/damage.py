@@ -21,9 +21,9 @@ import h5py
 import numpy as np
 
 from hpc_absa.checkpoint import Content, Group, Store, seal, verification
-from hpc_absa.checkpoint.store import listed
 from hpc_absa.comm import SerialCommunicator
 from hpc_absa.errors import HpcAbsaError
+from hpc_absa.rundir.paths import checkpoint_files
 from hpc_absa.training import resuming
 from tests.checkpoint.contents import ATTRIBUTES, assert_same
 
@@ -80,7 +80,7 @@ def publish(folder: Path, step: int, shards: int) -> None:
 def files(folder: Path, step: int) -> list[Path]:
     """All files of a generation, the one that is listed first."""
     found = sorted(folder.glob(f"step-{step:010d}-*"))
-    return sorted(found, key=lambda path: (path not in listed(folder), path))
+    return sorted(found, key=lambda path: (path not in checkpoint_files(folder), path))
 
 
 # Ways to spoil a file
@@ -371,7 +371,7 @@ def judge(folder: Path, case: Case) -> str:
         return f"WRONG: {path.name} loaded with another content than was written"
     if path in statuses and statuses[path] is not None:
         return f"WRONG: verify says {statuses[path]} of {path.name}, which is loaded"
-    newer = [each for each in listed(folder) if each.name > path.name]
+    newer = [each for each in checkpoint_files(folder) if each.name > path.name]
     unnamed = [each.name for each in newer if each.stem not in damaged]
     if unnamed:
         return f"WRONG: passed over without a word: {unnamed}"

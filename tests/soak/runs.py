@@ -14,9 +14,9 @@ from pathlib import Path
 import h5py
 import psutil
 
-from hpc_absa import events
-from hpc_absa.checkpoint.store import listed
 from hpc_absa.rundir import RunDir
+from hpc_absa.rundir.events import Event
+from hpc_absa.rundir.paths import checkpoint_files
 from tests.soak import watched
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -117,9 +117,9 @@ class SoakRun:
         """The last that the run said."""
         return self.output.read_text(errors="replace")[-6000:]
 
-    def events(self, kind: str) -> list[events.Event]:
+    def events(self, kind: str) -> list[Event]:
         """The events of one kind."""
-        return [e for e in events.read(self.run.events) if e["event"] == kind]
+        return [e for e in self.run.log.read() if e["event"] == kind]
 
     def wait_for(self, condition: Callable[[], object], what: str, timeout: float = 90) -> None:
         """Return once `condition` holds."""
@@ -175,7 +175,7 @@ def weights(run: RunDir) -> str:
     import hashlib
 
     hasher = hashlib.sha256()
-    with h5py.File(listed(run.checkpoints)[-1], locking=False) as file:
+    with h5py.File(checkpoint_files(run.checkpoints)[-1], locking=False) as file:
         for group in ("model", "optimizer"):
             for name in sorted(file[group]):
                 hasher.update(name.encode() + file[group][name][()].tobytes())

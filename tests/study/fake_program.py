@@ -24,7 +24,7 @@ def finish(log: Log, accuracy: float) -> None:
 def main() -> int:
     behaviour, _, job, _, folder = sys.argv[1:6]
     run = RunDir(Path(folder)).create()
-    run.job.write_text(Path(job).read_text())
+    run.write_job(Path(job).read_text())
     tables = tomllib.loads(run.job.read_text())
     told = json.loads(Path(behaviour).read_text())
     does = told.get(run.path.name, "done")

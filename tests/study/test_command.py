@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from hpc_absa import events
 from hpc_absa.rundir import RunDir
 
 SWEEP = """
@@ -40,7 +39,7 @@ def test_a_sweep_of_real_runs(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert "[1/2] bl-256-seed0: " in done.stderr
     for cell in ("bl-256-seed0", "gns-256-seed0"):
-        log = events.read(RunDir(tmp_path / "out" / cell).events)
+        log = RunDir(tmp_path / "out" / cell).log.read()
         assert log[-1]["event"] == "done"
         assert f"| {log[-1]['steps']} |" in done.stdout
     assert "**Test accuracy and SGD iterations**" in done.stdout

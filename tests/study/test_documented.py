@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from hpc_absa import job as jobs
+from hpc_absa import config
 from hpc_absa.plan import plan
 from hpc_absa.study import sweep as sweeps
 
@@ -27,7 +27,7 @@ def test_the_rule_of_one_s_own_is_planned(tmp_path, monkeypatch):
     text = re.sub(r"(?m)^    ", "", table)
     head = 'name="a"\ndata={name="digits"}\nmodel={name="m"}\n'
     head += "train={epochs=10, microbatch=64, lr=0.1}\n"
-    planned = plan(jobs.parse(head + text, "page"), 6400, 8)["course"]
+    planned = plan(config.parse(head + text, "page"), 6400, 8)["course"]
     assert [(p.global_batch, round(p.epochs)) for p in planned.phases] == [
         (64, 3),
         (128, 3),
@@ -47,7 +47,7 @@ def test_the_sweep_has_the_cells_it_shows(tmp_path):
 
 
 def test_every_method_has_its_row():
-    for method in jobs.SCHEDULES:
+    for method in config.SCHEDULES:
         assert re.search(rf"(?m)^\| `{re.escape(method)}` \|", PAGE), method
 
 

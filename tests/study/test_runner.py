@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from hpc_absa import events
 from hpc_absa.errors import ExitStatus, RunLockedError, UsageError
-from hpc_absa.lock import RunLock
 from hpc_absa.rundir import RunDir
+from hpc_absa.rundir.events import EventLog
+from hpc_absa.rundir.lock import RunLock
 from hpc_absa.study import sweep as sweeps
 from hpc_absa.study import tables
 from hpc_absa.study.folder import StudyDir
@@ -142,7 +142,7 @@ def test_a_killed_compare_leaves_cells_that_save_and_stop(study):
 
 
 def kinds(log):
-    return [event["event"] for event in events.read(log)]
+    return [event["event"] for event in EventLog(log).read()]
 
 
 def wait_for(holds):

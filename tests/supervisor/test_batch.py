@@ -48,8 +48,8 @@ def test_the_script(tmp_path):
         "launch.slurm.time=4:00:00",
         "launch.slurm.gpus-per-node=4",
         'launch.slurm.sbatch=["--exclusive", "--mail-type=END"]',
-        f"launch.slurm.prologue={site}",
-        "launch.slurm.lead=90",
+        f"launch.slurm.setup_script={site}",
+        "launch.slurm.signal_seconds=90",
     )
     run = RunDir(tmp_path / "run")
     text = script(job, run, 3, "digits-abc-3", Size(2, 8, 4, 2, 4), ("train.lr",))

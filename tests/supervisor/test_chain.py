@@ -6,7 +6,6 @@ import signal
 
 import pytest
 
-from hpc_absa import events
 from hpc_absa.errors import ExitStatus, UsageError
 from hpc_absa.rundir import RunDir
 from hpc_absa.supervisor import cancel, follow
@@ -39,7 +38,7 @@ def test_many_submitters_submit_once(slurm, run):
         assert other.exitcode == 0
     assert len(slurm.asked("sbatch")) == 1
     assert Chain(run, "digits").last().job_id == "17"
-    assert len([e for e in events.read(run.events) if e["event"] == "link"]) == 1
+    assert len([e for e in run.log.read() if e["event"] == "link"]) == 1
 
 
 def test_a_job_that_is_in_the_queue_under_the_links_name_is_the_link(slurm, run):
@@ -95,7 +94,7 @@ def link(slurm, run, monkeypatch):
     for name, value in (("JOB_ID", "17"), ("NTASKS", "1"), ("JOB_NUM_NODES", "1")):
         monkeypatch.setenv(f"SLURM_{name}", value)
     monkeypatch.delenv("SLURM_JOB_PARTITION", raising=False)
-    events.append(run.events, "decision", 1, next_batch=128)
+    run.log.append("decision", 1, next_batch=128)
     said = []
     found = LinkRun(run, 1, (), said.append)
     found.said = said
@@ -105,11 +104,11 @@ def link(slurm, run, monkeypatch):
 
 
 def ended(run):
-    return [e for e in events.read(run.events) if e.get("action") == "ended"][-1]
+    return [e for e in run.log.read() if e.get("action") == "ended"][-1]
 
 
 def test_after_a_decision_the_next_link_is_larger(link, run, slurm):
-    events.append(run.events, "phase_end", 1, outcome="resize")
+    run.log.append("phase_end", 1, outcome="resize")
     assert link._hand_over(ExitStatus.OK, None) == ExitStatus.OK
     assert Chain(run, "digits").link(2).ranks == 4
     assert (ended(run)["outcome"], ended(run)["next_job"]) == ("resize", "18")
@@ -121,7 +120,7 @@ def test_where_slurm_refuses_more_the_same_size_goes_on(link, run, slurm):
         f'if [ $(ls {run.chain}/*.json | wc -l) = 1 ] && grep -q "ntasks=4" {run.chain}/0002.sh;'
         "then echo 'sbatch: error: Node count specification invalid' >&2; exit 1; fi; echo 18",
     )
-    events.append(run.events, "phase_end", 1, outcome="resize")
+    run.log.append("phase_end", 1, outcome="resize")
     assert link._hand_over(ExitStatus.OK, None) == ExitStatus.OK
     assert Chain(run, "digits").link(2).ranks == 1
     assert "accumulating on what there is" in link.said[0]
@@ -131,7 +130,7 @@ def test_where_slurm_refuses_more_the_same_size_goes_on(link, run, slurm):
 
 def test_where_slurm_refuses_all_the_chain_fails_with_its_words(link, run, slurm):
     slurm.says("sbatch", "echo 'sbatch: error: Invalid account' >&2; exit 1")
-    events.append(run.events, "phase_end", 1, outcome="resize")
+    run.log.append("phase_end", 1, outcome="resize")
     with pytest.raises(UsageError, match="Invalid account"):
         link._hand_over(ExitStatus.OK, None)
     assert ended(run)["outcome"] == "failed"
@@ -147,7 +146,7 @@ def test_where_slurm_refuses_all_the_chain_fails_with_its_words(link, run, slurm
     ],
 )
 def test_who_goes_on_depends_on_who_stopped_it(link, run, slurm, status, number, outcome):
-    events.append(run.events, "phase_end", 1, outcome="stopped")
+    run.log.append("phase_end", 1, outcome="stopped")
     link._hand_over(status, number)
     assert ended(run)["outcome"] == outcome
     assert bool(Chain(run, "digits").link(2)) is (outcome == "time")
@@ -159,21 +158,21 @@ def test_terminated_in_the_grace_time_of_a_preemption_it_goes_on(link, run, slur
         "scontrol",
         f'if [ "$2" = job ]; then echo "JobState=RUNNING PreemptTime=now"; else {partitions}; fi',
     )
-    events.append(run.events, "phase_end", 1, outcome="stopped")
+    run.log.append("phase_end", 1, outcome="stopped")
     link._hand_over(ExitStatus.STOPPED, signal.SIGTERM)
     assert ended(run)["outcome"] == "time"
 
 
 def test_a_former_life_submits_nothing(link, run, slurm):
     Chain(run, "digits").own("17", 1)
-    events.append(run.events, "phase_end", 1, outcome="resize")
+    run.log.append("phase_end", 1, outcome="resize")
     assert link._hand_over(ExitStatus.OK, None) == ExitStatus.STOPPED
     assert not Chain(run, "digits").link(2)
 
 
 def test_a_cancelled_chain_ends(link, run, slurm):
     Chain(run, "digits").cancel()
-    events.append(run.events, "phase_end", 1, outcome="resize")
+    run.log.append("phase_end", 1, outcome="resize")
     assert link._hand_over(ExitStatus.OK, None) == ExitStatus.STOPPED
     assert ended(run)["outcome"] == "cancelled"
 
@@ -181,7 +180,7 @@ def test_a_cancelled_chain_ends(link, run, slurm):
 def test_limits_too_short_for_a_step_end_the_chain(link, run, slurm):
     for _ in range(3):
         Chain(run, "digits").tell(link._link, "ended", outcome="time", step=0)
-    events.append(run.events, "phase_end", 1, outcome="stopped")
+    run.log.append("phase_end", 1, outcome="stopped")
     assert link._hand_over(ExitStatus.STOPPED, signal.SIGUSR1) == ExitStatus.FAILED
     assert "no step within the time limit" in ended(run)["reason"]
 
@@ -189,7 +188,7 @@ def test_limits_too_short_for_a_step_end_the_chain(link, run, slurm):
 @pytest.mark.parametrize(
     ("arrange", "words"),
     [
-        (lambda run: events.append(run.events, "done", 1, steps=3), "the run is done"),
+        (lambda run: run.log.append("done", 1, steps=3), "the run is done"),
         (lambda run: Chain(run, "digits").cancel(), "the chain was cancelled"),
         (
             lambda run: Chain(run, "digits").record(Link(2, "x", "18", 1, 1, 0.0)),
@@ -234,7 +233,7 @@ def test_cancel_without_a_chain_asks_by_a_file(run):
     (told,) = cancel.cancel(run.path, now=False)
     assert "asked to save and stop" in told
     assert run.stop_request.exists()
-    events.append(run.events, "done", 1, steps=3)
+    run.log.append("done", 1, steps=3)
     with pytest.raises(UsageError, match="nothing to cancel"):
         list(cancel.cancel(run.path, now=False))
     with pytest.raises(UsageError, match="not a run directory"):
@@ -253,9 +252,9 @@ def test_where_the_links_stand(slurm, run, monkeypatch, tmp_path):
     submit(run)
     name = Chain(run, "digits").name(1)
     slurm.says("squeue", f"echo '17|{name}|PENDING|Resources|1'")
-    (link,) = standing(run, "digits", events.read(run.events))
+    (link,) = standing(run, "digits", run.log.read())
     assert (link.state, link.waits_for, link.alive) == ("pending", "Resources", True)
     monkeypatch.setenv("PATH", str(tmp_path))
-    (link,) = standing(run, "digits", events.read(run.events))
+    (link,) = standing(run, "digits", run.log.read())
     assert (link.state, link.alive) == ("submitted", None)
     assert os.environ["PATH"] == str(tmp_path)

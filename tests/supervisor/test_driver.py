@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from hpc_absa import job as jobs
+from hpc_absa import config
 from hpc_absa.errors import UsageError
-from hpc_absa.lock import host
 from hpc_absa.rundir import RunDir
+from hpc_absa.rundir.lock import host
 from hpc_absa.supervisor import driver
 from tests.mpi.jobs import final_weights, relative_difference, write_job
 from tests.supervised import Supervised
@@ -101,7 +101,7 @@ def test_a_killed_rank_costs_a_restart_and_nothing_else(tmp_path, undisturbed, v
 
 
 def test_a_rank_that_does_not_answer_is_named_and_its_world_started_again(tmp_path, undisturbed):
-    silence = ("--set", "launch.silence_seconds=3", "--set", "ranks.initial=2")
+    silence = ("--set", "launch.heartbeat_timeout=3", "--set", "ranks.initial=2")
     run = Run(tmp_path, "--max-ranks", "2", *silence).start()
     run.wait_for("phase_start")
     os.kill(max(run.ranks()), signal.SIGSTOP)
@@ -129,7 +129,7 @@ def test_a_rank_that_gets_nowhere_is_named_and_its_world_started_again(tmp_path,
     once = tmp_path / "once"
     once.touch()
     words = []
-    for setting in ("train.loss=looping:loss", "launch.stuck_seconds=3", "ranks.initial=2"):
+    for setting in ("train.loss=looping:loss", "launch.progress_timeout=3", "ranks.initial=2"):
         words += ["--set", setting]
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
     run = Run(tmp_path, "--max-ranks", "2", *words, PYTHONPATH=path).start()
@@ -236,7 +236,7 @@ def test_without_horovod_nothing_is_started(tmp_path, monkeypatch):
     monkeypatch.setattr(driver, "find_spec", lambda name: None)
     run = RunDir(tmp_path / "run")
     with pytest.raises(UsageError, match="Horovod is not installed"):
-        driver.Supervisor(jobs.load(write_job(tmp_path)), run, ()).supervise()
+        driver.Supervisor(config.load(write_job(tmp_path)), run, ()).supervise()
     assert not run.path.exists()
 
 

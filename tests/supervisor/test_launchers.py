@@ -72,7 +72,7 @@ def test_srun_wants_an_allocation(programs, monkeypatch):
 
 def test_a_world_over_several_hosts_takes_its_environment_along(programs, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", "/ours")
-    job = digits("launch.hosts=a:2,b:2", "launch.interface=ib0", "launch.agent=ssh -F x")
+    job = digits("launch.hosts=a:2,b:2", "launch.interface=ib0", "launch.rsh_agent=ssh -F x")
     command = launchers.command(job, 4, WORKER)
     line = " ".join(command.words)
     assert " -H a:2,b:2 --mca oob_tcp_keepalive_time 10 " in line

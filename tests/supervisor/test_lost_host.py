@@ -31,7 +31,7 @@ def test_growth_onto_a_second_host_that_vanishes_and_comes_back(hosts, tmp_path)
     words = ["-H", ",".join(f"{address}:1" for address in ADDRESSES)]
     for setting in (
         *LONG,
-        f"launch.agent={hosts.agent}",
+        f"launch.rsh_agent={hosts.agent}",
         "launch.interface=veth0",
         "launch.cool_down=5.0",
     ):

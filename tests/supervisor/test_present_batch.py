@@ -2,7 +2,6 @@
 
 import pytest
 
-from hpc_absa import events
 from hpc_absa.rundir import RunDir
 from hpc_absa.supervisor.driver import present_batch
 from tests.supervisor.digits import digits
@@ -22,7 +21,7 @@ OWN = "{method='tests.schedules.test_own:Faulty', base_batch=32, max_batch=128, 
 def test_a_run_begins_with_its_rule_s_batch_and_goes_on_with_its_events(tmp_path, schedule, batch):
     job, run = digits(f"schedule={schedule}"), RunDir(tmp_path).create()
     assert present_batch(job, run) == batch
-    events.append(run.events, "phase_start", 1, global_batch=64)
+    run.log.append("phase_start", 1, global_batch=64)
     assert present_batch(job, run) == 64
-    events.append(run.events, "decision", 1, batch=64, next_batch=128)
+    run.log.append("decision", 1, batch=64, next_batch=128)
     assert present_batch(job, run) == 128

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hpc_absa import events
-from hpc_absa import job as jobs
+from hpc_absa import config
 from hpc_absa.plan import plan, training_samples
 from hpc_absa.rundir import RunDir
 
@@ -26,7 +25,7 @@ microbatch = 32
 lr = 0.01
 milestones = [1, 3]
 lr_decay = 0.5
-remainder = "REMAINDER"
+drop_last = DROP_LAST
 threads_per_rank = 1
 [schedule]
 base_batch = 96
@@ -38,10 +37,10 @@ max = 1
 OWN = 'method = "tests.schedules.test_own:Doubling"\nevery = 1'
 
 
-def train(folder, remainder, method):
+def train(folder, drop_last, method):
     """The job, and what `hpc-absa train` came to on one rank."""
     path = folder / "job.toml"
-    path.write_text(JOB.replace("REMAINDER", remainder).replace("METHOD", method))
+    path.write_text(JOB.replace("DROP_LAST", drop_last).replace("METHOD", method))
     words = [sys.executable, "-m", "hpc_absa", "train", str(path), "--run-dir", str(folder / "run")]
     done = subprocess.run(
         words,
@@ -50,14 +49,14 @@ def train(folder, remainder, method):
         text=True,
         timeout=100,
     )
-    return jobs.load(path), done, events.read(RunDir(folder / "run").events)
+    return config.load(path), done, RunDir(folder / "run").log.read()
 
 
 @pytest.mark.parametrize(
-    ("remainder", "method"), [("drop", 'method = "gg"'), ("carry", OWN)], ids=["drop", "carry"]
+    ("drop_last", "method"), [("true", 'method = "gg"'), ("false", OWN)], ids=["drop", "carry"]
 )
-def test_the_loop_takes_the_steps_that_the_planner_counts(tmp_path, remainder, method):
-    job, done, log = train(tmp_path, remainder, method)
+def test_the_loop_takes_the_steps_that_the_planner_counts(tmp_path, drop_last, method):
+    job, done, log = train(tmp_path, drop_last, method)
     assert done.returncode == 0, done.stdout + done.stderr
     planned = plan(job, training_samples(job), 1)["course"]
     assert log[-1]["event"] == "done"
@@ -73,7 +72,7 @@ def test_the_loop_takes_the_steps_that_the_planner_counts(tmp_path, remainder, m
 
 def test_a_rule_that_fails_ends_the_run_with_one_line(tmp_path):
     method = 'method = "tests.schedules.test_own:Faulty"\nanswer = "raise"\nlr_answer = 0.1'
-    _, done, _ = train(tmp_path, "carry", method)
+    _, done, _ = train(tmp_path, "false", method)
     assert done.returncode == 2, done.stdout + done.stderr
     told = "schedule.method: tests.schedules.test_own:Faulty.decide failed: ZeroDivisionError"
     assert done.stdout.count(told) == 1

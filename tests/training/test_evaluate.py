@@ -16,7 +16,7 @@ class Played(SerialCommunicator):
     def __init__(self, size):
         self.size, self.shares = size, []
 
-    def gather_objects(self, value):
+    def allgather_object(self, value):
         self.shares.append(value)
         return self.shares
 

@@ -7,8 +7,8 @@ import sys
 import h5py
 import pytest
 
-from hpc_absa.checkpoint.store import listed
 from hpc_absa.rundir import RunDir
+from hpc_absa.rundir.paths import checkpoint_files
 from tests.mpi.conftest import find_mpirun, mpi_environment
 from tests.mpi.jobs import write_job
 
@@ -28,7 +28,7 @@ def test_the_spectrum_of_a_checkpoint(tmp_path):
     job, run = write_job(tmp_path, most=1), tmp_path / "run"
     trained = hpc_absa("train", job, "--run-dir", run, "--set", "train.epochs=1")
     assert trained.returncode == 0, trained.stdout
-    checkpoint = listed(RunDir(run).checkpoints)[-1]
+    checkpoint = checkpoint_files(RunDir(run).checkpoints)[-1]
     out = tmp_path / "spectrum"
     done = hpc_absa("spectrum", checkpoint, "--samples", 64, "--k", 2, "--out", out, "--json")
     assert done.returncode == 0, done.stderr

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from hpc_absa import events
 from hpc_absa.checkpoint import Published
 from hpc_absa.rundir import RunDir
 from hpc_absa.training.narrator import Narrator
@@ -19,7 +18,7 @@ def _run(tmp_path):
 
 
 def kinds(run):
-    return [e["event"] for e in events.read(run.events)]
+    return [e["event"] for e in run.log.read()]
 
 
 def test_events_wait_for_the_checkpoint_that_holds_them(run):

@@ -5,10 +5,10 @@ import pytest
 import torch
 from torch import nn
 
-from hpc_absa import job as jobs
-from hpc_absa.course import Position
+from hpc_absa import config
 from hpc_absa.data.prepare import prepare
 from hpc_absa.plan import course_of
+from hpc_absa.progress import Position
 from hpc_absa.records import ScheduleState
 from hpc_absa.training.assembly import _groups
 from hpc_absa.training.material import build_batches, build_model_and_loss
@@ -25,7 +25,7 @@ schedule = { method = "bl", base_batch = 32 }
 
 
 def job(*words):
-    return jobs.parse(JOB, "test", words)
+    return config.parse(JOB, "test", words)
 
 
 @pytest.fixture(name="dataset", scope="module")
@@ -47,7 +47,7 @@ def test_weight_decay_reaches_everything_unless_vectors_are_spared():
     named = dict(net.named_parameters())
     trained = {id(p) for name, p in named.items() if name != "2.weight"}
     assert decay() == dict.fromkeys(trained, 0.01)
-    spared = decay("train.decay_spares_vectors=true")
+    spared = decay("train.no_decay_norm_bias=true")
     assert spared.keys() == trained
     assert {name for name, p in named.items() if spared.get(id(p))} == {"0.weight"}
 

@@ -16,7 +16,7 @@ class Played(SerialCommunicator):
     def __init__(self, rank, size):
         self.rank, self.size = rank, size
 
-    def sum_in_pairs_(self, tensor):
+    def allreduce_recursive_doubling_(self, tensor):
         self.sent = tensor.clone()
         return tensor
 

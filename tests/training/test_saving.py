@@ -8,8 +8,7 @@ import torch
 
 from hpc_absa.checkpoint import Content, Group, Store, file
 from hpc_absa.comm import SerialCommunicator
-from hpc_absa.errors import CheckpointError
-from hpc_absa.training.agreement import AgreedError
+from hpc_absa.errors import CheckpointError, CollectiveError
 from hpc_absa.training.saving import HostCopies, Saver, require_durable
 from tests.checkpoint.contents import assert_same
 
@@ -110,7 +109,7 @@ def test_a_failed_save_shows_at_the_next_step_and_stops_the_run(tmp_path, break_
     rig.save(2)
     rig.saver._publishing._thread.join()
     assert rig.saver.flags() == (True, True)
-    with pytest.raises(AgreedError, match=r"rank 0 on .*step-0000000002.*no space left"):
+    with pytest.raises(CollectiveError, match=r"rank 0 on .*step-0000000002.*no space left"):
         rig.saver.heard(1, 1)
     assert rig.steps() == [1]
     assert len(rig.published) == 1
@@ -138,7 +137,7 @@ def test_where_the_state_must_be_on_disk_it_is_tried_once_more(tmp_path, break_w
     assert rig.steps() == [1]
     break_writes.add(rig.path(2))
     rig.save(2)
-    with pytest.raises(AgreedError, match="could not be saved"):
+    with pytest.raises(CollectiveError, match="could not be saved"):
         require_durable(rig.saver, lambda: rig.save(2))
 
 

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from hpc_absa.checkpoint import read, write
-from hpc_absa.course import Position
 from hpc_absa.errors import CheckpointError
+from hpc_absa.progress import Position
 from hpc_absa.records import ScheduleState
 from hpc_absa.schedules.noise import NoiseState
 from hpc_absa.training.saving import HostCopies, _with_arrays

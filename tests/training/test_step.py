@@ -235,7 +235,7 @@ def test_the_time_of_adversarial_examples_is_their_own():
 # Options of the job
 
 
-def moved(clip_norm, batches, lr=0.1):
+def moved(max_grad_norm, batches, lr=0.1):
     """How far one step moves the weights, and the gradient's own norm."""
     net, whole = model(), model()
     before = torch.cat([p.detach().clone().reshape(-1) for p in net.parameters()])
@@ -248,7 +248,7 @@ def moved(clip_norm, batches, lr=0.1):
         None,
         Clock(),
         0,
-        Numerics(clip_norm=clip_norm),
+        Numerics(max_grad_norm=max_grad_norm),
     )
     of.take(
         range(len(batches)),

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field, PositiveInt, model_validator
 
-from hpc_absa.job.base import Section
+from hpc_absa.config.base import Section
 
 Word = Annotated[str, Field(pattern=r"^\S*$")]
 """No spaces and line ends: it goes into a batch script."""
@@ -31,11 +31,11 @@ class SlurmOptions(Section):
     """GPUs of a node, one rank each; a phase with fewer ranks than that asks for fewer."""
     sbatch: Annotated[tuple[str, ...], Field(strict=False)] = ()
     """More words for `#SBATCH` lines, one line each: `["--exclusive", "--mem=0"]`."""
-    prologue: str = ""
+    setup_script: str = ""
     """A shell file of the site that every job sources first: `module load ...`."""
     step: Literal["mpirun", "srun"] = "mpirun"
     """What starts the ranks within a job; `launch.extra` goes to it."""
-    lead: PositiveInt = 120
+    signal_seconds: PositiveInt = 120
     """Seconds before the time limit at which a job begins to save and to hand over (ours)."""
 
     @model_validator(mode="after")

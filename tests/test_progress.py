@@ -7,7 +7,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from hpc_absa.course import Boundary, Course, Position, Segment, Step
+from hpc_absa.progress import Boundary, Course, Position, Segment, Step
 
 CARRY = st.builds(
     Course,
@@ -15,7 +15,7 @@ CARRY = st.builds(
     microbatch=st.integers(1, 25),
     epochs=st.integers(1, 6),
     every=st.integers(1, 150),
-    remainder=st.just("carry"),
+    drop_last=st.just(False),
 )
 DROP = CARRY.filter(lambda course: course.microbatch <= course.samples).map(
     lambda c: Course(c.samples, c.microbatch, c.epochs, c.every, "drop")

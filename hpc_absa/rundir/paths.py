@@ -7,15 +7,17 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
-from hpc_absa import events
 from hpc_absa.errors import UsageError
+from hpc_absa.rundir.events import EventLog
+from hpc_absa.rundir.files import write_atomic
 
 MARK = "# Resolved by hpc-absa; every key with its value. Changing this file changes nothing.\n"
 """First line of a run directory's `job.toml`: the file is ours, and so is the directory."""
 
-CHECKPOINT_NAME = re.compile(r"step-(\d{10})-phase-(\d{3,})\.h5")
+CHECKPOINT_NAME = re.compile(r"step-(?P<step>\d{10})-phase-(?P<phase>\d{3,})\.h5")
 """Name of a checkpoint; other files in the folder are the user's."""
 
 OWN_FILES = {
@@ -36,9 +38,8 @@ OWN_FILES = {
     "data": (r"[\w.]+\.h5", r"[\w.]+\.h5\.tmp"),
     ".": (
         r"report\.(html|png)",
-        r"\.report\.(html|png)\.\d+\.part",
+        r"\.(report\.html|report\.png|job\.toml)\.[0-9a-f]+\.tmp",
         r"stop",
-        r"\.job\.\d+\.toml",
     ),
     "./": (r"job\.toml", r"events\.jsonl"),
 }
@@ -61,10 +62,25 @@ class RunDir:
         """The append-only event log."""
         return self.path / "events.jsonl"
 
+    @cached_property
+    def log(self) -> EventLog:
+        """The events, read and appended."""
+        return EventLog(self.events)
+
     @property
     def checkpoints(self) -> Path:
         """Folder of the checkpoints, newest last by name."""
         return self.path / "checkpoints"
+
+    def checkpoint_files(self) -> list[Path]:
+        """The checkpoints, oldest first, good or damaged; files with other names are the user's."""
+        return checkpoint_files(self.checkpoints)
+
+    def newest_step(self) -> int | None:
+        """Optimizer steps of the newest checkpoint by name; None without any."""
+        files = self.checkpoint_files()
+        named = CHECKPOINT_NAME.fullmatch(files[-1].name) if files else None
+        return int(named["step"]) if named else None
 
     @property
     def logs(self) -> Path:
@@ -138,9 +154,7 @@ class RunDir:
 
     def write_job(self, text: str) -> None:
         """Put the resolved job in place, whole or not at all: a kill costs nothing."""
-        temporary = self.path / f".job.{os.getpid()}.toml"
-        temporary.write_text(MARK + text, encoding="utf-8")
-        os.replace(temporary, self.job)
+        write_atomic(self.job, MARK + text)
 
     @property
     def is_run(self) -> bool:
@@ -151,7 +165,7 @@ class RunDir:
                     return True
         except OSError:
             pass
-        return any({"time", "phase"} <= event.keys() for event in events.read(self.events))
+        return any("time" in event for event in self.log.read())
 
     def require_own_job(self) -> None:
         """Refuse to replace a `job.toml` that we have not written.
@@ -198,6 +212,11 @@ class RunDir:
         for folder in (self.path, self.checkpoints, self.logs):
             os.makedirs(folder, exist_ok=True)
         return self
+
+
+def checkpoint_files(folder: Path) -> list[Path]:
+    """The checkpoints in a folder by their names, oldest first."""
+    return sorted(path for path in folder.glob("step-*.h5") if CHECKPOINT_NAME.fullmatch(path.name))
 
 
 def _entries(folder: Path) -> Iterator[Path]:

@@ -11,9 +11,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
-from hpc_absa.job.base import Count, Named, Positive, Section
-from hpc_absa.job.schedule import HESSIAN, GoogleRule, NoiseScale, Schedule
-from hpc_absa.job.slurm import SlurmOptions
+from hpc_absa.config.base import Count, Named, Positive, Section
+from hpc_absa.config.schedule import HESSIAN, GoogleRule, NoiseScale, Schedule
+from hpc_absa.config.slurm import SlurmOptions
 
 _HOST = re.compile(r"[^\s:,]+(:0*[1-9][0-9]*)?")
 
@@ -47,12 +47,12 @@ class Train(Section):
     """SGD momentum (talk)."""
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     """L2 penalty added to the gradient (the talk names none; 5e-4 is common for CIFAR)."""
-    decay_spares_vectors: bool = False
+    no_decay_norm_bias: bool = False
     """Whether `weight_decay` leaves vectors alone: batch norm's scale and shift, and biases (Goyal,
     section 5.3)."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the target spread over all classes (arXiv:1512.00567, section 7)."""
-    clip_norm: Positive | None = None
+    max_grad_norm: Positive | None = None
     """Largest norm of a step's gradient; a longer one is shortened to it. None: none is."""
     milestones: Annotated[tuple[PositiveInt, ...], Field(strict=False)] = ()
     """Epochs after which the learning rate is decayed (GG: after which the batch grows)."""
@@ -61,8 +61,9 @@ class Train(Section):
     annealing: Literal["milestones", "cosine"] = "milestones"
     """What lowers the learning rate in the long run: `lr_decay` at each milestone, or a cosine that
     reaches zero with the last epoch (arXiv:1608.03983)."""
-    remainder: Literal["carry", "drop"] = "carry"
-    """What becomes of the samples that do not fill an epoch's last microbatch (`absa.md`)."""
+    drop_last: bool = False
+    """Whether each epoch leaves out the samples that do not fill its last microbatch; otherwise a
+    microbatch may contain samples of two epochs, and none is left out."""
     loss: str = "cross_entropy"
     """`cross_entropy`, or `package.module:function` of (outputs, targets) returning the mean."""
     threads_per_rank: PositiveInt | None = None
@@ -150,8 +151,8 @@ class Launch(Section):
     the scheduler's allocation that we are in, or this machine."""
     hostfile: str = ""
     """A file with a host a line, `name slots=4` or `name:4`, in place of `hosts`."""
-    agent: str = ""
-    """Program that reaches a host, as `agent HOST COMMAND`; empty means ssh, or Open MPI's own."""
+    rsh_agent: str = ""
+    """Program that reaches a host: `rsh_agent HOST COMMAND`; empty means ssh, or Open MPI's own."""
     interface: str = ""
     """Network interface that ranks talk over, as `ib0`; empty leaves the choice to MPI and NCCL."""
     cool_down: Positive = 300.0
@@ -163,10 +164,10 @@ class Launch(Section):
     """Words passed to the launcher as they are."""
     max_restarts: Count = 3
     """Restarts after failures without any progress in between before a run is given up (ours)."""
-    silence_seconds: PositiveFloat = 60.0
+    heartbeat_timeout: PositiveFloat = 60.0
     """A rank that gives no sign of life for so long is given up, its world ended and started again;
     ranks give one each second (ours; over Gloo, without MPI, nobody watches)."""
-    stuck_seconds: PositiveFloat = 1800.0
+    progress_timeout: PositiveFloat = 1800.0
     """A rank that has been reading or computing one microbatch for so long is given up likewise:
     its file system hangs, or its model loops (ours)."""
     start_seconds: PositiveFloat = 600.0

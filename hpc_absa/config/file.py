@@ -11,13 +11,19 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from hpc_absa.config.renamed import rename_keys
+from hpc_absa.config.schedule import SCHEDULES
+from hpc_absa.config.tables import Job
 from hpc_absa.errors import UsageError
-from hpc_absa.job.model import Job
-from hpc_absa.job.schedule import SCHEDULES
 
 
-def load(path: Path, overrides: tuple[str, ...] = ()) -> Job:
+def load(path: Path, overrides: tuple[str, ...] = (), *, warn: bool = True) -> Job:
     """The job in `path` with `key=value` overrides applied.
+
+    Args:
+        path: the job file.
+        overrides: as after `--set`.
+        warn: name old keys on standard error; False for files that we have written ourselves.
 
     Raises:
         UsageError: one line that names file, key, value and what was expected.
@@ -26,23 +32,26 @@ def load(path: Path, overrides: tuple[str, ...] = ()) -> Job:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: cannot be read as a job file: {error}") from None
-    return parse(text, str(path), overrides)
+    return parse(text, str(path), overrides, warn=warn)
 
 
-def parse(text: str, origin: str, overrides: tuple[str, ...] = ()) -> Job:
+def parse(text: str, origin: str, overrides: tuple[str, ...] = (), *, warn: bool = True) -> Job:
     """As `load`, from a job file's text; `origin` names it in errors."""
     try:
         tables = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise UsageError(f"{origin}: not valid TOML: {error}") from None
-    return from_tables(tables, origin, overrides)
+    return from_tables(tables, origin, overrides, warn=warn)
 
 
-def from_tables(tables: Mapping[str, Any], origin: str, overrides: tuple[str, ...] = ()) -> Job:
+def from_tables(
+    tables: Mapping[str, Any], origin: str, overrides: tuple[str, ...] = (), *, warn: bool = True
+) -> Job:
     """As `parse`, from the tables of a job file, which stay as they are."""
     changed = copy.deepcopy(dict(tables))
     for override in overrides:
         _override(changed, override)
+    rename_keys(changed, origin, warn=warn)
     try:
         return Job.model_validate(changed)
     except ValidationError as error:

@@ -4,17 +4,17 @@ import os
 
 import pytest
 
-from hpc_absa import events
 from hpc_absa.errors import RunLockedError, UsageError
-from hpc_absa.lock import RunLock
-from hpc_absa.rundir import MARK, RunDir
+from hpc_absa.rundir import RunDir
+from hpc_absa.rundir.lock import RunLock
+from hpc_absa.rundir.paths import MARK
 from hpc_absa.supervisor import driver
 
 
 def a_run(folder):
     run = RunDir(folder).create()
     run.write_job("name = 'x'\n")
-    events.append(run.events, "phase_start", 1, ranks=1, step=0)
+    run.log.append("phase_start", 1, ranks=1, step=0)
     (run.checkpoints / "step-0000000010-phase-001.h5").touch()
     (run.checkpoints / "step-0000000010-phase-001.0123abcd.0001-of-0002.shard").touch()
     run.rank_log(1, 0).touch()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from hpc_absa.config.tables import Job
 from hpc_absa.errors import UsageError
-from hpc_absa.job.model import Job
 
 WITHOUT_EFFECT = (
     "name",

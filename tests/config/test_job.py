@@ -5,6 +5,7 @@ import inspect
 import textwrap
 import tomllib
 from itertools import pairwise
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
-from hpc_absa import job as jobs
+from hpc_absa import config
+from hpc_absa.config import renamed
 from hpc_absa.errors import ExitStatus, UsageError
 from tests import job_files
+
+DIGITS = Path(__file__).parents[2] / "jobs" / "digits.toml"
 
 JOB = """
 name = "a"
@@ -34,7 +38,7 @@ max_batch = 128
 
 
 def parse(*overrides, text=JOB):
-    return jobs.parse(text, "job.toml", overrides)
+    return config.parse(text, "job.toml", overrides)
 
 
 def refusal(*overrides, text=JOB):
@@ -52,14 +56,14 @@ def refusal(*overrides, text=JOB):
 
 @pytest.mark.parametrize("path", job_files.JOB_FILES, ids=job_files.name)
 def test_every_job_of_the_package_loads(path):
-    job = jobs.load(path)
-    assert jobs.parse(jobs.dump(job), "dump") == job
+    job = config.load(path)
+    assert config.parse(config.dump(job), "dump") == job
 
 
 def test_defaults_are_filled_in():
     job = parse()
     assert job.schedule.alpha == 2.0
-    assert job.hessian == jobs.Hessian()
+    assert job.hessian == config.Hessian()
     assert job.checkpoint.background
     assert job.schedule.largest_batch == 128
     assert parse(text=JOB.replace("max_batch = 128", "")).schedule.largest_batch == 32
@@ -69,7 +73,7 @@ def test_further_keys_of_data_and_model_are_their_arguments():
     job = parse("data.root=/d", "data.fold=2", "model.depth=20", "model.widen={to=4, by=[1, 2]}")
     assert job.data.arguments == {"fold": 2}
     assert job.model.arguments == {"depth": 20, "widen": {"to": 4, "by": [1, 2]}}
-    assert jobs.parse(jobs.dump(job), "dump") == job
+    assert config.parse(config.dump(job), "dump") == job
 
 
 VALUES = {
@@ -105,12 +109,12 @@ def test_a_dumped_job_reads_back_the_same(changes):
         *section, word = key.split(".")
         target = tables.setdefault(section[0], {}) if section else tables
         target[word] = value
-    job = jobs.Job.model_validate(tables)
-    assert jobs.parse(jobs.dump(job), "dump") == job
+    job = config.Job.model_validate(tables)
+    assert config.parse(config.dump(job), "dump") == job
 
 
 def models():
-    return [m for m in vars(jobs).values() if isinstance(m, type) and issubclass(m, BaseModel)]
+    return [m for m in vars(config).values() if isinstance(m, type) and issubclass(m, BaseModel)]
 
 
 @pytest.mark.parametrize("model", models(), ids=lambda model: model.__name__)
@@ -179,7 +183,7 @@ def test_a_job_is_frozen():
         ("schedule.ratio=1.1", "schedule.ratio = 1.1: expected less than or equal to 1"),
         ("hessian.tol=1", "hessian.tol = 1: expected less than 1"),
         ("checkpoint.keep=1", "checkpoint.keep = 1: expected greater than or equal to 2"),
-        ("train.remainder=keep", "train.remainder = 'keep': expected 'carry' or 'drop'"),
+        ("train.drop_last=1", "train.drop_last = 1: expected true or false"),
         ("launch.launcher=ssh", "launch.launcher = 'ssh': expected 'mpirun', 'horovodrun', "),
         ("launch.hosts=a:4,b:x", "launch.hosts = 'a:4,b:x': expected host or host:slots, with"),
         ("launch.hosts=a,", "launch.hosts = 'a,': expected host or host:slots"),
@@ -251,7 +255,7 @@ def test_a_file_that_cannot_be_read(tmp_path, make, words):
     path = tmp_path / "job.toml"
     make(path)
     with pytest.raises(UsageError, match=f"job.toml: cannot be read as a job file: .*{words}"):
-        jobs.load(path)
+        config.load(path)
 
 
 # Overrides
@@ -301,8 +305,8 @@ def test_an_override_below_a_value():
 def test_overrides_do_not_touch_the_file(tmp_path):
     path = tmp_path / "job.toml"
     path.write_text(JOB)
-    assert jobs.load(path, ("seed=5",)).seed == 5
-    assert jobs.load(path).seed == 0
+    assert config.load(path, ("seed=5",)).seed == 5
+    assert config.load(path).seed == 0
 
 
 # Changes to a run begun
@@ -324,7 +328,7 @@ def test_overrides_do_not_touch_the_file(tmp_path):
     ],
 )
 def test_what_does_not_change_the_result_may_change(override):
-    jobs.refuse_changes(parse(), parse(override), "D/job.toml", ())
+    config.refuse_changes(parse(), parse(override), "D/job.toml", ())
 
 
 @pytest.mark.parametrize(
@@ -346,18 +350,64 @@ def test_what_does_not_change_the_result_may_change(override):
 def test_what_changes_the_result_is_refused_unless_insisted_on(override, words):
     saved, now, key = parse(), parse(override), words.split(" ")[0]
     with pytest.raises(UsageError, match=f"D/job.toml: .*{words}; .*--allow-changed {key}$"):
-        jobs.refuse_changes(saved, now, "D/job.toml", ())
+        config.refuse_changes(saved, now, "D/job.toml", ())
     with pytest.raises(UsageError):
-        jobs.refuse_changes(saved, now, "D/job.toml", ("some.other",))
-    jobs.refuse_changes(saved, now, "D/job.toml", (key,))
+        config.refuse_changes(saved, now, "D/job.toml", ("some.other",))
+    config.refuse_changes(saved, now, "D/job.toml", (key,))
 
 
 def test_every_difference_is_named():
     with pytest.raises(UsageError, match=r"seed = 0 there, 1 here; train\.lr = 0\.05"):
-        jobs.refuse_changes(parse(), parse("seed=1", "train.lr=1"), "D", ("train.epochs",))
+        config.refuse_changes(parse(), parse("seed=1", "train.lr=1"), "D", ("train.epochs",))
 
 
 def test_another_method_is_a_change():
     text = JOB.replace('"absa"', '"abs"')
     with pytest.raises(UsageError, match=r"schedule\.method = 'absa' there, 'abs' here"):
-        jobs.refuse_changes(parse(), parse(text=text), "D", ())
+        config.refuse_changes(parse(), parse(text=text), "D", ())
+
+
+# Old names of keys
+
+
+@pytest.fixture(name="quiet")
+def _quiet(monkeypatch):
+    monkeypatch.setattr(renamed, "_warned", set())
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "value"),
+    [
+        ("train.remainder=drop", "train.drop_last", True),
+        ("train.remainder=carry", "train.drop_last", False),
+        ("train.clip_norm=0.5", "train.max_grad_norm", 0.5),
+        ("train.decay_spares_vectors=true", "train.no_decay_norm_bias", True),
+        ("launch.agent=rsh", "launch.rsh_agent", "rsh"),
+        ("launch.silence_seconds=7.0", "launch.heartbeat_timeout", 7.0),
+        ("launch.stuck_seconds=8.0", "launch.progress_timeout", 8.0),
+        ("launch.slurm.prologue=site.sh", "launch.slurm.setup_script", "site.sh"),
+        ("launch.slurm.lead=9", "launch.slurm.signal_seconds", 9),
+    ],
+)
+def test_an_old_key_works_and_warns_once_with_the_new_name(quiet, capsys, old, new, value):
+    for _ in range(2):
+        job = config.load(DIGITS, (old,))
+    assert attrgetter(new)(job) == value
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert f"{old.partition('=')[0]} is now called {new}" in said
+    assert config.parse(config.dump(job), "x") == job
+
+
+def test_an_old_key_in_a_file_of_ours_or_on_another_rank_does_not_warn(quiet, capsys, monkeypatch):
+    config.load(DIGITS, ("train.clip_norm=0.5",), warn=False)
+    monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "3")
+    config.load(DIGITS, ("train.clip_norm=0.5",))
+    assert capsys.readouterr().err == ""
+
+
+def test_both_names_of_a_key_are_refused():
+    with pytest.raises(UsageError, match=r"train.clip_norm is the old name of train.max_grad_norm"):
+        config.load(DIGITS, ("train.clip_norm=1.0", "train.max_grad_norm=1.0"))
+    with pytest.raises(UsageError, match=r"remainder = 'keep': expected 'carry' \(now"):
+        config.load(DIGITS, ("train.remainder=keep",))

@@ -3,8 +3,8 @@
 The one semantics that the planner and the training loop share. All of it is integers; nothing here
 knows a clock, a rank or a tensor.
 
-The epochs of a run form one stream of microbatches of `b` samples. With `remainder = "carry"`
-nothing is dropped and a microbatch may straddle an epoch's end; with `"drop"` an epoch is its
+The epochs of a run form one stream of microbatches of `b` samples. With `drop_last = false`
+nothing is dropped and a microbatch may straddle an epoch's end; with `true` an epoch is its
 `N // b` whole microbatches. A step takes the next `M = B // b` microbatches of the stream wherever
 epochs end.
 A boundary that falls inside a step is met before that step begins: the weights are the same there.
@@ -19,9 +19,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
-
-Remainder = Literal["carry", "drop"]
 
 
 @dataclass(frozen=True)
@@ -77,18 +74,18 @@ class Course:
     epochs: int
     every: int
     """Samples between decision points; N means once an epoch."""
-    remainder: Remainder = "carry"
+    drop_last: bool = False
 
     @cached_property
     def microbatches(self) -> int:
         """Whole microbatches in all epochs together."""
-        if self.remainder == "drop":
+        if self.drop_last:
             return self.epochs * self.microbatches_per_epoch
         return self.epochs * self.samples // self.microbatch
 
     @property
     def microbatches_per_epoch(self) -> int:
-        """Whole microbatches of one epoch (`remainder = "drop"`)."""
+        """Whole microbatches of one epoch (`drop_last`)."""
         return self.samples // self.microbatch
 
     @cached_property
@@ -113,7 +110,7 @@ class Course:
 
     def segments(self, microbatch: int) -> tuple[Segment, ...]:
         """The samples of one microbatch: one segment, or more where it straddles epoch ends."""
-        if self.remainder == "drop":
+        if self.drop_last:
             epoch, index = divmod(microbatch, self.microbatches_per_epoch)
             start = index * self.microbatch
             return (Segment(epoch, start, start + self.microbatch),)
@@ -128,7 +125,7 @@ class Course:
 
     def _at(self, visited: int) -> int:
         """The first microbatch boundary at or after `visited` nominal samples."""
-        if self.remainder == "drop":
+        if self.drop_last:
             at = -(-visited * self.microbatches_per_epoch // self.samples)
         else:
             at = -(-visited // self.microbatch)

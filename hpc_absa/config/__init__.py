@@ -1,10 +1,9 @@
 """The job file (TOML): what it may say, reading it, and going on with a changed one."""
 
-from hpc_absa.job.base import Count, Fraction, Named, Positive, Section
-from hpc_absa.job.changes import WITHOUT_EFFECT, refuse_changes
-from hpc_absa.job.file import dump, from_tables, load, parse
-from hpc_absa.job.model import Checkpoint, Data, Hessian, Job, Launch, Model, Ranks, Train
-from hpc_absa.job.schedule import (
+from hpc_absa.config.base import Count, Fraction, Named, Positive, Section
+from hpc_absa.config.changes import WITHOUT_EFFECT, refuse_changes
+from hpc_absa.config.file import dump, from_tables, load, parse
+from hpc_absa.config.schedule import (
     OWN,
     SCHEDULES,
     AdaptiveBatch,
@@ -17,6 +16,7 @@ from hpc_absa.job.schedule import (
     Schedule,
     TunedAdversarialAdaptiveBatch,
 )
+from hpc_absa.config.tables import Checkpoint, Data, Hessian, Job, Launch, Model, Ranks, Train
 
 __all__ = [
     "OWN",

@@ -10,15 +10,15 @@ import time
 
 import pytest
 
-from hpc_absa import lock as locks
 from hpc_absa.errors import ExitStatus, RunLockedError
-from hpc_absa.lock import RunLock, host
 from hpc_absa.rundir import RunDir
+from hpc_absa.rundir import lock as locks
+from hpc_absa.rundir.lock import RunLock, host
 
 HOLDER = """
 import subprocess, sys, time
 from pathlib import Path
-from hpc_absa.lock import RunLock
+from hpc_absa.rundir.lock import RunLock
 from hpc_absa.rundir import RunDir
 lock = RunLock(RunDir(Path(sys.argv[1])))
 lock.acquire()

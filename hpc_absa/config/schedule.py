@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Discriminator, Field, PositiveInt, Tag, model_validator
 
-from hpc_absa.job.base import Fraction, Positive, Section
+from hpc_absa.config.base import Fraction, Positive, Section
 
 LrRule = Literal["linear", "square-root", "none"]
 

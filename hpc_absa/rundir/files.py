@@ -1,0 +1,67 @@
+"""Writing files so that a reader, or a crash, never meets a half-written one."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
+    """Yields a temporary path beside `path`; renamed to it on success, removed on any error.
+
+    Args:
+        path: the file to create or replace.
+        durable: fsync the file before the rename, and its folder after it.
+    """
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        yield temporary
+        if durable:
+            sync(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+    if durable:
+        sync(path.parent)
+
+
+def write_atomic(path: Path, content: str | bytes, *, durable: bool = False) -> None:
+    """Write `content` (text as UTF-8) to `path`, complete or not at all."""
+    with replacing(path, durable=durable) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def create_once(path: Path, content: str) -> bool:
+    """Write `content` to `path` unless it exists; whether it was this call that created it.
+
+    Of several processes, also on several hosts, exactly one succeeds: a hard link is atomic.
+    """
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        temporary.write_text(content, encoding="utf-8")
+        sync(temporary)
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    finally:
+        temporary.unlink(missing_ok=True)
+    return True
+
+
+def sync(path: Path) -> None:
+    """fsync a file, or a folder's renames; not every file system can sync a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        if not path.is_dir():
+            raise
+    finally:
+        os.close(descriptor)

@@ -25,7 +25,8 @@ class EventLog:
         self.invalid_lines = 0
         """Complete lines read so far that are not events, such as one that a crash cut off."""
         self._events: list[Event] = []
-        self._offset = self._inode = 0
+        self._offset = 0
+        self._first_line = b""
 
     def append(self, event: str, phase: int | None = None, /, **fields: Any) -> Event:
         """Append one event; returns what was written.
@@ -56,15 +57,15 @@ class EventLog:
         """All events so far, in the order they were written; only new lines are parsed."""
         try:
             with self.path.open("rb") as file:
-                found = os.fstat(file.fileno())
-                if found.st_ino != self._inode or found.st_size < self._offset:  # another file
+                if file.readline() != self._first_line:  # another run's file under this name
                     self._events, self._offset, self.invalid_lines = [], 0, 0
-                self._inode = found.st_ino
                 file.seek(self._offset)
                 text = file.read()
         except OSError:
             return self._events
         complete = text[: text.rfind(b"\n") + 1]
+        if self._offset == 0:
+            self._first_line = complete[: complete.find(b"\n") + 1]
         self._offset += len(complete)
         for line in complete.splitlines():
             if event := _parse(line):

@@ -78,9 +78,12 @@ def line_of(record):
 
 def test_lines_that_are_no_events_are_passed_over(log):
     log.write_bytes(
-        b'\n[1]\n"event"\n{"time": 1}\n{"event": "epoch", "phase": 1}\n{"event": "epoch"}\n{"event": "epoch", "phase": null}\n\xff\xfe\n{"event": "done", "phase": 2}\n'
+        b'\n[1]\n"event"\n{"time": 1}\n{"event": "epoch", "phase": 1}\n{"event": "epoch"}\n'
+        b'{"event": "epoch", "phase": null}\n\xff\xfe\n{"event": "done", "phase": 2}\n'
     )
-    assert [event["event"] for event in EventLog(log).read()] == ["epoch", "done"]
+    reader = EventLog(log)
+    assert [event["event"] for event in reader.read()] == ["epoch", "done"]
+    assert reader.invalid_lines == 6
 
 
 APPENDING = """

@@ -3,6 +3,6 @@
 from hpc_absa.checkpoint.file import read, write
 from hpc_absa.checkpoint.layout import Shard
 from hpc_absa.checkpoint.schema import Content, Group, Key
-from hpc_absa.checkpoint.store import Published, Store
+from hpc_absa.checkpoint.store import Published, SavedPhase, Store, saved_phase
 
 __all__ = ["Content", "Group", "Key", "Published", "Shard", "Store", "read", "write"]

@@ -101,6 +101,40 @@ class Store:
         return [path for path in older if path.name < oldest.name]
 
 
+@dataclass(frozen=True)
+class SavedPhase:
+    """What the newest good checkpoint says about the phase that continues from it."""
+
+    step: int
+    """Optimizer steps taken."""
+    global_batch: int
+    """Samples of the next optimizer step."""
+    next_ranks: int | None
+    """Ranks decided for the next phase; None in checkpoints of earlier versions."""
+    rank_limit: int | None
+    """Largest number of ranks that the decision could choose; None likewise."""
+
+
+def saved_phase(folder: Path) -> SavedPhase | None:
+    """Read the newest checkpoint in `folder` that verifies; None where there is none.
+
+    Only the checkpoint's own file is verified, not its shards.
+    """
+    for path in reversed(checkpoint_files(folder)):
+        try:
+            attributes = file.load(path).outline.attributes
+            require_name(path, attributes)
+        except CheckpointError:
+            continue
+        known = {k: attributes.get(k) for k in ("next_ranks", "rank_limit")}
+        return SavedPhase(
+            int(attributes["step"]),
+            int(attributes["global_batch"]),
+            *(None if value is None else int(value) for value in known.values()),
+        )
+    return None
+
+
 def require_name(path: Path, attributes: Mapping[str, Scalar]) -> None:
     """Refuse another step's checkpoint under a name that a store gives; other names are free.
 

@@ -5,4 +5,15 @@ from hpc_absa.checkpoint.layout import Shard
 from hpc_absa.checkpoint.schema import Content, Group, Key
 from hpc_absa.checkpoint.store import Published, SavedPhase, Store, saved_phase
 
-__all__ = ["Content", "Group", "Key", "Published", "Shard", "Store", "read", "write"]
+__all__ = [
+    "Content",
+    "Group",
+    "Key",
+    "Published",
+    "SavedPhase",
+    "Shard",
+    "Store",
+    "read",
+    "saved_phase",
+    "write",
+]

@@ -1,6 +1,6 @@
 """Verify a checkpoint and its shards with h5py alone: python verify_checkpoint.py FILE.
 
-Exit status 0 where it is good, 1 where it is damaged. The format is in checkpoint-format.md.
+Exit status: 0 good, 1 damaged. The format is in checkpoint-format.md.
 """
 
 import hashlib
@@ -16,9 +16,9 @@ KINDS = (("bool", np.bool_, "<?"), ("int", np.integer, "<q"), ("float", np.float
 
 
 def block(raw):
-    """The first block that belongs to a file's bytes."""
-    words = raw[:60].split() + [b"0"] * 4
-    size, chunk = int(words[3]) if words[3].isdigit() else 0, 1 << 22
+    """The first block that a file with these bytes must have."""
+    fields = raw[:60].split() + [b"0"] * 4
+    size, chunk = int(fields[3]) if fields[3].isdigit() else 0, 1 << 22
     sums = " ".join(f"{zlib.crc32(raw[i : i + chunk]):08x}" for i in range(size, len(raw), chunk))
     text = f"hpc-absa checkpoint\nblock {size}\nbytes {len(raw)}\ncrc32 of each {chunk}\n{sums}\n"
     return text.encode().ljust(size, b"\0")
@@ -35,7 +35,7 @@ def scalars(path, attributes, leave_out=()):
 
 
 def arrays(group, prefix=""):
-    """Names and arrays of a group; links lead into the shards."""
+    """Names and arrays of a group; h5py follows the links into the shards."""
     for name, item in group.items():
         inside = isinstance(item, h5py.Group)
         yield from arrays(item, f"{prefix}{name}/") if inside else [(prefix + name, item[()])]
@@ -54,13 +54,16 @@ def records(file):
 
 
 def damage(path, digest=None):
-    """What is wrong with a file, which is to have this digest; None where nothing is."""
+    """What is wrong with a file, and with its shards; None if nothing is.
+
+    `digest` is the one that a checkpoint records for its shard.
+    """
     raw = path.read_bytes() if path.is_file() else b""
     if not raw or not raw.startswith(block(raw)):
         return f"{path.name}: its bytes do not match their checksums"
     with h5py.File(path, "r") as file:
-        for name, wanted in file["shards"].attrs.items() if "shards" in file else ():
-            if wrong := damage(path.with_name(name), wanted):
+        for name, expected in file["shards"].attrs.items() if "shards" in file else ():
+            if wrong := damage(path.with_name(name), expected):
                 return wrong
         if "shard" in file.attrs and not digest:
             return f"{path.name}: it is a shard, no whole checkpoint"
@@ -68,8 +71,8 @@ def damage(path, digest=None):
         for part in (part for record in records(file) for part in record):
             data = part.encode() if isinstance(part, str) else part
             hasher.update(struct.pack("<Q", len(data)) + data)
-        found = f"sha256:{hasher.hexdigest()}"
-        good = found == file.attrs["digest"] and found == (digest or found)
+        computed = f"sha256:{hasher.hexdigest()}"
+        good = computed == file.attrs["digest"] and computed == (digest or computed)
     return None if good else f"{path.name}: its content does not match its digest"
 
 

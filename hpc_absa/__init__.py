@@ -1,3 +1,3 @@
-"""Horovod/MPI training that starts small and grows where the loss surface has become flatter."""
+"""Horovod/MPI training whose batch and ranks grow as the loss surface becomes flatter."""
 
 __version__ = "0.1.0"

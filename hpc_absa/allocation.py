@@ -1,4 +1,4 @@
-"""What a batch scheduler gave the job that we are in, read from its environment.
+"""The resources of the current batch job, read from the variables of its scheduler.
 
 | scheduler | job | hosts | slots of each host |
 | --- | --- | --- | --- |
@@ -7,8 +7,8 @@
 | LSF | `LSB_JOBID` | `LSB_DJOB_HOSTFILE`: a file with a line a slot | lines of a host |
 | LSF without that file | `LSB_JOBID` | `LSB_MCPU_HOSTS`: `a 4 b 2` | the number after a host |
 
-A slot is a place for one rank. Of all variables of schedulers, these are the ones that sizes come
-from; `supervisor/link.py` reads `SLURM_NTASKS` and `SLURM_RESTART_COUNT` besides, of its own jobs.
+A slot holds one rank. In the jobs that we submit, `supervisor/link.py` also reads `SLURM_NTASKS`,
+`SLURM_JOB_NUM_NODES` and `SLURM_RESTART_COUNT`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ WORLD_SIZE_VARIABLES = (
     "MV2_COMM_WORLD_SIZE",  # MVAPICH
     "HOROVOD_SIZE",  # horovodrun --gloo
 )
-"""Set by a launcher in every rank it starts; with none of them set a process is alone."""
+"""Set by launchers in every rank they start; a process without any of them is a single rank."""
 
 Hosts = list[tuple[str, int]]
 """Names with their slots, in the order in which more ranks take more hosts."""
@@ -45,33 +45,32 @@ class Allocation:
 
     @property
     def slots(self) -> int:
-        """Places for ranks, all hosts together."""
+        """Of all hosts together."""
         return sum(slots for _, slots in self.hosts)
 
     def __str__(self) -> str:
-        """For people."""
         return f"{self.scheduler} job {self.job_id}: {self.slots} slots on {len(self.hosts)} hosts"
 
 
-def present(environment: Mapping[str, str] | None = None) -> Allocation | None:
-    """The allocation that `environment` (by default this process's) tells of, None without one.
+def detect(environment: Mapping[str, str] | None = None) -> Allocation | None:
+    """The allocation described by `environment` (by default this process's), None without one.
 
     Raises:
-        UsageError: a variable is there, but not what its scheduler would have put there.
+        UsageError: a variable has a value that its scheduler would not set.
     """
-    told = os.environ if environment is None else environment
+    variables = os.environ if environment is None else environment
     for scheduler, job, read in (
         ("Slurm", "SLURM_JOB_ID", _slurm),
         ("PBS", "PBS_JOBID", _pbs),
         ("LSF", "LSB_JOBID", _lsf),
     ):
-        if job in told and (hosts := read(told)):
-            return Allocation(scheduler, told[job], tuple(hosts))
+        if job in variables and (hosts := read(variables)):
+            return Allocation(scheduler, variables[job], tuple(hosts))
     return None
 
 
 def counted(names: Iterable[str]) -> Hosts:
-    """Hosts with as many slots as their names are there, in order of first appearance."""
+    """Hosts with a slot for each appearance of their name, in order of first appearance."""
     return list(Counter(name for name in names if name).items())
 
 
@@ -89,10 +88,10 @@ def read_lines(path: str, variable: str) -> list[str]:
     return [line for line in lines if line]
 
 
-def _slurm(told: Mapping[str, str]) -> Hosts:
-    if not (names := list(expand(told.get("SLURM_JOB_NODELIST", "")))):
+def _slurm(variables: Mapping[str, str]) -> Hosts:
+    if not (names := list(expand(variables.get("SLURM_JOB_NODELIST", "")))):
         return []
-    per_node = told.get("SLURM_TASKS_PER_NODE", f"1(x{len(names)})")
+    per_node = variables.get("SLURM_TASKS_PER_NODE", f"1(x{len(names)})")
     slots: list[int] = []
     for word in per_node.split(","):
         match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", word)
@@ -101,39 +100,35 @@ def _slurm(told: Mapping[str, str]) -> Hosts:
         slots += [int(match[1])] * int(match[2] or 1)
     if len(slots) != len(names):
         raise UsageError(
-            f"SLURM_TASKS_PER_NODE = {per_node!r} is of {len(slots)} nodes, "
-            f"SLURM_JOB_NODELIST of {len(names)}; is this shell still inside its allocation?"
+            f"SLURM_TASKS_PER_NODE = {per_node!r} is for {len(slots)} nodes, SLURM_JOB_NODELIST "
+            f"for {len(names)}; log out of the allocation and start it again"
         )
     return list(zip(names, slots, strict=True))
 
 
-def _pbs(told: Mapping[str, str]) -> Hosts:
-    path = told.get("PBS_NODEFILE")
+def _pbs(variables: Mapping[str, str]) -> Hosts:
+    path = variables.get("PBS_NODEFILE")
     return counted(read_lines(path, "PBS_NODEFILE")) if path else []
 
 
-def _lsf(told: Mapping[str, str]) -> Hosts:
-    if path := told.get("LSB_DJOB_HOSTFILE"):
+def _lsf(variables: Mapping[str, str]) -> Hosts:
+    if path := variables.get("LSB_DJOB_HOSTFILE"):
         return counted(read_lines(path, "LSB_DJOB_HOSTFILE"))
-    words = told.get("LSB_MCPU_HOSTS", "").split()
+    words = variables.get("LSB_MCPU_HOSTS", "").split()
     if len(words) % 2 or not all(word.isdecimal() for word in words[1::2]):
         raise UsageError(f"LSB_MCPU_HOSTS = {' '.join(words)!r}: expected a list like a 4 b 2")
     return [(name, int(slots)) for name, slots in zip(words[::2], words[1::2], strict=True)]
 
 
 def expand(nodelist: str) -> Iterator[str]:
-    """The nodes of Slurm's short form: `r[1-2]n[01-03],login` is seven nodes."""
+    """The nodes of a Slurm node list: `r[1-2]n[01-03],login` is seven nodes."""
     for word in re.findall(r"(?:[^,\[\]]|\[[^\]]*\])+", nodelist):
-        yield from _expand(word)
-
-
-def _expand(word: str) -> Iterator[str]:
-    match = re.match(r"([^\[]*)\[([^\]]*)\](.*)", word)
-    if not match:
-        yield word
-        return
-    for part in match[2].split(","):
-        first, _, last = part.partition("-")
-        for number in range(int(first), int(last or first) + 1):
-            for rest in _expand(match[3]):
-                yield f"{match[1]}{number:0{len(first)}d}{rest}"
+        match = re.match(r"([^\[]*)\[([^\]]*)\](.*)", word)
+        if not match:
+            yield word
+            continue
+        for part in match[2].split(","):
+            first, _, last = part.partition("-")
+            for number in range(int(first), int(last or first) + 1):
+                for rest in list(expand(match[3])) or [""]:
+                    yield f"{match[1]}{number:0{len(first)}d}{rest}"

@@ -1,9 +1,9 @@
-"""The one place that imports Horovod and mpi4py; a serial communicator is a first-class one.
+"""The one place that imports Horovod and mpi4py; the serial communicator is a real one.
 
-Gradients travel through Horovod, which overlaps them with the backward pass.
-Everything that must be complete before the next line of code (Hessian-vector products, decisions,
-states) travels through MPI itself, on a duplicate of the communicator Horovod was initialised with,
-or through Horovod where it runs without MPI (`horovodrun --gloo`).
+Gradients go through Horovod, which overlaps them with the backward pass. Everything that must be
+complete before the next line of code (Hessian-vector products, decisions, states) goes through MPI
+itself, on a duplicate of the communicator that Horovod was initialized with, or through Horovod
+where it runs without MPI (`horovodrun --gloo`).
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ from hpc_absa.errors import CollectiveError, ExitStatus, HpcAbsaError, UsageErro
 T = TypeVar("T")
 
 SETTINGS = {
-    # Messages of chance content would be summed in chance order: see `training.reduction`.
+    # Tensor fusion would add up messages in an order that timing decides: `training.reduction`.
     "HOROVOD_FUSION_THRESHOLD": "0",
-    # Horovod's thread asks the other ranks for news a thousand times a second, and Open MPI waits
-    # for each answer at full speed: unless it yields it takes a third of a core from the training.
+    # Horovod's thread polls the other ranks a thousand times a second, and Open MPI waits for each
+    # answer in a busy loop: without yielding it takes a third of a core from training.
     "OMPI_MCA_mpi_yield_when_idle": "1",
 }
-"""Environment of a rank, unless the user has set it otherwise. Two ranks of one core each, ResNet-8
-on CIFAR-10, global batch 256: 496 samples/s without yielding, 810 with it (two cores of an AMD
-EPYC, nothing else running)."""
+"""Environment of a rank, unless the user has set it. With two ranks of one core each, ResNet-8 on
+CIFAR-10, global batch 256: 496 samples/s without yielding, 810 with it (AMD EPYC, two cores)."""
 
-POLL = 5e-5
-"""Seconds between looks at a sum that is under way: some 1 % of a small model's step."""
+POLL_SECONDS = 5e-5
+"""Between checks of an allreduce in progress: about 1 % of a small model's step."""
 
 
 class Communicator(Protocol):
-    """What training, curvature and checkpoints need from a world of ranks.
+    """What training, curvature and checkpoints need from a group of ranks.
 
-    Every method but `abort` is a collective: all ranks call it, in the same order.
+    All methods but `exchange_heartbeats` and `abort` are collectives: all ranks call them, in the
+    same order.
     """
 
     rank: int
@@ -48,22 +48,22 @@ class Communicator(Protocol):
     """Rank among those on the same host."""
     local_size: int
     backend: str
-    """For people: `serial`, `Horovod over MPI`, `Horovod over Gloo`."""
+    """`serial`, `Horovod over MPI` or `Horovod over Gloo`."""
 
     def allreduce_(self, tensor: torch.Tensor) -> torch.Tensor:
         """Replace `tensor` (contiguous, any device) by its sum over ranks; returns it."""
         ...
 
     def allreduce_recursive_doubling_(self, tensor: torch.Tensor) -> torch.Tensor:
-        """As `allreduce_`, along a fixed binary tree over ranks; needs 2^n ranks."""
+        """As `allreduce_`, in a fixed order of summation; needs a power of two of ranks."""
         ...
 
     def allreduce_async_(self, tensor: torch.Tensor, name: str) -> Any:
-        """Start `allreduce_` in the background; `name` pairs up the ranks' calls, in any order."""
+        """Start `allreduce_` in the background; calls with equal `name` belong together."""
         ...
 
     def wait(self, handle: Any) -> None:
-        """Return once the sum behind `handle` has arrived in its tensor."""
+        """Return once the allreduce behind `handle` is complete."""
         ...
 
     def broadcast_(self, tensor: torch.Tensor, root: int = 0) -> torch.Tensor:
@@ -86,57 +86,50 @@ class Communicator(Protocol):
         ...
 
     def abort(self, status: int) -> None:
-        """End the whole world now, from one rank, with this exit status."""
+        """End all ranks now, from one of them, with this exit status."""
         ...
 
     def close(self) -> None:
-        """Leave the world in order."""
+        """Shut down in order."""
         ...
 
 
 class SerialCommunicator:
-    """A world of one: nothing to exchange."""
+    """One rank."""
 
     rank = local_rank = 0
     size = local_size = 1
     backend = "serial"
 
     def allreduce_(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The sum over one rank is the tensor itself."""
         return tensor
 
     def allreduce_recursive_doubling_(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The sum over one rank is the tensor itself."""
         return tensor
 
     def allreduce_async_(self, tensor: torch.Tensor, name: str) -> None:
-        """Nothing to start."""
+        pass
 
     def wait(self, handle: Any) -> None:
-        """Nothing to wait for."""
+        pass
 
     def broadcast_(self, tensor: torch.Tensor, root: int = 0) -> torch.Tensor:
-        """The root's tensor is this one."""
         return tensor
 
     def broadcast_object(self, value: Any, root: int = 0) -> Any:
-        """The root's object is this one."""
         return value
 
     def allgather_object(self, value: Any) -> list[Any]:
-        """One rank, one object."""
         return [value]
 
     def exchange_heartbeats(self) -> bool:
-        """No other rank."""
         return True
 
     def abort(self, status: int) -> None:
-        """End this process without clean-up, as a world's abort does."""
         os._exit(status)
 
     def close(self) -> None:
-        """Nothing to leave."""
+        pass
 
 
 class HorovodCommunicator:
@@ -147,25 +140,25 @@ class HorovodCommunicator:
             import horovod.torch as hvd
         except ImportError as error:
             raise UsageError(
-                f"Horovod does not import in {sys.executable} ({error}); launch/bootstrap.sh "
-                "builds an environment that has it"
+                f"Horovod cannot be imported in {sys.executable} ({error}); launch/bootstrap.sh "
+                "builds an environment with it"
             ) from None
         for name, value in SETTINGS.items():
             os.environ.setdefault(name, value)
         self._hvd = hvd
-        self._mpi = self._mpi_world()
-        self._beats = self._mpi.Dup() if self._mpi else None
-        self._beat_sent: Any = None
+        self._mpi = self._duplicate_world()
+        self._heartbeats = self._mpi.Dup() if self._mpi else None
+        self._heartbeat_request: Any = None
         hvd.init()
         self.rank, self.size = hvd.rank(), hvd.size()
         self.local_rank, self.local_size = hvd.local_rank(), hvd.local_size()
         self.backend = "Horovod over MPI" if self._mpi else "Horovod over Gloo"
 
-    def _mpi_world(self) -> Any:
-        """A communicator of our own, None where Horovod does not run over MPI.
+    def _duplicate_world(self) -> Any:
+        """A duplicate of MPI_COMM_WORLD; None where Horovod does not run over MPI.
 
-        MPI is initialised here, with `MPI_THREAD_MULTIPLE`, because Horovod's background thread and
-        our calls use it at the same time; Horovod finds it initialised and joins in.
+        MPI is initialized here, with `MPI_THREAD_MULTIPLE`, because Horovod's background thread and
+        our calls use it at the same time; Horovod uses an MPI that is initialized already.
         """
         hvd = self._hvd
         if not hvd.mpi_built() or os.environ.get("HOROVOD_CONTROLLER", "mpi").lower() == "gloo":
@@ -177,7 +170,6 @@ class HorovodCommunicator:
         return MPI.COMM_WORLD.Dup()
 
     def allreduce_(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Blocking sum, through MPI for tensors in host memory."""
         if self._mpi and tensor.device.type == "cpu":
             from mpi4py import MPI
 
@@ -186,10 +178,10 @@ class HorovodCommunicator:
         return self._hvd.allreduce_(tensor, op=self._hvd.Sum, name=f"sum.{tuple(tensor.shape)}")
 
     def allreduce_recursive_doubling_(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Exchange with the partner at distance 1, 2, 4, ...: addition of two numbers commutes."""
-        assert self.size & (self.size - 1) == 0, "the tree wants a power of two"
+        """Exchange with the partner at distance 1, 2, 4, ...: a sum of two numbers commutes."""
+        assert self.size & (self.size - 1) == 0, "recursive doubling needs a power of two of ranks"
         if not (self._mpi and tensor.device.type == "cpu"):
-            rows = self._hvd.allgather(tensor[None], name=f"pairs.{tuple(tensor.shape)}")
+            rows = self._hvd.allgather(tensor[None], name=f"doubling.{tuple(tensor.shape)}")
             while len(rows) > 1:
                 rows = rows[0::2] + rows[1::2]
             return tensor.copy_(rows[0])
@@ -202,60 +194,55 @@ class HorovodCommunicator:
         return tensor
 
     def allreduce_async_(self, tensor: torch.Tensor, name: str) -> Any:
-        """Horovod's fused ring-allreduce, in the background."""
         return self._hvd.allreduce_async_(tensor, op=self._hvd.Sum, name=name)
 
     def wait(self, handle: Any) -> None:
-        """Block until the tensor behind `handle` holds the sum.
+        """Poll: Horovod's own wait is a busy loop that holds the interpreter's lock.
 
-        Horovod's own wait spins on the interpreter's lock, which starves signal handlers, the other
-        threads, and ranks that share the core; looking every `POLL` seconds does not.
+        That would block signal handlers, the other threads, and ranks on the same core.
         """
         while not self._hvd.poll(handle):
-            time.sleep(POLL)
+            time.sleep(POLL_SECONDS)
         self._hvd.synchronize(handle)
 
     def broadcast_(self, tensor: torch.Tensor, root: int = 0) -> torch.Tensor:
-        """Blocking broadcast, through MPI for tensors in host memory."""
         if self._mpi and tensor.device.type == "cpu":
             self._mpi.Bcast(tensor.detach().numpy(), root=root)
             return tensor
         return self._hvd.broadcast_(tensor, root_rank=root, name=f"broadcast.{tuple(tensor.shape)}")
 
     def broadcast_object(self, value: Any, root: int = 0) -> Any:
-        """Small objects only: they are serialised."""
         if self._mpi:
             return self._mpi.bcast(value, root=root)
         return self._hvd.broadcast_object(value, root_rank=root)
 
     def allgather_object(self, value: Any) -> list[Any]:
-        """Small objects only: they are serialised."""
         if self._mpi:
             return list(self._mpi.allgather(value))
         return list(self._hvd.allgather_object(value))
 
     def exchange_heartbeats(self) -> bool:
         """An empty message around the ring of ranks."""
-        if self._beats is None or self.size == 1:
+        if self._heartbeats is None or self.size == 1:
             return True
         from mpi4py import MPI
 
-        if self._beat_sent is None or self._beat_sent.Test():
-            self._beat_sent = self._beats.Isend([None, 0, MPI.BYTE], (self.rank + 1) % self.size)
-        heard, before = False, (self.rank - 1) % self.size
-        while self._beats.Iprobe(before):
-            self._beats.Recv([None, 0, MPI.BYTE], before)
-            heard = True
-        return heard
+        if self._heartbeat_request is None or self._heartbeat_request.Test():
+            following = (self.rank + 1) % self.size
+            self._heartbeat_request = self._heartbeats.Isend([None, 0, MPI.BYTE], following)
+        arrived, previous = False, (self.rank - 1) % self.size
+        while self._heartbeats.Iprobe(previous):
+            self._heartbeats.Recv([None, 0, MPI.BYTE], previous)
+            arrived = True
+        return arrived
 
     def abort(self, status: int) -> None:
-        """MPI ends every rank; without MPI, horovodrun ends the others when this process dies."""
+        """MPI ends every rank; without MPI, horovodrun ends the others when this process exits."""
         if self._mpi:
             self._mpi.Abort(status)
         os._exit(status)
 
     def close(self) -> None:
-        """Shut Horovod and MPI down."""
         self._hvd.shutdown()
         if self._mpi:
             from mpi4py import MPI
@@ -264,7 +251,7 @@ class HorovodCommunicator:
 
 
 def connect() -> Communicator:
-    """The world this process was started in: Horovod's under a launcher, else a serial one."""
+    """The communicator of this process: Horovod's if a launcher started it, else a serial one."""
     if any(variable in os.environ for variable in WORLD_SIZE_VARIABLES):
         return HorovodCommunicator()
     if "SLURM_STEP_ID" in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:

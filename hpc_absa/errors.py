@@ -1,4 +1,4 @@
-"""What can go wrong for a user, and the exit status each of it has (see the README's table)."""
+"""Errors that are shown without a traceback, and the exit status of each (see README)."""
 
 from enum import IntEnum
 
@@ -10,11 +10,11 @@ class ExitStatus(IntEnum):
     FAILED = 1
     USAGE = 2
     STOPPED = 75
-    """Stopped on request, everything saved: the same command goes on from there (EX_TEMPFAIL)."""
+    """Stopped on request with everything saved; the same command continues (EX_TEMPFAIL)."""
 
 
 class HpcAbsaError(Exception):
-    """An error that a user can mend: its message is one line, shown without a traceback."""
+    """An error that a user can fix: its message is one line, shown without a traceback."""
 
     status = ExitStatus.FAILED
 
@@ -34,11 +34,11 @@ class RunDirError(HpcAbsaError):
 
 
 class RunLockedError(HpcAbsaError):
-    """Another supervisor or world already works on this run directory."""
+    """Another supervisor or training process uses this run directory."""
 
 
 class CollectiveError(HpcAbsaError):
-    """A user's error that all ranks have raised together, so that each may exit by itself."""
+    """A user's error that all ranks raise together, so that each can exit by itself."""
 
     def __init__(self, message: str, status: ExitStatus) -> None:
         """`message` is one line and `status` the exit status that all ranks end with."""

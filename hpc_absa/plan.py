@@ -1,4 +1,4 @@
-"""The phases a schedule goes through, found without training by the loop's own semantics."""
+"""The phases of a job without training, by the same state machine as the trainer's."""
 
 from __future__ import annotations
 
@@ -6,21 +6,12 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from hpc_absa.config import Job
+from hpc_absa.data.registry import known_size
 from hpc_absa.errors import UsageError
-from hpc_absa.progress import Boundary, Course, Position
+from hpc_absa.progress import Position, Progress, SampleStream, Step, decide
 from hpc_absa.records import Eigenvalue, GradientSquares, Observation, ScheduleState
 from hpc_absa.schedules import Rule, build
 from hpc_absa.worldsize import ranks_for
-
-KNOWN_SIZES = {
-    "digits": 1437,
-    "cifar10": 50_000,
-    "cifar100": 50_000,
-    "svhn": 73_257,
-    "tinyimagenet": 100_000,
-    "imagenet": 1_281_167,
-}
-"""Training samples of the built-in data sets, so that a plan needs no data at hand."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +37,7 @@ class PlannedPhase:
 
 @dataclass(frozen=True)
 class Plan:
-    """One course through a job."""
+    """One possible sequence of phases."""
 
     steps: int
     """SGD iterations in total."""
@@ -58,22 +49,21 @@ class Plan:
 
 
 def training_samples(job: Job) -> int:
-    """Training samples of the job's data set, where they are known without its files.
+    """Training samples of the job's data set, if they are known without its files.
 
     Raises:
-        UsageError: the data set is the user's own.
+        UsageError: they are not.
     """
-    try:
-        return KNOWN_SIZES[job.data.name]
-    except KeyError:
+    if (size := known_size(job.data.name)) is None:
         raise UsageError(
             f"data.name = {job.data.name!r}: its size is not known here; give --samples N"
-        ) from None
+        )
+    return size
 
 
-def course_of(job: Job, samples: int) -> Course:
+def stream_of(job: Job, samples: int) -> SampleStream:
     """The stream of microbatches that `job` makes of `samples` training samples."""
-    return Course(
+    return SampleStream(
         samples,
         job.train.microbatch,
         job.train.epochs,
@@ -83,29 +73,34 @@ def course_of(job: Job, samples: int) -> Course:
 
 
 def plan(job: Job, samples: int, limit: int) -> dict[str, Plan]:
-    """The job's course under `course`, or its `earliest` and `latest` where measurements decide.
+    """The plan of a job as `plan`, or as `earliest` and `latest` where measurements decide.
 
-    `earliest` grows at every decision that can, `latest` only when patience runs out. `limit` is
-    the largest number of ranks.
+    `earliest` grows at every decision that can, `latest` only when patience runs out.
+
+    Args:
+        job: the job.
+        samples: training samples.
+        limit: the largest number of ranks.
 
     Raises:
-        UsageError: a rule of the user's own that cannot be loaded or fails.
+        UsageError: a user-defined schedule cannot be loaded, or fails.
     """
     rule = build(job)
     earliest, measured = _walk(job, rule, samples, limit, growing=True)
     if not measured:
-        return {"course": earliest}
+        return {"plan": earliest}
     return {"earliest": earliest, "latest": _walk(job, rule, samples, limit, growing=False)[0]}
 
 
 def timed(planned: Plan, microbatch: int, rate: float, ranks_per_node: int) -> Plan:
-    """`planned` with the time that its steps take to compute; nothing else is in it.
+    """`planned` with the time that its steps take to compute, and nothing else.
 
     Args:
-        planned: A course.
-        microbatch: Samples b of one.
-        rate: Samples a second of one rank (`samples_per_second` of a run's events, on one rank).
-        ranks_per_node: How many share a node.
+        planned: a plan.
+        microbatch: samples b of one microbatch.
+        rate: samples per second of one rank (`samples_per_second` in the events of a run on one
+            rank).
+        ranks_per_node: ranks that share a node.
     """
     phases = []
     for phase in planned.phases:
@@ -116,72 +111,78 @@ def timed(planned: Plan, microbatch: int, rate: float, ranks_per_node: int) -> P
     return replace(planned, phases=tuple(phases))
 
 
-def _measured(rule: Rule, state: ScheduleState, growing: bool) -> tuple[ScheduleState, Observation]:
-    """The state and the observation in which a decision meets what makes it grow, or what cannot.
+def _walk(job: Job, rule: Rule, samples: int, limit: int, *, growing: bool) -> tuple[Plan, bool]:
+    """Follow the run from its first to its last step; also whether a decision needs a measurement.
 
-    An eigenvalue at the rule's own threshold, or as high as the reference; a gradient that is all
-    noise, or none.
+    Args:
+        job: the job.
+        rule: its schedule.
+        samples: training samples.
+        limit: largest number of ranks.
+        growing: whether measurements make the batch grow whenever they can.
+    """
+    stream = stream_of(job, samples)
+    progress = Progress(Position(), rule.initial())
+    phases: list[PlannedPhase] = []
+    begin = progress.position
+    measured = False
+
+    def end_phase() -> None:
+        nonlocal begin
+        position, state = progress.position, progress.schedule
+        if position.step > begin.step:
+            microbatches = position.microbatch - begin.microbatch
+            if stream.drop_last:
+                epochs = microbatches / stream.microbatches_per_epoch
+            else:
+                epochs = microbatches * stream.microbatch / samples
+            # The number of ranks never falls.
+            before = phases[-1].ranks if phases else 1
+            ranks = max(before, ranks_for(job, state.global_batch, limit))
+            steps = position.step - begin.step
+            phases.append(
+                PlannedPhase(round(epochs, 4), steps, state.global_batch, ranks, state.lr)
+            )
+        begin = position
+
+    while (item := progress.next(stream)) is not None:
+        if isinstance(item, Step):
+            # Steps up to the next boundary do not differ: take them together.
+            ahead = stream.boundary(progress.position.boundary).microbatch - item.start
+            progress = progress.after_step(item, max(1, ahead // len(item.microbatches)))
+            continue
+        observation = Observation(item.epoch, item.decision_point)
+        if item.decision_point:
+            state = progress.schedule
+            measured |= rule.wants_eigenvalue(state) or rule.wants_gradients(state)
+            state, eigenvalue = _measure(rule, state, growing)
+            progress = replace(progress, schedule=state)
+            observation = replace(observation, eigenvalue=eigenvalue)
+        decision = decide(rule, progress.schedule, item, observation)
+        if decision.action == "finish":
+            break
+        if step := progress.cut_step(item, decision):
+            progress = progress.after_step(step)
+        before, after = progress.schedule, decision.state
+        if (before.global_batch, before.lr) != (after.global_batch, after.lr):
+            end_phase()
+        progress = progress.after_boundary(decision)
+    end_phase()
+    return Plan(progress.position.step, tuple(phases)), measured
+
+
+def _measure(
+    rule: Rule, state: ScheduleState, growing: bool
+) -> tuple[ScheduleState, Eigenvalue | None]:
+    """A measurement that makes the next decision grow the batch, or one that cannot.
+
+    That is an eigenvalue at the schedule's threshold or equal to the reference, and a gradient
+    that is all noise or has none.
     """
     if rule.wants_gradients(state):
         squares = GradientSquares(2, 1.0, 0.5 + 1e-12) if growing else GradientSquares(2, 1.0, 1.0)
         state = rule.learn(state, squares)
     if not rule.wants_eigenvalue(state):
-        return state, Observation(0.0, True)
-    value = rule.threshold(state) if growing else None
-    value = value or state.reference or 1.0
-    return state, Observation(0.0, True, Eigenvalue(value, 0.0, 0, 0, 0.0, converged=True))
-
-
-def _walk(job: Job, rule: Rule, samples: int, limit: int, *, growing: bool) -> tuple[Plan, bool]:
-    """Follow the course; also whether anything was measured on the way."""
-    measured = False
-    course = course_of(job, samples)
-    position, state = Position(), rule.initial()
-    b = job.train.microbatch
-    phases: list[PlannedPhase] = []
-    begun = Position()
-
-    def close(state: ScheduleState) -> None:
-        nonlocal begun
-        if position.step > begun.step:
-            length = (position.microbatch - begun.microbatch) * b
-            if job.train.drop_last:
-                epochs = length / (course.microbatches_per_epoch * b)
-            else:
-                epochs = length / samples
-            # A run never gives ranks back.
-            before = phases[-1].ranks if phases else 1
-            ranks = max(before, ranks_for(job, state.global_batch, limit))
-            steps = position.step - begun.step
-            phases.append(
-                PlannedPhase(round(epochs, 4), steps, state.global_batch, ranks, state.lr)
-            )
-        begun = position
-
-    while (move := course.next(position, state.global_batch // b)) is not None:
-        if not isinstance(move, Boundary):
-            # Steps up to the next boundary differ in nothing, so they are taken at once.
-            ahead = course.boundaries[position.boundary].microbatch - position.microbatch
-            count = max(1, ahead // (move.stop - move.start))
-            position = replace(
-                position,
-                microbatch=position.microbatch + count * (move.stop - move.start),
-                step=position.step + count,
-            )
-            continue
-        seen = Observation(move.epoch, False)
-        if move.decision_point:
-            measured |= rule.wants_eigenvalue(state) or rule.wants_gradients(state)
-            state, met = _measured(rule, state, growing)
-            seen = replace(met, epoch=move.epoch)
-        decision = rule.decide(state, seen)
-        position = replace(position, boundary=position.boundary + 1)
-        if position.boundary == len(course.boundaries):
-            break  # the run is over: nothing is decided any more
-        if decision.action == "grow" and position.microbatch < move.microbatch:
-            position = replace(position, microbatch=move.microbatch, step=position.step + 1)
-        if (decision.state.global_batch, decision.state.lr) != (state.global_batch, state.lr):
-            close(state)
-        state = decision.state
-    close(state)
-    return Plan(position.step, tuple(phases)), measured
+        return state, None
+    value = (rule.threshold(state) if growing else None) or state.reference or 1.0
+    return state, Eigenvalue(value, 0.0, 0, 0, 0.0, converged=True)

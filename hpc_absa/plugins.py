@@ -1,4 +1,4 @@
-"""The user's own code by name: `"package.module:function"` for data, models, losses, schedules."""
+"""User-defined code by name: `"package.module:function"` for data, models, losses, schedules."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from hpc_absa.errors import UsageError
 
 
 def is_reference(name: str) -> bool:
-    """Whether `name` names a user's own code rather than something built in."""
+    """Whether `name` refers to user-defined code rather than something built in."""
     return ":" in name
 
 
 def resolve(reference: str, key: str) -> Callable[..., Any]:
-    """The function or class that `"package.module:name"` names.
+    """The function or class that `"package.module:name"` refers to.
 
-    Modules are looked for where Python looks, and last in the folder the command was started in.
+    Modules are searched on Python's path, and last in the current folder.
 
     Args:
         reference: `"package.module:name"`; `name` may have dots.
         key: Of the job file, for error messages: `"model.name"`.
 
     Raises:
-        UsageError: No such module, an error while it is imported, no such name in it, or one that
-            cannot be called.
+        UsageError: No such module, an error during its import, no such name in it, or an object
+            that cannot be called.
     """
     module_name, _, attribute = reference.partition(":")
     if not all(part.isidentifier() for part in [*module_name.split("."), *attribute.split(".")]):
@@ -56,37 +56,38 @@ def call(
     offered: Mapping[str, Any],
     title: str = "",
 ) -> Any:
-    """Call `function` with all of `arguments`, and with those of `offered` that it has a use for.
+    """Call `function` with all of `arguments`, and with those of `offered` that it takes.
 
     Args:
-        function: What `resolve` returned, or one of our own.
+        function: What `resolve` returned, or a built-in one.
         key: For error messages: `"model"`.
         arguments: From the job file; each must be a parameter of `function`.
-        offered: What we know ourselves; given where the signature takes it and the job is silent.
-        title: What the function is called in messages; its own name where empty.
+        offered: Passed where the signature takes them and `arguments` does not have them.
+        title: The function's name in messages; `__name__` where empty.
 
     Raises:
         UsageError: An argument that the function does not take (the message lists those it does),
-            or one that it needs and does not get.
+            or a missing one.
     """
-    parameters = _parameters(function)
-    if parameters is None:  # some functions written in C do not tell
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):  # some functions written in C have no signature
         return function(**arguments)
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     named = {
-        name: parameter
-        for name, parameter in parameters.items()
-        if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+        name: p
+        for name, p in parameters.items()
+        if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
     }
     title = title or getattr(function, "__name__", repr(function))
     for name in arguments:
         if name not in named and not takes_any:
-            valid = [each for each in named if each not in offered]
+            valid = named.keys() - offered.keys()
             raise UsageError(f"{key}.{name}: {title} has no such argument; {valid_ones(valid)}")
     given = {name: value for name, value in offered.items() if name in named or takes_any}
     given.update(arguments)
-    for name, parameter in named.items():
-        if name not in given and parameter.default is parameter.empty:
+    for name, p in named.items():
+        if name not in given and p.default is p.empty:
             raise UsageError(f"{key}.{name}: {title} needs this argument, and it is not given")
     return function(**given)
 
@@ -98,14 +99,14 @@ def valid_ones(names: Iterable[str]) -> str:
 
 
 def suggestion(name: str, known: Iterable[str], count: int = 3) -> str:
-    """The end of a message about an unknown name: those like it, or a full stop."""
+    """The end of a message about an unknown name: similar ones, or a full stop."""
     close = difflib.get_close_matches(name, list(known), n=count, cutoff=0.5)
     return f"; did you mean {' or '.join(close)}?" if close else "."
 
 
 def _module(name: str, key: str) -> Any:
     folder = str(Path.cwd())
-    # A console script has its own folder on the path, and not the user's as `python -m` has.
+    # A console script does not have the current folder on its path, as `python -m` has.
     if folder not in sys.path and "" not in sys.path:
         sys.path.append(folder)
     try:
@@ -120,10 +121,3 @@ def _module(name: str, key: str) -> Any:
         raise UsageError(
             f'{key}: importing module "{name}" failed: {type(error).__name__}: {error}'
         ) from error
-
-
-def _parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter] | None:
-    try:
-        return inspect.signature(function).parameters
-    except (TypeError, ValueError):
-        return None

@@ -1,24 +1,28 @@
-"""Where steps, epochs and decision points fall in the stream of microbatches.
+"""Steps, epochs and decision points of a run: the state machine of trainer, planner and replay.
 
-The one semantics that the planner and the training loop share. All of it is integers; nothing here
-knows a clock, a rank or a tensor.
+The epochs of a run form one stream of microbatches of `b` samples. With `drop_last = false` no
+sample is left out and a microbatch may contain samples of two epochs; with `true` an epoch is its
+`N // b` whole microbatches. A step takes the next `M = B // b` microbatches of the stream.
 
-The epochs of a run form one stream of microbatches of `b` samples. With `drop_last = false`
-nothing is dropped and a microbatch may straddle an epoch's end; with `true` an epoch is its
-`N // b` whole microbatches. A step takes the next `M = B // b` microbatches of the stream wherever
-epochs end.
-A boundary that falls inside a step is met before that step begins: the weights are the same there.
-Where the boundary's decision changes `M`, the step is cut at the boundary (its shorter sum still
-divided by the full `M`, so that every sample weighs the same); otherwise it goes on over it.
-At the stream's end a step that cannot be filled is not taken: `floor(E·N / B)` steps, as in the
-tables of the ABSA talk.
+A boundary (the end of an epoch, a decision point) that falls inside a step is handled before that
+step begins, since the weights are the same there. If its decision changes `M`, the step is cut at
+the boundary; its sum is still divided by the full `M`, so that every sample has the same weight.
+Otherwise the step is taken as a whole. A step that would not be full at the end of the stream is
+not taken: there are `floor(E·N / B)` steps, as in the tables of the ABSA talk.
+
+Everything here is integers; nothing depends on time, ranks or tensors.
 """
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_left
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+
+from hpc_absa.records import Decision, Observation, ScheduleState
+from hpc_absa.schedules import Rule
 
 
 @dataclass(frozen=True)
@@ -33,14 +37,16 @@ class Segment:
 
 @dataclass(frozen=True)
 class Boundary:
-    """A place of the stream where something is looked at."""
+    """A place in the stream where the model is evaluated or a decision is made, or both."""
 
     microbatch: int
     """Microbatches of the stream before it."""
     epoch: float
-    """Epochs before it; whole at an epoch's end."""
+    """Epochs before it; an integer at the end of an epoch."""
     ends_epoch: bool
     decision_point: bool
+    last: bool = False
+    """Whether it is the end of the stream, where nothing is decided any more."""
 
 
 @dataclass(frozen=True)
@@ -50,22 +56,26 @@ class Step:
     start: int
     stop: int
 
+    @property
+    def microbatches(self) -> range:
+        return range(self.start, self.stop)
+
 
 @dataclass(frozen=True)
 class Position:
-    """How far a run has come; saved in every checkpoint."""
+    """How far a run has come."""
 
     microbatch: int = 0
-    """Microbatches that optimizer steps have consumed."""
+    """Microbatches used by optimizer steps."""
     step: int = 0
     """Optimizer steps taken."""
     boundary: int = 0
-    """Boundaries met."""
+    """Boundaries passed."""
 
 
 @dataclass(frozen=True)
-class Course:
-    """The stream of one run."""
+class SampleStream:
+    """The microbatches of all epochs of a run."""
 
     samples: int
     """Training samples N."""
@@ -85,31 +95,31 @@ class Course:
 
     @property
     def microbatches_per_epoch(self) -> int:
-        """Whole microbatches of one epoch (`drop_last`)."""
+        """Whole microbatches of one epoch, with `drop_last`."""
         return self.samples // self.microbatch
 
     @cached_property
-    def boundaries(self) -> tuple[Boundary, ...]:
-        """Epoch ends and decision points, in order; the last one is the end of the stream."""
-        ends = {(epoch * self.samples): (True, False) for epoch in range(1, self.epochs + 1)}
-        for visited in range(self.every, self.epochs * self.samples + 1, self.every):
-            ends[visited] = (visited in ends, True)
-        return tuple(
-            Boundary(self._at(visited), visited / self.samples, ends_epoch, decision_point)
-            for visited, (ends_epoch, decision_point) in sorted(ends.items())
+    def num_boundaries(self) -> int:
+        return self._boundaries_until(self.epochs * self.samples)
+
+    def boundary(self, index: int) -> Boundary:
+        """The boundary `index`, from 0, in the order of the stream."""
+        end = self.epochs * self.samples
+        visited = bisect_left(range(end + 1), index + 1, key=self._boundaries_until)
+        return Boundary(
+            self._microbatches_until(visited),
+            visited / self.samples,
+            ends_epoch=visited % self.samples == 0,
+            decision_point=visited % self.every == 0,
+            last=visited == end,
         )
 
-    def next(self, position: Position, microbatches_per_step: int) -> Boundary | Step | None:
-        """What comes at `position`: a boundary to look at, a step to take, or the end (None)."""
-        stop = position.microbatch + microbatches_per_step
-        if position.boundary < len(self.boundaries):
-            boundary = self.boundaries[position.boundary]
-            if boundary.microbatch < stop:
-                return boundary
-        return Step(position.microbatch, stop) if stop <= self.microbatches else None
-
     def segments(self, microbatch: int) -> tuple[Segment, ...]:
-        """The samples of one microbatch: one segment, or more where it straddles epoch ends."""
+        """The samples of one microbatch: more than one segment if an epoch ends in it.
+
+        Args:
+            microbatch: index in the stream, from 0.
+        """
         if self.drop_last:
             epoch, index = divmod(microbatch, self.microbatches_per_epoch)
             start = index * self.microbatch
@@ -123,10 +133,76 @@ class Course:
             yield Segment(epoch, first, first + count)
             start += count
 
-    def _at(self, visited: int) -> int:
-        """The first microbatch boundary at or after `visited` nominal samples."""
+    def _boundaries_until(self, visited: int) -> int:
+        """Boundaries after at most `visited` nominal samples: multiples of N and of `every`."""
+        both = math.lcm(self.samples, self.every)
+        return visited // self.samples + visited // self.every - visited // both
+
+    def _microbatches_until(self, visited: int) -> int:
+        """Microbatches that contain the first `visited` nominal samples."""
         if self.drop_last:
-            at = -(-visited * self.microbatches_per_epoch // self.samples)
+            count = -(-visited * self.microbatches_per_epoch // self.samples)
         else:
-            at = -(-visited // self.microbatch)
-        return min(at, self.microbatches)
+            count = -(-visited // self.microbatch)
+        return min(count, self.microbatches)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Everything that changes during a run and is not a tensor; saved in every checkpoint."""
+
+    position: Position
+    schedule: ScheduleState
+    phase: int = 1
+    """1-based; a new phase begins where the batch grows."""
+    epoch: int = 0
+    """Epochs finished and evaluated."""
+    epoch_loss: float = 0.0
+    """Sum of the training loss over the samples of the current epoch."""
+    epoch_samples: int = 0
+    """Samples behind `epoch_loss`."""
+    eigenvalue: float | None = None
+    """The last estimate."""
+    test_accuracy: float | None = None
+    """The last evaluation."""
+
+    def next(self, stream: SampleStream) -> Boundary | Step | None:
+        """What comes next: a boundary, a full step, or the end of the stream (None)."""
+        start = self.position.microbatch
+        stop = start + self.schedule.global_batch // stream.microbatch
+        if self.position.boundary < stream.num_boundaries:
+            boundary = stream.boundary(self.position.boundary)
+            if boundary.microbatch < stop:
+                return boundary
+        return Step(start, stop) if stop <= stream.microbatches else None
+
+    def after_step(self, step: Step, count: int = 1) -> Progress:
+        """After `step`, and `count` − 1 further steps of its size."""
+        position = replace(
+            self.position,
+            microbatch=step.start + count * (step.stop - step.start),
+            step=self.position.step + count,
+        )
+        return replace(self, position=position)
+
+    def cut_step(self, boundary: Boundary, decision: Decision) -> Step | None:
+        """The step up to `boundary`, if a growth there cuts the step that contains it."""
+        start = self.position.microbatch
+        if decision.action != "grow" or start >= boundary.microbatch:
+            return None
+        return Step(start, boundary.microbatch)
+
+    def after_boundary(self, decision: Decision) -> Progress:
+        """After the next boundary, with the state that its decision chose."""
+        position = replace(self.position, boundary=self.position.boundary + 1)
+        phase = self.phase + (decision.action == "grow")
+        return replace(self, position=position, schedule=decision.state, phase=phase)
+
+
+def decide(
+    rule: Rule, state: ScheduleState, boundary: Boundary, observation: Observation
+) -> Decision:
+    """The decision of `rule` at `boundary`; at the end of the stream the run is finished."""
+    if boundary.last:
+        return Decision("finish", "all epochs are visited", state)
+    return rule.decide(state, observation)

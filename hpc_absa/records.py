@@ -1,4 +1,4 @@
-"""The frozen records that the stages of a run hand to each other."""
+"""Frozen records that the parts of a run exchange."""
 
 from __future__ import annotations
 
@@ -6,31 +6,31 @@ from dataclasses import dataclass
 from typing import Literal
 
 Action = Literal["continue", "grow", "finish"]
-"""What a decision asks for; `grow` is a larger global batch, and more ranks if it feeds them."""
+"""`grow` means a larger global batch, and more ranks if it has enough microbatches for them."""
 
 
 @dataclass(frozen=True)
 class Eigenvalue:
-    """The top eigenvalue of the Hessian together with the evidence for it."""
+    """An estimate of the top eigenvalue of the Hessian, with its accuracy."""
 
     value: float
     """Largest eigenvalue by value (not by magnitude), in units of the loss per squared weight."""
     residual: float
-    """`‖Hv − λv‖ / |λ|` for the unit vector v returned with it: some eigenvalue is this close."""
+    """`‖Hv − λv‖ / |λ|` for its unit vector v: some eigenvalue is this close."""
     matvecs: int
-    """Hessian-vector products spent."""
+    """Hessian-vector products computed."""
     samples: int
     """Samples the Hessian was averaged over, all ranks together."""
     seconds: float
     converged: bool
-    """Whether the estimated error met the tolerance; otherwise the value never grows a run."""
+    """Whether the estimated error is within the tolerance; the batch never grows otherwise."""
     stopped_above_threshold: bool = False
-    """Ended early, unconverged: λ is above the threshold asked about, so the run does not grow."""
+    """The estimate stopped early, unconverged: λ is above the schedule's threshold."""
 
 
 @dataclass(frozen=True)
 class GradientSquares:
-    """Squared gradient norms of one optimizer step, from which the gradient noise follows."""
+    """Squared gradient norms of one optimizer step, for the gradient noise scale."""
 
     microbatches: int
     """Microbatches M of the step, all ranks together."""
@@ -42,22 +42,22 @@ class GradientSquares:
 
 @dataclass(frozen=True)
 class Observation:
-    """What a schedule sees at a boundary of the course (an epoch's end or a decision point)."""
+    """The input of a schedule's decision at a boundary: an epoch's end or a decision point."""
 
     epoch: float
-    """Epochs visited, at the boundary itself."""
+    """Epochs completed at the boundary, with a fraction."""
     decision_point: bool
     """False at an epoch's end that is not a decision point."""
     eigenvalue: Eigenvalue | None = None
-    """None where the schedule asked for none."""
+    """None if the schedule did not want one."""
 
 
 @dataclass(frozen=True)
 class ScheduleState:
-    """Everything a schedule remembers; saved as the attributes of `/schedule` in a checkpoint.
+    """The whole state of a schedule, saved as the attributes of `/schedule` in a checkpoint.
 
-    A schedule that remembers more extends this class by fields of its own, each of int, float, str,
-    bool or None and with a default.
+    A schedule with more state extends this class by fields of type int, float, str, bool or None,
+    each with a default.
     """
 
     global_batch: int
@@ -69,26 +69,26 @@ class ScheduleState:
     reference: float | None = None
     """Eigenvalue that the next ones are compared with (λ_ref)."""
     patience_count: int = 0
-    """Decision points since the last growth (the patience counter)."""
+    """Decision points since the last growth."""
     milestones_passed: int = 0
 
 
 @dataclass(frozen=True)
 class Decision:
-    """A schedule's answer to an observation."""
+    """A schedule's decision at a boundary."""
 
     action: Action
     reason: str
-    """One sentence for people, numbers included."""
+    """One sentence for the event log, with numbers."""
     state: ScheduleState
-    """The state that holds from the next step on."""
+    """The state from the next step on."""
 
 
 @dataclass(frozen=True)
 class PhaseOutcome:
-    """How a world of ranks ended its work."""
+    """How a phase ended."""
 
     kind: Literal["done", "resize", "stopped"]
     next_ranks: int
-    """Ranks the next phase wants; the present number unless `kind` is `resize`."""
+    """Number of ranks of the next phase; the same number unless `kind` is `resize`."""
     phase: int

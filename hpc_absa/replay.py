@@ -1,9 +1,9 @@
-"""The decisions of a run derived again from its events, by the run's own rule or by a changed one.
+"""Derive the decisions of a run again from its events, with its own or with other parameters.
 
-The events hold everything a rule saw (`docs/run-directory.md`), and rules are pure, so the run's
-own parameters must lead to the same decisions. Other parameters are answered as far as the
-recorded λ reach: what they do not say is named, and after the first decision that differs the run
-would have been another one, with other λ.
+The events contain everything that a schedule observes (`docs/run-directory.md`), and schedules are
+pure functions, so the run's own parameters must lead to the recorded decisions. Other parameters
+can be evaluated as far as the recorded eigenvalues allow; what they do not determine is reported.
+After the first decision that differs, a real run would have had other eigenvalues.
 """
 
 from __future__ import annotations
@@ -20,20 +20,21 @@ from rich.table import Table
 from hpc_absa import config
 from hpc_absa.config import Job
 from hpc_absa.errors import UsageError
+from hpc_absa.progress import Boundary, Position, Progress, decide
 from hpc_absa.records import Decision, Eigenvalue, Observation, ScheduleState
-from hpc_absa.report import text
-from hpc_absa.report.accounting import finite
+from hpc_absa.report import format as text
 from hpc_absa.report.history import require_run
+from hpc_absa.report.timing import finite
 from hpc_absa.rundir.events import Event, effective
 from hpc_absa.schedules import Rule, build
 
 CHANGEABLE = ("schedule", "train.lr", "train.lr_decay", "train.milestones")
-"""What a rule is made of; anything else would have changed the λ themselves."""
+"""What a schedule depends on; any other key would have changed the eigenvalues."""
 
 
 @dataclass(frozen=True)
 class Replayed:
-    """A decision as the rule derives it, beside the one that was recorded."""
+    """A decision as derived, and as recorded."""
 
     epoch: float
     step: int | None
@@ -49,11 +50,11 @@ class Replayed:
     """`reference`, `action`, `next_batch`, `next_lr` of the event."""
     same: bool
     unknown: str | None
-    """What the recorded λ does not say about this decision."""
+    """What the recorded eigenvalue does not determine about this decision."""
 
 
 @dataclass(frozen=True)
-class Course:
+class Replay:
     """All decisions under one set of parameters."""
 
     changes: tuple[str, ...]
@@ -62,16 +63,14 @@ class Course:
 
     @property
     def differing(self) -> tuple[Replayed, ...]:
-        """Those that are not the recorded ones."""
+        """Decisions that differ from the recorded ones."""
         return tuple(decision for decision in self.decisions if not decision.same)
 
     @property
     def growths(self) -> tuple[Replayed, ...]:
-        """Those that grow the batch."""
         return tuple(decision for decision in self.decisions if decision.action == "grow")
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
         return {
             "changes": list(self.changes),
             "agrees": not self.differing,
@@ -81,11 +80,11 @@ class Course:
         }
 
 
-def replay(path: Path, changes: Sequence[str] = ()) -> Course:
+def replay(path: Path, changes: Sequence[str] = ()) -> Replay:
     """Derive the decisions of the run in `path` again, with `key=value` changes to its job.
 
     Raises:
-        UsageError: no run directory, no readable job, or a change of what no rule looks at.
+        UsageError: no run directory, no readable job, or a change that a replay cannot evaluate.
     """
     run = require_run(path)
     for change in changes:
@@ -93,41 +92,41 @@ def replay(path: Path, changes: Sequence[str] = ()) -> Course:
         if not any(key == name or key.startswith(f"{name}.") for name in CHANGEABLE):
             raise UsageError(
                 f"--set {change}: a replay can change schedule.*, {', '.join(CHANGEABLE[1:])}; "
-                "anything else would have changed the eigenvalues themselves"
+                "any other key would have changed the eigenvalues"
             )
     own, job = config.load(run.job, warn=False), config.load(run.job, tuple(changes), warn=False)
     events = effective(run.log.read())
-    return Course(tuple(changes), tuple(_derive(own, job, events)))
+    return Replay(tuple(changes), tuple(_derive(own, job, events)))
 
 
 def _derive(own: Job, job: Job, events: Sequence[Event]) -> Iterator[Replayed]:
-    """Follow the boundaries of the recorded course with the rule of `job`."""
+    """Decide again at every boundary that the run recorded, by the schedule of `job`."""
     rule = build(job)
-    state = rule.initial()
-    decided = {finite(e.get("epoch")): e for e in events if e["event"] == "decision"}
+    progress = Progress(Position(), rule.initial())
+    decisions = {finite(e.get("epoch")): e for e in events if e["event"] == "decision"}
     ends = {finite(e.get("epoch")) for e in events if e["event"] == "epoch"}
-    whole = max((finite(e.get("hessian_samples"), 0.0) for e in decided.values()), default=0.0)
-    for epoch in sorted(decided.keys() | ends):
-        event = decided.get(epoch)
-        seen, unknown = None, None
+    whole = max((finite(e.get("hessian_samples"), 0.0) for e in decisions.values()), default=0.0)
+    for epoch in sorted(decisions.keys() | ends):
+        event, eigenvalue, unknown = decisions.get(epoch), None, None
+        state = progress.schedule
         if event is not None:
             state = rule.recall(state, event)
-            seen, unknown = _evidence(own, event, rule, state, whole)
-        if event is not None and epoch >= own.train.epochs:
-            decision = Decision("finish", "all epochs are visited", state)
-        else:
-            decision = rule.decide(state, Observation(epoch, event is not None, seen))
+            eigenvalue, unknown = _evidence(own, event, rule, state, whole)
+        last = event is not None and epoch >= own.train.epochs
+        boundary = Boundary(0, epoch, epoch in ends, event is not None, last)
+        observation = Observation(epoch, boundary.decision_point, eigenvalue)
+        decision = decide(rule, state, boundary, observation)
         if event is not None or decision.action == "grow":
             yield _compared(epoch, event, state, decision, unknown)
-        state = decision.state
+        progress = progress.after_boundary(decision)
 
 
 def _evidence(
     own: Job, event: Event, rule: Rule, state: ScheduleState, whole: float
 ) -> tuple[Eigenvalue | None, str | None]:
-    """The λ that a rule in `state` may go by, and what is not known of it.
+    """The recorded eigenvalue as the schedule may use it in `state`, and what is not known of it.
 
-    An estimate that ended early said that λ lies above its own threshold, and that is all it said.
+    An estimate that stopped early only shows that λ is above the threshold of the run.
     """
     if finite(event.get("epoch")) >= own.train.epochs:
         return None, None
@@ -138,7 +137,7 @@ def _evidence(
     matvecs = int(finite(event.get("matvecs"), 0.0))
     if not matvecs:
         return None, "the run estimated no λ here"
-    found = Eigenvalue(
+    eigenvalue = Eigenvalue(
         value=finite(event.get("eigenvalue")),
         residual=finite(event.get("residual")),
         matvecs=matvecs,
@@ -147,24 +146,24 @@ def _evidence(
         converged=bool(event.get("converged")),
         stopped_above_threshold=bool(event.get("stopped_above_threshold")),
     )
-    if not found.stopped_above_threshold:
-        return found, None
-    threshold, above = rule.threshold(state), _above(own, event, found, whole)
+    if not eigenvalue.stopped_above_threshold:
+        return eigenvalue, None
+    threshold, above = rule.threshold(state), _lower_bound(own, event, eigenvalue, whole)
     if threshold is not None and threshold <= above:
-        return found, None
-    asked = "its value" if threshold is None else f"whether it is above {threshold:.4g}"
-    plain = Eigenvalue(**{**asdict(found), "stopped_above_threshold": False})
-    return plain, f"λ is above {above:.4g}; {asked} was not asked"
+        return eigenvalue, None
+    what = "its value" if threshold is None else f"whether it is above {threshold:.4g}"
+    plain = Eigenvalue(**{**asdict(eigenvalue), "stopped_above_threshold": False})
+    return plain, f"λ is above {above:.4g}; {what} was not estimated"
 
 
-def _above(own: Job, event: Event, found: Eigenvalue, whole: float) -> float:
-    """The largest threshold that an estimate which ended early is known to lie above.
+def _lower_bound(own: Job, event: Event, eigenvalue: Eigenvalue, whole: float) -> float:
+    """The largest threshold that λ is known to exceed, from an estimate that stopped early.
 
-    Its value where that is a Rayleigh quotient of the whole sample. One of the coarse sample is
-    only evidence for the threshold it was compared with.
+    That is the estimate's value if it is a Rayleigh quotient over the whole sample. A value over
+    the coarse sample only shows that λ exceeds the threshold it was compared with.
     """
-    if found.samples >= whole:
-        return found.value
+    if eigenvalue.samples >= whole:
+        return eigenvalue.value
     return finite(event.get("reference")) / float(getattr(own.schedule, "alpha", 1.0))
 
 
@@ -201,14 +200,14 @@ def _equal(derived: Any, recorded: Any) -> bool:
     return bool(derived == recorded)
 
 
-def render(course: Course, console: Console) -> None:
-    """Print a course for people."""
-    title = ", ".join(course.changes) or "the run's own parameters"
+def render(replay: Replay, console: Console) -> None:
+    """Print the decisions as a table."""
+    title = ", ".join(replay.changes) or "the run's own parameters"
     table = Table(title=title, title_justify="left")
     for name in ("epoch", "λ", "compared with", "batch", "recorded"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("why", overflow="fold")
-    for decision in course.decisions:
+    for decision in replay.decisions:
         recorded = decision.recorded or {}
         table.add_row(
             text.epoch(decision.epoch),
@@ -220,22 +219,22 @@ def render(course: Course, console: Console) -> None:
             style="" if decision.same else "yellow",
         )
     console.print(table)
-    console.print(summary(course), soft_wrap=True)
+    console.print(summary(replay), soft_wrap=True)
 
 
-def summary(course: Course) -> str:
-    """How the course compares with what was recorded, in a sentence or two."""
+def summary(replay: Replay) -> str:
+    """How the replay compares with the recorded decisions, in a sentence or two."""
     count, first = (
-        text.plural(len(course.decisions), "decision"),
-        next(iter(course.differing), None),
+        text.plural(len(replay.decisions), "decision"),
+        next(iter(replay.differing), None),
     )
     if first is None:
-        return f"{count}, every one as recorded."
-    told = f"{count}, {len(course.differing)} otherwise than recorded, first at epoch "
-    told += f"{text.epoch(first.epoch)}: {_difference(first)}."
-    if course.changes:
-        told += " From there on the run would have been another one, with other λ."
-    return told
+        return f"{count}, all as recorded."
+    summary = f"{count}, {len(replay.differing)} different from the recorded ones, first at epoch "
+    summary += f"{text.epoch(first.epoch)}: {_difference(first)}."
+    if replay.changes:
+        summary += " A run with these parameters would have had other eigenvalues from there on."
+    return summary
 
 
 def _difference(decision: Replayed) -> str:
@@ -244,11 +243,11 @@ def _difference(decision: Replayed) -> str:
         return f"{decision.action} to batch {decision.next_batch}, no decision recorded"
     derived = asdict(decision)
     return ", ".join(
-        f"{name} {_told(derived[name])}, recorded {_told(value)}"
+        f"{name} {_formatted(derived[name])}, recorded {_formatted(value)}"
         for name, value in recorded.items()
         if not _equal(derived[name], value)
     )
 
 
-def _told(value: Any) -> str:
+def _formatted(value: Any) -> str:
     return "none" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)

@@ -1,4 +1,4 @@
-"""The import of torchvision, which wants help over a CPU build of PyTorch."""
+"""The import of torchvision, which fails with a CPU build of PyTorch unless it is prepared."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from typing import Any
 
 from hpc_absa.errors import UsageError
 
-_kept: list[Any] = []
-"""Declared operators last as long as the object that declared them."""
+_libraries: list[Any] = []
+"""Declared operators exist as long as the object that declared them."""
 
 
 @cache
 def torchvision() -> ModuleType:
-    """The module torchvision; the one place that imports it.
+    """Import torchvision; no other place does.
 
-    The package index has torchvision built against CUDA PyTorch only. Over CPU PyTorch its compiled
-    operators do not load and its import fails because two of them, nms and qnms, are not declared.
-    Where that happens they are declared here and the import is repeated: models, transforms and
-    data sets then work, the two operators (of object detection) do not.
+    The package index has torchvision built against CUDA PyTorch only. With CPU PyTorch its compiled
+    operators do not load, and its import fails because two of them, nms and qnms, are not declared.
+    In that case they are declared here and the import is repeated: models, transforms and data sets
+    then work, the two operators (of object detection) do not.
 
     Raises:
-        UsageError: torchvision is missing, or does not go with this torch.
+        UsageError: torchvision is missing, or does not fit this torch.
     """
     try:
         return importlib.import_module("torchvision")
@@ -33,16 +33,12 @@ def torchvision() -> ModuleType:
     except RuntimeError as error:
         if "torchvision::" not in str(error):
             raise UsageError(
-                f"torchvision does not go with this torch ({error}); `hpc-absa doctor` says more"
+                f"torchvision does not fit this torch ({error}); see `hpc-absa doctor`"
             ) from error
-    _forget_half_imported()
+    for name in [key for key in sys.modules if key.split(".")[0] == "torchvision"]:
+        del sys.modules[name]  # of the import that failed halfway
     _declare_operators()
     return importlib.import_module("torchvision")
-
-
-def _forget_half_imported() -> None:
-    for name in [key for key in sys.modules if key.split(".")[0] == "torchvision"]:
-        del sys.modules[name]
 
 
 def _declare_operators() -> None:
@@ -52,4 +48,4 @@ def _declare_operators() -> None:
     for operator in ("nms", "qnms"):
         if not hasattr(torch.ops.torchvision, operator):
             library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    _kept.append(library)
+    _libraries.append(library)

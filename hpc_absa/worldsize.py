@@ -1,4 +1,4 @@
-"""How many ranks a global batch can feed, and how its microbatches are dealt to them."""
+"""How many ranks a global batch can feed, and how its microbatches are split among them."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from hpc_absa.errors import UsageError
 
 
 def limit(job: Job) -> int:
-    """The largest number of ranks: the job's, or its hosts' slots, the scheduler's, the cores."""
+    """The largest number of ranks: the job's, or slots of its hosts or allocation, or cores."""
     if job.ranks.max is not None:
         return job.ranks.max
-    if named := stated_hosts(job):
-        return sum(slots for _, slots in named)
-    if given := allocation.present():
-        return given.slots
+    if hosts := stated_hosts(job):
+        return sum(slots for _, slots in hosts)
+    if current := allocation.detect():
+        return current.slots
     return max(job.ranks.initial, len(os.sched_getaffinity(0)))
 
 
@@ -26,26 +26,26 @@ def stated_hosts(job: Job) -> Hosts:
     """The hosts that the job names with their slots, in its order; empty where it names none.
 
     Raises:
-        UsageError: the host file cannot be read, or a line of it is none of a host file's.
+        UsageError: the host file cannot be read, or has a line of another form.
     """
     if not job.launch.hostfile:
         return hosts(job.launch.hosts) if job.launch.hosts else []
     path = job.launch.hostfile
-    found: dict[str, int] = {}
+    slots: dict[str, int] = {}
     for line in allocation.read_lines(path, "launch.hostfile"):
         match = _HOSTFILE_LINE.fullmatch(line)
         if not match:
             raise UsageError(f"{path}: {line!r}: expected a line like 'name slots=4' or 'name:4'")
-        found[match["name"]] = found.get(match["name"], 0) + int(match["slots"] or match["n"] or 1)
-    if not found:
+        slots[match["name"]] = slots.get(match["name"], 0) + int(match["slots"] or match["n"] or 1)
+    if not slots:
         raise UsageError(f"{path}: no host in it; expected lines like 'name slots=4'")
-    return list(found.items())
+    return list(slots.items())
 
 
 _HOSTFILE_LINE = re.compile(
     r"(?P<name>[^\s:=]+)(:(?P<n>0*[1-9]\d*)|\s+slots\s*=\s*(?P<slots>0*[1-9]\d*)(\s+\S+=\S+)*)?"
 )
-"""Open MPI's form, with its other words passed over, and the one of MPICH and Horovod."""
+"""Open MPI's form, its other options ignored, and the form of MPICH and Horovod."""
 
 
 def hosts(words: str) -> Hosts:
@@ -66,11 +66,11 @@ def hosts(words: str) -> Hosts:
 
 
 def ranks_for(job: Job, global_batch: int, limit: int) -> int:
-    """Ranks worth having for one step of `global_batch` samples, at most `limit`.
+    """Ranks that shorten a step of `global_batch` samples, at most `limit`.
 
-    Each rank should carry `ranks.microbatches_per_rank` microbatches. Ranks that would not shorten
-    the step are not asked for: 5 microbatches take two rounds on 4 ranks and on 3. A reproducible
-    job has a power of two.
+    Each rank should have `ranks.microbatches_per_rank` microbatches. Ranks that would not shorten
+    the step are not used: 5 microbatches take two rounds on 4 ranks and on 3. Reproducible jobs
+    have a power of two.
     """
     microbatches = global_batch // job.train.microbatch
     most = max(1, microbatches // job.ranks.microbatches_per_rank)

@@ -1,8 +1,8 @@
 #!/bin/bash
-# A job on hosts given by name, without any scheduler: hosts that this one reaches by ssh without a
+# A job on hosts given by name, without a scheduler: hosts that this one reaches by ssh without a
 # password, with this folder and the environment under the same path on all of them.
 #   launch/hosts.sh hosts.txt jobs/digits.toml
-# hosts.txt has a host a line, the one to be filled first at the top:
+# hosts.txt has one host per line, the one to be filled first at the top:
 #   node1 slots=4
 #   node2 slots=4
 set -euo pipefail

@@ -1,7 +1,7 @@
 #!/bin/bash
 # A job in one LSF allocation:
 #   JOB=jobs/digits.toml bsub -env "all" < launch/lsf.sh
-# It begins on one rank and takes more of the allocation as it grows; slots come from
+# It starts on one rank and uses more of the allocation as it grows; slots come from
 # $LSB_DJOB_HOSTFILE. Adapt the #BSUB lines and the module line to your site.
 #BSUB -J hpc-absa
 #BSUB -n 8
@@ -17,6 +17,6 @@ set -euo pipefail
 source "${VENV:-.venv}/bin/activate"
 
 # -wt 2 -wa USR1: the signal comes two minutes before the time is up, and hpc-absa saves on it.
-# blaunch reaches the job's other hosts where ssh is not allowed to.
-# Exit status 75 says: saved and not finished; the same bsub goes on.
+# blaunch reaches the job's other hosts where ssh is not allowed.
+# Exit status 75: saved but not finished; the same bsub command continues.
 exec hpc-absa run "${JOB:?JOB=jobs/digits.toml bsub ...}" --launcher mpirun --set launch.rsh_agent=blaunch

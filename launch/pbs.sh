@@ -1,7 +1,7 @@
 #!/bin/bash
 # A job in one PBS allocation (OpenPBS, PBS Professional, Torque):
 #   qsub -v JOB=jobs/digits.toml launch/pbs.sh
-# It begins on one rank and takes more of the allocation as it grows; slots come from $PBS_NODEFILE.
+# It starts on one rank and uses more of the allocation as it grows; slots come from $PBS_NODEFILE.
 # Adapt the #PBS lines and the module line to your site.
 #PBS -N hpc-absa
 #PBS -l select=2:ncpus=32:mpiprocs=4:ompthreads=8
@@ -16,5 +16,5 @@ cd "$PBS_O_WORKDIR"
 source "${VENV:-.venv}/bin/activate"
 
 # PBS sends SIGTERM some time before SIGKILL (the queue's kill_delay); hpc-absa saves on it.
-# Exit status 75 says: saved and not finished; the same qsub goes on.
+# Exit status 75: saved but not finished; the same qsub command continues.
 exec hpc-absa run "${JOB:?qsub -v JOB=jobs/digits.toml launch/pbs.sh}" --launcher mpirun

@@ -1,7 +1,7 @@
 #!/bin/bash
-# A job in one Slurm allocation: it begins on one rank and takes more of the allocation as it grows.
+# A job in one Slurm allocation: it starts on one rank and uses more of the allocation as it grows.
 #   sbatch launch/slurm.sh jobs/digits.toml
-# For a chain of jobs of their own sizes, with no idle nodes, give `hpc-absa run JOB --launcher slurm`
+# For a chain of jobs without idle nodes, run `hpc-absa run JOB --launcher slurm`
 # on the login node instead. Adapt the #SBATCH lines and the module line to your site.
 #SBATCH --job-name=hpc-absa
 #SBATCH --nodes=2
@@ -18,5 +18,5 @@ set -euo pipefail
 source "${VENV:-$SLURM_SUBMIT_DIR/.venv}/bin/activate"
 
 # exec: the signal, two minutes before the time is up, goes to hpc-absa itself, which saves.
-# Exit status 75 says: saved and not finished; the same sbatch goes on.
+# Exit status 75: saved but not finished; the same sbatch command continues.
 exec hpc-absa run "$@" --launcher mpirun

@@ -1,4 +1,4 @@
-"""`hpc-absa run` in a process of its own: started, watched, waited for."""
+"""`hpc-absa run` in a separate process: start it, watch it, wait for it."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from hpc_absa.rundir.events import Event
 class Supervised:
     """A run as its user sees it: a command, its output, its run directory."""
 
-    patience = 120.0
-    """Seconds after which what is waited for will not come."""
+    timeout = 120.0
+    """Seconds after which waiting fails the test."""
 
     def __init__(self, job: Path, run: RunDir, *words: str, environment: Mapping[str, str]) -> None:
         self.job, self.run, self.environment = job, run, environment
@@ -40,7 +40,7 @@ class Supervised:
     def finish(self, timeout: float | None = None) -> tuple[int, str]:
         """Exit status and output."""
         assert self.process is not None
-        timeout = timeout or self.patience
+        timeout = timeout or self.timeout
         try:
             output, _ = self.process.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:
@@ -53,7 +53,7 @@ class Supervised:
     def wait_for(self, kind: str, count: int = 1) -> None:
         """Return once so many events of this kind are written."""
         assert self.process is not None
-        until = time.monotonic() + self.patience
+        until = time.monotonic() + self.timeout
         while True:
             over = self.process.poll() is not None or time.monotonic() > until
             if len(self.events(kind)) >= count:
@@ -62,11 +62,24 @@ class Supervised:
                 self._fail(f"no {count} {kind} events")
             time.sleep(0.02)
 
-    def story(self) -> str:
-        """What else tells why a test failed."""
+    def ranks(self) -> list[int]:
+        """Process ids of the running ranks."""
+        mark = f"--run-dir\0{self.run.path}\0".encode()
+        ranks = []
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            try:
+                words = path.read_bytes()
+            except OSError:
+                continue
+            if mark in words and b"\0train\0" in words and b"mpirun" not in words:
+                ranks.append(int(path.parent.name))
+        return ranks
+
+    def diagnostics(self) -> str:
+        """More output for the message of a failed test."""
         return ""
 
     def _fail(self, why: str) -> None:
         assert self.process is not None
         self.process.kill()
-        pytest.fail(f"{why}: {self.process.communicate()[0]}\n{self.story()}")
+        pytest.fail(f"{why}: {self.process.communicate()[0]}\n{self.diagnostics()}")

@@ -1,4 +1,4 @@
-"""The command line: exit statuses, one line an error, JSON alone, a quick start."""
+"""The command line: help, exit statuses, one-line errors, JSON output, time to start."""
 
 import json
 import os
@@ -23,8 +23,8 @@ HEAVY = ("torch", "horovod", "mpi4py", "h5py", "scipy", "sklearn", "matplotlib")
 def _command(monkeypatch, capsys):
     """Runs a command in this process: exit status, standard output, standard error."""
 
-    def command(*words):
-        monkeypatch.setattr(sys, "argv", ["hpc-absa", *map(str, words)])
+    def command(*arguments):
+        monkeypatch.setattr(sys, "argv", ["hpc-absa", *map(str, arguments)])
         monkeypatch.setenv("COLUMNS", "200")
         monkeypatch.setenv("NO_COLOR", "1")
         with pytest.raises(SystemExit) as ended:
@@ -37,22 +37,13 @@ def _command(monkeypatch, capsys):
 # Help
 
 
-def test_the_commands_of_the_contract_are_there():
-    assert {
-        "run",
-        "train",
-        "plan",
-        "status",
-        "verify",
-        "compare",
-        "report",
-        "data",
-        "replay",
-    } <= COMMANDS.keys()
+def test_the_documented_commands_exist():
+    documented = "run train plan status verify compare report data replay cancel spectrum doctor"
+    assert set(documented.split()) <= COMMANDS.keys()
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_help_has_every_argument_and_says_what_each_is(command, name):
+def test_help_describes_every_argument(command, name):
     status, out, _ = command(name, "--help")
     assert status == 0
     assert COMMANDS[name].help.split("\n")[0].split(":")[0] in out
@@ -61,11 +52,11 @@ def test_help_has_every_argument_and_says_what_each_is(command, name):
     for parameter in parameters:
         is_option = parameter.param_type_name == "option"
         shown = parameter.opts if is_option else [parameter.metavar or parameter.name]
-        assert all(word.lower() in out.lower() for word in shown), parameter.name
+        assert all(text.lower() in out.lower() for text in shown), parameter.name
         assert parameter.help, parameter.name
 
 
-def test_no_command_shows_the_help(command):
+def test_help_without_a_command(command):
     status, out, err = command()
     assert status == 2
     assert all(name in out for name in COMMANDS)
@@ -80,7 +71,7 @@ def test_version(command):
 
 
 @pytest.mark.parametrize(
-    ("words", "line"),
+    ("arguments", "line"),
     [
         (["plam"], "No such command 'plam'"),
         (["plan"], "Missing argument 'JOB'"),
@@ -100,8 +91,8 @@ def test_version(command):
         (["--bogus"], "No such option: --bogus"),
     ],
 )
-def test_wrong_usage_is_one_line_and_status_2(command, words, line):
-    status, out, err = command(*words)
+def test_wrong_usage_is_one_line_and_status_2(command, arguments, line):
+    status, out, err = command(*arguments)
     assert status == 2
     assert out == ""
     assert line in err
@@ -109,7 +100,7 @@ def test_wrong_usage_is_one_line_and_status_2(command, words, line):
     assert err.count("\n") == 1
 
 
-def test_ctrl_c_is_a_stop(command, monkeypatch):
+def test_ctrl_c_exits_with_status_75(command, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
@@ -123,42 +114,31 @@ def test_ctrl_c_is_a_stop(command, monkeypatch):
 def test_plan_prints_one_json_object(command):
     status, out, err = command("plan", JOB, "--json", "--set", "schedule.method=absa")
     assert (status, err) == (0, "")
-    told = json.loads(out)
-    assert told["earliest"]["steps"] < told["latest"]["steps"]
-    for course in (told["earliest"], told["latest"]):
-        assert course["steps"] == sum(phase["steps"] for phase in course["phases"])
-        assert set(course["phases"][0]) == {"epochs", "steps", "global_batch", "ranks", "lr"}
+    plans = json.loads(out)
+    assert plans["earliest"]["steps"] < plans["latest"]["steps"]
+    for plan in (plans["earliest"], plans["latest"]):
+        assert plan["steps"] == sum(phase["steps"] for phase in plan["phases"])
+        assert set(plan["phases"][0]) == {"epochs", "steps", "global_batch", "ranks", "lr"}
 
 
-def test_plan_of_a_fixed_course_has_its_steps_at_the_top(command):
-    status, out, _ = command(
-        "plan",
-        JOB,
-        "--json",
-        "--samples",
-        "50000",
-        "--set",
-        "train.epochs=90",
-        "--set",
-        "train.microbatch=128",
-        "--set",
-        "train.milestones=[]",
-        "--set",
-        "schedule={method='bl', base_batch=640}",
-    )
+def test_plan_without_measurements_has_its_steps_at_the_top(command):
+    settings = ["train.epochs=90", "train.microbatch=128", "train.milestones=[]"]
+    settings += ["schedule={method='bl', base_batch=640}"]
+    options = [option for setting in settings for option in ("--set", setting)]
+    status, out, _ = command("plan", JOB, "--json", "--samples", "50000", *options)
     assert status == 0
-    told = json.loads(out)
-    assert told["steps"] == 7031
-    assert [phase["steps"] for phase in told["phases"]] == [7031]
+    plan = json.loads(out)
+    assert plan["steps"] == 7031
+    assert [phase["steps"] for phase in plan["phases"]] == [7031]
 
 
-def test_plan_for_people_names_the_steps(command):
+def test_plan_prints_the_steps(command):
     status, out, _ = command("plan", JOB, "--set", "schedule.max_batch=32")
     assert status == 0
     assert "SGD iterations" in out
 
 
-def test_a_dry_run_prints_the_launch_and_starts_nothing(command, tmp_path):
+def test_dry_run_prints_the_command_and_starts_nothing(command, tmp_path):
     status, out, _ = command("run", JOB, "--dry-run", "--run-dir", tmp_path / "r")
     assert status == 0
     assert "mpirun" in out
@@ -177,14 +157,14 @@ def _checkpoints(tmp_path):
     return paths
 
 
-def test_verify_good(command, checkpoints, tmp_path):
+def test_verify_good_checkpoints(command, checkpoints, tmp_path):
     one, two = checkpoints
     assert command("verify", one) == (0, f"{one}: good\n", "")
     assert command("verify", tmp_path) == (0, f"{one}: good\n{two}: good\n", "")
     assert command("verify", one.parent)[0] == 0
 
 
-def test_verify_damaged_names_each(command, checkpoints, tmp_path):
+def test_verify_names_the_damaged_checkpoint(command, checkpoints, tmp_path):
     one, two = checkpoints
     os.truncate(two, 1000)
     status, out, _ = command("verify", tmp_path)
@@ -199,24 +179,28 @@ def test_verify_damaged_names_each(command, checkpoints, tmp_path):
     assert bad["error"].startswith("damaged: ")
 
 
-def test_verify_what_is_no_checkpoint(command, tmp_path):
+def test_verify_something_else_than_a_checkpoint(command, tmp_path):
     (tmp_path / "text").write_text("hello")
     assert command("verify", tmp_path / "text")[0] == 2
     assert command("verify", tmp_path / "none")[0] == 2
     assert command("verify", tmp_path)[:2] == (2, f"{tmp_path}: no checkpoint in this folder\n")
 
 
-# Start
+# In another process
 
 
-def run(*words, **more):
+def run(*arguments, **options):
     environment = os.environ | {"COLUMNS": "200"}
     return subprocess.run(
-        [sys.executable, *map(str, words)], capture_output=True, text=True, env=environment, **more
+        [sys.executable, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        **options,
     )
 
 
-def test_python_m_is_the_same_command():
+def test_python_m_runs_the_same_command():
     done = run("-m", "hpc_absa", "--version")
     assert (done.returncode, done.stdout) == (0, f"hpc-absa {hpc_absa.__version__}\n")
     done = run("-m", "hpc_absa", "plan", "none.toml")
@@ -225,7 +209,7 @@ def test_python_m_is_the_same_command():
 
 
 @pytest.mark.parametrize(
-    ("words", "status"),
+    ("arguments", "status"),
     [
         (["status", "D"], 0),
         (["replay", "D"], 0),
@@ -235,25 +219,25 @@ def test_python_m_is_the_same_command():
         (["run", JOB, "--dry-run"], 0),
         (["--help"], 0),
     ],
-    ids=lambda words: " ".join(map(str, words[:1])) if isinstance(words, list) else "",
+    ids=lambda value: value[0] if isinstance(value, list) else "",
 )
-def test_it_answers_without_heavy_imports(tmp_path, words, status):
+def test_no_heavy_imports(tmp_path, arguments, status):
     (tmp_path / "D").mkdir()
     (tmp_path / "D" / "job.toml").write_text(JOB.read_text())
-    done = run("-X", "importtime", "-m", "hpc_absa", *words, cwd=tmp_path)
+    done = run("-X", "importtime", "-m", "hpc_absa", *arguments, cwd=tmp_path)
     assert done.returncode == status
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert "typer" in imported
     assert not imported & set(HEAVY)
 
 
-def test_a_reader_that_goes_away_is_no_traceback():
+def test_closed_pipe_gives_no_traceback():
     command = f"{sys.executable} -m hpc_absa plan {JOB} --json | true"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert "Traceback" not in done.stderr
 
 
-def test_an_empty_run_dir_is_a_variable_that_was_not_set(command):
+def test_empty_run_dir_is_an_error(command):
     status, _, err = command("run", JOB, "--run-dir", "")
     assert status == 2
     assert "it is empty, expected a folder" in err

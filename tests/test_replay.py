@@ -1,4 +1,4 @@
-"""Decisions derived again from a log whose every number was worked out by hand."""
+"""Decisions derived again from a log whose numbers were computed by hand."""
 
 import json
 import sys
@@ -65,19 +65,19 @@ def write(path, decisions, job=JOB):
     RunDir(path).events.write_text("".join(json.dumps(event) + "\n" for event in events))
 
 
-def at(course, epoch):
-    return next(decision for decision in course.decisions if decision.epoch == epoch)
+def at(replayed, epoch):
+    return next(decision for decision in replayed.decisions if decision.epoch == epoch)
 
 
-def test_its_own_parameters_lead_to_what_was_recorded(run):
-    course = replay(run)
-    assert not course.differing
-    assert [decision.step for decision in course.decisions] == list(range(10, 90, 10))
-    assert [decision.epoch for decision in course.growths] == [3, 6, 7]
-    assert all(decision.unknown is None for decision in course.decisions)
+def test_its_own_parameters_lead_to_the_recorded_decisions(run):
+    replayed = replay(run)
+    assert not replayed.differing
+    assert [decision.step for decision in replayed.decisions] == list(range(10, 90, 10))
+    assert [decision.epoch for decision in replayed.growths] == [3, 6, 7]
+    assert all(decision.unknown is None for decision in replayed.decisions)
 
 
-def test_a_crash_that_undid_decisions_is_no_difference(run):
+def test_decisions_that_a_crash_undid_are_not_differences(run):
     log = RunDir(run).events
     lines = log.read_text().splitlines()
     undone = [line.replace('"grow"', '"continue"') for line in lines[4:6]]
@@ -87,53 +87,53 @@ def test_a_crash_that_undid_decisions_is_no_difference(run):
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "seen"),
+    ("field", "value", "possible"),
     [
         (4, "continue", {3}),
         (5, 96, {3}),
         (6, 0.3, {3}),
         (3, 41.0, {3}),
-        (0, 21.0, {3, 4, 5, 6, 7, 8}),  # λ 21 does not grow: patience does, and 21 is compared with
+        (0, 21.0, {3, 4, 5, 6, 7, 8}),  # no growth at λ 21 but by kappa; 21 is the reference
     ],
 )
-def test_what_was_not_decided_so_is_found(tmp_path, field, value, seen):
+def test_a_wrong_recorded_decision_is_a_difference(tmp_path, field, value, possible):
     decisions = [list(row) for row in DECISIONS]
     decisions[2][field] = value
     write(tmp_path, decisions)
     differing = {decision.epoch for decision in replay(tmp_path).differing}
     assert 3 in differing or field == 0
-    assert differing <= seen
+    assert differing <= possible
     assert differing
 
 
-def test_another_alpha_and_what_the_log_does_not_say_about_it(run):
-    course = replay(run, ["schedule.alpha=1.25"])
-    assert at(course, 2).action == "continue"
-    assert "λ is above 30; whether it is above 32 was not asked" in at(course, 2).unknown
-    assert at(course, 3).action == "grow"
-    assert "λ is above 9; whether it is above 14.4 was not asked" in at(course, 5).unknown
+def test_another_alpha_and_what_the_log_does_not_determine(run):
+    replayed = replay(run, ["schedule.alpha=1.25"])
+    assert at(replayed, 2).action == "continue"
+    assert "λ is above 30; whether it is above 32 was not estimated" in at(replayed, 2).unknown
+    assert at(replayed, 3).action == "grow"
+    assert "λ is above 9; whether it is above 14.4 was not estimated" in at(replayed, 5).unknown
     stricter = replay(run, ["schedule.alpha=4", "schedule.kappa=10"])
     assert [decision.epoch for decision in stricter.growths] == [7]
     assert at(stricter, 2).unknown is None
     assert stricter.differing[0].epoch == 3
 
 
-def test_less_patience_wants_a_value_that_was_not_estimated(run):
-    course = replay(run, ["schedule.kappa=2"])
-    assert at(course, 2).action == "grow"
-    assert at(course, 2).unknown == "λ is above 30; its value was not asked"
-    assert at(course, 3).reference == 40, "a value that is not known becomes no reference"
-    assert at(course, 5).action == "grow"
-    assert at(course, 5).unknown == "λ is above 9; its value was not asked"
+def test_a_smaller_kappa_needs_a_value_that_was_not_estimated(run):
+    replayed = replay(run, ["schedule.kappa=2"])
+    assert at(replayed, 2).action == "grow"
+    assert at(replayed, 2).unknown == "λ is above 30; its value was not estimated"
+    assert at(replayed, 3).reference == 40, "an unknown value does not become the reference"
+    assert at(replayed, 5).action == "grow"
+    assert at(replayed, 5).unknown == "λ is above 9; its value was not estimated"
 
 
-def test_beyond_the_largest_batch_there_is_no_eigenvalue(tmp_path):
+def test_at_the_largest_batch_no_eigenvalue_was_estimated(tmp_path):
     rows = [*DECISIONS[:3], *[(None, "", 0, 18.0, "continue", 64, lr) for lr in (0.1, 0.02)]]
     write(tmp_path, rows, JOB.replace("256", "64"))
     assert not replay(tmp_path).differing
-    course = replay(tmp_path, ["schedule.max_batch=128"])
-    assert at(course, 4).unknown == "the run estimated no λ here"
-    assert not course.differing
+    replayed = replay(tmp_path, ["schedule.max_batch=128"])
+    assert at(replayed, 4).unknown == "the run estimated no λ here"
+    assert not replayed.differing
 
 
 def test_a_rule_without_eigenvalues(tmp_path):
@@ -161,20 +161,20 @@ def test_the_gradient_noise_scale_is_read_from_the_log(tmp_path):
     assert at(adaptive, 1).unknown == "the run estimated no λ here"
 
 
-def test_noise_is_not_told_by_a_run_that_looked_at_eigenvalues(run):
-    course = replay(run, ["schedule={method='gns', base_batch=64, max_batch=128}"])
-    assert at(course, 1).unknown == "the run measured no gradient noise here"
-    assert not course.growths
+def test_a_run_that_estimated_eigenvalues_did_not_measure_gradient_noise(run):
+    replayed = replay(run, ["schedule={method='gns', base_batch=64, max_batch=128}"])
+    assert at(replayed, 1).unknown == "the run measured no gradient noise here"
+    assert not replayed.growths
 
 
 @pytest.mark.parametrize("change", ["train.epochs=3", "hessian.tol=0.1", "schedules.alpha=3"])
-def test_what_would_change_the_eigenvalues_cannot_be_asked(run, change):
+def test_a_change_that_affects_the_eigenvalues_is_refused(run, change):
     with pytest.raises(UsageError, match="a replay can change schedule"):
         replay(run, [change])
 
 
-def command(monkeypatch, capsys, *words):
-    monkeypatch.setattr(sys, "argv", ["hpc-absa", "replay", *map(str, words)])
+def command(monkeypatch, capsys, *arguments):
+    monkeypatch.setattr(sys, "argv", ["hpc-absa", "replay", *map(str, arguments)])
     monkeypatch.setenv("COLUMNS", "160")
     with pytest.raises(SystemExit) as ended:
         cli.main()
@@ -184,15 +184,17 @@ def command(monkeypatch, capsys, *words):
 def test_the_command(run, monkeypatch, capsys):
     status, out, _ = command(monkeypatch, capsys, run, "--alpha", "4", "--kappa", "10")
     assert status == 0
-    assert "8 decisions, every one as recorded." in out
-    assert "8 decisions, 6 otherwise than recorded, first at epoch 3: action continue" in out
+    assert "8 decisions, all as recorded." in out
+    assert (
+        "8 decisions, 6 different from the recorded ones, first at epoch 3: action continue" in out
+    )
     status, out, _ = command(monkeypatch, capsys, run, "--json")
-    told = json.loads(out)
-    assert (status, told["agrees"], told["other"]) == (0, True, None)
-    assert told["decisions"][2]["recorded"]["action"] == "grow"
+    result = json.loads(out)
+    assert (status, result["agrees"], result["other"]) == (0, True, None)
+    assert result["decisions"][2]["recorded"]["action"] == "grow"
 
 
-def test_a_difference_is_status_1(run, monkeypatch, capsys):
+def test_a_difference_has_exit_status_1(run, monkeypatch, capsys):
     job = RunDir(run).job
     job.write_text(job.read_text().replace("kappa = 3", "kappa = 2"))
     status, out, _ = command(monkeypatch, capsys, run)
@@ -202,7 +204,7 @@ def test_a_difference_is_status_1(run, monkeypatch, capsys):
     assert (status, json.loads(out)["first_difference"]) == (1, 2)
 
 
-def test_a_wrong_argument_is_one_line(run, tmp_path, monkeypatch, capsys):
+def test_a_wrong_argument_is_reported_in_one_line(run, tmp_path, monkeypatch, capsys):
     status, out, err = command(monkeypatch, capsys, run, "--alpha", "0.5")
     assert (status, out) == (2, "")
     assert "schedule.alpha = 0.5: expected greater than 1" in err

@@ -19,17 +19,17 @@ from tests.report.synthetic import JOB, Log, whole_run
 from tests.supervisor.fake_slurm import FakeSlurm
 
 
-def lock(log, pid, host=None, started=None):
-    told = {
+def write_lock(log, pid, host=None, started=None):
+    record = {
         "host": host or socket.gethostname(),
         "pid": pid,
         "started": time.time() if started is None else started,
     }
-    (log.path / "lock").write_text(json.dumps(told))
+    (log.path / "lock").write_text(json.dumps(record))
 
 
-def gone_pid():
-    """The number of a process that has just ended."""
+def dead_pid():
+    """The id of a process that has just exited."""
     process = subprocess.Popen([sys.executable, "-c", ""])
     process.wait()
     return process.pid
@@ -52,7 +52,7 @@ def test_not_started(tmp_path):
 
 def test_running(tmp_path):
     log = Log(tmp_path).start().train_epoch(0.8, seconds=4.0).decide(9.5)
-    lock(log, os.getpid())
+    write_lock(log, os.getpid())
     now = status(tmp_path, now=log.now + 30)
     assert now.state == "running"
     assert now.next_command is None
@@ -68,14 +68,14 @@ def test_running(tmp_path):
 
 def test_running_and_asked_to_stop(tmp_path):
     log = Log(tmp_path).start()
-    lock(log, os.getpid())
+    write_lock(log, os.getpid())
     (tmp_path / "stop").touch()
     assert "asked to stop" in status(tmp_path).explanation
 
 
-def test_failure_is_no_end_while_the_supervisor_lives(tmp_path):
+def test_failure_is_not_the_end_while_the_supervisor_runs(tmp_path):
     log = Log(tmp_path).start().event("failure", reason="killed", rank=1)
-    lock(log, os.getpid())
+    write_lock(log, os.getpid())
     assert status(tmp_path).state == "running"
 
 
@@ -93,7 +93,7 @@ def test_done(tmp_path):
     assert now.next_command == f"hpc-absa report {tmp_path}"
 
 
-def test_a_last_phase_that_ends_a_microbatch_short_is_whole(tmp_path):
+def test_last_phase_that_ends_a_microbatch_short_is_complete(tmp_path):
     log = Log(tmp_path).start().train_epoch()
     log.samples -= 32
     log.end("done").event("done", steps=50, epochs=1, test_accuracy=0.9)
@@ -120,7 +120,7 @@ def test_between_two_phases(tmp_path):
 def test_interrupted(tmp_path, left_lock):
     log = Log(tmp_path).start().train_epoch().cut_short()
     if left_lock:
-        lock(log, gone_pid())
+        write_lock(log, dead_pid())
     now = status(tmp_path)
     assert now.state == "interrupted"
     assert now.epoch == 1
@@ -139,27 +139,27 @@ def test_failed(tmp_path):
     assert "out of memory (rank 0, on n1, exit code 9)" in now.explanation
 
 
-def test_lock_of_a_later_process_with_the_same_number_is_dead(tmp_path):
+def test_later_process_with_the_same_pid_is_not_the_holder(tmp_path):
     log = Log(tmp_path).start()
-    lock(log, os.getpid(), started=time.time() - 1e6)
+    write_lock(log, os.getpid(), started=time.time() - 1e6)
     assert status(tmp_path).state == "interrupted"
 
 
-def test_lock_of_a_zombie_is_dead(tmp_path):
+def test_zombie_is_not_the_holder(tmp_path):
     log = Log(tmp_path).start()
     process = subprocess.Popen([sys.executable, "-c", ""], stdout=subprocess.PIPE)
-    process.stdout.read()  # its end: the process has exited, and nobody has asked for its status
+    process.stdout.read()  # end of file: it has exited, and is a zombie until it is waited for
     os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-    lock(log, process.pid)
+    write_lock(log, process.pid)
     try:
         assert status(tmp_path).state == "interrupted"
     finally:
         process.communicate()
 
 
-def test_lock_on_another_host_is_believed_and_said_so(tmp_path):
+def test_lock_of_another_host_counts_as_running(tmp_path):
     log = Log(tmp_path).start()
-    lock(log, 1, host="login7.example")
+    write_lock(log, 1, host="login7.example")
     now = status(tmp_path, now=log.now + 90)
     assert now.state == "running"
     assert "cannot be checked" in now.explanation
@@ -167,20 +167,20 @@ def test_lock_on_another_host_is_believed_and_said_so(tmp_path):
     assert now.lock.live is None
 
 
-def test_stop_on_another_host_counts_though_the_lock_is_left(tmp_path):
+def test_stop_on_another_host_counts_though_its_lock_is_left(tmp_path):
     log = Log(tmp_path).start().end("stopped")
-    lock(log, 1, host="login7.example", started=log.now - 10)
+    write_lock(log, 1, host="login7.example", started=log.now - 10)
     assert status(tmp_path).state == "stopped"
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"pid": "x"}', '{"host": "h"}', "\x00"])
-def test_unreadable_lock_holds_nobody(tmp_path, content):
+def test_unreadable_lock_has_no_holder(tmp_path, content):
     log = Log(tmp_path).start()
     (log.path / "lock").write_text(content)
     assert status(tmp_path).state == "interrupted"
 
 
-def test_what_a_crash_undid_does_not_count(tmp_path):
+def test_work_undone_by_a_crash_does_not_count(tmp_path):
     log = Log(tmp_path).start().train_epoch(0.5).save()
     saved = log.step, log.samples
     log.train_epoch(0.9).event("failure", reason="x").rewind(*saved).start()
@@ -188,7 +188,7 @@ def test_what_a_crash_undid_does_not_count(tmp_path):
     assert (now.epoch, now.step, now.test_accuracy) == (1.0, 50, 0.5)
 
 
-def test_newest_checkpoint_by_name_half_written_ones_aside(tmp_path):
+def test_newest_checkpoint_is_the_last_complete_one_by_name(tmp_path):
     log = Log(tmp_path).start()
     folder = tmp_path / "checkpoints"
     folder.mkdir()
@@ -203,17 +203,17 @@ def test_newest_checkpoint_by_name_half_written_ones_aside(tmp_path):
     assert "step-0000000200-phase-001.h5, 10 B, 2 min 00 s ago" in printed(now)
 
 
-def test_json_is_strict_whatever_was_measured(tmp_path):
+def test_json_has_no_nan(tmp_path):
     log = Log(tmp_path).start().train_epoch(math.nan).decide(math.nan)
-    lock(log, os.getpid(), started=math.inf)
-    told = json.loads(json.dumps(status(tmp_path).to_dict(), allow_nan=False))
-    assert told["eigenvalue"] is None
-    assert told["test_accuracy"] is None
-    assert told["lock"]["pid"] == os.getpid()
-    assert told["state"] == "running"
+    write_lock(log, os.getpid(), started=math.inf)
+    values = json.loads(json.dumps(status(tmp_path).to_dict(), allow_nan=False))
+    assert values["eigenvalue"] is None
+    assert values["test_accuracy"] is None
+    assert values["lock"]["pid"] == os.getpid()
+    assert values["state"] == "running"
 
 
-def test_users_text_is_no_markup(tmp_path):
+def test_text_of_the_user_is_not_markup(tmp_path):
     job = JOB.replace('"digits"', '"[bold]x[/nonsense]"')
     Log(tmp_path, job).start().decide(3.0, reason="[red]why[/blue]")
     shown = printed(status(tmp_path))
@@ -221,7 +221,7 @@ def test_users_text_is_no_markup(tmp_path):
     assert "[red]why[/blue]" in shown
 
 
-def test_next_command_can_be_copied_from_any_width(tmp_path):
+def test_next_command_is_never_wrapped(tmp_path):
     deep = tmp_path / ("with space " + "x" * 150)
     Log(deep)
     now = status(deep)
@@ -229,14 +229,14 @@ def test_next_command_can_be_copied_from_any_width(tmp_path):
     assert f"'{deep}'" in now.next_command
 
 
-def test_not_a_run_is_a_usage_error(tmp_path):
+def test_not_a_run_directory_is_a_usage_error(tmp_path):
     with pytest.raises(UsageError, match="not a run directory"):
         status(tmp_path)
     with pytest.raises(UsageError, match="does not exist"):
         status(tmp_path / "nowhere")
 
 
-def test_answers_in_a_blink():
+def test_imports_nothing_slow():
     code = (
         "import sys, hpc_absa.status\n"
         "third = {m.partition('.')[0] for m in sys.modules} - set(sys.stdlib_module_names)\n"
@@ -247,27 +247,27 @@ def test_answers_in_a_blink():
          f"sys.path[:] = sys_path\n{code}"],
         capture_output=True, text=True, check=True,
     )  # fmt: skip
-    for heavy in ("numpy", "matplotlib", "torch", "h5py", "pydantic", "mpi4py", "typer"):
-        assert heavy not in out.stdout
+    for slow in ("numpy", "matplotlib", "torch", "h5py", "pydantic", "mpi4py", "typer"):
+        assert slow not in out.stdout
 
 
-def test_a_chain_of_batch_jobs(tmp_path, monkeypatch):
+def test_chain_of_batch_jobs(tmp_path, monkeypatch):
     log = Log(tmp_path / "run").start().train_epoch(0.8).decide(9.5, grow_to=(64, 2)).end("resize")
     chain = Chain(RunDir(log.path), "digits")
     chain.record(Link(1, chain.name(1), "16", 1, 1, log.now))
     chain.record(Link(2, chain.name(2), "17", 2, 2, log.now))
     slurm = FakeSlurm(tmp_path)
     monkeypatch.setenv("PATH", slurm.path)
-    slurm.says("squeue", f"echo '17|{chain.name(2)}|PENDING|Resources|2'")
+    slurm.respond("squeue", f"echo '17|{chain.name(2)}|PENDING|Resources|2'")
     now = status(log.path)
     assert now.state == "queued"
     assert now.explanation == "Job 17, link 2 of its chain, waits for Resources."
     assert now.next_command is None
     assert f"link 2, job 17 ({chain.name(2)}), 2 nodes, 2 ranks: pending" in printed(now)
     assert [link["job_id"] for link in now.to_dict()["chain"]] == ["16", "17"]
-    slurm.says("squeue", f"echo '17|{chain.name(2)}|RUNNING|None|2'")
+    slurm.respond("squeue", f"echo '17|{chain.name(2)}|RUNNING|None|2'")
     assert status(log.path).state == "running"
-    slurm.says("squeue", "")
+    slurm.respond("squeue", "")
     assert status(log.path).state == "stopped"
     monkeypatch.setenv("PATH", str(tmp_path))
     assert "Slurm cannot be asked from here" in status(log.path).explanation

@@ -1,4 +1,4 @@
-"""The fixed tree on its own: whole lists of numbers, shared out among played ranks."""
+"""The fixed tree: lists of numbers, divided among simulated ranks."""
 
 import pytest
 import torch
@@ -6,8 +6,8 @@ import torch
 from hpc_absa.summation import LANES, Tree, fits, lanes
 
 
-def along_the_tree(terms, size):
-    """The sum that a world of `size` ranks comes to; each rank's part, then pairs of ranks."""
+def tree_sum(terms, size):
+    """The sum of `size` ranks: each rank's part, then pairs of ranks."""
     parts = []
     for rank in range(size):
         tree = Tree()
@@ -24,17 +24,17 @@ def along_the_tree(terms, size):
 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 63, 64, 200])
-def test_every_world_sums_to_the_same_bits(count):
+def test_any_number_of_ranks_gets_the_same_bits(count):
     generator = torch.Generator().manual_seed(count)
     scale = 10 ** torch.randn(count, 1, generator=generator, dtype=torch.float64)
     terms = scale * torch.randn(count, 50, generator=generator, dtype=torch.float64)
-    alone = along_the_tree(terms, 1)
-    assert torch.allclose(alone, terms.sum(0))
+    one_rank = tree_sum(terms, 1)
+    assert torch.allclose(one_rank, terms.sum(0))
     for size in (2, 4, 8, LANES):
-        assert torch.equal(along_the_tree(terms, size), alone)
+        assert torch.equal(tree_sum(terms, size), one_rank)
 
 
-def test_plain_shares_would_not():
+def test_sums_of_halves_differ():
     generator = torch.Generator().manual_seed(0)
     terms = torch.randn(200, 50, generator=generator, dtype=torch.float64)
     whole, halves = torch.zeros(50).double(), [torch.zeros(50).double() for _ in range(2)]
@@ -44,6 +44,6 @@ def test_plain_shares_would_not():
     assert not torch.equal(whole, halves[0] + halves[1])
 
 
-@pytest.mark.parametrize(("size", "answer"), [(1, True), (3, False), (64, True), (128, False)])
-def test_which_worlds_fit(size, answer):
-    assert fits(size) == answer
+@pytest.mark.parametrize(("size", "expected"), [(1, True), (3, False), (64, True), (128, False)])
+def test_numbers_of_ranks_that_fit_the_tree(size, expected):
+    assert fits(size) == expected

@@ -1,4 +1,4 @@
-"""How many ranks a batch feeds, and who computes which microbatch."""
+"""How many ranks a batch feeds, and which rank computes which microbatch."""
 
 import os
 
@@ -48,7 +48,7 @@ def test_ranks_that_shorten_the_step(microbatches, most, ranks):
 
 
 @pytest.mark.parametrize(("per_rank", "ranks"), [(1, 8), (2, 4), (3, 2), (8, 1), (9, 1)])
-def test_each_rank_carries_its_fill(per_rank, ranks):
+def test_each_rank_has_its_microbatches(per_rank, ranks):
     assert ranks_for(job(f"ranks.microbatches_per_rank={per_rank}"), 80, 16) == ranks
 
 
@@ -57,7 +57,7 @@ def test_never_fewer_than_the_first_phase_had():
 
 
 @given(st.integers(1, 64), st.integers(1, 32), st.integers(1, 8))
-def test_no_smaller_world_would_be_as_fast(microbatches, most, initial):
+def test_fewer_ranks_would_be_slower(microbatches, most, initial):
     ranks = ranks_for(job(f"ranks.initial={initial}"), 10 * microbatches, most)
     assert initial <= ranks <= max(initial, most)
     rounds = -(-microbatches // ranks)
@@ -67,7 +67,7 @@ def test_no_smaller_world_would_be_as_fast(microbatches, most, initial):
 
 
 @given(st.integers(1, 64), st.integers(1, 32), st.sampled_from([1, 2, 4, 8]))
-def test_a_reproducible_world_is_a_power_of_two(microbatches, most, initial):
+def test_reproducible_jobs_have_a_power_of_two(microbatches, most, initial):
     reproducible = job("train.reproducible=true", f"ranks.initial={initial}")
     ranks = ranks_for(reproducible, 10 * microbatches, most)
     assert ranks & (ranks - 1) == 0
@@ -77,7 +77,7 @@ def test_a_reproducible_world_is_a_power_of_two(microbatches, most, initial):
 
 
 @pytest.mark.parametrize(
-    ("words", "found"),
+    ("words", "expected"),
     [
         ("a", [("a", 1)]),
         ("a:4,b", [("a", 4), ("b", 1)]),
@@ -85,12 +85,12 @@ def test_a_reproducible_world_is_a_power_of_two(microbatches, most, initial):
         ("10.0.0.1:2", [("10.0.0.1", 2)]),
     ],
 )
-def test_hosts(words, found):
-    assert hosts(words) == found
+def test_hosts(words, expected):
+    assert hosts(words) == expected
 
 
 @pytest.mark.parametrize("word", ["", ":4", "b:", "b:x", "b:-1", "b:0", "b:00", "b:1.5", "b:1:2"])
-def test_hosts_that_are_none(word):
+def test_invalid_hosts(word):
     with pytest.raises(
         UsageError, match=r"launch\.hosts = .*expected host or host:slots"
     ) as caught:
@@ -107,5 +107,5 @@ def test_hosts_that_are_none(word):
         ((), len(os.sched_getaffinity(0))),
     ],
 )
-def test_the_largest_world(overrides, ranks):
+def test_the_largest_number_of_ranks(overrides, ranks):
     assert limit(job(*overrides)) == ranks

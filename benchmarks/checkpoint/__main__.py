@@ -1,11 +1,10 @@
 """`python -m benchmarks.checkpoint FOLDER`: one state, one disk, one run, contenders interleaved.
 
 A model with its momentum is saved by every contender in turn, round by round, to `FOLDER` (give a
-folder of the file system that counts: /tmp may be memory). *Durable* is the time from the call to
-files that a power cut leaves whole, with nothing else going on. *Blocked* is how long the call
-keeps the training from going on, *slowed* what the steps taken while the files are written lose
-beside that; both in per cent of the time that save took. `disk` writes the same bytes with nothing
-but `write` and `fsync`: no contender can be faster.
+folder of the file system that counts: /tmp may be memory). *Durable* is the time from the call
+until the files are on disk, without training. *Blocked* is how long the call stops training, and
+*slowed* what the steps during the save lose in addition; both in per cent of the time that the save
+took. `disk` writes the same bytes with nothing but `write` and `fsync`: no contender can be faster.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ def main() -> None:
                 for i, each in enumerate(contenders)
             ]
             for r in range(options.rounds + 1)
-        ][1:]  # the first one warms caches and imports up
+        ][1:]  # the first one warms up caches and imports
         for each in contenders:
             each.close()
     _report(options, training.state, contenders, rounds)
@@ -56,35 +55,34 @@ Times = dict[str, float]
 
 
 def _measure(contender: Contender, training: Training, folder: Path) -> Times:
-    """Seconds of one save alone, and of one beside the training."""
+    """Seconds of one save alone, and of one during training."""
     folder.mkdir()
-    begun = time.perf_counter()
+    start = time.perf_counter()
     contender.save(training.state, folder)
     contender.wait()
-    durable = time.perf_counter() - begun
+    durable = time.perf_counter() - start
     _empty(folder)
     if isinstance(contender, Disk):
         return {"durable": durable}
-    calm = statistics.median(training.step() for _ in range(3))
-    begun = time.perf_counter()
+    undisturbed = statistics.median(training.step() for _ in range(3))
+    start = time.perf_counter()
     contender.save(training.state, folder)
-    blocked = time.perf_counter() - begun
+    blocked = time.perf_counter() - start
     steps = []
     while contender.busy():
         steps.append(training.step())
     contender.wait()
-    whole = time.perf_counter() - begun
+    total = time.perf_counter() - start
     _empty(folder)
     return {
         "durable": durable,
-        "blocked": blocked / whole,
-        # The last step outlives the save: only the part before its end was beside it.
-        "slowed": max(0.0, sum(steps) - calm * len(steps)) / whole,
+        "blocked": blocked / total,
+        "slowed": max(0.0, sum(steps) - undisturbed * len(steps)) / total,
     }
 
 
 def _empty(folder: Path) -> None:
-    """Remove what a save wrote, so that no contender pays for another's pages."""
+    """Remove what a save wrote, so that its pages do not slow down the next contender."""
     for path in sorted(folder.rglob("*"), reverse=True):
         path.rmdir() if path.is_dir() else path.unlink()
 
@@ -104,10 +102,10 @@ def _report(
     print("| | MB/s durable | × hpc_absa's time | blocked | slowed |")
     print("| --- | --- | --- | --- | --- |")
     columns = list(zip(*rounds, strict=True))
-    ours = [times["durable"] for times in columns[1]]
+    reference = [times["durable"] for times in columns[1]]
     for contender, column in zip(contenders, columns, strict=True):
         durable = [times["durable"] for times in column]
-        ratio = statistics.median(d / o for d, o in zip(durable, ours, strict=True))
+        ratio = statistics.median(d / o for d, o in zip(durable, reference, strict=True))
         shares = ""
         for kind in ("blocked", "slowed"):
             known = [times[kind] for times in column if kind in times]

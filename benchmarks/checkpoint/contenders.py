@@ -13,12 +13,12 @@ import torch
 from torch import nn
 from torch.distributed import checkpoint as dcp
 
-from hpc_absa.checkpoint import Store
+from hpc_absa.checkpoint import CheckpointManager
+from hpc_absa.checkpoint.async_checkpointer import AsyncCheckpointer
 from hpc_absa.comm import SerialCommunicator
-from hpc_absa.progress import Position
+from hpc_absa.progress import Position, Progress
 from hpc_absa.records import ScheduleState
-from hpc_absa.training.saving import Saver
-from hpc_absa.training.state import Live, Progress, described, scalars, tensors
+from hpc_absa.training.state import TrainState
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class State:
 
 
 class Contender(Protocol):
-    """One way to save; `save` returns when the training may go on."""
+    """One way to save; `save` returns when training may continue."""
 
     name: str
 
@@ -83,39 +83,40 @@ class Disk(Blocking):
             os.fsync(file.fileno())
 
 
-class Ours:
+class HpcAbsa:
     """A snapshot, then a background thread: digest, write, fsync, comparison, rename."""
 
     name = "hpc_absa"
 
     def __init__(self) -> None:
-        self._saver: Saver | None = None
+        # One checkpointer throughout, as in a run, so that snapshots reuse their memory.
+        self._manager = CheckpointManager(Path(), 2)
+        self._checkpointer = AsyncCheckpointer(
+            self._manager,
+            SerialCommunicator(),
+            background=True,
+            shard_bytes=1 << 62,
+            on_error="stop",
+            warn=print,
+        )
+        self._saved = threading.Event()
 
     def save(self, state: State, folder: Path) -> None:
-        if self._saver is None:
-            self._store = Store(folder, 2)
-            self._saver = Saver(
-                self._store,
-                SerialCommunicator(),
-                background=True,
-                shard_bytes=1 << 62,
-                on_error="stop",
-                warn=print,
-            )
-        # One saver throughout, as in a run, whose snapshots share their memory.
-        self._store.folder = folder
-        content = scalars(Progress(Position(), ScheduleState(32, 0.1)), 0, "sha256:0", "")
-        content = described(content, world_size=1, global_batch=32, samples=0)
-        live = Live(state.model, state.optimizer, None)
+        self._manager.folder = folder
+        self._saved.clear()
+        progress = Progress(Position(step=1), ScheduleState(32, 0.1))
+        train_state = TrainState(state.model, state.optimizer, progress)
+        attributes = {"world_size": 1, "global_batch": 32, "samples": 0}
+        scalars = train_state.scalars(0, "sha256:0", "", **attributes)
         path = folder / "step-0000000001-phase-001.h5"
-        self._saver.save(path, content, tensors(live), lambda _: None)
+        self._checkpointer.save(path, scalars, train_state.tensors(), lambda _: self._saved.set())
 
     def busy(self) -> bool:
-        return any(thread.name == "checkpoint" for thread in threading.enumerate())
+        _, failed = self._checkpointer.flags()
+        return not self._saved.is_set() and not failed
 
     def wait(self) -> None:
-        assert self._saver is not None
-        self._saver.settle()
+        self._checkpointer.settle()
 
     def close(self) -> None:
         pass
@@ -157,9 +158,9 @@ class DcpAsync:
 
     def save(self, state: State, folder: Path) -> None:
         writer = dcp.FileSystemWriter(folder, sync_files=True)
-        found = dcp.async_save(state.tensors(), storage_writer=writer, no_dist=True)
-        assert isinstance(found, Future)
-        self._future = found
+        future = dcp.async_save(state.tensors(), storage_writer=writer, no_dist=True)
+        assert isinstance(future, Future)
+        self._future = future
 
     def busy(self) -> bool:
         return not self._future.done()
@@ -171,4 +172,4 @@ class DcpAsync:
         pass
 
 
-CONTENDERS = (Ours, TorchSave, Dcp, DcpAsync)
+CONTENDERS = (HpcAbsa, TorchSave, Dcp, DcpAsync)

@@ -1,10 +1,10 @@
 """`python -m benchmarks.curvature`: same model, images and tolerance, one run, interleaved.
 
-Needs `pip install hpc-absa[bench]` for the peers; without one it is left out. Times are whole
-CPU time of the process (all threads), so that neighbours on the machine matter less; the fastest of
+Needs `pip install hpc-absa[bench]` for the peers; one that is missing is left out. Times are CPU
+time of the process (all threads), so that other load on the machine matters less; the fastest of
 the rounds counts. One "gradient" is forward and backward in evaluation mode as PyTorch runs it by
-default (contiguous images, batches of 128). Rows with a question ask what a decision asks, whether
-λ is above a threshold t, and stop as soon as that is stopped_above_threshold.
+default (contiguous images, batches of 128). Rows with a question mark measure what a decision
+needs, whether λ is above a threshold t, and stop as soon as that is known.
 """
 
 from __future__ import annotations
@@ -24,9 +24,8 @@ from torch.nn import functional
 
 from hpc_absa import models
 from hpc_absa.comm import SerialCommunicator
-from hpc_absa.curvature import probe
-from hpc_absa.curvature.operator import HessianOperator
-from hpc_absa.curvature.state import observed
+from hpc_absa.curvature.estimate import estimate_eigenvalue
+from hpc_absa.curvature.operator import HessianOperator, evaluation_mode
 
 
 class Images:
@@ -128,14 +127,14 @@ def gradient(model: nn.Module, images: Images) -> tuple[float, str]:
 
 
 def _product(model: nn.Module, images: Images, microbatch: int) -> Callable[[], tuple[float, str]]:
-    with observed(model):
+    with evaluation_mode(model):
         operator = HessianOperator(
             model, functional.cross_entropy, images, SerialCommunicator(),
-            samples=images.size, microbatch=microbatch, kept=images.size,
+            samples=images.size, microbatch=microbatch, keep_graphs=images.size,
         )  # fmt: skip
         vector = operator.gradient()
         operator.matvec(vector)
-    return lambda: (float(operator.matvec(vector)[0][0]), "")
+    return lambda: (float(operator.matvec(vector)[0]), "")
 
 
 def _ours(
@@ -147,25 +146,24 @@ def _ours(
     max_iter: int,
     threshold: float | None = None,
 ) -> tuple[float, str]:
-    found = probe.estimate(
+    result = estimate_eigenvalue(
         model, functional.cross_entropy, images, SerialCommunicator(), method="lanczos",
         samples=images.size, microbatch=microbatch, tol=tol, max_iter=max_iter,
         keep_samples=images.size, threshold=threshold,
     )  # fmt: skip
-    value = found.eigenvalue
-    answer = (
-        "" if threshold is None else "above: " if found.stopped_above_threshold else "not above: "
-    )
-    note = f"{answer}{value.matvecs} products of {value.samples} images"
-    return value.value, note + f" + {found.coarse_matvecs} of an eighth"
+    value = result.eigenvalue
+    note = f"{value.matvecs} products of {value.samples} images"
+    if threshold is not None:
+        note = f"{'above' if value.stopped_above_threshold else 'not above'}: {note}"
+    return value.value, f"{note} + {result.coarse_matvecs} of an eighth"
 
 
 def _pyhessian(model: nn.Module, images: Images, tol: float) -> tuple[float, str]:
     from pyhessian import hessian
 
     data = (images.inputs, images.targets)
-    found = hessian(model, functional.cross_entropy, data=data, cuda=False)
-    values, _ = found.eigenvalues(maxIter=100, tol=tol, top_n=1)
+    peer = hessian(model, functional.cross_entropy, data=data, cuda=False)
+    values, _ = peer.eigenvalues(maxIter=100, tol=tol, top_n=1)
     model.zero_grad(set_to_none=True)
     return float(values[0]), ""
 

@@ -1,15 +1,15 @@
-"""Would a converged λ over the whole Hessian sample have decided the same?
+"""Would converged estimates over the whole Hessian sample have led to the same decisions?
 
-`python -m benchmarks.curvature.agreement RUN...` goes through the checkpoints of runs whose rule is
-`abs` or `absa` (set `checkpoint.keep` so that all of them are kept). At each decision point it
-takes λ of the saved weights to 1e-4 over all of `hessian.samples`, lets the same rule decide on
-that, from the state that its own decisions led to, and compares. Once the two differ, the rest of
-that run is another course and is not counted. A growth in the middle of a step is saved after what
-was left of that step, so λ is then taken a part of a step later than the run's.
+`python -m benchmarks.curvature.agreement RUN...` goes through the checkpoints of runs with the
+schedule `abs` or `absa` (set `checkpoint.keep` so that all of them are kept). At each decision
+point it computes λ of the saved weights to 1e-4 over all of `hessian.samples`, lets the same
+schedule decide on it, from the state that its own decisions led to, and compares. Decisions after
+the first difference are not counted. A growth in the middle of a step is saved after the rest of
+that step, so λ is then computed a part of a step later than in the run.
 
-With `--questions N`, at every N-th of these checkpoints, also the question itself is asked, whether
-λ is at most a threshold, for thresholds around the converged λ, with the run's own settings: how
-often the answer is the converged one's, and what it cost.
+With `--questions N` every N-th of these checkpoints is also used to test the threshold: is λ above
+it, for thresholds around the converged λ, with the run's own settings? The table shows how often
+the answer is that of the converged λ, and the cost.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from torch import nn
 from hpc_absa import config
 from hpc_absa.checkpoint import read
 from hpc_absa.comm import SerialCommunicator
-from hpc_absa.curvature import probe
-from hpc_absa.plan import course_of
+from hpc_absa.curvature.estimate import Estimate, estimate_eigenvalue
+from hpc_absa.plan import stream_of
 from hpc_absa.records import Eigenvalue, Observation
 from hpc_absa.rundir import RunDir
 from hpc_absa.rundir.events import effective
 from hpc_absa.schedules import build
-from hpc_absa.training.material import (
+from hpc_absa.training.setup import (
     HessianSample,
-    build_batches,
+    build_loader,
     build_model_and_loss,
     hessian_sample,
     open_data,
@@ -42,31 +42,31 @@ from hpc_absa.training.state import load_model
 from hpc_absa.training.step import Loss
 
 THRESHOLDS = (0.25, 0.5, 0.8, 0.9, 0.95, 1.05, 1.1, 1.25, 2.0, 4.0)
-"""In units of the converged λ; from 1 on the run would grow."""
+"""Relative to the converged λ; from 1 on the run would grow."""
 
 
 @dataclass
 class Answers:
-    """To one question, over all checkpoints."""
+    """Answers for one threshold, over all checkpoints."""
 
     right: int = 0
     wrong: int = 0
     none: int = 0
-    """Unconverged: no growth, whatever the truth."""
+    """Unconverged: the run does not grow, whatever λ is."""
     gradients: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A run's model, to be loaded with one checkpoint after the other."""
+    """A run's model, loaded with one checkpoint after the other."""
 
     job: config.Job
     model: nn.Module
     loss: Loss
     sample: HessianSample
 
-    def estimate(self, tol: float, max_iter: int, threshold: float | None = None) -> probe.Estimate:
-        return probe.estimate(
+    def estimate(self, tol: float, max_iter: int, threshold: float | None = None) -> Estimate:
+        return estimate_eigenvalue(
             self.model, self.loss, self.sample, SerialCommunicator(),
             method=self.job.hessian.method, samples=self.sample.size,
             microbatch=self.job.train.microbatch, tol=tol, max_iter=max_iter, threshold=threshold,
@@ -87,16 +87,16 @@ def main() -> None:
         same, total = same + agreed, total + decisions
     print(f"in all: {same} of {total} decisions as with converged estimates")
     if answers:
-        print("| threshold / λ | asked | right | wrong | unconverged | gradients, mean |")
+        print("| threshold / λ | estimates | right | wrong | unconverged | gradients, mean |")
         print("| --- | --- | --- | --- | --- | --- |")
-    for threshold, told in answers.items():
-        cost = sum(told.gradients) / len(told.gradients)
-        print(f"| {threshold} | {len(told.gradients)} | {told.right} | {told.wrong} | {told.none} "
-              f"| {cost:.2f} |")  # fmt: skip
+    for threshold, answer in answers.items():
+        cost = sum(answer.gradients) / len(answer.gradients)
+        counts = f"{len(answer.gradients)} | {answer.right} | {answer.wrong} | {answer.none}"
+        print(f"| {threshold} | {counts} | {cost:.2f} |")
 
 
 def replay(run: RunDir, questions: int, answers: dict[float, Answers]) -> tuple[int, int]:
-    """Decisions that agree, and decisions compared; `answers` are added to."""
+    """Number of decisions that agree, and that were compared; adds to `answers`."""
     subject = _subject(run)
     rule = build(subject.job)
     state, same, total, differs = rule.initial(), 0, 0, False
@@ -118,7 +118,7 @@ def replay(run: RunDir, questions: int, answers: dict[float, Answers]) -> tuple[
         state = decision.state
         differs = decision.action != event["action"]
         total, same = total + 1, same + (not differs)
-        print(f"{run.path.name} epoch {event['epoch']:.2f}: {_told(value)}, {decision.action}; "
+        print(f"{run.path.name} epoch {event['epoch']:.2f}: {_text(value)}, {decision.action}; "
               f"the run {event['eigenvalue']}, {event['action']}, {event['reason']}",
               flush=True)  # fmt: skip
     return same, total
@@ -127,8 +127,8 @@ def replay(run: RunDir, questions: int, answers: dict[float, Answers]) -> tuple[
 def _subject(run: RunDir) -> Subject:
     job, comm, cpu = config.load(run.job), SerialCommunicator(), torch.device("cpu")
     dataset = open_data(job, run, comm)
-    course = course_of(job, len(dataset.train.labels))
-    batches = build_batches(job, dataset, course, cpu)
+    course = stream_of(job, len(dataset.train.labels))
+    batches = build_loader(job, dataset, course, cpu)
     sample = hessian_sample(job, batches, course, job.hessian.samples)
     return Subject(job, *build_model_and_loss(job, dataset, cpu), sample)
 
@@ -137,20 +137,19 @@ def _ask(subject: Subject, truth: Eigenvalue, answers: dict[float, Answers]) -> 
     settings = subject.job.hessian
     for share in THRESHOLDS:
         threshold = share * truth.value
-        found = subject.estimate(settings.tol, settings.max_iter, threshold)
-        told = answers[share]
-        told.gradients.append(found.samples_processed / subject.sample.size)
-        if not (found.stopped_above_threshold or found.eigenvalue.converged):
-            told.none += 1
-        elif (not found.stopped_above_threshold and found.eigenvalue.value <= threshold) == (
-            share >= 1
-        ):
-            told.right += 1
+        result = subject.estimate(settings.tol, settings.max_iter, threshold)
+        value, answer = result.eigenvalue, answers[share]
+        answer.gradients.append(result.samples_processed / subject.sample.size)
+        above = value.stopped_above_threshold or value.value > threshold
+        if not (value.stopped_above_threshold or value.converged):
+            answer.none += 1
+        elif above == (share < 1):
+            answer.right += 1
         else:
-            told.wrong += 1
+            answer.wrong += 1
 
 
-def _told(value: Eigenvalue | None) -> str:
+def _text(value: Eigenvalue | None) -> str:
     return "no λ" if value is None else f"λ {value.value:.4g}"
 
 

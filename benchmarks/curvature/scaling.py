@@ -1,8 +1,8 @@
 """Strong scaling of the estimate: `mpirun -np N python -m benchmarks.curvature.scaling DATA`.
 
-The same estimate on the same images over N ranks of one thread each; wall time, the fastest of the
-rounds, and λ, which must not depend on N. Beside it the gradient of the same images, each rank its
-share, with nothing sent: how far the machine itself scales.
+The same estimate on the same images over N ranks of one thread each: wall time, the fastest of the
+rounds, and λ, which must not depend on N. For comparison the gradient of the same images, split
+over the ranks without communication, which shows how far the machine itself scales.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from benchmarks.curvature.__main__ import Images, gradient, trained
 from hpc_absa.comm import Communicator, connect
-from hpc_absa.curvature import probe
+from hpc_absa.curvature.estimate import estimate_eigenvalue
 
 T = TypeVar("T")
 
@@ -39,13 +39,13 @@ def main() -> None:
     own = len(images.inputs) // comm.size
     share = Images(images.inputs[:own], images.targets[:own])
     estimate = partial(
-        probe.estimate, model, functional.cross_entropy, images, comm,
+        estimate_eigenvalue, model, functional.cross_entropy, images, comm,
         method="lanczos", samples=options.images, microbatch=64, tol=1e-3, max_iter=20,
     )  # fmt: skip
     seconds, gradients = [], []
     for _ in range(options.rounds):
         gradients.append(_together(comm, partial(gradient, model, share))[0])
-        elapsed, found = _together(comm, estimate)
+        elapsed, result = _together(comm, estimate)
         seconds.append(elapsed)
     total = torch.zeros(sum(p.numel() for p in model.parameters()), dtype=torch.float64)
     comm.allreduce_(total)
@@ -54,7 +54,7 @@ def main() -> None:
         comm.allreduce_(total)
     reduction = (time.perf_counter() - begin) / 20
     if comm.rank == 0:
-        value = found.eigenvalue
+        value = result.eigenvalue
         print(
             f"{comm.size} ranks: gradient {min(gradients):.2f} s, λ {min(seconds):.2f} s", end=" "
         )
@@ -65,11 +65,11 @@ def main() -> None:
 
 
 def _together(comm: Communicator, work: Callable[[], T]) -> tuple[float, T]:
-    """Wall seconds until the slowest rank is through with it, and what it found."""
+    """Wall seconds until the slowest rank has finished, and this rank's result."""
     comm.allgather_object(None)
     begin = time.perf_counter()
-    found = work()
-    return max(comm.allgather_object(time.perf_counter() - begin)), found
+    result = work()
+    return max(comm.allgather_object(time.perf_counter() - begin)), result
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""What a resize costs, against the bare start of the same world."""
+"""What a resize costs, compared with a bare start of the same ranks."""

@@ -1,13 +1,13 @@
-"""From a decision to the first step of the next phase, as a ratio to the bare start of that world.
+"""From a decision to the first step of the next phase, as a ratio to a bare start of those ranks.
 
     python -m benchmarks.startup [--launcher mpirun|horovodrun|slurm] [--resizes 10] [--ranks 2]
 
-A resize is timed by the run itself: from the `phase_end` of the old world, whose decision asked for
-more ranks, to the end of the first step of the new one (event `resize`). The bare start is `mpirun`
-of the imports, `hvd.init()` and one allreduce, from the launch to the allreduce's end. The two take
-turns, so that a machine that slows down slows down both. `slurm` starts a four-node Slurm of its
-own, as the tests do; its bare start is mpirun's, so that its ratio shows what Slurm adds. Bytecode
-is kept, as for any installed package (PYTHONDONTWRITEBYTECODE is left out).
+A resize is timed by the run itself: from the `phase_end` of the phase whose decision asked for more
+ranks, to the end of the first step of the next one (event `resize`). The bare start is `mpirun` of
+the imports, `hvd.init()` and one allreduce, from the launch to the allreduce's end. The two
+alternate, so that a slow machine affects both. `slurm` starts a four-node Slurm, as the tests do;
+its bare start is mpirun's, so that its ratio shows what Slurm adds. Bytecode is kept, as for any
+installed package (PYTHONDONTWRITEBYTECODE is removed).
 """
 
 from __future__ import annotations
@@ -69,22 +69,22 @@ def main() -> None:
     parser.add_argument("--launcher", choices=["mpirun", "horovodrun", "slurm"], default="mpirun")
     parser.add_argument("--resizes", type=int, default=10)
     parser.add_argument("--ranks", type=int, default=2)
-    asked = parser.parse_args()
+    options = parser.parse_args()
     bare, resizes = [], []
-    with tempfile.TemporaryDirectory() as folder, surroundings(asked.launcher) as environment:
+    with tempfile.TemporaryDirectory() as folder, surroundings(options.launcher) as environment:
         job = Path(folder) / "job.toml"
         job.write_text(
-            JOB.format(batch=32 * asked.ranks, ranks=asked.ranks, launcher=asked.launcher)
+            JOB.format(batch=32 * options.ranks, ranks=options.ranks, launcher=options.launcher)
         )
-        for n in range(asked.resizes):
-            bare.append(bare_start(asked.ranks))
+        for n in range(options.resizes):
+            bare.append(bare_start(options.ranks))
             resizes.append(resize(job, Path(folder) / str(n), environment))
             print(f"{n + 1}: bare {bare[-1]:.2f} s, resize {resizes[-1]:.2f} s", flush=True)
     print(
         json.dumps(
             {
-                "launcher": asked.launcher,
-                "ranks": [1, asked.ranks],
+                "launcher": options.launcher,
+                "ranks": [1, options.ranks],
                 "resizes": len(resizes),
                 "bare_median": round(statistics.median(bare), 2),
                 "resize_median": round(statistics.median(resizes), 2),
@@ -97,29 +97,29 @@ def main() -> None:
 
 def bare_start(ranks: int) -> float:
     """Seconds from mpirun's launch to the end of the first allreduce."""
-    words = [program("mpirun"), "--oversubscribe", "--bind-to", "none", "-np", str(ranks)]
-    begun = time.time()
+    command = [program("mpirun"), "--oversubscribe", "--bind-to", "none", "-np", str(ranks)]
+    start = time.time()
     done = subprocess.run(
-        [*words, sys.executable, "-c", BARE],
+        [*command, sys.executable, "-c", BARE],
         env=os.environ | mpi_environment() | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         check=True,
     )
-    return float(done.stdout.split()[-1]) - begun
+    return float(done.stdout.split()[-1]) - start
 
 
 def resize(job: Path, run: Path, environment: dict[str, str]) -> float:
-    """Seconds of the one resize of a run of its own."""
-    words = [sys.executable, "-m", "hpc_absa", "run", str(job), "--run-dir", str(run)]
-    subprocess.run(words, env=environment, check=True, capture_output=True)
-    (told,) = [e for e in EventLog(run / "events.jsonl").read() if e["event"] == "resize"]
-    return float(told["seconds"])
+    """Seconds of the one resize of a new run."""
+    command = [sys.executable, "-m", "hpc_absa", "run", str(job), "--run-dir", str(run)]
+    subprocess.run(command, env=environment, check=True, capture_output=True)
+    (event,) = [e for e in EventLog(run / "events.jsonl").read() if e["event"] == "resize"]
+    return float(event["seconds"])
 
 
 @contextmanager
 def surroundings(launcher: str) -> Iterator[dict[str, str]]:
-    """The environment of runs; for `slurm` with a cluster behind it."""
+    """The environment of runs; for `slurm` with a cluster that is started for it."""
     environment = os.environ | mpi_environment() | {"OMP_NUM_THREADS": "1"}
     environment.pop("PYTHONDONTWRITEBYTECODE", None)
     if launcher != "slurm":

@@ -1,1 +1,1 @@
-"""Adversarial examples: inputs moved a little so that the loss rises."""
+"""Adversarial examples: inputs changed slightly so that the loss rises."""

@@ -3,41 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-Loss = Callable[[Tensor, Tensor], Tensor]
+Loss = Callable[[Any, Any], Tensor]
 
 
 def perturb(
     model: nn.Module,
     loss: Loss,
     inputs: Tensor,
-    targets: Tensor,
+    targets: Any,
     step: Tensor,
     valid: tuple[Tensor, Tensor],
 ) -> Tensor:
     """`x + step · sign(∇ₓ loss)`, clamped to the valid range; a new tensor shaped like `inputs`.
 
-    The gradient is taken in eval mode, so that batch-norm statistics neither enter nor change, and
-    only with respect to the inputs, so that no parameter's `.grad` is touched.
+    The gradient is computed in evaluation mode, so that batch-norm statistics are neither used nor
+    changed, and only with respect to the inputs, so that no parameter's `.grad` is changed.
 
     Args:
-        model: any module; its training flags are as before on return.
+        model: any module; its training flags are restored.
         loss: mean loss of (outputs, targets).
-        inputs: `[n, C, H, W]` in the model's input space.
-        targets: `[n]`.
-        step: ε in the model's input space, broadcastable to `inputs` (ε over the normalisation's
-            standard deviation for an ε in pixel units).
+        inputs: [n, ...], floating point, as the model takes them.
+        targets: as the loss takes them.
+        step: ε in the units of `inputs`, broadcastable to them (for ε in pixel units, ε divided by
+            the normalization's standard deviation).
         valid: smallest and largest value of an input, each broadcastable to `inputs`.
     """
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         with torch.enable_grad():
-            moved = inputs.detach().requires_grad_()
-            (gradient,) = torch.autograd.grad(loss(model(moved), targets), moved)
+            x = inputs.detach().requires_grad_()
+            (gradient,) = torch.autograd.grad(loss(model(x), targets), x)
     finally:
         for module in training:
             module.training = True

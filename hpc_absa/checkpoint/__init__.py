@@ -1,18 +1,18 @@
-"""Checkpoints in HDF5: written whole or not at all, verified before they are trusted."""
+"""Checkpoints in HDF5: written completely or not at all, verified before they are used."""
 
 from hpc_absa.checkpoint.file import read, write
-from hpc_absa.checkpoint.layout import Shard
-from hpc_absa.checkpoint.schema import Content, Group, Key
-from hpc_absa.checkpoint.store import Published, SavedPhase, Store, saved_phase
+from hpc_absa.checkpoint.format import Content, Group, Key, Scalar, Written
+from hpc_absa.checkpoint.manager import CheckpointManager, Published, SavedPhase, saved_phase
 
 __all__ = [
+    "CheckpointManager",
     "Content",
     "Group",
     "Key",
     "Published",
     "SavedPhase",
-    "Shard",
-    "Store",
+    "Scalar",
+    "Written",
     "read",
     "saved_phase",
     "write",

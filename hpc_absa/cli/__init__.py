@@ -1,4 +1,4 @@
-"""The commands. Heavy imports stand inside each, so that `status` and errors answer in a blink."""
+"""The commands. They import what they need when called, so that help and errors are immediate."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from typing import Annotated, Any
 import typer
 
 from hpc_absa import __version__
-from hpc_absa.cli import looking, preparing, running
+from hpc_absa.cli import inspecting, preparing, running
 from hpc_absa.errors import ExitStatus, HpcAbsaError
 
 PANELS: dict[str, list[Callable[..., int | None]]] = {
     "Train": [running.run, running.compare, running.cancel],
-    "Look at a run": [
-        looking.status,
-        looking.report,
-        looking.replay,
-        looking.verify,
-        looking.spectrum,
+    "Inspect a run": [
+        inspecting.status,
+        inspecting.report,
+        inspecting.replay,
+        inspecting.verify,
+        inspecting.spectrum,
     ],
     "Before a run": [preparing.plan, preparing.data, preparing.doctor],
-    "What launchers start": [running.train, running.link],
+    "Started by launchers": [running.train, running.link],
 }
 
 app = typer.Typer(
     name="hpc-absa",
-    help="Train with Horovod over MPI: start small, watch the Hessian, grow batch and ranks.",
-    epilog="Begin with: hpc-absa run jobs/digits.toml",
+    help="Train with Horovod over MPI; batch and ranks grow as the Hessian's eigenvalue falls.",
+    epilog="Start with: hpc-absa run jobs/digits.toml",
     invoke_without_command=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -53,11 +53,11 @@ def _options(
 
 
 _ClickError: Any = typer.BadParameter.__mro__[2]
-"""Base of usage errors, from click or, in newer releases of Typer, from its own copy of click."""
+"""Base of usage errors: click's, or in newer releases of Typer that of its own copy of click."""
 
 
 def main() -> None:
-    """The console script: turns every error of a user's into one line and its exit status."""
+    """The console script: an error becomes one line and the exit status."""
     try:
         status = app(standalone_mode=False)
     except HpcAbsaError as error:
@@ -73,7 +73,7 @@ def main() -> None:
     except BrokenPipeError:
         sys.stderr.close()
         status = ExitStatus.FAILED
-    except OSError as error:  # a disk that is full, read-only or gone
+    except OSError as error:  # such as a full or read-only disk
         print(f"hpc-absa: {error}", file=sys.stderr)
         status = ExitStatus.FAILED
     sys.exit(int(status or 0))

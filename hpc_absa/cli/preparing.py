@@ -1,15 +1,23 @@
-"""Commands before a run: what it will do, its data, its surroundings."""
+"""Commands before a run: its plan, its data, and the checks of the installation."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
+from typer import Argument, Option
 
-from hpc_absa.cli.common import JobFile, Json, MaxRanks, Overrides, RunFolder, print_json, say
+from hpc_absa.cli.options import (
+    JobFile,
+    Json,
+    MaxRanks,
+    Overrides,
+    RunFolder,
+    print_json,
+    print_line,
+)
+from hpc_absa.data.registry import DATASETS
 from hpc_absa.errors import ExitStatus, UsageError
 
 
@@ -18,26 +26,25 @@ def plan(
     overrides: Overrides = None,
     max_ranks: MaxRanks = None,
     samples: Annotated[
-        int | None, typer.Option(min=1, help="Training samples, where the data set is your own.")
+        int | None, Option(min=1, help="Training samples, for a user-defined data set.")
     ] = None,
     rate: Annotated[
         float | None,
-        typer.Option(min=1e-9, help="Samples a second of one rank: adds hours and node-hours."),
+        Option(min=1e-9, help="Samples per second of one rank: adds hours and node-hours."),
     ] = None,
-    ranks_per_node: Annotated[
-        int, typer.Option(min=1, help="Ranks that share a node, for node-hours.")
-    ] = 1,
+    ranks_per_node: Annotated[int, Option(min=1, help="Ranks on one node, for node-hours.")] = 1,
     as_json: Json = False,
 ) -> int:
-    """Show the phases a job goes through and its SGD iterations, without training.
+    """Show the phases of a job and its SGD iterations, without training.
 
-    Where measurements decide, the earliest and the latest possible course are shown. With `--rate`
-    also the hours that the steps take to compute, and node-hours.
+    Where measurements decide, the earliest and the latest possible growth are shown. With `--rate`,
+    also the hours and node-hours of computing.
+    Example: `hpc-absa plan jobs/digits.toml --rate 2000`
     """
     from hpc_absa import config, worldsize
     from hpc_absa import plan as planner
 
-    loaded = config.load(job, (*(overrides or ()),))
+    loaded = config.load(job, tuple(overrides or ()))
     count = samples or planner.training_samples(loaded)
     limit = (
         max_ranks or loaded.ranks.max or loaded.schedule.largest_batch // loaded.train.microbatch
@@ -50,13 +57,13 @@ def plan(
         plans = {k: planner.timed(p, b, rate, ranks_per_node) for k, p in plans.items()}
     if as_json:
         print_json(
-            plans["course"].to_dict()
-            if "course" in plans
+            plans["plan"].to_dict()
+            if "plan" in plans
             else {"steps": None, "phases": None, **{k: p.to_dict() for k, p in plans.items()}}
         )
         return ExitStatus.OK
     for name, planned in plans.items():
-        _print_plan(loaded.name if name == "course" else f"{loaded.name}, {name} course", planned)
+        _print_plan(loaded.name if name == "plan" else f"{loaded.name}, {name} growth", planned)
     return ExitStatus.OK
 
 
@@ -69,20 +76,12 @@ def _print_plan(title: str, planned: Any) -> None:
     columns = ["epochs", "steps", "global batch", "ranks", "learning rate"]
     for column in columns + ["hours", "node-hours"] * timed:
         table.add_column(column, justify="right")
-    for phase in planned.phases:
-        table.add_row(
-            f"{phase.epochs:.2f}",
-            str(phase.steps),
-            str(phase.global_batch),
-            str(phase.ranks),
-            f"{phase.lr:.4g}",
-            *([f"{phase.hours:.3g}", f"{phase.node_hours:.3g}"] if timed else []),
-        )
+    for p in planned.phases:
+        row = [f"{p.epochs:.2f}", str(p.steps), str(p.global_batch), str(p.ranks), f"{p.lr:.4g}"]
+        table.add_row(*row, *([f"{p.hours:.3g}", f"{p.node_hours:.3g}"] if timed else []))
     if timed:
-        hours, node_hours = (
-            sum(getattr(phase, name) for phase in planned.phases)
-            for name in ("hours", "node_hours")
-        )
+        hours = sum(phase.hours for phase in planned.phases)
+        node_hours = sum(phase.node_hours for phase in planned.phases)
         table.caption = f"{hours:.3g} hours of computing, {node_hours:.3g} node-hours"
         table.caption_justify = "left"
     Console().print(table)
@@ -91,25 +90,22 @@ def _print_plan(title: str, planned: Any) -> None:
 def data(
     name: Annotated[
         str | None,
-        typer.Argument(help="digits, imagefolder, cifar10, cifar100, svhn, tinyimagenet, imagenet"),
+        Argument(help=", ".join(DATASETS)),
     ] = None,
-    root: Annotated[Path | None, typer.Option(help="Folder of the raw data set.")] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Packed file; default ROOT.h5, beside the folder.")
-    ] = None,
+    root: Annotated[Path | None, Option(help="Folder of the raw data set.")] = None,
+    out: Annotated[Path | None, Option(help="Packed file; default ROOT.h5.")] = None,
     image_size: Annotated[
-        int | None, typer.Option(min=1, help="Pixels to resize pictures to, where they differ.")
+        int | None,
+        Option(min=1, help="Resize images to this side in pixels, if their sizes differ."),
     ] = None,
-    show: Annotated[
-        Path | None, typer.Option(help="Describe a packed file instead of making one.")
-    ] = None,
+    show: Annotated[Path | None, Option(help="Only describe this packed file.")] = None,
 ) -> int:
     """Pack a data set into the one HDF5 file that all ranks read.
 
-    For example `hpc-absa data cifar10 --root ~/data/cifar10`
+    Example: `hpc-absa data cifar10 --root ~/data/cifar10`
 
-    Give `data.root` in the job either the folder or the packed file: a folder with its packed
-    file beside it is not read again.
+    In the job, `data.root` is either the folder or the packed file: the packed file next to a
+    folder is used instead of the folder.
     """
     from hpc_absa.data import prepare
 
@@ -121,40 +117,44 @@ def data(
     packed = out or (prepare.packed_beside(root) if root else Path(f"{name}.h5"))
     arguments = {"image_size": image_size} if image_size else {}
     prepare.pack(name, root, arguments, packed, progress=True)
-    say(f"packed: {packed}; in the job: [data] name = {name!r}, root = {str(packed)!r}")
+    print_line(f"packed: {packed}; in the job: [data] name = {name!r}, root = {str(packed)!r}")
     return ExitStatus.OK
 
 
 def doctor(
     job: Annotated[
-        Path | None, typer.Argument(metavar="[JOB]", help="Job file that is to run here.")
+        Path | None, Argument(metavar="JOB", help="Also check what this job file needs.")
     ] = None,
     run_dir: RunFolder = None,
     overrides: Overrides = None,
     as_json: Json = False,
 ) -> int:
-    """Say what the installation can do, and what is wrong, each with its cure.
+    """Check the installation and this machine, and show how to fix each error.
 
-    With a job file also whether that job finds here what it needs: hosts, slots, cores, Slurm.
-    Exit status: 0 nothing is wrong, 1 something is.
+    With a job file, also check what the job needs: hosts, slots, cores, Slurm.
+    Example: `hpc-absa doctor jobs/digits.toml`
+
+    With `--json`: `errors`, their number, and `findings`, each with `check`, `status` (ok, absent
+    or error), `detail` and `fix`. Exit status: 0 no errors, 1 errors.
     """
     from hpc_absa import config
-    from hpc_absa.doctor import Patient, examine
+    from hpc_absa.doctor import run_checks
     from hpc_absa.rundir import RunDir
-    from hpc_absa.supervisor import driver
+    from hpc_absa.supervisor.run_state import default_run_dir
 
     loaded = config.load(job, tuple(overrides or ())) if job else None
-    folder = run_dir or (driver.default_run_dir(loaded) if loaded else Path("runs"))
+    folder = run_dir or (default_run_dir(loaded) if loaded else Path("runs"))
     findings = []
-    for finding in examine(Patient(RunDir(folder), loaded)):
+    for finding in run_checks(RunDir(folder), loaded):
         findings.append(finding)
         if not as_json:
-            say(f"{finding.state.upper():9} {finding.check}: {finding.found}")
-            if finding.cure:
-                say(f"{'':9} mend it: {finding.cure}")
-    faults = sum(finding.state == "fault" for finding in findings)
-    if as_json:
-        print_json({"faults": faults, "findings": [asdict(finding) for finding in findings]})
+            print_line(f"{finding.status.upper():7} {finding.check}: {finding.detail}")
+            if finding.fix:
+                print_line(f"{'':7} fix: {finding.fix}")
+    errors = sum(finding.status == "error" for finding in findings)
+    if as_json:  # `faults` is the former name of `errors`
+        details = [finding.to_dict() for finding in findings]
+        print_json({"errors": errors, "faults": errors, "findings": details})
     else:
-        say(f"{faults or 'no'} fault{'s' * (faults != 1)}")
-    return ExitStatus.FAILED if faults else ExitStatus.OK
+        print_line(f"{errors or 'no'} error{'s' * (errors != 1)}")
+    return ExitStatus.FAILED if errors else ExitStatus.OK

@@ -1,8 +1,10 @@
-"""Reading and writing job files; errors name file, key, value and what was expected."""
+"""Reading, writing and comparing job files; errors name file, key, value and what was expected."""
 
 from __future__ import annotations
 
 import copy
+import os
+import sys
 import tomllib
 import typing
 from collections.abc import Mapping
@@ -11,10 +13,38 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from hpc_absa.config.renamed import rename_keys
-from hpc_absa.config.schedule import SCHEDULES
 from hpc_absa.config.tables import Job
 from hpc_absa.errors import UsageError
+from hpc_absa.schedules import SCHEDULES
+
+WITHOUT_EFFECT = (
+    "name",
+    "data.root",
+    "ranks",
+    "checkpoint",
+    "launch",
+    "train.device",
+    "train.threads_per_rank",
+)
+"""Parts of a job that do not change its result, beyond the order of summation."""
+
+RENAMED = {
+    "train.remainder": "train.drop_last",
+    "train.clip_norm": "train.max_grad_norm",
+    "train.decay_spares_vectors": "train.no_decay_norm_bias",
+    "launch.agent": "launch.rsh_agent",
+    "launch.silence_seconds": "launch.heartbeat_timeout",
+    "launch.stuck_seconds": "launch.progress_timeout",
+    "launch.slurm.prologue": "launch.slurm.setup_script",
+    "launch.slurm.lead": "launch.slurm.signal_seconds",
+}
+"""New keys by old ones; an old key works for one release, with a warning."""
+
+RENAMED_VALUES: dict[str, dict[Any, Any]] = {"train.remainder": {"carry": False, "drop": True}}
+"""New values by old ones, for the old keys whose values changed too."""
+
+_RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "SLURM_PROCID", "HOROVOD_RANK")
+_warned: set[str] = set()
 
 
 def load(path: Path, overrides: tuple[str, ...] = (), *, warn: bool = True) -> Job:
@@ -23,7 +53,7 @@ def load(path: Path, overrides: tuple[str, ...] = (), *, warn: bool = True) -> J
     Args:
         path: the job file.
         overrides: as after `--set`.
-        warn: name old keys on standard error; False for files that we have written ourselves.
+        warn: warn on standard error of old keys; False for files that we have written ourselves.
 
     Raises:
         UsageError: one line that names file, key, value and what was expected.
@@ -47,11 +77,11 @@ def parse(text: str, origin: str, overrides: tuple[str, ...] = (), *, warn: bool
 def from_tables(
     tables: Mapping[str, Any], origin: str, overrides: tuple[str, ...] = (), *, warn: bool = True
 ) -> Job:
-    """As `parse`, from the tables of a job file, which stay as they are."""
+    """As `parse`, from the tables of a job file, which are not modified."""
     changed = copy.deepcopy(dict(tables))
     for override in overrides:
         _override(changed, override)
-    rename_keys(changed, origin, warn=warn)
+    _rename_keys(changed, origin, warn=warn)
     try:
         return Job.model_validate(changed)
     except ValidationError as error:
@@ -59,77 +89,142 @@ def from_tables(
 
 
 def dump(job: Job) -> str:
-    """The job as TOML with every default spelled out; `parse` gives the same job back."""
+    """The job as TOML with all defaults; `parse` gives the same job back."""
     import tomli_w
 
     return tomli_w.dumps(job.model_dump(mode="json", exclude_none=True, by_alias=True))
 
 
+def refuse_changes(saved: Job, now: Job, origin: str, allowed: tuple[str, ...]) -> None:
+    """Refuse to continue a run with a job that could give another result.
+
+    Args:
+        saved: the job of the run.
+        now: the job to continue it with.
+        origin: where `saved` was read, for the error.
+        allowed: keys that may differ, as after `--allow-changed`.
+
+    Raises:
+        UsageError: names every key that differs.
+    """
+    old, new = _flat(saved.model_dump()), _flat(now.model_dump())
+    changed = [
+        key
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+        and key not in allowed
+        and not any(key == part or key.startswith(f"{part}.") for part in WITHOUT_EFFECT)
+    ]
+    if changed:
+        differences = "; ".join(f"{k} = {old.get(k)!r} there, {new.get(k)!r} here" for k in changed)
+        raise UsageError(
+            f"{origin}: another job: {differences}; use another --run-dir, --fresh to start over, "
+            f"or --allow-changed {changed[0]}"
+        )
+
+
+def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
 def _override(tables: dict[str, Any], override: str) -> None:
-    """Apply `section.key=value`; the value is TOML, and a bare word is a string."""
+    """Apply `section.key=value`; the value is TOML, or else a string as it is."""
     key, equals, value = override.partition("=")
-    words = key.strip().split(".")
-    if not equals or not all(words):
+    *path, name = key.strip().split(".")
+    if not equals or not all([*path, name]):
         raise UsageError(f"--set {override}: expected key=value, for example train.epochs=3")
     table: Any = tables
-    for word in words[:-1]:
-        table = table.setdefault(word, {})
+    for part in path:
+        table = table.setdefault(part, {})
         if not isinstance(table, dict):
-            raise UsageError(f"--set {override}: {word} is a value, expected a table")
+            raise UsageError(f"--set {override}: {part} is a value, expected a table")
     try:
-        table[words[-1]] = tomllib.loads(f"value = {value}")["value"]
+        table[name] = tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
-        table[words[-1]] = value.strip()
+        table[name] = value.strip()
+
+
+def _rename_keys(tables: dict[str, Any], origin: str, *, warn: bool) -> None:
+    """Replace old keys by new ones in place; warn of each once, on rank 0."""
+    for old, new in RENAMED.items():
+        *path, name = old.split(".")
+        table: Any = tables
+        for part in path:
+            table = table.get(part) if isinstance(table, dict) else None
+        if not isinstance(table, dict) or name not in table:
+            continue
+        new_name = new.rpartition(".")[2]
+        if new_name in table:
+            raise UsageError(f"{origin}: {old} is the old name of {new}: expected only {new}")
+        value = table.pop(name)
+        if (values := RENAMED_VALUES.get(old)) is not None:
+            if value not in values:
+                known = ", ".join(
+                    f"{v!r} (now {new} = {str(w).lower()})" for v, w in values.items()
+                )
+                raise UsageError(f"{origin}: {old} = {value!r}: expected {known}")
+            value = values[value]
+        table[new_name] = value
+        on_rank_0 = all(os.environ.get(variable, "0") == "0" for variable in _RANK_VARIABLES)
+        if warn and on_rank_0 and old not in _warned:
+            _warned.add(old)
+            print(
+                f"hpc-absa: warning: {origin}: {old} is now called {new}; "
+                "the next release will not accept the old name",
+                file=sys.stderr,
+            )
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
-    """The first of pydantic's complaints as `key = value: expected ...`, with a count of others.
+    """The first of pydantic's errors as `key = value: expected ...`, with the number of others.
 
     `model` is what was validated.
     """
-    complaints = error.errors(include_url=False)
-    first = complaints[0]
-    union_tags = set(SCHEDULES)
-    place = [str(word) for word in first["loc"] if word not in union_tags]
+    errors = error.errors(include_url=False)
+    first = errors[0]
+    # The location of a union has the tag or type that was tried.
+    place = [str(part) for part in first["loc"] if part not in SCHEDULES]
     if place[:2] == ["launch", "slurm"]:
-        place = place[:3]  # after the option comes the type that was tried
+        place = place[:3]
     key = ".".join(place) or "job"
-    more = f" (and {len(complaints) - 1} more)" if len(complaints) > 1 else ""
+    methods = ", ".join(sorted(SCHEDULES))
     match first["type"]:
         case "missing":
             message = f"{key}: missing, expected a value"
         case "extra_forbidden":
             message = f"{key} = {first['input']!r}: unknown key, expected "
-            message += _siblings(first["loc"], model)
+            message += _known_keys(first["loc"], model)
         case "value_error":
-            section = f"{key}." if place else ""
-            message = f"{section}{first['ctx']['error']}"
+            message = f"{key}." if place else ""
+            message += str(first["ctx"]["error"])
         case "union_tag_invalid":
-            tags = ", ".join(sorted(union_tags))
-            message = f"{key}.method = {first['ctx']['tag']!r}: expected one of {tags}"
-        case "union_tag_not_found" if not isinstance(first["input"], dict):
-            message = f"{key} = {first['input']!r}: expected a table"
-        case "union_tag_not_found":
-            message = f"{key}.method: missing, expected one of {', '.join(sorted(union_tags))}"
-        case _:
-            wanted = first["msg"].removeprefix("Input should be ")
-            wanted = _IN_TOML.get(first["type"], wanted)
-            message = f"{key} = {first['input']!r}: expected {wanted}"
-    return message + more
+            message = f"{key}.method = {first['ctx']['tag']!r}: expected one of {methods}"
+        case "union_tag_not_found" if isinstance(first["input"], dict):
+            message = f"{key}.method: missing, expected one of {methods}"
+        case kind:
+            expected = _IN_TOML.get(kind, first["msg"].removeprefix("Input should be "))
+            message = f"{key} = {first['input']!r}: expected {expected}"
+    return message + (f" (and {len(errors) - 1} more)" if len(errors) > 1 else "")
 
 
-def _siblings(location: tuple[int | str, ...], model: Any) -> str:
-    """The keys that are known where an unknown one stood, the most similar ones first."""
+def _known_keys(location: tuple[int | str, ...], model: Any) -> str:
+    """The known key that is most similar to the unknown one at `location`, or else all of them."""
     import difflib
 
-    for word in location[:-1]:
-        if word in model.model_fields:
-            annotation = model.model_fields[word].annotation
+    for part in location[:-1]:
+        if part in model.model_fields:
+            annotation = model.model_fields[part].annotation
             inner = [annotation, *typing.get_args(annotation)]
             tables = [each for each in inner if isinstance(each, type)]
             model = next((each for each in tables if issubclass(each, BaseModel)), model)
-        elif isinstance(word, str):
-            model = SCHEDULES[word]
+        elif isinstance(part, str):
+            model = SCHEDULES[part]
     known = [field.alias or name for name, field in model.model_fields.items()]
     close = difflib.get_close_matches(str(location[-1]), known, n=1)
     return f"{close[0]!r}?" if close else "one of " + ", ".join(sorted(known))
@@ -140,6 +235,7 @@ _IN_TOML = {
     "dict_type": "a table",
     "model_type": "a table",
     "model_attributes_type": "a table",
+    "union_tag_not_found": "a table",
     "bool_type": "true or false",
 }
-"""What TOML calls things."""
+"""The names of types in TOML, by pydantic's type of error."""

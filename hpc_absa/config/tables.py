@@ -1,26 +1,31 @@
-"""The tables of a job file: frozen, unknown keys refused, every field with unit and origin.
+"""The tables of a job file; every field with its unit and the origin of its default.
 
-Origins named below: *talk* is the ABSA talk and arXiv:1810.01021, *Goyal* arXiv:1706.02677, *Smith*
-arXiv:1711.00489, *ours* a choice of this project, with its reason.
+Origins named below: *talk* is the ABSA talk and arXiv:1810.01021, *Goyal* arXiv:1706.02677, *ours*
+a choice of this project, with its reason.
 """
 
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
-from hpc_absa.config.base import Count, Named, Positive, Section
-from hpc_absa.config.schedule import HESSIAN, GoogleRule, NoiseScale, Schedule
-from hpc_absa.config.slurm import SlurmOptions
+from hpc_absa.schedules import AnySchedule, TrainSettings, class_of
+from hpc_absa.section import Count, NonNegative, OpenSection, Positive, Section
+
+Strings = Annotated[tuple[str, ...], Field(strict=False)]
+NoSpaces = Annotated[str, Field(pattern=r"^\S*$")]
+"""A string that goes into a batch script as one argument."""
 
 _HOST = re.compile(r"[^\s:,]+(:0*[1-9][0-9]*)?")
 
 
-class Data(Named):
+class Data(OpenSection):
     """The data set. Other keys go to a `package.module:function` as its arguments."""
 
+    name: str
+    """A built-in data set, or `package.module:function`."""
     root: str = ""
     """Folder of the data set, or its packed HDF5 file; empty for data that needs none (digits)."""
     padding: Count | None = None
@@ -30,37 +35,27 @@ class Data(Named):
     """Random horizontal flips; None means yes, except for digits, which have a direction."""
 
 
-class Model(Named):
+class Model(OpenSection):
     """The network. Other keys are the model's own arguments (`depth`, `widen`, `width`, ...)."""
 
+    name: str
+    """A built-in model, or `package.module:function`."""
 
-class Train(Section):
-    """How one step is taken and how many samples are visited."""
 
-    epochs: PositiveInt
-    """Passes over the training set."""
-    microbatch: PositiveInt
-    """Samples of one forward and backward pass on one rank; batch-norm statistics are over it."""
-    lr: Positive
-    """Learning rate at the base batch."""
+class Train(TrainSettings):
+    """How one step is computed, and for how long to train."""
+
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """SGD momentum (talk)."""
-    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    weight_decay: NonNegative = 0.0
     """L2 penalty added to the gradient (the talk names none; 5e-4 is common for CIFAR)."""
     no_decay_norm_bias: bool = False
-    """Whether `weight_decay` leaves vectors alone: batch norm's scale and shift, and biases (Goyal,
+    """Whether `weight_decay` excludes vectors: batch norm's scale and shift, and biases (Goyal,
     section 5.3)."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the target spread over all classes (arXiv:1512.00567, section 7)."""
     max_grad_norm: Positive | None = None
-    """Largest norm of a step's gradient; a longer one is shortened to it. None: none is."""
-    milestones: Annotated[tuple[PositiveInt, ...], Field(strict=False)] = ()
-    """Epochs after which the learning rate is decayed (GG: after which the batch grows)."""
-    lr_decay: Annotated[float, Field(gt=0, le=1)] = 0.2
-    """Factor ρ at each milestone (talk, CIFAR-10)."""
-    annealing: Literal["milestones", "cosine"] = "milestones"
-    """What lowers the learning rate in the long run: `lr_decay` at each milestone, or a cosine that
-    reaches zero with the last epoch (arXiv:1608.03983)."""
+    """Largest norm of a step's gradient; a longer one is scaled down to it. None: no limit."""
     drop_last: bool = False
     """Whether each epoch leaves out the samples that do not fill its last microbatch; otherwise a
     microbatch may contain samples of two epochs, and none is left out."""
@@ -69,27 +64,21 @@ class Train(Section):
     threads_per_rank: PositiveInt | None = None
     """CPU threads of one rank; None divides the cores of a host among its ranks."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """`auto` takes one GPU a rank where there are GPUs."""
+    """`auto` uses one GPU per rank if there are GPUs."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """`bfloat16` computes forward and backward passes of training in mixed precision; evaluation
     and the Hessian stay float32 (there is no float16, whose range needs a scaled loss)."""
     channels_last: bool = False
-    """Pictures as NHWC in memory: on a CPU 1.4 times as fast for ResNet-20 on 32×32 pictures."""
+    """Images as NHWC in memory: on a CPU 1.4 times as fast for ResNet-20 on 32×32 images."""
     reproducible: bool = False
     """The same weights bit for bit at any power-of-two world size; costs speed."""
 
     @model_validator(mode="after")
-    def _fits_together(self) -> Train:
-        if list(self.milestones) != sorted(set(self.milestones)):
-            raise ValueError(f"milestones = {list(self.milestones)}: expected rising epochs")
+    def _check_label_smoothing(self) -> Self:
         if self.label_smoothing and self.loss != "cross_entropy":
             raise ValueError(
-                f"label_smoothing = {self.label_smoothing:g}: expected 0 with a loss of your own "
+                f"label_smoothing = {self.label_smoothing:g}: expected 0 with a user-defined loss "
                 f"({self.loss})"
-            )
-        if self.milestones and self.annealing == "cosine":
-            raise ValueError(
-                f"milestones = {list(self.milestones)}: expected none with annealing = 'cosine'"
             )
         return self
 
@@ -103,10 +92,10 @@ class Hessian(Section):
     """Training samples the Hessian is averaged over. At 128 λ scatters by 10–15 %; 256 keep the
     decisions of a CIFAR-10 run under 1 % of its time, 512 do not (ours, `docs/curvature.md`)."""
     tol: Annotated[float, Field(gt=0, lt=1)] = 1e-2
-    """Estimated relative error at which an estimate has converged (talk). Less buys nothing for
-    decisions: λ scatters by more from sample to sample (`docs/curvature.md`)."""
+    """Estimated relative error at which an estimate has converged (talk). A smaller one does not
+    improve decisions: λ scatters by more from sample to sample (`docs/curvature.md`)."""
     max_iter: PositiveInt = 10
-    """Matvecs after which an estimate gives up, unconverged (talk)."""
+    """Matvecs after which an estimate stops, unconverged (talk)."""
     every: PositiveInt | None = None
     """Samples between decision points; None means once an epoch (talk)."""
 
@@ -119,7 +108,13 @@ class Ranks(Section):
     max: PositiveInt | None = None
     """Largest number of ranks; None means as many as the hosts have cores or GPUs."""
     microbatches_per_rank: PositiveInt = 1
-    """Microbatches of one step that a rank should carry before another rank is worth it."""
+    """Microbatches of one step that a rank computes before one more rank is added."""
+
+    @model_validator(mode="after")
+    def _check_max(self) -> Self:
+        if self.max is not None and self.max < self.initial:
+            raise ValueError(f"max = {self.max}: expected at least ranks.initial = {self.initial}")
+        return self
 
 
 class Checkpoint(Section):
@@ -128,17 +123,52 @@ class Checkpoint(Section):
     model_config = ConfigDict(populate_by_name=True)
 
     every_seconds: PositiveFloat = 600.0
-    """Longest time between checkpoints within a phase: what a kill can cost (ours)."""
+    """Longest time between checkpoints within a phase; a kill loses at most this much (ours)."""
     keep: Annotated[int, Field(ge=2)] = 3
-    """Generations kept; at least two, so that a damaged one has a predecessor."""
+    """Checkpoints kept; at least two, so that there is another one if the newest is damaged."""
     background: bool = Field(default=True, alias="async")
-    """Write in a background thread while training goes on."""
+    """Write in a background thread while training continues."""
     shard_bytes: PositiveInt = 64 << 20
-    """Bytes of state that are worth a file of their own: of a state of twice this or more, each
-    rank writes a share (ours)."""
+    """Bytes of state per shard: if the state has twice as many or more, each rank writes a file
+    with its share (ours)."""
     on_error: Literal["continue", "stop"] = "continue"
-    """Whether training goes on where a checkpoint cannot be written; where the run cannot go on
-    without it (to grow, to stop, to end) it fails in any case."""
+    """Whether training continues if a checkpoint cannot be written; if the run needs it (to grow,
+    to stop, to end), the run fails in any case."""
+
+
+class SlurmOptions(Section):
+    """Options of `sbatch` by their long names; empty ones keep the site's defaults."""
+
+    model_config = ConfigDict(populate_by_name=True)
+
+    partition: NoSpaces = ""
+    """Partition; its node limit bounds the growth."""
+    account: NoSpaces = ""
+    """Account that is charged."""
+    qos: NoSpaces = ""
+    """Quality of service."""
+    constraint: NoSpaces = ""
+    """Features that nodes must have."""
+    time: NoSpaces | int = ""
+    """Time limit of one job: minutes, or `H:MM:SS`. A longer run is split into several jobs."""
+    gpus_per_node: PositiveInt | None = Field(default=None, alias="gpus-per-node")
+    """GPUs of a node, one rank each; a phase with fewer ranks requests fewer."""
+    sbatch: Strings = ()
+    """Other options, each on its own `#SBATCH` line: `["--exclusive", "--mem=0"]`."""
+    setup_script: str = ""
+    """A shell file of the site that every job sources first: `module load ...`."""
+    step: Literal["mpirun", "srun"] = "mpirun"
+    """What starts the ranks within a job; `launch.extra` is passed to it."""
+    signal_seconds: PositiveInt = 120
+    """Seconds before the time limit at which a job saves and submits the next job (ours)."""
+
+    @model_validator(mode="after")
+    def _check_sbatch(self) -> Self:
+        if not all(line.startswith("-") and "\n" not in line for line in self.sbatch):
+            raise ValueError(
+                f"sbatch = {list(self.sbatch)}: expected options of sbatch, for example --exclusive"
+            )
+        return self
 
 
 class Launch(Section):
@@ -148,45 +178,45 @@ class Launch(Section):
     """Program that starts a phase."""
     hosts: str = ""
     """`host:slots,host:slots` as for `mpirun -H`, filled in this order; empty means the hosts of
-    the scheduler's allocation that we are in, or this machine."""
+    the current scheduler allocation, or this machine."""
     hostfile: str = ""
-    """A file with a host a line, `name slots=4` or `name:4`, in place of `hosts`."""
+    """A file with one host per line, `name slots=4` or `name:4`, instead of `hosts`."""
     rsh_agent: str = ""
     """Program that reaches a host: `rsh_agent HOST COMMAND`; empty means ssh, or Open MPI's own."""
     interface: str = ""
-    """Network interface that ranks talk over, as `ib0`; empty leaves the choice to MPI and NCCL."""
+    """Network interface for communication, such as `ib0`; empty leaves it to MPI and NCCL."""
     cool_down: Positive = 300.0
-    """Seconds for which a host that failed is set aside before it is tried again (ours)."""
+    """Seconds for which a host that failed is excluded before it is tried again (ours)."""
     bind: Literal["none", "core"] = "none"
-    """`core` binds each rank to as many cores as it has threads; right where a run has its nodes
-    for itself. `none` leaves it to the system (ours: safe where others work on the node)."""
-    extra: Annotated[tuple[str, ...], Field(strict=False)] = ()
-    """Words passed to the launcher as they are."""
+    """`core` binds each rank to as many cores as it has threads; right if the run has its nodes
+    exclusively. `none` leaves it to the system (ours: safe on shared nodes)."""
+    extra: Strings = ()
+    """Arguments passed to the launcher unchanged."""
     max_restarts: Count = 3
-    """Restarts after failures without any progress in between before a run is given up (ours)."""
+    """Restarts after failures without any progress in between before the run fails (ours)."""
     heartbeat_timeout: PositiveFloat = 60.0
-    """A rank that gives no sign of life for so long is given up, its world ended and started again;
-    ranks give one each second (ours; over Gloo, without MPI, nobody watches)."""
+    """A phase is killed and restarted if one of its ranks sends no heartbeat for so many seconds;
+    ranks send one each second (ours; over Gloo, without MPI, there are no heartbeats)."""
     progress_timeout: PositiveFloat = 1800.0
-    """A rank that has been reading or computing one microbatch for so long is given up likewise:
-    its file system hangs, or its model loops (ours)."""
+    """The same if a rank has been reading or computing one microbatch for so many seconds: its
+    file system hangs, or its model is in an infinite loop (ours)."""
     start_seconds: PositiveFloat = 600.0
-    """A world whose ranks have not found each other after so long is ended (ours)."""
+    """A phase is killed if its ranks are not connected after so many seconds (ours)."""
     ranks_per_node: PositiveInt | None = None
-    """Ranks on one node of a batch job; None means one a GPU, or as many as a node's cores can give
-    `train.threads_per_rank` threads each."""
+    """Ranks on one node of a batch job; None means one per GPU, or as many as have
+    `train.threads_per_rank` cores each."""
     slurm: SlurmOptions = SlurmOptions()
-    """What the batch jobs of launcher `slurm` ask for."""
+    """Options of the batch jobs of launcher `slurm`."""
 
     @model_validator(mode="after")
-    def _hosts_are_a_list(self) -> Launch:
-        words = self.hosts.split(",") if self.hosts else []
-        if not all(_HOST.fullmatch(word.strip()) for word in words):
+    def _check_hosts(self) -> Self:
+        hosts = self.hosts.split(",") if self.hosts else []
+        if not all(_HOST.fullmatch(host.strip()) for host in hosts):
             raise ValueError(
-                f"hosts = {self.hosts!r}: expected host or host:slots, with commas between"
+                f"hosts = {self.hosts!r}: expected host or host:slots, separated by commas"
             )
         if self.hosts and self.hostfile:
-            raise ValueError(f"hostfile = {self.hostfile!r}: expected none beside hosts")
+            raise ValueError(f"hostfile = {self.hostfile!r}: expected none if hosts is set")
         return self
 
 
@@ -194,19 +224,19 @@ class Job(Section):
     """A whole job file."""
 
     name: str
-    """Name of the job, for people."""
+    """Name of the job, for display."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of initial weights, sample order, augmentation and dropout."""
     data: Data
-    """What is learnt from."""
+    """The data set."""
     model: Model
-    """What learns."""
+    """The network."""
     train: Train
-    """How steps are taken."""
-    schedule: Schedule
-    """What decides batch and learning rate."""
+    """Optimizer, learning rate and length of training."""
+    schedule: AnySchedule
+    """Batch size and learning rate over the run."""
     hessian: Hessian = Hessian()
-    """How the decisions' eigenvalue is found."""
+    """How the eigenvalue for decisions is estimated."""
     ranks: Ranks = Ranks()
     """How many processes there are."""
     checkpoint: Checkpoint = Checkpoint()
@@ -216,47 +246,14 @@ class Job(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _preset(cls, tables: Any) -> Any:
-        """The method's own defaults, where the `[hessian]` table is silent."""
-        schedule = tables.get("schedule") if isinstance(tables, dict) else None
-        if not isinstance(schedule, dict):
+    def _method_defaults(cls, tables: Any) -> Any:
+        """The method's defaults for keys that the `[hessian]` table does not set."""
+        schedule = class_of(tables.get("schedule")) if isinstance(tables, dict) else None
+        if schedule is None or not isinstance(given := tables.get("hessian", {}), dict):
             return tables
-        preset, given = HESSIAN.get(str(schedule.get("method")), {}), tables.get("hessian", {})
-        return {**tables, "hessian": {**preset, **given}} if isinstance(given, dict) else tables
+        return {**tables, "hessian": {**schedule.hessian_defaults, **given}}
 
     @model_validator(mode="after")
-    def _schedules_fit(self) -> Job:
-        schedule, train = self.schedule, self.train
-        if isinstance(schedule, GoogleRule) and train.annealing == "cosine":
-            raise ValueError(
-                "train.annealing = 'cosine': expected 'milestones', at which schedule.method = "
-                "'gg' grows"
-            )
-        if isinstance(schedule, NoiseScale) and schedule.base_batch < 2 * train.microbatch:
-            raise ValueError(
-                f"schedule.base_batch = {schedule.base_batch}: expected at least two microbatches "
-                f"of {train.microbatch}, between which gns sees the noise; halve train.microbatch"
-            )
-        warmup = getattr(schedule, "warmup_epochs", 0)
-        if train.annealing == "cosine" and warmup >= train.epochs:
-            raise ValueError(
-                f"schedule.warmup_epochs = {warmup:g}: expected less than train.epochs = "
-                f"{train.epochs}, so that the cosine has a place"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _batches_are_whole_microbatches(self) -> Job:
-        b = self.train.microbatch
-        for key in ("base_batch", "max_batch"):
-            value = getattr(self.schedule, key)
-            if value is not None and value % b:
-                raise ValueError(
-                    f"schedule.{key} = {value}: expected a multiple of train.microbatch = {b}"
-                )
-        if self.ranks.max is not None and self.ranks.max < self.ranks.initial:
-            raise ValueError(
-                f"ranks.max = {self.ranks.max}: expected at least ranks.initial = "
-                f"{self.ranks.initial}"
-            )
+    def _check_schedule(self) -> Self:
+        self.schedule.check(self.train)
         return self

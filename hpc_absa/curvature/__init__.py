@@ -1,1 +1,1 @@
-"""Curvature of the loss: its top eigenvalue for decisions, its spectrum for people."""
+"""Curvature of the loss: the top eigenvalue for decisions, and the whole spectrum."""

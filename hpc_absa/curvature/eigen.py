@@ -1,8 +1,12 @@
-"""Eigenvalues of a symmetric operator known only by its products with vectors.
+"""Lanczos and power iteration for the largest eigenvalues of a symmetric operator.
 
-Shapes: P the operator's size, m the number of basis vectors. Vectors are of the operator's type
-(float32 in training); every coefficient is float64. Eigenvalues are ordered by value, not by
-magnitude: a strongly negative one is not "the top".
+Shapes:
+    P  size of the operator
+    m  basis vectors
+    k  eigenvalues wanted
+
+Vectors have the operator's dtype (float32 in training), coefficients are float64. "Largest" is by
+value, not by magnitude.
 """
 
 from __future__ import annotations
@@ -14,59 +18,150 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from hpc_absa.curvature.subspace import Agree, Subspace, combine, dots, negligible, norm
+Floats = NDArray[np.float64]
 
 Matvec = Callable[[Tensor], Tensor]
 """`v ↦ H v`, [P] to [P], H symmetric."""
 
-CHALLENGE = 6
-"""Products for which a random vector is followed: enough for what stands out of the rest."""
+Broadcast = Callable[[Tensor], Tensor]
+"""Replaces a small float64 CPU tensor by rank 0's copy, so that all ranks branch alike."""
+
+CHECK_PRODUCTS = 6
+"""Products spent on a random vector that checks an invariant subspace."""
+
+_CHUNK = 1 << 20
+"""Elements converted to float64 at a time: bounds the memory of a dot product."""
+
+
+def no_broadcast(scalars: Tensor) -> Tensor:
+    """The `Broadcast` of a single rank."""
+    return scalars
+
+
+def dots(vectors: Tensor, vector: Tensor) -> Tensor:
+    """`Vᵀ w` in float64: [m, P] and [P] to [m], on the CPU."""
+    total = torch.zeros(len(vectors), dtype=torch.float64, device=vector.device)
+    for start in range(0, vector.numel(), _CHUNK):
+        part = slice(start, start + _CHUNK)
+        total += vectors[:, part].double() @ vector[part].double()
+    return total.cpu()
+
+
+def norm(vector: Tensor, broadcast: Broadcast) -> float:
+    """`‖v‖`, computed in float64."""
+    return float(broadcast(dots(vector[None], vector).sqrt()[0]))
+
+
+def combine(vectors: Tensor, weights: Tensor) -> Tensor:
+    """`Σ_i c_i v_i`: [m, P] and [m] float64 to [P]."""
+    return torch.mv(vectors.T, weights.to(vectors.dtype).to(vectors.device))
+
+
+def negligible(like: Tensor) -> float:
+    """64 ulp: a product below this, relative to ‖H‖, cannot be distinguished from zero."""
+    return 64 * torch.finfo(like.dtype).eps
+
+
+class Subspace:
+    """An orthonormal basis V, its image W = HV and the projection T = VᵀHV."""
+
+    def __init__(self, like: Tensor, capacity: int, broadcast: Broadcast) -> None:
+        self.V = like.new_empty(capacity, like.numel())
+        self.W = like.new_empty(capacity, like.numel())
+        self.T = np.zeros((0, 0))
+        self.broadcast = broadcast
+
+    def __len__(self) -> int:
+        return len(self.T)
+
+    def project_out(self, vector: Tensor) -> Tensor:
+        """`(I − VVᵀ) v`; in floating point to be repeated for orthogonality."""
+        basis = self.V[: len(self)]
+        return vector - combine(basis, self.broadcast(dots(basis, vector)))
+
+    def orthogonal(self, vector: Tensor) -> Tensor | None:
+        """`(I − VVᵀ) v` normalized; None where it is zero or not finite."""
+        length = norm(vector, self.broadcast)
+        if not (math.isfinite(length) and length > 0):
+            return None
+        vector = vector / length
+        for _ in range(3):  # "twice is enough" (Parlett 6.9), once more for float32
+            vector = self.project_out(vector)
+            length = norm(vector, self.broadcast)
+            if length < negligible(vector):
+                return None
+            vector = vector / length
+        return vector
+
+    def add(self, vector: Tensor, image: Tensor) -> bool:
+        """Append a unit vector and its product; False, and no change, if that is not finite."""
+        m = len(self)
+        self.V[m], self.W[m] = vector, image
+        column = self.broadcast(dots(self.V[: m + 1], image)).numpy()
+        if not np.isfinite(column).all():
+            return False
+        projection = np.zeros((m + 1, m + 1))
+        projection[:m, :m] = self.T
+        projection[m, :] = projection[:, m] = column
+        self.T = projection
+        return True
+
+    def ritz(self) -> tuple[Floats, Tensor]:
+        """Ritz values, largest first [m], and the Ritz vectors' coefficients, one a row [m, m]."""
+        values, columns = np.linalg.eigh(self.T)
+        return values[::-1], torch.from_numpy(columns.T[::-1].copy())
+
+    def residual(self, value: float, coefficients: Tensor) -> Tensor:
+        """`H y − θ y` of a Ritz pair, [P]."""
+        m = len(self)
+        return combine(self.W[:m], coefficients) - value * combine(self.V[:m], coefficients)
 
 
 @dataclass(frozen=True)
-class Pair:
-    """An approximate eigenpair with its evidence."""
+class Eigenpair:
+    """An approximate eigenpair."""
 
     value: float
-    """Rayleigh quotient of `vector`: for the top eigenvalue always a lower bound."""
+    """Rayleigh quotient of `vector`: for the largest eigenvalue a lower bound."""
     vector: Tensor
     """[P], unit length."""
     residual: float
     """`‖Hv − λv‖ / |λ|`: some eigenvalue lies within this relative distance."""
     error: float
-    """Estimated relative error of `value`: `min(r, r² / gap)`, see `error_bound`."""
+    """Estimated relative error of `value`, see `error_bound`."""
     converged: bool
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a run of an eigensolver found."""
+    """Result of an eigensolver."""
 
-    pairs: tuple[Pair, ...]
+    pairs: tuple[Eigenpair, ...]
     """Largest value first."""
     matvecs: int
     lowest: float
     """Smallest Ritz value: an upper bound of the smallest eigenvalue, negative at a saddle."""
     stopped: bool
     """Ended by the caller's `stop`, not by the tolerance."""
-    combination: Tensor
-    """[m] float64: the top pair's vector in terms of the vectors multiplied."""
+    coefficients: Tensor
+    """[m] float64: the top vector in terms of the m vectors multiplied; with `power`, the last."""
 
     @property
-    def top(self) -> Pair:
+    def top(self) -> Eigenpair:
         """The largest eigenvalue."""
         return self.pairs[0]
 
 
-def error_bound(residual: float, value: float, rival: float) -> float:
+def error_bound(residual: float, value: float, neighbor: float) -> float:
     """Absolute error of a Ritz value: `min(r, r² / gap)`.
 
-    The square is Kato and Temple's bound (Parlett, The Symmetric Eigenvalue Problem, 11.7) for a
-    gap to the rest of the spectrum; `rival` is the best estimate of where that begins.
+    The second is the Kato-Temple bound (Parlett, The Symmetric Eigenvalue Problem, 11.7), with
+    the gap to `neighbor`, the best estimate of where the rest of the spectrum begins.
     """
-    gap = value - rival
+    gap = value - neighbor
     return min(residual, residual * residual / gap) if gap > 0 else residual
 
 
@@ -77,86 +172,83 @@ def lanczos(
     tol: float,
     max_iter: int,
     k: int = 1,
-    capacity: int = 0,
-    agree: Agree = lambda scalars: scalars,
+    broadcast: Broadcast = no_broadcast,
     stop: Callable[[float], bool] | None = None,
-    seed: int = 0,
 ) -> Result:
     """The `k` largest eigenvalues by Lanczos with full re-orthogonalization.
 
-    The basis begins with `starts`, orthogonalized, and grows by the residual of the leading pair
-    that has not converged. From a single start that residual points along the next Lanczos vector,
-    so this is Lanczos's method; from several it goes on from the best their span holds, where a
-    block method would multiply the whole block each time.
+    The basis begins with `starts`, orthogonalized, and grows by the residual `H y − θ y` of the
+    first leading Ritz pair that has not converged. From a single start this residual points along
+    the next Lanczos vector, so the method is Lanczos. From several starts it continues with the
+    best pair of their span, where a block method would multiply the whole block each time.
 
-    Where the products stay in the basis, an invariant subspace is found and says nothing about the
-    rest: a random vector is taken in and followed for `CHALLENGE` products, and the run ends only
-    when that has not changed the answer. With k > 1 it is done in any case, so that the copies of a
-    repeated eigenvalue are found too.
+    An invariant subspace gives no information about the rest of the spectrum. There a random vector
+    is added and followed for `CHECK_PRODUCTS` products; the result is accepted only if it stays the
+    same. With k > 1 this check is always made, because a single Krylov space contains only one copy
+    of a repeated eigenvalue.
 
     Args:
         matvec: the operator.
-        starts: guesses [P], best first; zero and dependent ones are passed over.
-        tol: relative error at which a pair counts as converged (`Pair.error`).
-        max_iter: products at most.
+        starts: initial guesses [P], best first; zero and linearly dependent ones are skipped.
+        tol: relative error at which a pair counts as converged (`Eigenpair.error`).
+        max_iter: maximum number of products. That many basis vectors and products are in memory.
         k: eigenvalues wanted.
-        capacity: basis vectors in memory, each with its product; 0 for as many as `max_iter`.
-            When full, the basis is compressed to the leading Ritz vectors (thick restart).
-        agree: makes scalars the same on all ranks.
-        stop: asked with the top Ritz value after each product; True ends the run.
-        seed: of the vectors that replace exhausted guesses.
+        broadcast: makes scalars the same on all ranks.
+        stop: called with the top Ritz value after each product; True ends the iteration.
 
     Raises:
-        ValueError: no start to take the size from, or fewer than one product.
+        ValueError: `starts` is empty, or `max_iter` is not positive.
     """
     if not starts or max_iter < 1:
         raise ValueError(f"expected a start and max_iter >= 1, got {len(starts)} and {max_iter}")
     size = starts[0].numel()
-    capacity = max(capacity or max_iter, 2 * k + 2)
-    space = Subspace(starts[0], min(capacity, size), agree)
+    space = Subspace(starts[0], min(max_iter, size), broadcast)
     queue = list(starts)
-    generator = torch.Generator().manual_seed(seed)
-    leading: list[_Leading] = []
+    generator = torch.Generator().manual_seed(0)
+    leading: list[_RitzPair] = []
     lowest, matvecs, stopped = math.inf, 0, False
-    challenged: list[float] | None = None
-    follow = 0
+    unchecked: list[float] | None = None
+    check_products = 0
     while matvecs < max_iter and len(space) < size:
-        if space.full:
-            space.restart(max(k + 1, len(space) // 2))
         direction = _next_direction(space, queue, leading)
         if direction is None:
-            direction, challenged = _random_direction(space, generator), _values(leading[:k])
-            follow = CHALLENGE
+            direction = _random_direction(space, generator)
+            unchecked, check_products = [pair.value for pair in leading[:k]], CHECK_PRODUCTS
         if direction is None:
             break
         image = matvec(direction)
         matvecs += 1
         if not space.add(direction, image):
-            return _broken(starts[0], matvecs)
+            return _not_finite(starts[0], matvecs)
         leading = _leading(space, k, tol)
         lowest = min(lowest, float(space.ritz()[0][-1]))
         if stop is not None and stop(leading[0].value):
             stopped = True
             break
-        if follow > 0:
-            queue, follow = [*queue, image], follow - 1
+        if check_products > 0:
+            queue, check_products = [*queue, image], check_products - 1
         if queue or len(space) < min(size, k + 1) or not all(p.converged for p in leading[:k]):
             continue
-        if challenged is None and k == 1 and _open(space, leading):
+        if unchecked is None:
+            if k == 1 and _leaves_space(space, leading):
+                break
+        elif len(unchecked) == len(leading[:k]) and np.allclose(
+            unchecked, [pair.value for pair in leading[:k]], rtol=tol, atol=0
+        ):
             break
-        if challenged is not None and _unchanged(challenged, _values(leading[:k]), tol):
-            break
-        leading = [dataclasses.replace(p, residual=0.0) for p in leading]  # a new challenge
-    pairs = tuple(_pair(space, index, found) for index, found in enumerate(leading[:k]))
-    return Result(pairs, matvecs, lowest, stopped, _coordinates(space.ritz()[1][:, 0]))
+        # As if the subspace were invariant, so that the next direction is a random one.
+        leading = [dataclasses.replace(pair, residual=0.0) for pair in leading]
+    coefficients = space.ritz()[1]
+    pairs = tuple(_eigenpair(space, c, p) for c, p in zip(coefficients, leading[:k], strict=False))
+    return Result(pairs, matvecs, lowest, stopped, coefficients[0])
 
 
 @dataclass(frozen=True)
-class _Leading:
-    """A leading Ritz pair without its vector."""
+class _RitzPair:
+    """A leading Ritz pair, its vector not computed."""
 
     value: float
-    direction: Tensor
+    residual_vector: Tensor
     """`H y − θ y`, [P]."""
     residual: float
     """Absolute."""
@@ -165,52 +257,51 @@ class _Leading:
     converged: bool
 
 
-def _leading(space: Subspace, k: int, tol: float) -> list[_Leading]:
+def _leading(space: Subspace, k: int, tol: float) -> list[_RitzPair]:
     """The `k` leading pairs and one more, with their error bounds."""
-    values, coordinates = space.ritz()
+    values, coefficients = space.ritz()
     count = min(k + 1, len(space))
-    directions = [space.residual(values[i], coordinates[:, i]) for i in range(count)]
-    lengths = [float(space.agree(norm(direction))) for direction in directions]
+    vectors = [space.residual(values[i], coefficients[i]) for i in range(count)]
+    residuals = [norm(vector, space.broadcast) for vector in vectors]
     floor = negligible(space.V) * float(np.abs(values).max())
-    found = []
-    for i in range(count):
-        error = lengths[i]
+    pairs = []
+    for i, residual in enumerate(residuals):
+        error = residual
         if i + 1 < count:
-            error = error_bound(lengths[i], values[i], values[i + 1] + lengths[i + 1])
+            error = error_bound(residual, values[i], values[i + 1] + residuals[i + 1])
         if i > 0:
-            error = max(error, error_bound(lengths[i], values[i - 1] - lengths[i - 1], values[i]))
+            error = max(error, error_bound(residual, values[i - 1] - residuals[i - 1], values[i]))
         if len(space) < 3:
-            error = min(2 * error, lengths[i])  # two vectors know little of where the rest begins
+            error = min(2 * error, residual)  # the gap is poorly known from two vectors
         if len(space) == space.V.shape[1]:
             error = min(error, floor)
-        good = bool(error <= max(tol * abs(float(values[i])), floor))
-        found.append(_Leading(float(values[i]), directions[i], lengths[i], error, good))
-    return found
+        converged = bool(error <= max(tol * abs(float(values[i])), floor))
+        pairs.append(_RitzPair(float(values[i]), vectors[i], residual, error, converged))
+    return pairs
 
 
-def _next_direction(space: Subspace, queue: list[Tensor], leading: list[_Leading]) -> Tensor | None:
-    """A unit vector that adds to the basis: a guess, or the residual of a leading pair."""
+def _next_direction(
+    space: Subspace, queue: list[Tensor], leading: list[_RitzPair]
+) -> Tensor | None:
+    """A unit vector that extends the basis: a queued guess, or a leading pair's residual."""
     while queue:
         direction = space.orthogonal(queue.pop(0))
         if direction is not None:
             return direction
-    unfinished = [pair for pair in leading if not pair.converged]
-    for pair in unfinished + leading:
-        if _open(space, [pair]):
-            direction = space.orthogonal(pair.direction)
+    for pair in [pair for pair in leading if not pair.converged] + leading:
+        if _leaves_space(space, [pair]):
+            direction = space.orthogonal(pair.residual_vector)
             if direction is not None:
                 return direction
     return None
 
 
-def _open(space: Subspace, leading: Sequence[_Leading]) -> bool:
-    """Whether the products of these pairs leave the basis."""
+def _leaves_space(space: Subspace, pairs: Sequence[_RitzPair]) -> bool:
     floor = negligible(space.V) * float(np.abs(space.ritz()[0]).max())
-    return any(pair.residual > floor for pair in leading)
+    return any(pair.residual > floor for pair in pairs)
 
 
 def _random_direction(space: Subspace, generator: torch.Generator) -> Tensor | None:
-    """A challenge to a basis that its own products never leave: what it lacks shows up in this."""
     for _ in range(3):
         guess = torch.randn(space.V.shape[1], generator=generator, dtype=torch.float64)
         direction = space.orthogonal(guess.to(space.V))
@@ -219,35 +310,28 @@ def _random_direction(space: Subspace, generator: torch.Generator) -> Tensor | N
     return None
 
 
-def _coordinates(column: np.ndarray) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(column))
-
-
-def _values(leading: Sequence[_Leading]) -> list[float]:
-    return [pair.value for pair in leading]
-
-
-def _unchanged(before: Sequence[float], after: Sequence[float], tol: float) -> bool:
-    return len(before) == len(after) and np.allclose(before, after, rtol=tol, atol=0)
-
-
 def _relative(absolute: float, value: float) -> float:
     if absolute == 0:
         return 0.0
     return absolute / abs(value) if value else math.inf
 
 
-def _pair(space: Subspace, index: int, found: _Leading) -> Pair:
-    vector = combine(space.V[: len(space)], _coordinates(space.ritz()[1][:, index]))
-    vector = vector / float(space.agree(norm(vector)))
-    residual, error = (_relative(x, found.value) for x in (found.residual, found.error))
-    return Pair(found.value, vector, residual, error, found.converged)
+def _eigenpair(space: Subspace, coefficients: Tensor, pair: _RitzPair) -> Eigenpair:
+    vector = combine(space.V[: len(space)], coefficients)
+    vector = vector / norm(vector, space.broadcast)
+    return Eigenpair(
+        pair.value,
+        vector,
+        _relative(pair.residual, pair.value),
+        _relative(pair.error, pair.value),
+        pair.converged,
+    )
 
 
-def _broken(like: Tensor, matvecs: int) -> Result:
-    """What a NaN or an infinity among the products leaves to say."""
+def _not_finite(like: Tensor, matvecs: int) -> Result:
+    """The result where a product contains a NaN or an infinity."""
     nan = math.nan
-    pair = Pair(nan, torch.full_like(like, nan), nan, nan, False)
+    pair = Eigenpair(nan, torch.full_like(like, nan), nan, nan, False)
     return Result((pair,), matvecs, nan, False, torch.zeros(0, dtype=torch.float64))
 
 
@@ -257,50 +341,48 @@ def power(
     *,
     tol: float,
     max_iter: int,
-    agree: Agree = lambda scalars: scalars,
+    broadcast: Broadcast = no_broadcast,
     stop: Callable[[float], bool] | None = None,
 ) -> Result:
-    """The largest eigenvalue by power iteration, the talk's method: the reference for `lanczos`.
+    """The largest eigenvalue by power iteration; the reference for `lanczos`.
 
-    Rayleigh quotients approach their limit geometrically, so the error still to come is estimated
-    from the last two changes d and d' as `2 d · q / (1 − q)`, `q = |d / d'|` (Aitken, doubled).
-    Where the iteration settles on a negative value, the largest by magnitude but not by value, it
-    goes on with `H + σI`, which has the same vectors and its largest value on top.
+    Rayleigh quotients converge geometrically, so the remaining error is estimated from the last two
+    changes d' and d as `2 d · q / (1 − q)`, `q = |d / d'|` (Aitken's estimate, doubled). Where the
+    iteration converges to a negative value, which is the largest by magnitude only, it continues
+    with `H + σI`: the same vectors, with the largest value dominant.
 
-    Args, errors and result as `lanczos`, for one pair.
+    Arguments, errors and result as `lanczos`, for one pair.
     """
     if max_iter < 1:
         raise ValueError(f"max_iter: expected 1 or more, got {max_iter}")
-    vector = start / float(agree(norm(start)))
-    shift, lowest, stopped = 0.0, math.inf, False
+    vector = start / norm(start, broadcast)
+    shift, lowest, matvecs, stopped = 0.0, math.inf, 0, False
     history: list[float] = []
-    pair = _broken(start, 0).top
-    matvecs = 0
-    while matvecs < max_iter:
+    while True:
         image = matvec(vector)
         matvecs += 1
-        value = float(agree(dots(vector[None], image))[0])
-        length = float(agree(norm(image - value * vector)))
-        if not (math.isfinite(value) and math.isfinite(length)):
-            return _broken(start, matvecs)
+        value = float(broadcast(dots(vector[None], image))[0])
+        residual = norm(image - value * vector, broadcast)
+        if not (math.isfinite(value) and math.isfinite(residual)):
+            return _not_finite(start, matvecs)
         lowest = min(lowest, value)
         history.append(value)
-        error = min(length, _aitken(history))
+        error = min(residual, _aitken(history))
         floor = negligible(start) * max(abs(value), shift)
-        stopped_above_threshold = error <= max(tol * abs(value), floor)
-        done = stopped_above_threshold and (value >= 0 or shift > 0)
-        pair = Pair(value, vector, _relative(length, value), _relative(error, value), done)
-        if stop is not None and stop(value):
-            stopped = True
+        stationary = error <= max(tol * abs(value), floor)
+        converged = stationary and (value >= 0 or shift > 0)
+        pair = Eigenpair(
+            value, vector, _relative(residual, value), _relative(error, value), converged
+        )
+        stopped = stop is not None and stop(value)
+        if stopped or converged or matvecs == max_iter:
             break
-        if pair.converged:
-            break
-        if stopped_above_threshold:
+        if stationary:
             shift, history = abs(value), []
-            vector = _perturbed(vector, start)
+            vector = _perturbed(vector)
             continue
         following = image + shift * vector
-        length = float(agree(norm(following)))
+        length = norm(following, broadcast)
         if length == 0:
             break
         vector = following / length
@@ -308,7 +390,7 @@ def power(
 
 
 def _aitken(history: list[float]) -> float:
-    """Estimated distance of a geometric sequence from its limit; infinite where it is not one."""
+    """Estimated distance of a geometric sequence from its limit; infinite for any other."""
     if len(history) < 3:
         return math.inf
     before, last = history[-2] - history[-3], history[-1] - history[-2]
@@ -318,9 +400,9 @@ def _aitken(history: list[float]) -> float:
     return 2 * abs(last) * ratio / (1 - ratio) if ratio < 1 else math.inf
 
 
-def _perturbed(vector: Tensor, start: Tensor) -> Tensor:
-    """Half the found vector, half noise: a start for the shifted operator."""
+def _perturbed(vector: Tensor) -> Tensor:
+    """Half `vector`, half noise, normalized: a start for the shifted operator."""
     generator = torch.Generator().manual_seed(1)
-    noise = torch.randn(start.numel(), generator=generator, dtype=torch.float64).to(start)
+    noise = torch.randn(vector.numel(), generator=generator, dtype=torch.float64).to(vector)
     mixed = vector + noise / torch.linalg.vector_norm(noise)
     return mixed / torch.linalg.vector_norm(mixed)

@@ -1,4 +1,4 @@
-"""A spectrum as JSON, as HDF5 and as tables for people."""
+"""A spectrum as JSON, HDF5 and tables."""
 
 from __future__ import annotations
 
@@ -12,11 +12,17 @@ import numpy as np
 from rich.table import Table
 
 from hpc_absa.curvature.spectrum import Spectrum
+from hpc_absa.curvature.stochastic import Trace
 from hpc_absa.errors import UsageError
+
+FORMAT = "hpc-absa-spectrum"
+
+DENSITY_LIMITS = (0.1, 0.01, 0.001, 1e-4)
+"""Rows of the density's table, relative to the largest eigenvalue by magnitude."""
 
 
 def to_dict(record: Any, *, vectors: bool = False) -> Any:
-    """A record as what JSON can say: arrays as lists, NaN as None, vectors [k, P] only if asked."""
+    """A record as JSON values: arrays as lists, NaN as None, vectors [k, P] only on request."""
     if is_dataclass(record):
         kept = [f.name for f in fields(record) if vectors or f.name != "vectors"]
         return {name: to_dict(getattr(record, name), vectors=vectors) for name in kept}
@@ -29,32 +35,13 @@ def to_dict(record: Any, *, vectors: bool = False) -> Any:
     return record
 
 
-def save(found: Spectrum, path: Path) -> None:
-    """All of it as HDF5: a group a record, a dataset an array, an attribute a number."""
+def save(spectrum: Spectrum, path: Path) -> None:
+    """Write HDF5: records as groups, arrays as datasets, numbers as attributes."""
     import h5py
 
     with h5py.File(path, "w") as file:
         file.attrs["format"] = FORMAT
-        _write(file, found)
-
-
-def require_replaceable(path: Path) -> None:
-    """Refuse to replace a file that is no spectrum of ours.
-
-    Raises:
-        UsageError: there is such a file, as a checkpoint or somebody's data.
-    """
-    import h5py
-
-    if not path.exists():
-        return
-    try:
-        with h5py.File(path, "r", locking=False) as file:
-            ours = file.attrs.get("format") == FORMAT
-    except Exception:  # h5py has no one kind of error for what it cannot make sense of
-        ours = False
-    if not ours:
-        raise UsageError(f"{path}: exists, and is no spectrum of hpc-absa; choose another --out")
+        _write(file, spectrum)
 
 
 def _write(group: Any, record: Any) -> None:
@@ -71,37 +58,44 @@ def _write(group: Any, record: Any) -> None:
             group.attrs[item.name] = value
 
 
-FORMAT = "hpc-absa-spectrum"
+def require_replaceable(path: Path) -> None:
+    """Refuse to replace a file that is not a spectrum, such as a checkpoint.
 
-SHARES = (0.1, 0.01, 0.001, 1e-4)
-"""Edges of the density's table, in units of the largest eigenvalue by magnitude."""
+    Raises:
+        UsageError: there is such a file.
+    """
+    import h5py
+
+    if not path.exists():
+        return
+    try:
+        with h5py.File(path, "r", locking=False) as file:
+            ours = file.attrs.get("format") == FORMAT
+    except Exception:  # h5py raises many types for files that it cannot read
+        ours = False
+    if not ours:
+        raise UsageError(f"{path}: exists and is not a spectrum of hpc-absa; choose another --out")
 
 
-def tables(found: Spectrum) -> list[Table]:
-    """Everything but vectors, nodes and curves, for people."""
-    made = [_top(found), _density(found)]
-    if found.layers:
-        made.append(_layers(found))
-    if found.slices:
-        made.append(_slices(found))
-    return made
-
-
-def heading(found: Spectrum) -> str:
-    """The whole Hessian in a few lines."""
-    density, count = found.density, found.parameters
-    low, high = round(density.negative_low * count), round(density.negative_high * count)
-    low = max(low, density.negative_least)
-    return "\n".join(
-        [
-            f"{found.matrix.title()} matrix of the mean loss over {found.samples} samples, "
-            f"{count} parameters",
-            f"loss                 {found.loss:.5g}",
-            f"trace                {_pm(found.trace.value, found.trace.error)}",
-            f"negative directions  {density.negative * count:.0f} of {count}, between {low} and "
-            f"{high}; the lowest eigenvalue is {found.lowest:.4g} or less",
-        ]
+def heading(spectrum: Spectrum) -> str:
+    """The whole Hessian in four lines."""
+    density, count = spectrum.density, spectrum.parameters
+    low = max(round(density.negative_low * count), density.negative_least)
+    high = round(density.negative_high * count)
+    return (
+        f"{spectrum.matrix.title()} matrix of the mean loss over {spectrum.samples} samples, "
+        f"{count} parameters\n"
+        f"loss                 {spectrum.loss:.5g}\n"
+        f"trace                {_plus_minus(spectrum.trace)}\n"
+        f"negative directions  {density.negative * count:.0f} of {count}, between {low} and "
+        f"{high}; the lowest eigenvalue is {spectrum.lowest:.4g} or less"
     )
+
+
+def tables(spectrum: Spectrum) -> list[Table]:
+    """Everything except vectors, nodes and curves."""
+    optional = [_layers] * bool(spectrum.layers) + [_slices] * bool(spectrum.slices)
+    return [make(spectrum) for make in (_top, _density, *optional)]
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -111,53 +105,50 @@ def _table(title: str, *columns: str) -> Table:
     return table
 
 
-def _top(found: Spectrum) -> Table:
+def _top(spectrum: Spectrum) -> Table:
     table = _table("Top eigenvalues", "#", "λ", "‖Hv − λv‖/|λ|", "estimated error", "converged")
-    top = found.top
+    top = spectrum.top
     rows = zip(top.values, top.residuals, top.errors, top.converged, strict=True)
     for rank, (value, residual, error, converged) in enumerate(rows, 1):
-        told = "yes" if converged else "no"
-        table.add_row(str(rank), f"{value:.5g}", f"{residual:.1e}", f"{error:.1e}", told)
+        numbers = f"{value:.5g}", f"{residual:.1e}", f"{error:.1e}"
+        table.add_row(str(rank), *numbers, "yes" if converged else "no")
     return table
 
 
-def _density(found: Spectrum) -> Table:
-    """How many of the eigenvalues lie below limits that are a decade apart."""
+def _density(spectrum: Spectrum) -> Table:
     table = _table("Density", "below", "share of the eigenvalues", "at least", "at most")
-    largest = max(abs(float(found.top.values[0])), abs(found.lowest))
-    above = [largest * share for share in SHARES]
-    for limit in (*(-edge for edge in above), *reversed(above)):
-        shares = (f"{100 * share:.2f} %" for share in found.density.below(limit))
+    largest = max(abs(float(spectrum.top.values[0])), abs(spectrum.lowest))
+    limits = [largest * limit for limit in DENSITY_LIMITS]
+    for limit in (*(-limit for limit in limits), *reversed(limits)):
+        shares = (f"{100 * share:.2f} %" for share in spectrum.density.below(limit))
         table.add_row(f"{limit:.3g}", *shares)
     return table
 
 
-def _layers(found: Spectrum) -> Table:
-    table = Table(title="Layers: each parameter's own block of the Hessian", title_justify="left")
-    table.add_column("parameter", overflow="fold")
-    for name in ("size", "top λ", "residual", "trace", "negative"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for layer in found.layers:
-        density = layer.density
-        low, high = 100 * density.negative_low, 100 * density.negative_high
+def _layers(spectrum: Spectrum) -> Table:
+    title = "Layers: each parameter's diagonal block of the Hessian"
+    table = _table(title, "parameter", "size", "top λ", "residual", "trace", "negative")
+    table.columns[0].justify, table.columns[0].no_wrap = "left", False
+    table.columns[0].overflow = "fold"
+    for layer in spectrum.layers:
+        low, high = 100 * layer.density.negative_low, 100 * layer.density.negative_high
         table.add_row(
             layer.name, str(layer.parameters), f"{layer.top:.4g}", f"{layer.residual:.1e}",
-            _pm(layer.trace.value, layer.trace.error), f"{low:.0f} – {high:.0f} %",
+            _plus_minus(layer.trace), f"{low:.0f} – {high:.0f} %",
         )  # fmt: skip
     return table
 
 
-def _slices(found: Spectrum) -> Table:
-    """The loss at the ends, half-way and in the middle of each direction."""
-    names = [f"along v{rank}" for rank in range(1, len(found.slices) + 1)]
-    table = _table("Loss along the top eigenvectors", *(w for n in names for w in ("t", n)))
-    points = len(found.slices[0].losses)
-    for index in sorted({round(i * (points - 1) / 8) for i in range(9)}):
-        cells = ((line.distances[index], line.losses[index]) for line in found.slices)
-        table.add_row(*(word for t, loss in cells for word in (f"{t:.3g}", f"{loss:.4g}")))
+def _slices(spectrum: Spectrum) -> Table:
+    names = [f"along v{rank}" for rank in range(1, len(spectrum.slices) + 1)]
+    columns = (column for name in names for column in ("t", name))
+    table = _table("Loss along the top eigenvectors", *columns)
+    points = len(spectrum.slices[0].losses)
+    for index in sorted({round(i * (points - 1) / 8) for i in range(9)}):  # evenly spaced
+        cells = ((line.distances[index], line.losses[index]) for line in spectrum.slices)
+        table.add_row(*(cell for t, loss in cells for cell in (f"{t:.3g}", f"{loss:.4g}")))
     return table
 
 
-def _pm(value: float, error: float) -> str:
-    """A number with its standard error."""
-    return f"{value:.4g} ± {error:.2g}"
+def _plus_minus(trace: Trace) -> str:
+    return f"{trace.value:.4g} ± {trace.error:.2g}"

@@ -1,32 +1,34 @@
-"""What makes a Hessian-vector product cost two gradients: see `docs/curvature.md` for figures.
+"""Forward passes whose second derivative is cheap: a Hessian-vector product for two gradients.
 
-`products(plan)` is a context in which the functions a model calls are exchanged for equal ones
-whose second derivative is cheap. Whatever is not known here runs as it always does.
+`forward` runs a model and replaces the functions it calls by equal ones with a cheap second
+derivative. Functions not known here run unchanged. For measurements see `docs/curvature.md`.
 
 - Convolution: its double backward as three library calls instead of autograd's generic formula.
-- Batch normalization in evaluation mode: an affine map per channel. Right after a convolution it is
-  folded into that convolution's weight and bias and vanishes from the activations altogether.
+- Batch normalization in evaluation mode: an affine map per channel. Directly after a convolution
+  it is folded into the convolution's weight and bias, and costs nothing per activation.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
-from hpc_absa.curvature.convolution import convolve
+Tensors = Mapping[str, Tensor]
+"""What a model runs on: parameters and buffers by name."""
 
 
 def arranged(tensor: Tensor) -> Tensor:
-    """`tensor` in the memory order convolutions are fastest in: channels last, for images."""
+    """`tensor` in the memory format in which convolutions are fastest: channels last in 4-D."""
     if tensor.dim() == 4 and tensor.dtype in (torch.float32, torch.bfloat16, torch.float16):
         return tensor.contiguous(memory_format=torch.channels_last)
     return tensor
@@ -34,7 +36,34 @@ def arranged(tensor: Tensor) -> Tensor:
 
 def leaf(parameter: Tensor) -> Tensor:
     """A copy of `parameter` to differentiate by, without its hooks."""
-    return arranged(parameter.detach()).clone(memory_format=torch.preserve_format).requires_grad_()
+    return _copy(parameter).requires_grad_()
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return arranged(tensor.detach()).clone(memory_format=torch.preserve_format)
+
+
+def forward(model: nn.Module, inputs: Any, leaves: Tensors, plan: Plan | None) -> Any:
+    """`model(inputs)` with `leaves` in place of their parameters; the others are constants.
+
+    The model runs on copies: no parameter hook fires, and what a module writes to a buffer or to
+    its inputs is discarded.
+
+    Raises:
+        PlanMismatchError: the model does not call what it called when the plan was made.
+    """
+    tensors = _tensors(model, leaves)
+    with _replaced(plan, tensors):
+        return _call(model, tensors, inputs)
+
+
+def _tensors(model: nn.Module, leaves: Tensors) -> Tensors:
+    fixed = {n: p.detach() for n, p in model.named_parameters() if n not in leaves}
+    return {**leaves, **fixed, **{name: b.clone() for name, b in model.named_buffers()}}
+
+
+def _call(model: nn.Module, tensors: Tensors, inputs: Any) -> Any:
+    return functional_call(model, dict(tensors), (tree_map_only(Tensor, _copy, inputs),))
 
 
 @dataclass(frozen=True)
@@ -47,8 +76,8 @@ class Normalization:
     var: str
     eps: float
 
-    def affine(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Scale `γ / √(σ² + ε)` and shift `β − μ · scale`, a value per channel."""
+    def affine(self, tensors: Tensors) -> tuple[Tensor, Tensor]:
+        """Scale `γ / √(σ² + ε)` and shift `β − μ · scale`, one value per channel."""
         scale = torch.rsqrt(tensors[self.var] + self.eps)
         if self.weight is not None:
             scale = tensors[self.weight] * scale
@@ -60,13 +89,52 @@ class Normalization:
 
 @dataclass(frozen=True)
 class Plan:
-    """Which convolutions (counted as the model calls them) are followed by which normalization."""
+    """The normalization to fold into each convolution, by the order in which these are called."""
 
     folds: dict[int, Normalization] = field(default_factory=dict)
 
 
 class PlanMismatchError(Exception):
     """The model does not call what it called when the plan was made."""
+
+
+def plan(model: nn.Module, inputs: Any) -> Plan | None:
+    """Find what can be replaced in `model` by running it on `inputs`.
+
+    With the replacements the model must give the same output up to rounding. If it does not even
+    without folding, the result is None.
+    """
+    tensors = _tensors(model, {})
+    with torch.no_grad(), _Watch(tensors) as watch:
+        expected = _call(model, tensors, inputs)
+    candidates = {
+        call: uses[0] for call, uses in watch.uses.items() if len(uses) == 1 and uses[0] is not None
+    }
+    for folds in (candidates, {}):
+        try:
+            with torch.no_grad():
+                outputs = forward(model, inputs, {}, Plan(folds))
+        except PlanMismatchError:
+            continue
+        if _same(outputs, expected):
+            return Plan(folds)
+    return None
+
+
+def _same(outputs: Any, expected: Any) -> bool:
+    """Equal up to rounding; NaN equals NaN, because a diverged model needs no slower products."""
+    pairs = [
+        (a, b)
+        for a, b in zip(tree_leaves(outputs), tree_leaves(expected), strict=True)
+        if isinstance(b, Tensor) and b.is_floating_point()
+    ]
+    return bool(pairs) and all(
+        bool(
+            torch.linalg.vector_norm((a - b).nan_to_num())
+            <= 1e-4 * torch.linalg.vector_norm(b.nan_to_num()) + 1e-30
+        )
+        for a, b in pairs
+    )
 
 
 _QUERIES = frozenset(
@@ -78,116 +146,65 @@ _QUERIES = frozenset(
         *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim")),
     }
 )
-"""Questions about a tensor whose answers do not depend on its values."""
+"""Functions of a tensor that do not depend on its values."""
 
-_CONVOLUTIONS: dict[Callable[..., Any], int] = {F.conv1d: 1, F.conv2d: 2, F.conv3d: 3}
-
-
-class _Exchange(TorchFunctionMode):
-    """Sees each torch function a model calls and runs our own in its place where there is one."""
-
-    def __init__(self, plan: Plan, tensors: Mapping[str, Tensor]) -> None:
-        super().__init__()
-        self.plan, self.tensors, self.count = plan, tensors, 0
-        self.folded: dict[int, tuple[Tensor, Normalization]] = {}
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if self.folded and func not in _QUERIES:
-            found = self._take(args, kwargs)
-            if found is not None:
-                output, expected = found
-                if func is F.batch_norm and _normalization(self.tensors, args, kwargs) == expected:
-                    return output
-                raise PlanMismatchError
-        if func in _CONVOLUTIONS:
-            return self._convolution(func, args, kwargs)
-        if func is F.batch_norm:
-            return self._normalize(func, args, kwargs)
-        return func(*args, **kwargs)
-
-    def _take(self, args: Any, kwargs: Any) -> tuple[Tensor, Normalization] | None:
-        for argument in tree_leaves((args, kwargs)):
-            if id(argument) in self.folded:
-                return self.folded.pop(id(argument))
-        return None
-
-    def _convolution(self, func: Any, args: Any, kwargs: Any) -> Any:
-        call = _convolution_arguments(*args, **kwargs)
-        fold = self.plan.folds.get(self.count)
-        self.count += 1
-        if isinstance(call["padding"], str) or call["x"].dim() != call["w"].dim():
-            if fold is not None:
-                raise PlanMismatchError
-            return func(*args, **kwargs)
-        if fold is None:
-            return convolve(**call)
-        scale, shift = fold.affine(self.tensors)
-        call["w"] = call["w"] * scale.view(-1, *[1] * (call["w"].dim() - 1))
-        call["b"] = shift if call["b"] is None else shift + scale * call["b"]
-        output = convolve(**call)
-        self.folded[id(output)] = output, fold
-        return output
-
-    def _normalize(self, func: Any, args: Any, kwargs: Any) -> Any:
-        fold = _normalization(self.tensors, args, kwargs)
-        if fold is None:
-            return func(*args, **kwargs)
-        x = _bound(*args, **kwargs)["x"]
-        scale, shift = (t.view(1, -1, *[1] * (x.dim() - 2)) for t in fold.affine(self.tensors))
-        return torch.addcmul(shift, x, scale)
+_CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
 
 
-def _convolution_arguments(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
-    groups: int = 1,
-) -> dict[str, Any]:
-    return {
-        "x": input, "w": weight, "b": bias, "stride": stride, "padding": padding,
-        "dilation": dilation, "groups": groups,
-    }  # fmt: skip
+class _ConvolutionCall(NamedTuple):
+    """The arguments of `F.conv1d`, `F.conv2d` and `F.conv3d`."""
+
+    input: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+    stride: Any = 1
+    padding: Any = 0
+    dilation: Any = 1
+    groups: int = 1
+
+    @property
+    def supported(self) -> bool:
+        """Batched, and without padding by name."""
+        return not isinstance(self.padding, str) and self.input.dim() == self.weight.dim()
+
+    def run(self) -> Tensor:
+        """The convolution, with the cheap second derivative."""
+        n = self.weight.dim() - 2
+        stride, padding, dilation = (
+            (value,) * n if isinstance(value, int) else tuple(value) * (n // len(value))
+            for value in (self.stride, self.padding, self.dilation)
+        )
+        geometry = _Geometry(stride, padding, dilation, self.groups)
+        return _Convolution.apply(self.input, self.weight, self.bias, geometry)
 
 
-def _bound(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> dict[str, Any]:
-    return {
-        "x": input, "mean": running_mean, "var": running_var, "weight": weight, "bias": bias,
-        "training": training, "eps": eps,
-    }  # fmt: skip
+class _NormalizationCall(NamedTuple):
+    """The arguments of `F.batch_norm`."""
 
+    input: Tensor
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    training: bool = False
+    momentum: float = 0.1
+    eps: float = 1e-5
 
-def _normalization(tensors: Mapping[str, Tensor], args: Any, kwargs: Any) -> Normalization | None:
-    """The call by names; None where it uses batch statistics or tensors not the model's own."""
-    call = _bound(*args, **kwargs)
-    if call["training"]:
-        return None
-    names: dict[str, str | None] = {}
-    for role in ("weight", "bias", "mean", "var"):
-        names[role] = next((n for n, t in tensors.items() if t is call[role]), None)
-        if names[role] is None and (call[role] is not None or role in ("mean", "var")):
+    def by_name(self, tensors: Tensors) -> Normalization | None:
+        """None with batch statistics, or with tensors that are not the model's."""
+        names = {id(tensor): name for name, tensor in tensors.items()}
+        weight, bias = names.get(id(self.weight)), names.get(id(self.bias))
+        mean, var = names.get(id(self.running_mean)), names.get(id(self.running_var))
+        unnamed = (weight is None) != (self.weight is None) or (bias is None) != (self.bias is None)
+        if self.training or unnamed or mean is None or var is None:
             return None
-    return Normalization(**names, eps=call["eps"])  # type: ignore[arg-type]
+        return Normalization(weight, bias, mean, var, self.eps)
 
 
 class _Watch(TorchFunctionMode):
-    """Finds the convolutions whose output nothing but one batch normalization looks at."""
+    """Records what uses the output of each convolution: a normalization, or None for others."""
 
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(self, tensors: Tensors) -> None:
         super().__init__()
         self.tensors, self.count = tensors, 0
         self.outputs: dict[int, tuple[int, Tensor]] = {}
@@ -199,73 +216,177 @@ class _Watch(TorchFunctionMode):
         kwargs = kwargs or {}
         for argument in tree_leaves((args, kwargs)):
             if id(argument) in self.outputs and func not in _QUERIES:
-                found = None
+                use = None
                 if func is F.batch_norm:
-                    found = _normalization(self.tensors, args, kwargs)
-                self.uses.setdefault(self.outputs[id(argument)][0], []).append(found)
-        result = func(*args, **kwargs)
+                    use = _NormalizationCall(*args, **kwargs).by_name(self.tensors)
+                self.uses.setdefault(self.outputs[id(argument)][0], []).append(use)
+        output = func(*args, **kwargs)
         if func in _CONVOLUTIONS:
-            if _plain(args, kwargs):
-                self.outputs[id(result)] = self.count, result
+            if _ConvolutionCall(*args, **kwargs).supported:
+                self.outputs[id(output)] = self.count, output
             self.count += 1
-        return result
-
-
-def _plain(args: Any, kwargs: Any) -> bool:
-    call = _convolution_arguments(*args, **kwargs)
-    return not isinstance(call["padding"], str) and call["x"].dim() == call["w"].dim()
-
-
-def plan(model: nn.Module, inputs: Tensor) -> Plan | None:
-    """What can be exchanged in `model`, found by running it on one sample; None where nothing can.
-
-    The exchanged model must then give the same output on that sample, or the plan is dropped.
-    """
-    tensors = {k: t.detach().clone() for k, t in _state(model).items()}
-    one = inputs[:1]
-    with torch.no_grad(), _Watch(tensors) as watch:
-        expected = functional_call(model, tensors, (one,))
-    candidates = {
-        call: uses[0] for call, uses in watch.uses.items() if len(uses) == 1 and uses[0] is not None
-    }
-    for folds in (candidates, {}):
-        made = Plan(folds)
-        tensors = {k: t.detach().clone() for k, t in _state(model).items()}
-        try:
-            with torch.no_grad(), products(made, tensors):
-                result = functional_call(model, tensors, (one,))
-        except PlanMismatchError:
-            continue
-        if _same(result, expected):
-            return made
-    return None
-
-
-def _state(model: nn.Module) -> dict[str, Tensor]:
-    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
-
-
-def _same(result: Any, expected: Any) -> bool:
-    """Equal up to rounding; NaN equals NaN, as a broken model is no reason to slow down."""
-    pairs = zip(tree_leaves(result), tree_leaves(expected), strict=True)
-    return all(
-        bool(
-            torch.linalg.vector_norm((a - b).nan_to_num())
-            <= 1e-4 * torch.linalg.vector_norm(b.nan_to_num()) + 1e-30
-        )
-        for a, b in pairs
-        if isinstance(b, Tensor) and b.is_floating_point()
-    )
+        return output
 
 
 @contextmanager
-def products(made: Plan | None, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """Exchange functions as planned; `tensors` are what the model runs on, by name."""
-    if made is None:
+def _replaced(plan: Plan | None, tensors: Tensors) -> Iterator[None]:
+    """Replace functions as planned; `tensors` are those the model runs on."""
+    if plan is None:
         yield
         return
-    exchange = _Exchange(made, tensors)
-    with exchange:
+    with _Replace(plan, tensors) as mode:
         yield
-    if exchange.folded:
+    if mode.folded:
         raise PlanMismatchError
+
+
+class _Replace(TorchFunctionMode):
+    """Calls a replacement for each torch function that has one."""
+
+    def __init__(self, plan: Plan, tensors: Tensors) -> None:
+        super().__init__()
+        self.plan, self.tensors, self.count = plan, tensors, 0
+        self.folded: dict[int, tuple[Tensor, Normalization]] = {}
+        """Outputs of convolutions that already contain the normalization that is called next."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if self.folded and func not in _QUERIES:
+            for argument in tree_leaves((args, kwargs)):
+                if id(argument) in self.folded:
+                    output, planned = self.folded.pop(id(argument))
+                    if func is F.batch_norm:
+                        call = _NormalizationCall(*args, **kwargs)
+                        if call.by_name(self.tensors) == planned:
+                            return output
+                    raise PlanMismatchError
+        if func in _CONVOLUTIONS:
+            return self._convolution(func, _ConvolutionCall(*args, **kwargs))
+        if func is F.batch_norm:
+            call = _NormalizationCall(*args, **kwargs)
+            normalization = call.by_name(self.tensors)
+            if normalization is not None:
+                shape = (1, -1, *[1] * (call.input.dim() - 2))
+                scale, shift = (t.view(shape) for t in normalization.affine(self.tensors))
+                return torch.addcmul(shift, call.input, scale)
+        return func(*args, **kwargs)
+
+    def _convolution(self, func: Any, call: _ConvolutionCall) -> Any:
+        fold = self.plan.folds.get(self.count)
+        self.count += 1
+        if not call.supported:
+            if fold is not None:
+                raise PlanMismatchError
+            return func(*call)
+        if fold is None:
+            return call.run()
+        scale, shift = fold.affine(self.tensors)
+        weight = call.weight * scale.view(-1, *[1] * (call.weight.dim() - 1))
+        bias = shift if call.bias is None else shift + scale * call.bias
+        output = call._replace(weight=weight, bias=bias).run()
+        self.folded[id(output)] = output, fold
+        return output
+
+
+class _Geometry(NamedTuple):
+    """A convolution without its tensors."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+    def forward(self, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+        """`x ∗ w + b`."""
+        zeros = [0] * len(self.stride)
+        return torch.convolution(
+            x, w, b, self.stride, self.padding, self.dilation, False, zeros, self.groups
+        )
+
+    def backward(
+        self, gy: Tensor, x: Tensor, w: Tensor, mask: tuple[bool, ...]
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Gradients by x, w and b where `mask` is True: one library call each."""
+        zeros = [0] * len(self.stride)
+        return torch.ops.aten.convolution_backward.default(
+            gy, x, w, [w.shape[0]], self.stride, self.padding, self.dilation, False, zeros,
+            self.groups, mask,
+        )  # fmt: skip
+
+
+class _Convolution(torch.autograd.Function):
+    """`y = x ∗ w + b`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor, b: Tensor | None, geometry: _Geometry) -> Tensor:
+        ctx.save_for_backward(x, w)
+        ctx.geometry, ctx.has_bias = geometry, b is not None
+        return geometry.forward(x, w, b)
+
+    @staticmethod
+    def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
+        x, w = ctx.saved_tensors
+        need_x, need_w, need_b = ctx.needs_input_grad[:3]
+        mask = (need_x, need_w, need_b and ctx.has_bias)
+        return *_ConvolutionGradient.apply(gy, x, w, ctx.geometry, mask), None
+
+
+class _ConvolutionGradient(torch.autograd.Function):
+    """`(gy, x, w) ↦ (gx, gw, gb)`; its derivative is a convolution and two gradients of one."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, gy: Tensor, x: Tensor, w: Tensor, geometry: _Geometry, mask: tuple[bool, ...]
+    ) -> tuple[Tensor | None, ...]:
+        ctx.save_for_backward(gy, x, w)
+        ctx.geometry = geometry
+        ctx.set_materialize_grads(False)
+        return geometry.backward(gy, x, w, mask)
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, ggx: Tensor | None, ggw: Tensor | None, ggb: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        """With ggx, ggw, ggb the gradients by gx, gw, gb.
+
+        By gy: `ggx ∗ w + x ∗ ggw + ggb`; by x: the input gradient of (gy, ggw);
+        by w: the weight gradient of (gy, ggx).
+        """
+        gy, x, w = ctx.saved_tensors
+        need_gy, need_x, need_w = ctx.needs_input_grad[:3]
+        by_gy = _gradient_by_gy(ctx.geometry, gy, x, w, ggx, ggw, ggb) if need_gy else None
+        mask = (need_x and ggw is not None, need_w and ggx is not None, False)
+        by_x = by_w = None
+        if mask[0] or mask[1]:
+            last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+            memory_format = torch.channels_last if last else torch.contiguous_format
+            gi = x if ggx is None else ggx.contiguous(memory_format=memory_format)
+            gk = w if ggw is None else ggw
+            by_x, by_w, _ = ctx.geometry.backward(gy, gi, gk, mask)
+        return by_gy, by_x, by_w, None, None
+
+
+def _gradient_by_gy(
+    geometry: _Geometry,
+    gy: Tensor,
+    x: Tensor,
+    w: Tensor,
+    ggx: Tensor | None,
+    ggw: Tensor | None,
+    ggb: Tensor | None,
+) -> Tensor | None:
+    if ggx is not None and ggw is not None and geometry.groups == 1:
+        # Both terms as one convolution of twice the channels.
+        return geometry.forward(torch.cat([ggx, x], 1), torch.cat([w, ggw], 1), ggb)
+    total = None
+    if ggw is not None:
+        total = geometry.forward(x, ggw, ggb)
+    elif ggb is not None:
+        total = ggb.view(1, -1, *[1] * len(geometry.stride)).expand_as(gy)
+    if ggx is not None:
+        term = geometry.forward(ggx, w, None)
+        total = term if total is None else term + total
+    return total

@@ -1,28 +1,38 @@
-"""The Hessian of the mean loss over a fixed sample as a linear operator over all ranks.
+"""The Hessian of the mean loss over a fixed sample, as a linear operator over all ranks.
 
-Shapes: P parameters differentiated by, N samples, M microbatches of n_m samples, Σ n_m = N.
+Shapes:
+    P    parameters to differentiate by
+    N    samples
+    M    microbatches
+    n_m  samples of microbatch m, Σ n_m = N
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
-from typing import Protocol
+import random
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hpc_absa import summation
 from hpc_absa.comm import Communicator
 from hpc_absa.curvature import fast
-from hpc_absa.curvature.graphs import Graph, Loss, Matrix, differentiate, flatten, forward
-from hpc_absa.curvature.state import trainable
 from hpc_absa.worldsize import share
 
-__all__ = ["HessianOperator", "HessianSample", "Interrupted", "Loss", "Matrix"]
+Loss = Callable[[Any, Any], Tensor]
+"""`loss_fn(outputs, targets)`, a mean over the microbatch."""
+
+Matrix = Literal["hessian", "gauss-newton"]
 
 
 class Interrupted(Exception):  # noqa: N818 - a request, not an error
-    """The caller's `poll` asked to give up; nothing was changed."""
+    """`poll` returned True; nothing was changed."""
 
 
 class HessianSample(Protocol):
@@ -30,41 +40,42 @@ class HessianSample(Protocol):
 
     @property
     def size(self) -> int:
-        """Samples available."""
+        """Number of samples."""
         ...
 
-    def load(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Inputs and targets at positions [start, stop), un-augmented, on the model's device."""
+    def load(self, start: int, stop: int) -> tuple[Any, Any]:
+        """Inputs and targets of samples [start, stop), without augmentation, on the model's device.
+
+        The model is called as `model(inputs)`, the loss as `loss_fn(outputs, targets)`.
+        """
         ...
 
 
 class HessianOperator:
-    """`v ↦ H v` with `H = Σ_m (n_m / N) ∇²L_m`, every rank over its share of the microbatches.
+    """`v ↦ H v` with `H = Σ_m (n_m / N) ∇²L_m`, where L_m is the mean loss of microbatch m.
 
-    A product ends with one sum over the ranks; before it each rank adds up its microbatches in
-    float64, so that the result hardly depends on how many ranks there are, and not at all where
-    `reproducible`. All ranks must call the methods together. Use it inside `state.observed(model)`.
+    Each rank differentiates its share of the microbatches and adds them in float64; one allreduce
+    adds the ranks' sums. All methods are collectives. Use it inside `evaluation_mode(model)`.
 
     Args:
         model: any module; parameters that do not require grad are constants.
         loss_fn: mean loss of a microbatch.
-        sample: where microbatches come from.
-        comm: the world.
+        sample: the data.
+        comm: communicator.
         samples: N, the first samples of `sample`.
         microbatch: samples differentiated at a time, whatever the number of ranks.
-        kept: microbatches per rank whose graph stays in memory from product to product; each
-            takes about the memory of a training step on it, and saves a gradient per product.
-        accelerate: use the faster convolution and normalization of `fast` where they apply.
+        keep_graphs: microbatches per rank whose autograd graph stays in memory between products;
+            each takes about the memory of a training step, and saves a gradient per product.
+        accelerate: use the convolution and normalization of `fast` where they apply.
         matrix: the Hessian, or its Gauss-Newton part.
-        names: the parameters to differentiate by, for their own block of the Hessian; all
-            trainable ones by default.
-        reproducible: sum along the fixed tree of `hpc_absa.summation`: the same bits at any
-            power-of-two world size (with one thread a rank, as a kernel's own sums depend on it).
-        poll: asked before each product, with the same answer on all ranks; True gives up.
+        names: parameters to differentiate by, for a diagonal block; all trainable ones by default.
+        reproducible: sum in the fixed order of `hpc_absa.summation`: bit for bit the same for any
+            power-of-two number of ranks (with one thread per rank, as kernels sum per thread).
+        poll: called before each product, with the same result on all ranks; True interrupts.
 
     Raises:
-        Interrupted: by a product, when `poll` answered True.
-        ValueError: an argument out of range.
+        Interrupted: by a product, when `poll` returned True.
+        ValueError: an argument is out of range.
     """
 
     def __init__(
@@ -76,7 +87,7 @@ class HessianOperator:
         *,
         samples: int,
         microbatch: int,
-        kept: int = 2,
+        keep_graphs: int = 2,
         accelerate: bool = True,
         matrix: Matrix = "hessian",
         names: Collection[str] | None = None,
@@ -84,7 +95,7 @@ class HessianOperator:
         poll: Callable[[], bool] | None = None,
     ) -> None:
         if not 0 < samples <= sample.size:
-            raise ValueError(f"samples: expected 1 to {sample.size} (all there are), got {samples}")
+            raise ValueError(f"samples: expected 1 to {sample.size}, got {samples}")
         if microbatch < 1:
             raise ValueError(f"microbatch: expected 1 or more, got {microbatch}")
         if reproducible and not summation.fits(comm.size):
@@ -94,82 +105,82 @@ class HessianOperator:
             )
         self.model, self.loss_fn, self.sample, self.comm = model, loss_fn, sample, comm
         self.samples, self.microbatch = samples, microbatch
-        self.microbatches = -(-samples // microbatch)
-        self.kept, self.accelerate = kept, accelerate
-        self.matrix, self.reproducible, self.poll = matrix, reproducible, poll
-        found = trainable(model)
-        self.parameters = {n: p for n, p in found.items() if names is None or n in names}
+        self.keep_graphs, self.accelerate, self.matrix = keep_graphs, accelerate, matrix
+        self.reproducible, self.poll = reproducible, poll
+        trainable = trainable_parameters(model)
+        self.parameters = {n: p for n, p in trainable.items() if names is None or n in names}
         if not self.parameters:
-            raise ValueError(f"names: expected some of the trainable {list(found)}, got {names}")
+            raise ValueError(
+                f"names: expected some of the trainable {list(trainable)}, got {names}"
+            )
         self.size = sum(p.numel() for p in self.parameters.values())
-        self.matvecs = 0
-        every = range(self.microbatches)
+        like = next(iter(self.parameters.values()))
+        self.device, self.dtype = like.device, like.dtype
+        starts = range(0, samples, microbatch)
+        self.weights = [min(microbatch, samples - start) / samples for start in starts]
+        """[M], n_m / N."""
+        self.gradients = self.matvecs = 0
+        microbatches = range(len(starts))
         self._lanes = (
-            summation.lanes(every, comm.rank, comm.size)
+            summation.lanes(microbatches, comm.rank, comm.size)
             if reproducible
-            else [share(every, comm.rank, comm.size)]
+            else [share(microbatches, comm.rank, comm.size)]
         )
-        self._graphs: dict[int, Graph] = {}
-        self._plan: fast.Plan | None = None
+        self._graphs: dict[int, _Graph] = {}
+        self.plan: fast.Plan | None = None
+        """Made on the first microbatch; operators of the same model can share it."""
 
     @property
-    def device(self) -> torch.device:
-        """Where the vectors live."""
-        return next(iter(self.parameters.values())).device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The vectors' type: the parameters' own."""
-        return next(iter(self.parameters.values())).dtype
+    def samples_processed(self) -> int:
+        """Samples differentiated so far: once for a gradient, twice for a product."""
+        return (self.gradients + 2 * self.matvecs) * self.samples
 
     def gradient(self) -> Tensor:
-        """`∇L` over the sample, flat [P]; kept graphs are built on the way."""
-        return self._summed(lambda index: flatten(self._graph(index).gradient))
+        """`∇L` of the sample, [P]."""
+        self.gradients += 1
+        return self._weighted_sum(lambda index: _flatten(self._graph(index).gradient))
 
-    def matvec(self, vector: Tensor, against: Sequence[Tensor] = ()) -> tuple[Tensor, Tensor]:
-        """`H v`, flat [P], and `uᵀ H_m v` for every microbatch m and u in `against`: [M, len].
+    def matvec(
+        self, vector: Tensor, on_microbatch: Callable[[int, Tensor], None] | None = None
+    ) -> Tensor:
+        """`H v`, [P].
 
         Args:
-            vector: [P].
-            against: vectors [P] for which the microbatches' own values are wanted.
+            vector: v, [P].
+            on_microbatch: called with m and `∇²L_m v` [P] for each microbatch of this rank.
         """
         if self.poll is not None and self.poll():
             raise Interrupted
-        parts = torch.zeros(self.microbatches, len(against), dtype=torch.float64)
+        self.matvecs += 1
         shaped = self._shaped(vector)
 
         def term(index: int) -> Tensor:
             graph = self._graph(index)
-            product = graph.product(shaped, keep=index in self._graphs)
-            for column, other in enumerate(against):
-                parts[index, column] = float(other @ product)
+            product = graph.product(shaped, index in self._graphs)
+            if on_microbatch is not None:
+                on_microbatch(index, product)
             return product
 
-        self.matvecs += 1
-        return self._summed(term), parts
+        return self._weighted_sum(term)
 
     def loss(self, offset: Tensor | None = None) -> float:
-        """The mean loss over the sample at the parameters plus `offset` [P]."""
-        losses = torch.zeros(self.microbatches, dtype=torch.float64)
+        """The mean loss of the sample at the parameters plus `offset` [P]."""
+        losses = torch.zeros(len(self.weights), dtype=torch.float64)
         shift = self._shaped(torch.zeros(self.size) if offset is None else offset)
         moved = zip(self.parameters.items(), shift, strict=True)
         leaves = {name: (p + s).detach() for (name, p), s in moved}
         with torch.no_grad():
             for index in (index for lane in self._lanes for index in lane):
                 inputs, targets = self._load(index)
-                mean = self.loss_fn(forward(self.model, inputs, leaves, None), targets)
-                losses[index] = float(mean) * self._weight(index)
-        return float(self.agree(self.comm.allreduce_(losses)).sum())
-
-    def agree(self, scalars: Tensor) -> Tensor:
-        """Rank 0's copy of a small tensor, so that all ranks take the same turns."""
-        return self.comm.broadcast_(scalars.contiguous())
+                outputs = fast.forward(self.model, inputs, leaves, None)
+                losses[index] = float(self.loss_fn(outputs, targets)) * self.weights[index]
+        return float(self.comm.broadcast_(self.comm.allreduce_(losses)).sum())
 
     def close(self) -> None:
-        """Let go of the kept graphs."""
+        """Free the kept graphs."""
         self._graphs.clear()
 
-    def _summed(self, term: Callable[[int], Tensor]) -> Tensor:
+    def _weighted_sum(self, term: Callable[[int], Tensor]) -> Tensor:
         """`Σ_m (n_m / N) term(m)` over all ranks, [P]."""
         tree = summation.Tree()
         for lane in self._lanes:
@@ -178,46 +189,39 @@ class HessianOperator:
                 continue
             part = self._zeros()
             for index in lane:
-                part.add_(term(index), alpha=self._weight(index))
+                part.add_(term(index), alpha=self.weights[index])
             tree.add(part)
         total = tree.total()
         if total is None:
             total = self._zeros()
-        gathered = (
-            self.comm.allreduce_recursive_doubling_ if self.reproducible else self.comm.allreduce_
-        )
-        return gathered(total).to(self.dtype)
+        if self.reproducible:
+            self.comm.allreduce_recursive_doubling_(total)
+        else:
+            self.comm.allreduce_(total)
+        return total.to(self.dtype)
 
-    def _span(self, index: int) -> tuple[int, int]:
+    def _load(self, index: int) -> tuple[Any, Any]:
         start = index * self.microbatch
-        return start, min(start + self.microbatch, self.samples)
+        return self.sample.load(start, min(start + self.microbatch, self.samples))
 
-    def _weight(self, index: int) -> float:
-        start, stop = self._span(index)
-        return (stop - start) / self.samples
-
-    def _load(self, index: int) -> tuple[Tensor, Tensor]:
-        return self.sample.load(*self._span(index))
-
-    def _graph(self, index: int) -> Graph:
+    def _graph(self, index: int) -> _Graph:
         if index in self._graphs:
             return self._graphs[index]
         inputs, targets = self._load(index)
-        if self.accelerate and self._plan is None:
-            self._plan = fast.plan(self.model, inputs)
+        if self.accelerate and self.plan is None:
+            self.plan = fast.plan(self.model, inputs)
+            self.accelerate = self.plan is not None
+        differentiate = _hessian if self.matrix == "hessian" else _gauss_newton
+        leaves = {name: fast.leaf(p) for name, p in self.parameters.items()}
         try:
-            graph = self._differentiate(inputs, targets)
+            outputs = fast.forward(self.model, inputs, leaves, self.plan)
         except fast.PlanMismatchError:
-            self._plan = fast.Plan()
-            graph = self._differentiate(inputs, targets)
-        if len(self._graphs) < self.kept:
+            self.plan = fast.Plan()
+            outputs = fast.forward(self.model, inputs, leaves, self.plan)
+        graph = differentiate(self.loss_fn, outputs, targets, tuple(leaves.values()))
+        if len(self._graphs) < self.keep_graphs:
             self._graphs[index] = graph
         return graph
-
-    def _differentiate(self, inputs: Tensor, targets: Tensor) -> Graph:
-        return differentiate(
-            self.model, self.loss_fn, inputs, targets, self._plan, self.matrix, self.parameters
-        )
 
     def _zeros(self) -> Tensor:
         return torch.zeros(self.size, dtype=torch.float64, device=self.device)
@@ -228,3 +232,92 @@ class HessianOperator:
         return [
             fast.arranged(piece.view_as(p)) for piece, p in zip(pieces, parameters, strict=True)
         ]
+
+
+@dataclass(frozen=True)
+class _Graph:
+    """A microbatch's gradient and its matrix-vector product; tensors are shaped as parameters."""
+
+    gradient: Sequence[Tensor]
+    product: Callable[[Sequence[Tensor], bool], Tensor]
+    """`(v, keep) ↦ H_m v`, [P]; unless `keep`, the autograd graph is freed."""
+
+
+def _hessian(loss_fn: Loss, outputs: Any, targets: Any, leaves: Sequence[Tensor]) -> _Graph:
+    """`v ↦ ∇(∇L · v)`."""
+    loss = loss_fn(outputs, targets)
+    gradient = torch.autograd.grad(loss, leaves, create_graph=True, materialize_grads=True)
+    return _Graph(gradient, lambda v, keep: _flatten(_vjp(gradient, leaves, v, keep)))
+
+
+def _gauss_newton(loss_fn: Loss, outputs: Any, targets: Any, leaves: Sequence[Tensor]) -> _Graph:
+    """`v ↦ Jᵀ H_f J v`: J the Jacobian of the outputs f, H_f the Hessian of the loss by f.
+
+    Positive semidefinite for convex losses: the Hessian without the outputs' own curvature
+    (Schraudolph 2002, section 3). `J v` is the derivative of `Jᵀ u` by u, multiplied with v.
+    """
+    if not isinstance(outputs, Tensor):
+        raise TypeError(f"model: expected one tensor of outputs, got {type(outputs).__name__}")
+    detached = outputs.detach().requires_grad_()
+    (slope,) = torch.autograd.grad(loss_fn(detached, targets), detached, create_graph=True)
+    u = slope.detach().clone().requires_grad_()
+    pulled = torch.autograd.grad(outputs, leaves, u, create_graph=True, materialize_grads=True)
+
+    def product(v: Sequence[Tensor], keep: bool) -> Tensor:
+        tangent = _vjp(pulled, (u,), v)
+        return _flatten(_vjp((outputs,), leaves, _vjp((slope,), (detached,), tangent), keep))
+
+    return _Graph([p.detach() for p in pulled], product)
+
+
+def _vjp(
+    outputs: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    cotangents: Sequence[Tensor],
+    keep: bool = True,
+) -> Sequence[Tensor]:
+    """`torch.autograd.grad` that allows outputs, and inputs, on which nothing depends."""
+    used = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad]
+    if not used:
+        return [torch.zeros_like(i) for i in inputs]
+    tensors, vectors = zip(*used, strict=True)
+    return torch.autograd.grad(tensors, inputs, vectors, retain_graph=keep, materialize_grads=True)
+
+
+def _flatten(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([t.detach().reshape(-1) for t in tensors])
+
+
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters that require grad, by name, in `model.parameters()` order; tied ones once."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode; on exit the training flags and all random states are restored bit for bit.
+
+    Random states are those of Python, NumPy and torch. Parameters, buffers and `.grad` need no
+    restoring, because `fast.forward` runs the model on copies.
+
+    Attention uses the only kernel that can be differentiated twice. Recurrent layers do not use
+    cuDNN, which cannot differentiate them in evaluation mode.
+    """
+    flags = [(module, module.training) for module in model.modules()]
+    python, numpy_ = random.getstate(), np.random.get_state()
+    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=devices))
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        stack.enter_context(torch.enable_grad())
+        if any(isinstance(module, nn.RNNBase) for module in model.modules()):
+            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+        try:
+            for module, _ in flags:
+                module.training = False
+            yield
+        finally:
+            for module, training in flags:
+                module.training = training
+            random.setstate(python)
+            np.random.set_state(numpy_)

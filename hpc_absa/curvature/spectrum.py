@@ -1,13 +1,15 @@
-"""The whole spectrum of the Hessian, for people: top eigenvalues, trace, density, directions.
+"""The spectrum of the Hessian: top eigenvalues, trace, density, layers, loss along eigenvectors.
 
-Shapes: P trainable parameters, k eigenpairs.
-Everything works on any symmetric product and, through `HessianOperator`, over all ranks.
+Shapes:
+    P  trainable parameters
+    k  eigenpairs
+    n  points of a slice
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,23 +19,27 @@ from torch import Tensor, nn
 
 from hpc_absa.comm import Communicator
 from hpc_absa.curvature import eigen
-from hpc_absa.curvature.operator import HessianOperator, HessianSample, Loss, Matrix
-from hpc_absa.curvature.state import observed, trainable
+from hpc_absa.curvature.eigen import Floats
+from hpc_absa.curvature.operator import (
+    HessianOperator,
+    HessianSample,
+    Loss,
+    Matrix,
+    evaluation_mode,
+    trainable_parameters,
+)
 from hpc_absa.curvature.stochastic import (
     Density,
-    Floats,
     Trace,
-    hutch,
-    quadrature,
+    hutchpp_trace,
     random_vector,
+    spectral_density,
 )
-from hpc_absa.curvature.subspace import Agree
-from hpc_absa.curvature.surface import Slice, slices
 
 
 @dataclass(frozen=True)
 class TopEigenvalues:
-    """The k largest eigenvalues by value with their evidence."""
+    """The k largest eigenvalues by value."""
 
     values: Floats
     """[k], largest first."""
@@ -46,13 +52,13 @@ class TopEigenvalues:
     vectors: NDArray[np.float32]
     """[k, P], unit rows; parameters in `model.parameters()` order."""
     lowest: float
-    """Smallest Ritz value seen; negative at a saddle."""
+    """Smallest Ritz value; negative at a saddle."""
     matvecs: int
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One parameter tensor's own block of the Hessian."""
+    """The diagonal block of the Hessian of one parameter tensor."""
 
     name: str
     parameters: int
@@ -64,8 +70,20 @@ class Layer:
 
 
 @dataclass(frozen=True)
+class Slice:
+    """`L(w + t v)` for a unit vector v."""
+
+    distances: Floats
+    """[n], t, in units of the weights."""
+    losses: Floats
+    """[n], the mean loss over the sample."""
+    eigenvalue: float
+    """λ along v: compare with the parabola `L(w) + t ∇L·v + λ t² / 2`."""
+
+
+@dataclass(frozen=True)
 class Spectrum:
-    """What `hpc-absa spectrum` shows."""
+    """Result of `spectrum`."""
 
     matrix: Matrix
     samples: int
@@ -76,11 +94,11 @@ class Spectrum:
     density: Density
     layers: tuple[Layer, ...]
     slices: tuple[Slice, ...]
-    """The loss along the top eigenvectors."""
+    """The loss along the top two eigenvectors."""
 
     @property
     def lowest(self) -> float:
-        """Smallest Ritz value seen anywhere: an upper bound of the smallest eigenvalue."""
+        """Smallest Ritz value: an upper bound of the smallest eigenvalue."""
         used = self.density.nodes[self.density.weights > 0]
         return min(self.top.lowest, float(used.min(initial=math.inf)))
 
@@ -101,104 +119,116 @@ def spectrum(
     density_probes: int = 4,
     layers: bool = True,
     slice_points: int = 21,
-    kept: int = 2,
     matrix: Matrix = "hessian",
     poll: Callable[[], bool] | None = None,
-    progress: Callable[[str, int], None] = lambda part, products: None,
+    progress: Callable[[str, int], None] = lambda part, matvecs: None,
 ) -> Spectrum:
-    """Everything about the Hessian of the mean loss over the first `samples`, same on all ranks.
+    """The spectrum of the Hessian of the mean loss over the first `samples`, same on all ranks.
 
-    The model is looked at in evaluation mode and left bit for bit as it was.
+    A collective. The model is evaluated in evaluation mode and left bit for bit as it was.
 
     Args:
         model: on the device the sample loads to.
         loss_fn: mean loss of a microbatch.
         sample: training samples in a fixed order.
-        comm: the world; all ranks call together.
-        samples: the Hessian's.
+        comm: communicator.
+        samples: number of samples the loss is averaged over.
         microbatch: samples differentiated at a time.
         k: eigenpairs.
-        tol: their relative error.
-        max_iter: products for them at most.
+        tol: relative error of the eigenvalues.
+        max_iter: maximum number of products for the eigenvalues.
         trace_matvecs: products for the trace, a third of them for the sketch.
-        density_steps: m, products per probe vector.
-        density_probes: s.
-        layers: also each parameter tensor's own block.
+        density_steps: products per probe vector of the density.
+        density_probes: probe vectors of the density.
+        layers: also the diagonal block of each parameter tensor.
         slice_points: loss evaluations along each of the top two eigenvectors; 0 for none.
-        kept: microbatches whose graph is kept, see `HessianOperator`.
         matrix: `hessian` or `gauss-newton`.
-        poll: asked between products, the same answer on all ranks; True raises.
-        progress: told before each product which part it is for, and how many there were so far.
+        poll: called before each product, with the same result on all ranks; True interrupts.
+        progress: called before each product of the whole matrix and each layer, with the name of
+            the part and the number of products so far.
 
     Raises:
-        Interrupted: `poll` answered True.
+        Interrupted: `poll` returned True.
     """
     part = ""
-    with observed(model):
+    with evaluation_mode(model):
 
-        def over(names: Sequence[str] | None) -> HessianOperator:
+        def block(names: Collection[str] | None) -> HessianOperator:
             return HessianOperator(
                 model, loss_fn, sample, comm, samples=samples, microbatch=microbatch,
-                kept=kept, matrix=matrix, names=names, poll=poll,
+                matrix=matrix, names=names, poll=poll,
             )  # fmt: skip
 
-        operator = over(None)
+        operator, broadcast = block(None), comm.broadcast_
 
-        def product(vector: Tensor) -> Tensor:
+        def matvec(vector: Tensor) -> Tensor:
             progress(part, operator.matvecs)
-            return operator.matvec(vector)[0]
+            return operator.matvec(vector)
 
-        like, agree = operator.gradient(), operator.agree
+        gradient = operator.gradient()
         part = "top eigenvalues"
-        top = top_eigenvalues(product, like, k=k, tol=tol, max_iter=max_iter, agree=agree)
+        top = _top_eigenvalues(matvec, gradient, k, tol, max_iter, broadcast)
         part = "trace"
-        trace = hutch(product, like, matvecs=trace_matvecs, agree=agree)
+        trace = hutchpp_trace(matvec, gradient, matvecs=trace_matvecs, broadcast=broadcast)
         part = "density"
-        density = quadrature(product, like, steps=density_steps, probes=density_probes, agree=agree)
+        density = spectral_density(
+            matvec, gradient, steps=density_steps, probes=density_probes, broadcast=broadcast
+        )
         loss = operator.loss()
-        lines = slices(operator, top.vectors[:2], top.values[:2], slice_points)
+        lines = _slices(operator, top, slice_points)
         operator.close()
         blocks = []
-        for name in trainable(model) if layers else ():
+        for name in trainable_parameters(model) if layers else ():
             progress(name, operator.matvecs)
-            blocks.append(_layer(over([name]), name, tol))
+            blocks.append(_layer(block([name]), name, tol))
     return Spectrum(matrix, samples, operator.size, loss, top, trace, density, tuple(blocks), lines)
 
 
-def top_eigenvalues(
+def _top_eigenvalues(
     matvec: eigen.Matvec,
-    start: Tensor,
-    *,
+    gradient: Tensor,
     k: int,
     tol: float,
     max_iter: int,
-    agree: Agree = lambda scalars: scalars,
+    broadcast: eigen.Broadcast,
 ) -> TopEigenvalues:
-    """The k largest by value (`eigen.lanczos` from `start`, which may be zero)."""
-    starts = [start, random_vector(start, 0)]
-    found = eigen.lanczos(matvec, starts, tol=tol, max_iter=max_iter, k=k, agree=agree)
-    pairs = found.pairs
+    starts = [gradient, random_vector(gradient, 0)]
+    result = eigen.lanczos(matvec, starts, tol=tol, max_iter=max_iter, k=k, broadcast=broadcast)
     return TopEigenvalues(
-        np.array([pair.value for pair in pairs]),
-        np.array([pair.residual for pair in pairs]),
-        np.array([pair.error for pair in pairs]),
-        np.array([pair.converged for pair in pairs]),
-        torch.stack([pair.vector for pair in pairs]).float().cpu().numpy(),
-        found.lowest,
-        found.matvecs,
+        np.array([pair.value for pair in result.pairs]),
+        np.array([pair.residual for pair in result.pairs]),
+        np.array([pair.error for pair in result.pairs]),
+        np.array([pair.converged for pair in result.pairs]),
+        torch.stack([pair.vector for pair in result.pairs]).float().cpu().numpy(),
+        result.lowest,
+        result.matvecs,
     )
 
 
 def _layer(operator: HessianOperator, name: str, tol: float) -> Layer:
-    """Top eigenvalue, trace and density of one parameter's diagonal block."""
-
-    def product(vector: Tensor) -> Tensor:
-        return operator.matvec(vector)[0]
-
-    agree = operator.agree
-    like = operator.gradient()
-    start, limit = random_vector(like, 0), min(10, operator.size)
-    top = eigen.lanczos(product, [start], tol=tol, max_iter=limit, agree=agree).top
-    trace = hutch(product, like, matvecs=9, agree=agree)
-    density = quadrature(product, like, steps=8, probes=2, points=80, agree=agree)
+    matvec, broadcast = operator.matvec, operator.comm.broadcast_
+    gradient = operator.gradient()
+    start, limit = random_vector(gradient, 0), min(10, operator.size)
+    top = eigen.lanczos(matvec, [start], tol=tol, max_iter=limit, broadcast=broadcast).top
+    trace = hutchpp_trace(matvec, gradient, matvecs=9, broadcast=broadcast)
+    density = spectral_density(matvec, gradient, steps=8, probes=2, points=80, broadcast=broadcast)
     return Layer(name, operator.size, top.value, top.residual, top.converged, trace, density)
+
+
+def _slices(operator: HessianOperator, top: TopEigenvalues, points: int) -> tuple[Slice, ...]:
+    """The loss along the top two eigenvectors.
+
+    Distances reach to where a parabola with the eigenvalue as curvature has risen by 1 (in units of
+    the loss), so that sharp and flat directions fill the same plot.
+    """
+    values = top.values[:2]
+    if points < 2 or not np.isfinite(values).all():
+        return ()
+    lines = []
+    for vector, value in zip(top.vectors[:2], values, strict=True):
+        reach = min((2 / max(abs(float(value)), 1e-12)) ** 0.5, 1e3)
+        distances = np.linspace(-reach, reach, points)
+        direction = torch.from_numpy(vector)
+        losses = [operator.loss(direction * float(distance)) for distance in distances]
+        lines.append(Slice(distances, np.array(losses), float(value)))
+    return tuple(lines)

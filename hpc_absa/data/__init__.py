@@ -1,1 +1,1 @@
-"""Which sample comes when, where its pixels come from, and how they reach the model."""
+"""Data sets: sources, the packed file, order and augmentation of samples, and the loader."""

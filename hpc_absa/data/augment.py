@@ -1,4 +1,4 @@
-"""Random crop and flip of whole batches, each image's by (seed, epoch, sample index) alone.
+"""Random crop and flip of batches; a function of (seed, epoch, sample index) for each image.
 
 Shapes: b images, C channels, H × W pixels, p pixels of padding on every side.
 """
@@ -28,15 +28,15 @@ def augment(
     not depend on the other images of its batch, on the rank, or on the calls before.
 
     Args:
-        images: uint8 [b, C, H, W] in host memory; left as they are.
+        images: uint8 [b, C, H, W] in host memory; not changed.
         seed: The job's seed.
-        epochs: [b], the epoch in which each image is visited.
+        epochs: [b], the epoch that each image belongs to.
         samples: [b], each image's index in the training set.
         padding: p ≥ 0, in pixels; 0 means no crop.
         flip: Whether to mirror.
 
     Returns:
-        uint8 [b, C, H, W]; `images` itself where there is nothing to do.
+        uint8 [b, C, H, W]; `images` itself without padding and flip.
     """
     if padding == 0 and not flip:
         return images
@@ -59,7 +59,7 @@ def augment(
 def _crop(
     pixels: NDArray[np.uint8], rows: NDArray[np.intp], columns: NDArray[np.intp], padding: int
 ) -> NDArray[np.uint8]:
-    """The window at (rows[i], columns[i]) of the padded image i, by one gather from views."""
+    """The window at (rows[i], columns[i]) of the padded image i."""
     b, channels, height, width = pixels.shape
     padded = np.zeros((b, channels, height + 2 * padding, width + 2 * padding), np.uint8)
     padded[:, :, padding : padding + height, padding : padding + width] = pixels
@@ -72,14 +72,14 @@ def normalise(
 ) -> torch.Tensor:
     """`(images / 255 − mean) / std` for uint8 images, `(images − mean) / std` for float data.
 
-    Computed as one product and one sum, each rounded by itself, so that a pixel's value does not
-    depend on its place in the batch (a fused multiply-add in some lanes of a vector would).
+    Computed as one product and one sum, each rounded, so that a pixel's value does not depend on
+    its place in the batch (with a fused multiply-add in some lanes of a vector it would).
 
     Args:
         images: [b, C, ...], any device.
         mean: [C] on that device, in pixel units (0 black, 1 white).
         std: [C] likewise.
-        channels_last: Lay [b, C, H, W] out as NHWC in memory.
+        channels_last: Store [b, C, H, W] as NHWC in memory.
 
     Returns:
         float32 [b, C, ...].

@@ -1,8 +1,8 @@
-"""Which sample comes when: a hash of (seed, epoch, index), computed anywhere, remembered nowhere.
+"""The order of samples and random numbers for them, as hashes of (seed, epoch, index).
 
-A counter-based generator in the manner of SplitMix64 (Steele, Lea, Flood: "Fast splittable
-pseudorandom number generators", OOPSLA 2014; constants of Stafford's mix 13). Written out here, and
-not taken from numpy, because an order must stay what it is for as long as its checkpoints are kept.
+A counter-based generator after SplitMix64 (Steele, Lea, Flood: "Fast splittable
+pseudorandom number generators", OOPSLA 2014; constants of Stafford's mix 13). It is implemented
+here and not taken from numpy, because an order must never change: checkpoints refer to it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-_WEYL = 0x9E3779B97F4A7C15  # odd, 2^64 / golden ratio: successive counters land far apart
+_WEYL = 0x9E3779B97F4A7C15  # odd, 2^64 / golden ratio: successive counters are far apart
 _MASK = (1 << 64) - 1
 _ORDER_STREAM = 0x6F72646572  # "order": never the same numbers as an augmentation's stream
 
@@ -35,13 +35,13 @@ def permutation(seed: int, epoch: int, samples: int) -> NDArray[np.int64]:
 def uniform(
     seed: int, epoch: int | NDArray[np.int64], samples: NDArray[np.int64], stream: int
 ) -> NDArray[np.float64]:
-    """A random number in [0, 1) for each sample, the same whoever asks and in whatever company.
+    """A random number in [0, 1) for each sample, independent of the other samples of the call.
 
     Args:
         seed: The job's seed.
         epoch: One for all samples, or an array [b] with each sample's own.
         samples: Sample indices [b].
-        stream: Tells apart the uses that one sample has for random numbers within an epoch.
+        stream: Distinguishes the uses of random numbers for one sample within an epoch.
 
     Returns:
         Array [b], with 53 random bits each.
@@ -52,9 +52,9 @@ def uniform(
 
 
 def _key(seed: int, stream: int) -> NDArray[np.uint64]:
-    """Seed and stream as one well-mixed word, so that neighbouring ones share nothing."""
-    words = np.array([seed & _MASK], dtype=np.uint64)
-    return _mix(_mix(words + np.uint64(_WEYL)) ^ np.uint64(stream & _MASK))
+    """64 well-mixed bits of seed and stream, so that neighbouring ones are not correlated."""
+    start = np.array([seed & _MASK], dtype=np.uint64) + np.uint64(_WEYL)
+    return _mix(_mix(start) ^ np.uint64(stream & _MASK))
 
 
 def _hash(
@@ -65,11 +65,11 @@ def _hash(
     return _mix(start + (counters + np.uint64(1)) * np.uint64(_WEYL))
 
 
-def _mix(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """A bijection on 64-bit words in which every input bit flips half of the output bits.
+def _mix(z: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """A bijection on 64-bit numbers in which every input bit flips half of the output bits.
 
-    Always given arrays: numpy wraps their products silently, as wanted, and warns for scalars.
+    For arrays only: numpy wraps their products silently, as wanted, and warns for scalars.
     """
-    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return words ^ (words >> np.uint64(31))
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))

@@ -2,8 +2,8 @@
 
 Layout (`docs/data.md`): contiguous data sets `/train/images`, `/train/labels`, `/test/images`,
 `/test/labels`, the names `/classes`, and root attributes. The ranks of a node share the pages of
-the file, so a data set is in a node's memory once, however many ranks there are, and only as far
-as it was read. `packing.py` writes the file.
+the file, so a data set is in a node's memory once, for any number of ranks, and only as far as it
+was read. `packing.py` writes the file.
 """
 
 from __future__ import annotations
@@ -18,36 +18,34 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from hpc_absa.data.content import Samples
+from hpc_absa.data.sources import Samples
 from hpc_absa.errors import HpcAbsaError, UsageError
 
 FORMAT = "hpc-absa-data"
 FORMAT_VERSION = 1
-SPLITS = ("train", "test")
 
 
 @dataclass(frozen=True)
 class Split:
-    """Training or test samples, as they lie in the file."""
+    """Training or test samples, mapped from the file and read-only."""
 
     images: NDArray[Any]
-    """uint8 [N, C, H, W] for pictures, float32 [N, C, ...] for other data; mapped, read-only."""
+    """uint8 [N, C, H, W] for images, float32 [N, C, ...] for other data."""
     labels: NDArray[np.int64]
     """[N], from 0."""
 
     def __len__(self) -> int:
-        """Samples."""
         return len(self.labels)
 
 
 @dataclass(frozen=True)
 class PackedDataset:
-    """An open packed data set; its arrays are read from the disk when they are touched."""
+    """An open packed data set; its arrays are read from the disk on access."""
 
     name: str
     """The source it was packed from: `digits`, `cifar10`, `package.module:function`, ..."""
     arguments: dict[str, Any]
-    """What the source was called with, root excepted."""
+    """The arguments of the source, without `root`."""
     train: Split
     test: Split
     classes: tuple[str, ...]
@@ -61,7 +59,7 @@ class PackedDataset:
 
     @property
     def is_image(self) -> bool:
-        """Whether samples are pictures (uint8), which can be cropped, flipped and attacked."""
+        """Whether samples are images (uint8), which can be cropped, flipped and attacked."""
         return self.train.images.dtype == np.uint8
 
     @property
@@ -81,7 +79,7 @@ class PackedDataset:
 
 
 def open_packed(path: Path) -> PackedDataset:
-    """Map a packed data set; takes milliseconds, whatever its size.
+    """Map a packed data set; takes milliseconds at any size.
 
     Raises:
         UsageError: No such file, not a packed data set, or one of a newer version.
@@ -92,11 +90,20 @@ def open_packed(path: Path) -> PackedDataset:
     if not h5py.is_hdf5(path):
         raise UsageError(f"{path}: not an HDF5 file, expected a data set packed by `hpc-absa data`")
     try:
-        # Nobody writes a packed file in place, and locks are refused on many network file systems.
+        # No process writes a packed file in place, and many network file systems refuse locks.
         with h5py.File(path, "r", locking=False) as file:
             return _read(file, path)
     except (OSError, KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
         raise HpcAbsaError(f"{path}: damaged ({one_line(error)}); pack it again") from error
+
+
+def is_packed(path: Path) -> bool:
+    """Whether the file is a packed data set, perhaps a damaged one."""
+    try:
+        with h5py.File(path, "r", locking=False) as file:
+            return text(file.attrs.get("format", b"")) == FORMAT
+    except Exception:  # h5py raises errors of many types for files that it cannot read
+        return False
 
 
 def check_content(dataset: PackedDataset) -> None:
@@ -122,7 +129,7 @@ def header(
     mean: NDArray[np.float64],
     std: NDArray[np.float64],
 ) -> bytes:
-    """What the digest covers besides the arrays: how they are to be understood."""
+    """What the digest covers besides the arrays: their meaning."""
     description = {
         "samples": [len(train), len(test)],
         "classes": list(classes),
@@ -130,6 +137,16 @@ def header(
         "std": [float(value).hex() for value in std],
     }
     return json.dumps(description, sort_keys=True).encode()
+
+
+def text(value: Any) -> str:
+    """A string of HDF5, which are bytes where their length is fixed."""
+    return value.decode("utf-8") if isinstance(value, bytes) else str(value)
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of an error's message, without HDF5's trace."""
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def _read(file: h5py.File, path: Path) -> PackedDataset:
@@ -141,12 +158,11 @@ def _read(file: h5py.File, path: Path) -> PackedDataset:
             f"{path}: packed in format version {version}, this hpc-absa reads up to "
             f"{FORMAT_VERSION}; update hpc-absa or pack it again"
         )
-    train, test = (_split(file, name, path) for name in SPLITS)
     dataset = PackedDataset(
         name=text(file.attrs["name"]),
         arguments=json.loads(text(file.attrs["arguments"])),
-        train=train,
-        test=test,
+        train=Split(_mapped(file["train/images"], path), _mapped(file["train/labels"], path)),
+        test=Split(_mapped(file["test/images"], path), _mapped(file["test/labels"], path)),
         classes=tuple(text(name) for name in file["classes"][()]),
         mean=np.asarray(file.attrs["mean"], np.float64),
         std=np.asarray(file.attrs["std"], np.float64),
@@ -155,17 +171,6 @@ def _read(file: h5py.File, path: Path) -> PackedDataset:
     )
     _check_shapes(dataset)
     return dataset
-
-
-def text(value: Any) -> str:
-    """A string of HDF5, which come as bytes where their length is fixed."""
-    return value.decode("utf-8") if isinstance(value, bytes) else str(value)
-
-
-def _split(file: h5py.File, name: str, path: Path) -> Split:
-    return Split(
-        images=_mapped(file[name]["images"], path), labels=_mapped(file[name]["labels"], path)
-    )
 
 
 def _mapped(dataset: h5py.Dataset, path: Path) -> NDArray[Any]:
@@ -179,8 +184,7 @@ def _mapped(dataset: h5py.Dataset, path: Path) -> NDArray[Any]:
 
 
 def _check_shapes(dataset: PackedDataset) -> None:
-    """Raises ValueError naming what does not fit."""
-    for name, split in zip(SPLITS, (dataset.train, dataset.test), strict=True):
+    for name, split in (("train", dataset.train), ("test", dataset.test)):
         images, labels = split.images, split.labels
         if labels.dtype != np.int64 or labels.shape != (len(images),):
             raise ValueError(
@@ -194,8 +198,3 @@ def _check_shapes(dataset: PackedDataset) -> None:
             )
     if dataset.mean.shape != (dataset.channels,) or dataset.std.shape != (dataset.channels,):
         raise ValueError(f"mean and std must have {dataset.channels} numbers, one for each channel")
-
-
-def one_line(error: BaseException) -> str:
-    """An error's message for people: its first line, without HDF5's trace."""
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,112 +1,167 @@
-"""Data sets by name, and the user's own as `"package.module:function"`; all from a local root."""
+"""What a data set consists of before it is packed, and how a job's `[data]` table names one."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
 from hpc_absa import plugins
-from hpc_absa.data.content import Samples, Source
-from hpc_absa.data.order import permutation
+from hpc_absa.data.registry import DATASETS
 from hpc_absa.errors import UsageError
 
-__all__ = ["SOURCES", "Samples", "Source", "load"]
+_BLOCK_BYTES = 1 << 24  # of an array at a time: large enough for the disk, small in memory
 
 
-def digits() -> Source:
-    """Scikit-learn's 1797 handwritten digits, 8 × 8 pixels, grey; part of its installation.
+@dataclass(frozen=True)
+class Samples:
+    """N training or test samples; images come in blocks, in the order of the labels."""
 
-    Its values 0 … 16 become 0 … 255. The fixed test set is every fifth image of each class in a
-    shuffled order: 1437 for training, 360 for testing, the classes in equal parts.
-    """
-    from sklearn.datasets import load_digits
+    labels: NDArray[np.int64]
+    """[N], from 0 up to the number of classes."""
+    shape: tuple[int, ...]
+    """Of one sample: (C, H, W) for images, (F,) or (C, ...) for other data."""
+    dtype: np.dtype[Any]
+    """uint8 for images, float32 for other data."""
+    blocks: Callable[[], Iterator[NDArray[Any]]]
+    """Yields arrays [k, *shape], k ≥ 1, N samples in total."""
 
-    bunch = load_digits()
-    images = np.rint(bunch.images * (255 / 16)).astype(np.uint8)[:, None]
-    labels = bunch.target.astype(np.int64)
-    shuffled = permutation(0, 0, len(labels))
-    by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
-    test = np.sort(by_class[::5])
-    train = np.setdiff1d(by_class, test)
-    return Source.from_arrays(images[train], labels[train], images[test], labels[test])
+    def __len__(self) -> int:
+        return len(self.labels)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all images."""
+        return len(self) * prod(self.shape) * self.dtype.itemsize
 
-def imagefolder(root: Path, image_size: int | None = None) -> Source:
-    """`train/<class>/*` and `test/<class>/*` (or `val/`), any picture format that Pillow reads.
+    @classmethod
+    def from_arrays(cls, images: ArrayLike, labels: ArrayLike, part: str = "train") -> Samples:
+        """Samples that are in memory.
 
-    Args:
-        root: The folder with `train`.
-        image_size: Pixels: pictures are cropped to a square around the centre and resized to it;
-            None where all have one size already.
-    """
-    from hpc_absa.data import folders
+        Args:
+            images: uint8 [N, C, H, W], or floating-point [N, F] or [N, C, ...], kept as float32.
+            labels: Integers [N].
+            part: For error messages.
 
-    return folders.image_folder(root, image_size)
+        Raises:
+            UsageError: Another type or shape.
+        """
+        pixels, classes = np.asarray(images), np.asarray(labels)
+        if np.issubdtype(pixels.dtype, np.floating) and pixels.ndim >= 2:
+            pixels = pixels.astype(np.float32, copy=False)
+        elif pixels.dtype != np.uint8 or pixels.ndim != 4:
+            raise UsageError(
+                f"{part} images are {pixels.dtype} {list(pixels.shape)}, expected uint8 "
+                "[N, C, H, W] for images or float32 [N, F] or [N, C, ...] for other data"
+            )
+        if not np.issubdtype(classes.dtype, np.integer) or classes.shape != pixels.shape[:1]:
+            raise UsageError(
+                f"{part} labels are {classes.dtype} {list(classes.shape)}, expected "
+                f"integers [{len(pixels)}], one for each image"
+            )
 
+        def blocks() -> Iterator[NDArray[Any]]:
+            step = max(1, _BLOCK_BYTES // max(1, pixels[:1].nbytes))
+            for start in range(0, len(pixels), step):
+                yield pixels[start : start + step]
 
-def cifar10(root: Path) -> Source:
-    """CIFAR-10: the original `cifar-10-batches-py`, or pictures as for `imagefolder`."""
-    from hpc_absa.data import published
-
-    return published.cifar(root, "CIFAR10")
-
-
-def cifar100(root: Path) -> Source:
-    """CIFAR-100: the original `cifar-100-python`, or pictures as for `imagefolder`."""
-    from hpc_absa.data import published
-
-    return published.cifar(root, "CIFAR100")
-
-
-def svhn(root: Path) -> Source:
-    """SVHN, cropped digits: `train_32x32.mat` and `test_32x32.mat`."""
-    from hpc_absa.data import published
-
-    return published.svhn(root)
-
-
-def tinyimagenet(root: Path, image_size: int = 64) -> Source:
-    """Tiny ImageNet as published (`train/<wnid>/images`, `val/val_annotations.txt`) or as folders.
-
-    Args:
-        root: The folder `tiny-imagenet-200`, or the one that holds it.
-        image_size: Pixels, 64 as published.
-    """
-    from hpc_absa.data import published
-
-    return published.tiny_imagenet(root, image_size)
+        return cls(classes.astype(np.int64), pixels.shape[1:], pixels.dtype, blocks)
 
 
-def imagenet(root: Path, image_size: int = 224) -> Source:
-    """ImageNet (ILSVRC 2012) as folders: `train/<wnid>/*.JPEG` and `val/<wnid>/*.JPEG`.
+@dataclass(frozen=True)
+class Source:
+    """A data set to be packed; a user-defined data function returns one."""
 
-    Args:
-        root: The folder with `train` and `val`.
-        image_size: Pixels, after a centred crop and resize.
-    """
-    from hpc_absa.data import folders
+    train: Samples
+    test: Samples
+    classes: tuple[str, ...]
+    """Names, by label."""
+    mean: NDArray[np.float64] | None = None
+    """[C], for normalisation; None: measured on the training pixels, 0 for float data."""
+    std: NDArray[np.float64] | None = None
+    """[C] likewise; None: measured, 1 for float data."""
 
-    return folders.image_folder(root, image_size)
+    def __post_init__(self) -> None:
+        """Check everything that can be checked before an image is read.
 
+        Raises:
+            UsageError: No samples, labels outside of the classes, or splits that differ in shape.
+        """
+        for part, samples in (("train", self.train), ("test", self.test)):
+            labels = samples.labels
+            if len(labels) == 0:
+                raise UsageError(f"the {part} set is empty, expected at least one sample")
+            if labels.min() < 0 or labels.max() >= len(self.classes):
+                raise UsageError(
+                    f"{part} labels are from {labels.min()} to {labels.max()}, "
+                    f"expected 0 to {len(self.classes) - 1} for {len(self.classes)} classes"
+                )
+        train, test = self.train, self.test
+        if (train.shape, train.dtype) != (test.shape, test.dtype):
+            raise UsageError(
+                f"training samples are {train.dtype} {list(train.shape)} and test samples "
+                f"{test.dtype} {list(test.shape)}, expected the same"
+            )
+        for key, values in (("mean", self.mean), ("std", self.std)):
+            if values is not None and np.shape(values) != train.shape[:1]:
+                raise UsageError(
+                    f"{key} has shape {list(np.shape(values))}, expected one number for each of "
+                    f"{train.shape[0]} channels"
+                )
 
-SOURCES: Mapping[str, Callable[..., Source]] = {
-    function.__name__: function
-    for function in (digits, imagefolder, cifar10, cifar100, svhn, tinyimagenet, imagenet)
-}
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all images, training and test."""
+        return self.train.nbytes + self.test.nbytes
+
+    @classmethod
+    def from_arrays(
+        cls,
+        train_images: ArrayLike,
+        train_labels: ArrayLike,
+        test_images: ArrayLike,
+        test_labels: ArrayLike,
+        classes: Sequence[str] | None = None,
+        mean: ArrayLike | None = None,
+        std: ArrayLike | None = None,
+    ) -> Source:
+        """A source from plain arrays: the shortest way to use a data set of yours.
+
+        Args:
+            train_images: uint8 [N, C, H, W], or floating-point [N, F] or [N, C, ...].
+            train_labels: Integers [N], from 0.
+            test_images: As `train_images`.
+            test_labels: As `train_labels`.
+            classes: Names by label; `"0"`, `"1"`, … where None.
+            mean: See `Source.mean`.
+            std: See `Source.std`.
+
+        Raises:
+            UsageError: Arrays that do not fit each other; the message names which and how.
+        """
+        train = Samples.from_arrays(train_images, train_labels, "train")
+        test = Samples.from_arrays(test_images, test_labels, "test")
+        if classes is None:
+            highest = max(int(part.labels.max(initial=-1)) for part in (train, test))
+            classes = [str(label) for label in range(highest + 1)]
+        given = (None if value is None else np.asarray(value, np.float64) for value in (mean, std))
+        return cls(train, test, tuple(classes), *given)
 
 
 def load(name: str, root: Path | None, arguments: Mapping[str, Any]) -> Source:
-    """The source that `[data] name` means; reads labels and file names, images only later.
+    """The source that `[data] name` refers to; reads labels and file names, images only later.
 
-    A user's own function is called with `root` where its signature takes it, and with the table's
-    other arguments; it returns a `Source`.
+    A user-defined function is called with `root` if its signature takes it, and with `arguments`;
+    it returns a `Source`.
 
     Args:
-        name: One of `SOURCES` or `"package.module:function"`.
-        root: Where the raw data lies; None for those that need none.
+        name: One of `registry.DATASETS` or `"package.module:function"`.
+        root: Folder of the raw data; None for data sets that need none.
         arguments: The table's other entries.
 
     Raises:
@@ -114,12 +169,14 @@ def load(name: str, root: Path | None, arguments: Mapping[str, Any]) -> Source:
     """
     if plugins.is_reference(name):
         function = plugins.resolve(name, "data.name")
-    elif name in SOURCES:
-        function = SOURCES[name]
+    elif name in DATASETS:
+        from hpc_absa.data import builtin
+
+        function = getattr(builtin, name)
     else:
         raise UsageError(
-            f'data.name: no data set "{name}"{plugins.suggestion(name, SOURCES)} Known are '
-            f'{", ".join(SOURCES)} and your own as "package.module:function"'
+            f'data.name: no data set "{name}"{plugins.suggestion(name, DATASETS)} Known are '
+            f'{", ".join(DATASETS)} and your own as "package.module:function"'
         )
     if root is not None and not root.exists():
         raise UsageError(f"data.root: {root} does not exist; it should hold the data of {name}")

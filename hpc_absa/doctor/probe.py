@@ -1,6 +1,6 @@
-"""Imports what ranks import, in a process of its own, and prints what came of it as JSON.
+"""Imports the packages that ranks import, and prints the results as one JSON object.
 
-A process, because an import of two MPIs at once may end it: then that is what was found.
+It is a separate process because importing two MPI libraries at once may abort it.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,40 +16,31 @@ LIBMPI = re.compile(r"(/\S*/libmpi(?:_cray|_gnu\S*|ch)?\.so[.\d]*)$", re.MULTILI
 
 
 def main() -> None:
-    """Print one JSON object: by package its version or error, then what Horovod and torch have."""
-    found: dict[str, Any] = {}
-    for name in ("torch", "h5py", "horovod", "horovod.torch", "mpi4py"):  # as ranks do
-        found[name] = _imported(name)
-    mpi4py, torch, horovod = (_module(n) for n in ("mpi4py", "torch", "horovod.torch"))
-    if mpi4py:
+    """Print the version or the error of each package, and what Horovod and torch support."""
+    probed: dict[str, Any] = {
+        name: _import(name) for name in ("torch", "h5py", "horovod", "horovod.torch", "mpi4py")
+    }
+    if mpi4py := sys.modules.get("mpi4py"):
         mpi4py.rc.initialize = False
-        found["mpi4py.MPI"] = _imported("mpi4py.MPI")
-    found["libmpi"] = sorted(
-        {str(Path(path).resolve()) for path in LIBMPI.findall(Path("/proc/self/maps").read_text())}
-    )
-    if torch:
-        found["cuda"] = torch.version.cuda
-        found["gpus"] = torch.cuda.device_count()
-    if horovod:
-        found["built"] = {
-            what: bool(getattr(horovod, f"{what}_built")()) for what in ("mpi", "gloo", "nccl")
+        probed["mpi4py.MPI"] = _import("mpi4py.MPI")
+    maps = Path("/proc/self/maps").read_text()
+    probed["libmpi"] = sorted({str(Path(path).resolve()) for path in LIBMPI.findall(maps)})
+    if torch := sys.modules.get("torch"):
+        probed["cuda"] = torch.version.cuda
+        probed["gpus"] = torch.cuda.device_count()
+    if horovod := sys.modules.get("horovod.torch"):
+        probed["built"] = {
+            name: bool(getattr(horovod, f"{name}_built")()) for name in ("mpi", "gloo", "nccl")
         }
-    print(json.dumps(found))
+    print(json.dumps(probed))
 
 
-def _imported(name: str) -> dict[str, str]:
+def _import(name: str) -> dict[str, str]:
     try:
         module = importlib.import_module(name)
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
     return {"version": str(getattr(module, "__version__", ""))}
-
-
-def _module(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except Exception:
-        return None
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
-"""Networks and losses by name: our own, torchvision's, and the user's."""
+"""Networks and losses by name: built-in, torchvision's, and user-defined."""
 
-from hpc_absa.models.losses import build_loss
-from hpc_absa.models.registry import build
+from hpc_absa.models.registry import build, build_loss
 
 __all__ = ["build", "build_loss"]

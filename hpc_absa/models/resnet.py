@@ -1,12 +1,15 @@
-"""Residual networks for 32 × 32 pictures, but for any other size too.
+"""Residual networks for 32 × 32 images, and any other size.
 
 He et al. 2016 (arXiv:1512.03385, section 4.2) for ResNet-8 … -110, its ImageNet sibling with a
 3 × 3 stem for `resnet18-cifar`, and Zagoruyko and Komodakis 2016 (arXiv:1605.07146) for WideResNet.
+
+Shapes: a network maps [b, C, H, W] to [b, classes], a block [b, inputs, H, W] to
+[b, outputs, H/stride, W/stride].
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -20,7 +23,7 @@ Shortcut = Literal["pad", "convolution"]
 
 
 class PaddedShortcut(nn.Module):
-    """Every `stride`-th pixel, and zeros for the channels that are not there: no weights."""
+    """Every `stride`-th pixel, and zeros for the new channels: no weights."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -29,8 +32,7 @@ class PaddedShortcut(nn.Module):
         self.after = outputs - inputs - self.before
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[b, inputs, H, W] → [b, outputs, H/stride, W/stride]."""
-        # Pooling over one pixel picks as indexing would, but keeps channels_last.
+        # Pooling over one pixel selects as indexing would, but keeps channels_last.
         x = functional.avg_pool2d(x, kernel_size=1, stride=self.stride)
         return functional.pad(x, (0, 0, 0, 0, self.before, self.after))
 
@@ -55,7 +57,6 @@ class BasicBlock(nn.Module):
             )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[b, inputs, H, W] → [b, outputs, H/stride, W/stride]."""
         y = torch.relu(self.bn1(self.conv1(x)))
         return torch.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
 
@@ -74,7 +75,6 @@ class PreactivatedBlock(nn.Module):
         self.shortcut = None if same else nn.Conv2d(inputs, outputs, 1, stride, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[b, inputs, H, W] → [b, outputs, H/stride, W/stride]."""
         y = torch.relu(self.bn1(x))
         # A convolution as shortcut starts from the activated input, as in the authors' code.
         kept = x if self.shortcut is None else self.shortcut(y)
@@ -83,7 +83,7 @@ class PreactivatedBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """A 3 × 3 stem, stages of basic blocks (each after the first halves the size), one linear."""
+    """A 3 × 3 stem, stages of basic blocks, and one linear layer."""
 
     def __init__(
         self,
@@ -96,60 +96,24 @@ class ResNet(nn.Module):
         super().__init__()
         self.conv = _conv3x3(channels, widths[0])
         self.bn = nn.BatchNorm2d(widths[0])
-        layers: list[nn.Module] = []
-        inputs = widths[0]
-        for stage, (count, width) in enumerate(zip(blocks, widths, strict=True)):
-            for block in range(count):
-                stride = 2 if stage > 0 and block == 0 else 1
-                layers.append(BasicBlock(inputs, width, stride, shortcut))
-                inputs = width
-        self.blocks = nn.Sequential(*layers)
-        self.classifier = nn.Linear(inputs, classes)
-        initialise(self)
+        self.blocks = nn.Sequential(
+            *(
+                BasicBlock(inputs, width, stride, shortcut)
+                for inputs, width, stride, _ in stages(widths[0], blocks, widths)
+            )
+        )
+        self.classifier = nn.Linear(widths[-1], classes)
+        _initialise(self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[b, C, H, W] → [b, classes]."""
         x = self.blocks(torch.relu(self.bn(self.conv(x))))
-        return self.classifier(x.mean(dim=(2, 3)))
-
-
-class WideResNet(nn.Module):
-    """Three stages of pre-activated blocks, `widen` times as wide as ResNet's."""
-
-    def __init__(
-        self, channels: int, classes: int, count: int, widths: Sequence[int], dropout: float
-    ) -> None:
-        super().__init__()
-        self.conv = _conv3x3(channels, 16)
-        layers: list[nn.Module] = []
-        inputs = 16
-        for stage, width in enumerate(widths):
-            for block in range(count):
-                stride = 2 if stage > 0 and block == 0 else 1
-                layers.append(PreactivatedBlock(inputs, width, stride, dropout))
-                inputs = width
-        self.blocks = nn.Sequential(*layers)
-        self.bn = nn.BatchNorm2d(inputs)
-        self.classifier = nn.Linear(inputs, classes)
-        initialise(self)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[b, C, H, W] → [b, classes]."""
-        x = torch.relu(self.bn(self.blocks(self.conv(x))))
         return self.classifier(x.mean(dim=(2, 3)))
 
 
 def resnet(
     depth: int, channels: int, classes: int, widths: Sequence[int] = (16, 32, 64)
 ) -> nn.Module:
-    """ResNet of He et al. 2016, section 4.2: `depth` = 6n + 2 layers with n blocks a stage.
-
-    Args:
-        depth: 8, 20, 32, 44, 56, 110, ...
-        channels: Of the pictures.
-        classes: Outputs.
-        widths: Channels of the three stages.
-    """
+    """ResNet of He et al. 2016, section 4.2: `depth` = 6n + 2 layers with n blocks a stage."""
     _check_widths(widths, 3)
     return ResNet(channels, classes, [(depth - 2) // 6] * 3, widths, "pad")
 
@@ -157,41 +121,64 @@ def resnet(
 def resnet18_cifar(
     channels: int, classes: int, widths: Sequence[int] = (64, 128, 256, 512)
 ) -> nn.Module:
-    """The 18-layer ResNet with a 3 × 3 stem and no pooling, as is usual for 32 × 32 pictures.
-
-    Args:
-        channels: Of the pictures.
-        classes: Outputs.
-        widths: Channels of the four stages.
-    """
+    """The 18-layer ResNet with a 3 × 3 stem and no pooling, as is usual for 32 × 32 images."""
     _check_widths(widths, 4)
     return ResNet(channels, classes, [2] * 4, widths, "convolution")
 
 
-def wideresnet(
-    channels: int, classes: int, depth: int = 16, widen: int = 4, dropout: float = 0.0
-) -> nn.Module:
-    """WRN-`depth`-`widen`.
+class WideResNet(nn.Module):
+    """WRN-`depth`-`widen`: three stages of pre-activated blocks.
 
     Args:
-        channels: Of the pictures.
+        channels: Of the images.
         classes: Outputs.
         depth: 6n + 4 layers: 10, 16, 22, 28, 40, ...
         widen: Factor on the stages' 16, 32 and 64 channels.
         dropout: Probability, between the convolutions of a block.
     """
-    if not isinstance(depth, int) or depth < 10 or (depth - 4) % 6:
-        raise UsageError(f"model.depth: {depth}, expected 6n + 4: 10, 16, 22, 28, 34, 40, ...")
-    if not isinstance(widen, int) or widen < 1:
-        raise UsageError(f"model.widen: {widen}, expected a whole number from 1")
-    if not 0.0 <= dropout < 1.0:
-        raise UsageError(f"model.dropout: {dropout}, expected a probability below 1")
-    widths = [widen * width for width in (16, 32, 64)]
-    return WideResNet(channels, classes, (depth - 4) // 6, widths, dropout)
+
+    def __init__(
+        self, channels: int, classes: int, depth: int = 16, widen: int = 4, dropout: float = 0.0
+    ) -> None:
+        if not isinstance(depth, int) or depth < 10 or (depth - 4) % 6:
+            raise UsageError(f"model.depth: {depth}, expected 6n + 4: 10, 16, 22, 28, 34, 40, ...")
+        if not isinstance(widen, int) or widen < 1:
+            raise UsageError(f"model.widen: {widen}, expected a whole number from 1")
+        if not 0.0 <= dropout < 1.0:
+            raise UsageError(f"model.dropout: {dropout}, expected a probability below 1")
+        super().__init__()
+        blocks, widths = [(depth - 4) // 6] * 3, [widen * width for width in (16, 32, 64)]
+        self.conv = _conv3x3(channels, 16)
+        self.blocks = nn.Sequential(
+            *(
+                PreactivatedBlock(inputs, width, stride, dropout)
+                for inputs, width, stride, _ in stages(16, blocks, widths)
+            )
+        )
+        self.bn = nn.BatchNorm2d(widths[-1])
+        self.classifier = nn.Linear(widths[-1], classes)
+        _initialise(self)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.bn(self.blocks(self.conv(x))))
+        return self.classifier(x.mean(dim=(2, 3)))
 
 
-def initialise(model: nn.Module) -> None:
-    """He et al. 2015 for convolutions, by their outputs; torch's own for all else."""
+def stages(
+    inputs: int, blocks: Sequence[int], widths: Sequence[int]
+) -> Iterator[tuple[int, int, int, int]]:
+    """Each block's input channels, output channels, stride, and index within its stage.
+
+    Each stage but the first begins by halving the size.
+    """
+    for stage, (count, width) in enumerate(zip(blocks, widths, strict=True)):
+        for block in range(count):
+            yield inputs, width, 2 if stage > 0 and block == 0 else 1, block
+            inputs = width
+
+
+def _initialise(model: nn.Module) -> None:
+    """He et al. 2015 for convolutions, by their outputs; torch's default for other layers."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

@@ -1,4 +1,7 @@
-"""Small networks for small pictures: digits on one core, and the ABSA authors' C1."""
+"""Small networks for small images: digits on one core, and the ABSA authors' C1.
+
+Shapes: [b, C, H, W] → [b, classes].
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,20 @@ from hpc_absa.errors import UsageError
 
 
 class DigitsCNN(nn.Module):
-    """Three convolutions with batch norm, averaged over the picture, and one linear layer.
+    """Three convolutions with batch norm, averaged over the image, and one linear layer.
 
-    SiLU and not ReLU, so that the loss has a Hessian everywhere.
+    SiLU and not ReLU, so that the loss has a Hessian everywhere. Some 25,000 weights at `width` 16,
+    for images of 4 × 4 pixels or more.
+
+    Args:
+        channels: Of the images.
+        classes: Outputs.
+        width: Channels of the first convolution; the others have two and four times as many.
     """
 
-    def __init__(self, channels: int, classes: int, width: int) -> None:
+    def __init__(self, channels: int, classes: int, width: int = 16) -> None:
+        if width < 1:
+            raise UsageError(f"model.width: {width}, expected 1 or more")
         super().__init__()
         self.features = nn.Sequential(
             *_convolution(channels, width),
@@ -24,7 +35,6 @@ class DigitsCNN(nn.Module):
         self.classifier = nn.Linear(4 * width, classes)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[b, C, H, W] → [b, classes]."""
         return self.classifier(self.features(x).mean(dim=(2, 3)))
 
 
@@ -36,17 +46,15 @@ class C1(nn.Module):
 
     def __init__(self, channels: int, image_size: int, classes: int) -> None:
         super().__init__()
-        self.features = nn.Sequential(
-            nn.Conv2d(channels, 64, kernel_size=5, padding=2),
-            nn.ReLU(),
-            nn.BatchNorm2d(64),
-            nn.MaxPool2d(3, stride=2, padding=1),
-            nn.Conv2d(64, 64, kernel_size=5, padding=2),
-            nn.ReLU(),
-            nn.BatchNorm2d(64),
-            nn.MaxPool2d(3, stride=2, padding=1),
-            nn.Flatten(),
-        )
+        layers: list[nn.Module] = []
+        for inputs in (channels, 64):
+            layers += [
+                nn.Conv2d(inputs, 64, kernel_size=5, padding=2),
+                nn.ReLU(),
+                nn.BatchNorm2d(64),
+                nn.MaxPool2d(3, stride=2, padding=1),
+            ]
+        self.features = nn.Sequential(*layers, nn.Flatten())
         side = (image_size + 3) // 4  # two poolings, each rounding up
         self.classifier = nn.Sequential(
             nn.Linear(64 * side * side, 384),
@@ -57,26 +65,7 @@ class C1(nn.Module):
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[b, C, H, W] → [b, classes]."""
         return self.classifier(self.features(x))
-
-
-def digits_cnn(channels: int, classes: int, width: int = 16) -> nn.Module:
-    """Some 25,000 weights at `width` 16, for any picture of 4 × 4 pixels or more.
-
-    Args:
-        channels: Of the pictures.
-        classes: Outputs.
-        width: Channels of the first convolution; the others have two and four times as many.
-    """
-    if width < 1:
-        raise UsageError(f"model.width: {width}, expected 1 or more")
-    return DigitsCNN(channels, classes, width)
-
-
-def c1(channels: int, image_size: int, classes: int) -> nn.Module:
-    """The AlexNet-like net of the ABSA authors."""
-    return C1(channels, image_size, classes)
 
 
 def _convolution(inputs: int, outputs: int, stride: int = 1) -> tuple[nn.Module, ...]:

@@ -1,4 +1,4 @@
-"""SqueezeNext (Gholami et al. 2018, arXiv:1803.10615) for 32 × 32 pictures."""
+"""SqueezeNext (Gholami et al. 2018, arXiv:1803.10615) for 32 × 32 images."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ import torch
 from torch import nn
 
 from hpc_absa.errors import UsageError
+from hpc_absa.models.resnet import stages
 
 
 class SqueezeNextBlock(nn.Module):
     """Figure 1 of the paper: two 1 × 1 that squeeze, a 3 × 1 and a 1 × 3, a 1 × 1 that expands.
 
-    The channels go C → C/2 → C/4 → C/2 → C/2 → C; where the block halves the picture, they are
+    The channels are C → C/2 → C/4 → C/2 → C/2 → C; where the block halves the image, they are
     squeezed half as much.
     """
 
@@ -34,51 +35,45 @@ class SqueezeNextBlock(nn.Module):
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[b, inputs, H, W] → [b, outputs, H/stride, W/stride]."""
         return torch.relu(self.layers(x) + self.shortcut(x))
 
 
 class SqueezeNext(nn.Module):
-    """A stem, four stages of blocks, a 1 × 1 bottleneck before the linear layer."""
+    """`widen`-SqNxt-23: a stem, four stages of blocks, a 1 × 1 bottleneck, a linear layer.
 
-    def __init__(
-        self, channels: int, classes: int, blocks: Sequence[int], widths: Sequence[int], stem: int
-    ) -> None:
-        super().__init__()
-        layers: list[nn.Module] = [*_convolution(channels, stem, (3, 3))]
-        inputs = stem
-        for stage, (count, width) in enumerate(zip(blocks, widths, strict=True)):
-            for block in range(count):
-                stride = 2 if stage > 0 and block == 0 else 1
-                # The order of 3 × 1 and 1 × 3 takes turns.
-                layers.append(SqueezeNextBlock(inputs, width, stride, upright=block % 2 == 0))
-                inputs = width
-        layers += _convolution(inputs, inputs // 2, (1, 1))
-        self.features = nn.Sequential(*layers)
-        self.classifier = nn.Linear(inputs // 2, classes)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[b, C, H, W] → [b, classes]."""
-        return self.classifier(self.features(x).mean(dim=(2, 3)))
-
-
-def squeezenext(
-    channels: int, classes: int, widen: float = 1.0, blocks: Sequence[int] = (6, 6, 8, 1)
-) -> nn.Module:
-    """`widen`-SqNxt-23, with a 3 × 3 stem without stride in place of ImageNet's 7 × 7.
+    The stem is 3 × 3 without stride in place of ImageNet's 7 × 7.
 
     Args:
-        channels: Of the pictures.
+        channels: Of the images.
         classes: Outputs.
         widen: Factor on the stages' 32, 64, 128 and 256 channels (the paper: 0.5 to 2).
         blocks: In each of the four stages; the paper's variants are permutations of this.
     """
-    if widen <= 0:
-        raise UsageError(f"model.widen: {widen}, expected a positive number")
-    if len(blocks) != 4 or not all(isinstance(count, int) and count > 0 for count in blocks):
-        raise UsageError(f"model.blocks: {blocks}, expected 4 whole numbers from 1")
-    widths = [max(4, round(widen * width)) for width in (32, 64, 128, 256)]
-    return SqueezeNext(channels, classes, blocks, widths, stem=max(4, round(64 * widen)))
+
+    def __init__(
+        self,
+        channels: int,
+        classes: int,
+        widen: float = 1.0,
+        blocks: Sequence[int] = (6, 6, 8, 1),
+    ) -> None:
+        if widen <= 0:
+            raise UsageError(f"model.widen: {widen}, expected a positive number")
+        if len(blocks) != 4 or not all(isinstance(count, int) and count > 0 for count in blocks):
+            raise UsageError(f"model.blocks: {blocks}, expected 4 whole numbers from 1")
+        super().__init__()
+        widths = [max(4, round(widen * width)) for width in (32, 64, 128, 256)]
+        stem = max(4, round(64 * widen))
+        layers: list[nn.Module] = [*_convolution(channels, stem, (3, 3))]
+        for inputs, width, stride, block in stages(stem, blocks, widths):
+            # The order of 3 × 1 and 1 × 3 alternates.
+            layers.append(SqueezeNextBlock(inputs, width, stride, upright=block % 2 == 0))
+        layers += _convolution(widths[-1], widths[-1] // 2, (1, 1))
+        self.features = nn.Sequential(*layers)
+        self.classifier = nn.Linear(widths[-1] // 2, classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.classifier(self.features(x).mean(dim=(2, 3)))
 
 
 def _convolution(

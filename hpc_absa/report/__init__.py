@@ -1,5 +1,5 @@
-"""What a run did, for people: curves, tables, and where every second went.
+"""What a run did: figures, tables, an HTML page, and where every second went.
 
-`history.load` reads a run directory, `page.write_report` makes the HTML page and the picture,
-`tables` has the talk's two tables. Nothing here needs torch or MPI.
+`history.load` reads a run directory, `page.write_report` writes the page and an image, `tables` has
+the tables of the talk. Nothing here needs torch or MPI.
 """

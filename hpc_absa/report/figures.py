@@ -1,50 +1,453 @@
-"""Pictures of runs, in a theme each, so that a page can show them on light and dark paper."""
+"""Figures of runs in a light and a dark theme, drawn with Agg: no display is needed.
+
+The colours are those of Okabe and Ito, which colour-blind readers can tell apart.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import base64
+import io
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from hpc_absa.report.bars import draw_seconds, seconds_height
-from hpc_absa.report.canvas import blank, png, svg_uri
-from hpc_absa.report.curves import draw_course
-from hpc_absa.report.history import History
-from hpc_absa.report.palette import LIGHT, Theme
+from hpc_absa.report import format as fmt
+from hpc_absa.report.history import Decision, History, job_table, labels
+from hpc_absa.report.timing import CATEGORIES, finite
 
-__all__ = ["course_figure", "overview_figure", "png", "seconds_figure", "svg_uri"]
+BLUE, VERMILLION, GREEN = "#0072B2", "#D55E00", "#009E73"
+ORANGE, SKY, PURPLE, YELLOW = "#E69F00", "#56B4E9", "#CC79A7", "#F0E442"
+
+
+@dataclass(frozen=True)
+class Theme:
+    """The colours of figures; the page around them uses the same."""
+
+    paper: str
+    ink: str
+    soft: str
+    """Axes, secondary text."""
+    grid: str
+    band: str
+    """Background of every other phase."""
+    line: str
+    """The curve of a single run."""
+    alarm: str
+    mark: str
+    """Growth points."""
+    runs: tuple[str, ...]
+    """The curves of several runs."""
+
+
+LIGHT = Theme(
+    paper="#ffffff",
+    ink="#1c2126",
+    soft="#5b6570",
+    grid="#e3e7eb",
+    band="#f1f4f7",
+    line=BLUE,
+    alarm=VERMILLION,
+    mark=GREEN,
+    runs=(BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, "#1c2126"),
+)
+DARK = Theme(
+    paper="#161a1f",
+    ink="#e6eaee",
+    soft="#9aa5b1",
+    grid="#2b323a",
+    band="#1f252c",
+    line=SKY,
+    alarm="#FF8A3D",
+    mark="#2CC79A",
+    runs=(SKY, "#FF8A3D", "#2CC79A", PURPLE, YELLOW, "#7FA8FF", "#e6eaee"),
+)
+
+CATEGORY_STYLE: Mapping[str, tuple[str, str]] = {
+    "comp": (BLUE, ""),
+    "comm": (SKY, ""),
+    "adversarial": (PURPLE, ""),
+    "hessian": (ORANGE, ""),
+    "data": (GREEN, ""),
+    "eval": ("#7ccfb5", ""),
+    "checkpoint": (YELLOW, ""),
+    "start": ("#8a949e", ""),
+    "resize": (VERMILLION, ""),
+    "lost": ("#6b1d1d", "////"),
+    "other": ("#c3cad1", ""),
+    "unmeasured": ("#e0e4e8", "\\\\\\\\"),
+}
+"""Colour and hatching of each category of seconds."""
 
 WIDTH = 9.0
-"""Inches; at 100 dots an inch a page's column."""
-COURSE_HEIGHT = 9.2
-Draw = Callable[[Sequence[History], Theme], Any]
-"""A figure of one run or several, in a theme."""
+"""Inches."""
+TRAINING_HEIGHT = 9.2
+PANELS: Mapping[str, tuple[str, float]] = {
+    "lr": ("Learning rate", 1.0),
+    "global_batch": ("Global batch, samples per step", 1.0),
+    "ranks": ("Ranks (MPI processes)", 0.8),
+    "eigenvalue": ("Top Hessian eigenvalue λ", 1.35),
+    "accuracy": ("Test accuracy, %", 1.45),
+}
+"""Panels of the training figure, top to bottom: title and relative height."""
+
+DASHES = ("-", (0, (5, 2)), (0, (1, 1.2)), (0, (6, 2, 1, 2)))
+"""Line styles of several runs: colours repeat, and curves may coincide."""
+
+PARTS = ("training", "seconds")
 
 
-def course_figure(histories: Sequence[History], theme: Theme = LIGHT) -> Any:
-    """Learning rate, batch, ranks, eigenvalue and accuracy over epochs, one panel each.
+def png(histories: Sequence[History]) -> bytes:
+    """Both parts in one image."""
+    return _render(histories, LIGHT, PARTS, format="png", dpi=130)
 
-    One run has its phases shaded, its threshold drawn and its growth points marked; several runs
-    are laid over each other, a colour each.
+
+def svg_uri(histories: Sequence[History], theme: Theme, part: str) -> str:
+    """A part as an SVG in a `data:` URI, text as outlines so that no font is needed."""
+    metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    svg = _render(histories, theme, (part,), format="svg", metadata=metadata)
+    return "data:image/svg+xml;base64," + base64.b64encode(svg).decode()
+
+
+def draw(histories: Sequence[History], theme: Theme, parts: Sequence[str]) -> Any:
+    """A figure of one run or several.
+
+    `training`: learning rate, batch, ranks, eigenvalue and accuracy over epochs, one panel each. A
+    single run has its phases shaded, its threshold and its growth points marked; several runs are
+    overlaid, each in its own colour. `seconds`: where each second went, a bar for each phase of
+    one run, or for each of several runs.
     """
-    figure = blank(WIDTH, COURSE_HEIGHT, theme)
-    draw_course(figure, histories, theme)
+    from matplotlib.figure import Figure
+
+    drawing = {"training": _draw_training, "seconds": _draw_seconds}
+    heights = {"training": TRAINING_HEIGHT, "seconds": seconds_height(histories)}
+    ratios = [heights[part] for part in parts]
+    figure = Figure(figsize=(WIDTH, sum(ratios)), layout="constrained")
+    rows = figure.subfigures(len(parts), 1, height_ratios=ratios, squeeze=False)[:, 0]
+    for part, row in zip(parts, rows, strict=True):
+        drawing[part](row, histories, theme)
     return figure
 
 
-def seconds_figure(histories: Sequence[History], theme: Theme = LIGHT) -> Any:
-    """Where each second went: a bar for each phase of one run, or for each of several runs."""
-    figure = blank(WIDTH, seconds_height(histories), theme)
-    draw_seconds(figure, histories, theme)
-    return figure
+def seconds_height(histories: Sequence[History]) -> float:
+    """Inches of the seconds figure."""
+    bars = _bars(histories)
+    used = {key for _, seconds in bars for key, value in seconds.items() if value > 0}
+    return 1.0 + 0.36 * max(1, len(bars)) + 0.24 * math.ceil(len(used) / 4)
 
 
-def overview_figure(histories: Sequence[History], theme: Theme = LIGHT) -> Any:
-    """Both in one picture, for where a page cannot go."""
-    low = seconds_height(histories)
-    figure = blank(WIDTH, COURSE_HEIGHT + low, theme)
-    top, bottom = figure.subfigures(2, 1, height_ratios=[COURSE_HEIGHT, low])
-    for part in (top, bottom):
-        part.set_facecolor(theme.paper)
-    draw_course(top, histories, theme)
-    draw_seconds(bottom, histories, theme)
-    return figure
+def _render(
+    histories: Sequence[History], theme: Theme, parts: Sequence[str], **options: Any
+) -> bytes:
+    import matplotlib as mpl
+
+    out = io.BytesIO()
+    style: dict[Any, Any] = {
+        "axes.axisbelow": True,
+        "axes.edgecolor": theme.soft,
+        "axes.facecolor": theme.paper,
+        "axes.grid": True,
+        "axes.labelcolor": theme.soft,
+        "axes.labelsize": 9.5,
+        "axes.spines.right": False,
+        "axes.spines.top": False,
+        "axes.titlecolor": theme.ink,
+        "axes.titlepad": 5,
+        "axes.titlesize": 10,
+        "axes.titley": 1.0,
+        "figure.facecolor": theme.paper,
+        "figure.titlesize": 13,
+        "figure.titleweight": "bold",
+        "grid.color": theme.grid,
+        "grid.linewidth": 0.7,
+        "legend.fontsize": 8.5,
+        "legend.frameon": False,
+        "legend.labelcolor": theme.soft,
+        "svg.fonttype": "path",
+        "svg.hashsalt": "hpc-absa",
+        "text.color": theme.ink,
+    }
+    for axis in ("xtick", "ytick"):
+        style |= {f"{axis}.color": theme.soft, f"{axis}.labelsize": 9}
+        style |= {f"{axis}.major.size": 3, f"{axis}.minor.size": 0}
+    with mpl.rc_context(style):
+        draw(histories, theme, parts).savefig(out, **options)
+    return out.getvalue()
+
+
+def _no_math(text: str) -> str:
+    """A user's dollar signs do not start a formula."""
+    return text.replace("$", r"\$")
+
+
+def _draw_training(figure: Any, histories: Sequence[History], theme: Theme) -> None:
+    heights = [height for _, height in PANELS.values()]
+    axes = figure.subplots(len(PANELS), 1, sharex=True, height_ratios=heights)
+    panels: dict[str, Any] = dict(zip(PANELS, axes, strict=True))
+    for key, ax in panels.items():
+        ax.set_title(PANELS[key][0], loc="left")
+    single = len(histories) == 1
+    if single:
+        _shade_phases(panels, histories[0], theme)
+    for i, (history, name) in enumerate(zip(histories, labels(histories), strict=True)):
+        colour = theme.line if single else theme.runs[i % len(theme.runs)]
+        dash = "-" if single else DASHES[i % len(DASHES)]
+        line = {"color": colour, "linestyle": dash, "linewidth": 1.8, "solid_capstyle": "butt"}
+        _draw_run(panels, history, name, line, theme, single)
+    if any(math.isfinite(f.epoch) for history in histories for f in history.interruptions):
+        top = panels["lr"]
+        colour = theme.alarm if single else theme.soft
+        top.plot([], [], marker="X", linestyle="", color=colour, label="failure")
+        top.legend(
+            loc="lower right", bbox_to_anchor=(1.0, 1.03), handletextpad=0.2, borderaxespad=0.1
+        )
+    _set_scales(panels, histories, theme)
+    title = f"{len(histories)} runs"
+    if single:
+        method = histories[0].method
+        title = histories[0].name + (f" · {method.upper()}" if method else "")
+    else:
+        _legend(figure, panels["accuracy"], theme)
+    figure.suptitle(_no_math(title), x=0.01, ha="left")
+
+
+def _legend(figure: Any, ax: Any, theme: Theme) -> None:
+    """A panel's legend, below the figure."""
+    handles, names = ax.get_legend_handles_labels()
+    look = {"loc": "outside lower center", "labelcolor": theme.ink, "fontsize": 9}
+    figure.legend(handles, names, ncols=min(4, len(names)), **look)
+
+
+def _draw_run(
+    panels: Mapping[str, Any],
+    history: History,
+    name: str,
+    line: Mapping[str, Any],
+    theme: Theme,
+    single: bool,
+) -> None:
+    for key in ("lr", "global_batch", "ranks"):
+        spans = history.spans[key]
+        epochs = [epoch for span in spans for epoch in (span.begin, span.end)]
+        panels[key].plot(epochs, [span.value for span in spans for _ in range(2)], **line)
+    measured = [(e.epoch, 100 * e.test_accuracy) for e in history.epochs]
+    measured = [point for point in measured if math.isfinite(point[1])]
+    panels["accuracy"].plot(
+        [epoch for epoch, _ in measured],
+        [accuracy for _, accuracy in measured],
+        label=_no_math(name),
+        marker="" if len(measured) > 40 else "o",
+        markersize=3.5,
+        **line,
+    )
+    if single and measured:
+        value = {"ha": "right", "va": "bottom", "fontsize": 9, "fontweight": "bold"}
+        _annotate(panels["accuracy"], f"{measured[-1][1]:.2f}", measured[-1], (0, 5), **value)
+    _draw_eigenvalues(panels["eigenvalue"], history, line, theme, single)
+    colour = theme.alarm if single else line["color"]
+    top = panels["lr"]
+    for epoch in (f.epoch for f in history.interruptions if math.isfinite(f.epoch)):
+        for ax in panels.values() if single else ():
+            ax.axvline(epoch, color=colour, linewidth=1.1, linestyle=(0, (2, 2)), zorder=3)
+        cross = {"marker": "X", "markersize": 8, "clip_on": False, "zorder": 6}
+        top.plot([epoch], [1.0], color=colour, transform=top.get_xaxis_transform(), **cross)
+
+
+def _annotate(ax: Any, text: str, at: tuple[float, float], points: Any, **style: Any) -> None:
+    """Text beside a point, at a distance in typographic points."""
+    ax.annotate(text, at, xytext=points, textcoords="offset points", **style)
+
+
+def _draw_eigenvalues(
+    ax: Any, history: History, line: Mapping[str, Any], theme: Theme, single: bool
+) -> None:
+    """λ at each decision; hollow points are lower bounds, or did not converge."""
+    shown = [d for d in history.decisions if d.eigenvalue > 0]
+    ax.plot([d.epoch for d in shown], [d.eigenvalue for d in shown], **{**line, "linewidth": 1.2})
+    colour = line["color"]
+    hollow = {"marker": "o", "s": 20, "facecolor": theme.paper}
+    growth = {"marker": "^", "s": 62, "edgecolor": theme.paper, "linewidth": 0.8}
+    looks: dict[str, dict[str, Any]] = {
+        "λ": {"marker": "o", "s": 16, "color": colour},
+        "λ, at least": {**hollow, "edgecolor": colour},
+        "λ, not converged": {**hollow, "edgecolor": theme.soft},
+        "λ, batch grows": {**growth, "color": theme.mark if single else colour},
+    }
+    for label, look in looks.items():
+        points = [d for d in shown if _label(d) == label]
+        if points:
+            x, y = [d.epoch for d in points], [d.eigenvalue for d in points]
+            ax.scatter(x, y, label=label, zorder=4, **look)
+    unusable = [d.epoch for d in history.decisions if not d.eigenvalue > 0 and d.matvecs > 0]
+    if unusable and shown:
+        cross = {"marker": "x", "s": 22, "linewidth": 1.3, "color": theme.soft, "zorder": 4}
+        at_bottom = {"transform": ax.get_xaxis_transform(), "label": "no positive λ"}
+        ax.scatter(unusable, [0.04] * len(unusable), **cross, **at_bottom)
+    if single:
+        _draw_threshold(ax, history, theme)
+        if shown:
+            ax.legend(
+                loc="lower right",
+                bbox_to_anchor=(1.0, 0.985),
+                ncols=5,
+                handletextpad=0.3,
+                columnspacing=1.1,
+                borderaxespad=0.1,
+            )
+
+
+def _label(decision: Decision) -> str:
+    if decision.action == "grow":
+        return "λ, batch grows"
+    if decision.stopped_above_threshold:
+        return "λ, at least"
+    return "λ" if decision.converged else "λ, not converged"
+
+
+def _draw_threshold(ax: Any, history: History, theme: Theme) -> None:
+    """The value that λ must fall to, from one decision to the next."""
+    alpha = finite(job_table(history.job, "schedule").get("alpha"), 0.0)
+    reference = r"$\lambda_\mathrm{ref}$"
+    name = f"growth threshold {reference}/{alpha:g}" if alpha > 0 else reference
+    estimated = [decision for decision in history.decisions if decision.matvecs > 0]
+    epochs = [decision.epoch for decision in estimated]
+    values = [decision.reference / (alpha if alpha > 0 else 1.0) for decision in estimated]
+    values = [value if value > 0 else math.nan for value in values]
+    if any(math.isfinite(value) for value in values):
+        dashed = {"color": theme.soft, "linewidth": 1.1, "linestyle": (0, (4, 2))}
+        ax.step(epochs, values, where="pre", label=name, **dashed)
+
+
+def _shade_phases(panels: Mapping[str, Any], history: History, theme: Theme) -> None:
+    """Shade every other phase, and number those that are wide enough."""
+    end = max(history.epochs_visited, 1e-9)
+    top = panels["lr"]
+    for i, phase in enumerate(history.phases):
+        begin, stop = phase.epoch_begin, max(phase.epoch_end, phase.epoch_begin)
+        for ax in panels.values() if i % 2 else ():
+            ax.axvspan(begin, stop, color=theme.band, zorder=0, linewidth=0)
+        width = (stop - begin) / end
+        if width > 0.035:
+            text = f"phase {phase.number}" if width > 0.09 else f"{phase.number}"
+            look = {"ha": "center", "va": "top", "fontsize": 8, "color": theme.soft}
+            middle = ((begin + stop) / 2, 1.0)
+            _annotate(top, text, middle, (0, -3), xycoords=top.get_xaxis_transform(), **look)
+
+
+def _set_scales(panels: Mapping[str, Any], histories: Sequence[History], theme: Theme) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    end = max((h.epochs_visited for h in histories), default=0.0)
+    bottom = panels["accuracy"]
+    bottom.set_xlim(0, end if end > 0 else 1)
+    bottom.xaxis.set_major_locator(MaxNLocator(12, integer=end >= 2, steps=[1, 2, 5, 10]))
+    bottom.margins(y=0.14)
+    bottom.set_xlabel("epochs")
+    for key in ("lr", "global_batch", "ranks"):
+        values = sorted({s.value for h in histories for s in h.spans[key] if s.value > 0})
+        if not any(h.spans[key] for h in histories):
+            _empty(panels[key], "no epoch has been finished", theme)
+        elif values:
+            (_lr_scale if key == "lr" else _powers_of_two)(panels[key], values)
+    if any(d.eigenvalue > 0 for h in histories for d in h.decisions):
+        _log_scale(panels["eigenvalue"])
+    else:
+        _empty(panels["eigenvalue"], "no eigenvalue was estimated", theme)
+    if not any(math.isfinite(e.test_accuracy) for h in histories for e in h.epochs):
+        _empty(bottom, "no test accuracy was measured", theme)
+
+
+def _empty(ax: Any, message: str, theme: Theme) -> None:
+    """A message in the middle of a panel without data."""
+    ax.set_yticks([])
+    look = {"ha": "center", "va": "center", "color": theme.soft, "size": 9.5}
+    ax.text(0.5, 0.5, message, transform=ax.transAxes, **look)
+
+
+def _powers_of_two(ax: Any, values: Sequence[float]) -> None:
+    """A doubling axis, labelled with some of the sorted values themselves."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+    ax.set_yscale("log", base=2)
+    low, high = values[0], values[-1]
+    ticks = sorted({low, *values[:: -math.ceil(len(values) / 6)]})
+    ax.yaxis.set_major_locator(FixedLocator(ticks))
+    ax.yaxis.set_minor_locator(NullLocator())
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: fmt.count(value)))
+    margin = max((high / low) ** 0.14, 1.25)
+    ax.set_ylim(low / margin, high * margin)
+
+
+def _lr_scale(ax: Any, values: Sequence[float]) -> None:
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    if values[-1] / values[0] > 15:
+        _log_scale(ax)
+    else:
+        ax.set_ylim(0, values[-1] * 1.25)
+        ax.yaxis.set_major_locator(MaxNLocator(4))
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+
+
+def _log_scale(ax: Any) -> None:
+    """Logarithmic, with plain numbers and never fewer than two labels."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    ax.set_yscale("log")
+    low, high = ax.get_ylim()
+    spread = max(1.15, 2 * (low / high) ** 0.5)
+    low, high = low / spread, high * spread
+    ax.set_ylim(low, high)
+    decades = math.log10(high / low)
+    subs = (1.0,) if decades > 2.2 else (1.0, 3.0) if decades > 1.2 else (1.0, 2.0, 5.0)
+    ax.yaxis.set_major_locator(LogLocator(subs=subs, numticks=12))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
+    ax.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _draw_seconds(figure: Any, histories: Sequence[History], theme: Theme) -> None:
+    bars = _bars(histories)
+    totals = [sum(seconds.values()) for _, seconds in bars]
+    longest = max(totals, default=0.0)
+    unit, scale = ("seconds", 1.0) if longest < 600 else ("minutes", 60.0)
+    if longest >= 3 * 3600:
+        unit, scale = "hours", 3600.0
+    ax = figure.subplots()
+    ax.set_title(f"Where the time went, {unit}", loc="left")
+    ax.grid(visible=False, axis="y")
+    left = [0.0] * len(bars)
+    for key, (colour, hatch) in CATEGORY_STYLE.items():
+        seconds = [s.get(key, 0.0) for _, s in bars]
+        if not any(seconds):
+            continue
+        share = sum(seconds) / sum(totals)
+        widths = [s / scale for s in seconds]
+        look = {"color": colour, "hatch": hatch, "edgecolor": theme.paper, "linewidth": 0.6}
+        label = f"{CATEGORIES[key]}  {fmt.percent(share, 0 if share >= 0.0995 else 1)}"
+        ax.barh(range(len(bars)), widths, left=left, height=0.62, label=label, **look)
+        left = [a + b for a, b in zip(left, widths, strict=True)]
+    for i, length in enumerate(totals):
+        _annotate(ax, fmt.duration(length), (left[i], i), (5, 0), va="center", fontsize=9)
+    if longest == 0:
+        ax.set_xticks([])
+        _empty(ax, "no second has been counted yet", theme)
+    ax.set_yticks(range(len(bars)), [name for name, _ in bars])
+    ax.set_ylim(max(1, len(bars)) - 0.5, -0.5)
+    ax.set_xlim(0, max(left, default=0) * 1.13 or 1)
+    ax.tick_params(axis="y", length=0, labelcolor=theme.ink)
+    if longest > 0:
+        _legend(figure, ax, theme)
+
+
+def _bars(histories: Sequence[History]) -> list[tuple[str, Mapping[str, float]]]:
+    if len(histories) > 1:
+        names = map(_no_math, labels(histories))
+        return [(name, h.seconds) for name, h in zip(names, histories, strict=True)]
+    return [
+        (
+            f"phase {phase.number}   {fmt.plural(phase.ranks, 'rank')}, "
+            f"batch {fmt.count(phase.global_batch)}",
+            phase.seconds,
+        )
+        for phase in histories[0].phases
+    ]

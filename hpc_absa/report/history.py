@@ -1,8 +1,7 @@
-"""A run directory, read once into frozen records that figures, tables and pages are made from."""
+"""A run directory, read into the records that figures, tables and pages are made from."""
 
 from __future__ import annotations
 
-import json
 import math
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -11,75 +10,53 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from hpc_absa.errors import UsageError
-from hpc_absa.report.accounting import AttemptSeconds, account, finite, in_order, total
-from hpc_absa.report.rank_seconds import Cost, cost
+from hpc_absa.report.timing import AttemptSeconds, Cost, account, by_phase, cost, finite, in_order
+from hpc_absa.report.timing import total as total_seconds
 from hpc_absa.rundir import RunDir
 from hpc_absa.rundir.events import Event, effective
 
-Row = TypeVar("Row")
+Record = TypeVar("Record")
 
 
 @dataclass(frozen=True)
 class Epoch:
-    """A finished epoch; NaN where a number was not measured."""
+    """A finished epoch."""
 
-    phase: int
-    time: float
     epoch: float
-    step: float
-    samples: float
-    train_loss: float
-    test_loss: float
     test_accuracy: float
-    """Fraction of one."""
-    lr: float
-    global_batch: float
-    ranks: float
-    samples_per_second: float
+    """Fraction of one; NaN if it was not measured."""
 
 
 @dataclass(frozen=True)
-class DecisionPoint:
-    """A decision and the evidence it stood on; NaN where a number was not measured."""
+class Decision:
+    """A decision and the estimate behind it; NaN where a number was not measured."""
 
-    phase: int
-    time: float
     epoch: float
-    step: float
     eigenvalue: float
     residual: float
     converged: bool
     stopped_above_threshold: bool
-    """The estimate ended early, above the threshold: `eigenvalue` is as far as it came."""
+    """The estimate stopped early, above the threshold: `eigenvalue` is a lower bound."""
     reference: float
-    """Eigenvalue that this one was compared with (λ_ref)."""
+    """The eigenvalue that this one was compared with (λ_ref)."""
     matvecs: float
-    hessian_samples: float
     action: str
     reason: str
-    batch: float
-    next_batch: float
-    ranks: float
-    next_ranks: float
-    lr: float
-    next_lr: float
     seconds: float
 
 
 @dataclass(frozen=True)
 class Interruption:
-    """A failure that was written down, or an attempt that ended without a word."""
+    """A recorded failure, or an attempt that ended without writing anything."""
 
     phase: int
     time: float
     epoch: float
     """Epochs visited at the last event before it."""
     reason: str
-    rank: float
-    host: str
-    exit_code: float
-    silent: bool
-    """Nothing was written: supervisor and ranks ended together."""
+    rank: float = math.nan
+    host: str = ""
+    exit_code: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -96,20 +73,20 @@ class Phase:
     step_end: float
     attempts: int
     outcome: str
-    """done, resize, stopped, in_place, failed, or `open` where nothing tells."""
+    """done, resize, stopped, in_place, failed, or `open` (it still runs, or was killed)."""
     backend: str
     hosts: tuple[str, ...]
     threads_per_rank: float
     device: str
     resumed_from: str
     seconds: Mapping[str, float]
-    """By category of `accounting.CATEGORIES`; they add up to `wall`."""
+    """By category of `timing.CATEGORIES`; they add up to `wall`."""
     wall: float
 
 
 @dataclass(frozen=True)
-class Held:
-    """A value that was in force over a span of epochs."""
+class Span:
+    """A value that did not change over a span of epochs."""
 
     begin: float
     end: float
@@ -118,33 +95,34 @@ class Held:
 
 @dataclass(frozen=True)
 class History:
-    """Everything about a run that its files tell."""
+    """Everything that the files of a run contain."""
 
     path: Path
+    events: tuple[Event, ...]
+    """All of them, as `timing.in_order` sorts them."""
+    kept: tuple[Event, ...]
+    """Those that no crash undid."""
     job: Mapping[str, Any]
     """The resolved job; empty where `job.toml` is missing or damaged."""
     job_text: str
     epochs: tuple[Epoch, ...]
-    decisions: tuple[DecisionPoint, ...]
+    decisions: tuple[Decision, ...]
     interruptions: tuple[Interruption, ...]
     phases: tuple[Phase, ...]
-    lr: tuple[Held, ...]
-    global_batch: tuple[Held, ...]
-    ranks: tuple[Held, ...]
-    resizes: tuple[Event, ...]
+    spans: Mapping[str, tuple[Span, ...]]
+    """Of `lr`, `global_batch` and `ranks`."""
     done: Event | None
     seconds: Mapping[str, float]
     """Of the whole run, by category; they add up to `wall`."""
     wall: float
     cost: Cost
-    """In rank-seconds."""
     paused: float
-    """Seconds between the first and the last event in which nobody worked."""
-    began: float
-    """Unix seconds of the first event; NaN without any."""
-    last_seen: float
+    """Seconds between the first and the last event in which nothing ran."""
+    first_event: float
+    """Unix seconds; NaN without any."""
+    last_event: float
     missing: tuple[str, ...]
-    """Sentences on what the files do not tell."""
+    """Sentences on what the files do not contain."""
 
     @property
     def name(self) -> str:
@@ -154,21 +132,21 @@ class History:
     @property
     def method(self) -> str:
         """The schedule's name in the job file; empty where unknown."""
-        return str(_table(self.job, "schedule").get("method", ""))
+        return str(job_table(self.job, "schedule").get("method", ""))
 
     @property
     def epochs_wanted(self) -> float:
-        """Epochs the job asks for; NaN where unknown."""
-        return finite(_table(self.job, "train").get("epochs"))
+        """Epochs that the job asks for; NaN where unknown."""
+        return finite(job_table(self.job, "train").get("epochs"))
 
     @property
     def epochs_visited(self) -> float:
-        """Epochs visited by the work that counts."""
+        """Without those that a crash undid."""
         return max((phase.epoch_end for phase in self.phases), default=0.0)
 
     @property
     def steps(self) -> float:
-        """Optimizer steps that count."""
+        """Optimizer steps, without those that a crash undid."""
         if self.done is not None:
             return finite(self.done.get("steps"))
         return max((phase.step_end for phase in self.phases), default=0.0)
@@ -187,37 +165,36 @@ def load(path: Path) -> History:
     """Read a run directory.
 
     Raises:
-        UsageError: `path` is no folder, or holds neither `job.toml` nor `events.jsonl`.
+        UsageError: `path` is no folder, or has neither `job.toml` nor `events.jsonl`.
     """
     run = require_run(path)
-    written = in_order(run.log.read())
-    kept = effective(written)
-    text, job = read_job(run)
-    parts = account(written)
-    epochs = tuple(_row(Epoch, e) for e in kept if e["event"] == "epoch")
-    times = [finite(e.get("time")) for e in written]
+    events = in_order(run.log.read())
+    kept = effective(events)
+    text, job = _read_job(run)
+    parts = account(events)
+    times = [time for e in events if math.isfinite(time := finite(e.get("time")))]
+    epochs = tuple(_record(Epoch, e) for e in kept if e["event"] == "epoch")
     done = next((e for e in reversed(kept) if e["event"] == "done"), None)
-    phases = _phases(parts, kept)
+    phases = tuple(_phase(own, kept) for own in by_phase(parts).values())
     return History(
         path=run.path,
+        events=tuple(events),
+        kept=tuple(kept),
         job=job,
         job_text=text,
         epochs=epochs,
-        decisions=tuple(_row(DecisionPoint, e) for e in kept if e["event"] == "decision"),
-        interruptions=_interruptions(written, parts),
+        decisions=tuple(_record(Decision, e) for e in kept if e["event"] == "decision"),
+        interruptions=_interruptions(events, parts),
         phases=phases,
-        lr=_held(kept, "lr"),
-        global_batch=_held(kept, "global_batch"),
-        ranks=_held(kept, "ranks"),
-        resizes=tuple(e for e in kept if e["event"] == "resize"),
+        spans={name: _spans(kept, name) for name in ("lr", "global_batch", "ranks")},
         done=done,
-        seconds=total(part.seconds for part in parts),
+        seconds=total_seconds(part.seconds for part in parts),
         wall=sum(part.wall for part in parts),
-        cost=cost(written),
+        cost=cost(events),
         paused=sum(part.paused for part in parts),
-        began=times[0] if times else math.nan,
-        last_seen=max(times, default=math.nan),
-        missing=tuple(_missing(run, job, written, epochs, phases, done)),
+        first_event=times[0] if times else math.nan,
+        last_event=max(times, default=math.nan),
+        missing=tuple(_missing(run, job, epochs, phases, done)),
     )
 
 
@@ -225,7 +202,7 @@ def require_run(path: Path) -> RunDir:
     """The run directory at `path`.
 
     Raises:
-        UsageError: it is no folder, or holds neither `job.toml` nor `events.jsonl`.
+        UsageError: it is no folder, or has neither `job.toml` nor `events.jsonl`.
     """
     run = RunDir(Path(path))
     if not run.path.is_dir():
@@ -236,7 +213,7 @@ def require_run(path: Path) -> RunDir:
     return run
 
 
-def read_job(run: RunDir) -> tuple[str, dict[str, Any]]:
+def _read_job(run: RunDir) -> tuple[str, dict[str, Any]]:
     """The resolved job as text and as tables; empty tables where it cannot be read."""
     try:
         text = run.job.read_text(encoding="utf-8", errors="replace")
@@ -248,8 +225,14 @@ def read_job(run: RunDir) -> tuple[str, dict[str, Any]]:
         return text, {}
 
 
+def job_table(job: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """A table of a job file; empty where there is none."""
+    value = job.get(key)
+    return value if isinstance(value, Mapping) else {}
+
+
 def labels(histories: Sequence[History]) -> list[str]:
-    """A short name for each run, no two alike: what tells them apart."""
+    """A short name for each run, no two alike."""
     candidates = (
         [h.name for h in histories],
         [h.path.resolve().name for h in histories],
@@ -261,27 +244,8 @@ def labels(histories: Sequence[History]) -> list[str]:
     return [str(h.path) for h in histories]
 
 
-def unfinished_lines(path: Path) -> int:
-    """Lines of an event log that are no events (a crash cut one short)."""
-    if not path.is_file():
-        return 0
-    bad = 0
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            event = json.loads(line) if line.strip() else {"event": ""}
-        except json.JSONDecodeError:
-            event = None
-        bad += not (isinstance(event, dict) and "event" in event)
-    return bad
-
-
-def _table(job: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    value = job.get(key)
-    return value if isinstance(value, Mapping) else {}
-
-
-def _row(kind: type[Row], event: Event) -> Row:
-    """A frozen record from an event's fields of the same names."""
+def _record(kind: type[Record], event: Event) -> Record:
+    """A record from the event's fields of the same names, whatever types those have."""
     values: dict[str, Any] = {}
     for field in fields(kind):  # type: ignore[arg-type]
         value = event.get(field.name)
@@ -297,135 +261,115 @@ def _row(kind: type[Row], event: Event) -> Row:
 
 
 def _interruptions(
-    written: Sequence[Event], parts: Sequence[AttemptSeconds]
+    events: Sequence[Event], parts: Sequence[AttemptSeconds]
 ) -> tuple[Interruption, ...]:
-    """Failures in the log, and attempts that another followed although they never ended."""
-    found: list[Interruption] = []
+    """Failures, and attempts that another one followed although they never ended."""
+    rows: list[Interruption] = []
     epoch = 0.0
-    for event in written:
+    for event in events:
         if event["event"] == "failure":
-            row = {**event, "epoch": epoch, "silent": False}
-            found.append(_row(Interruption, row))
+            rows.append(_record(Interruption, {**event, "epoch": epoch}))
         epoch = finite(event.get("epoch"), epoch)
-    for part in parts[:-1]:
-        attempt = part.attempt
+    for attempt in (part.attempt for part in parts[:-1]):
         if attempt.ending == "open":
-            seen = [finite(e.get("epoch")) for e in attempt.events if "epoch" in e]
-            row = {
-                "phase": attempt.phase,
-                "time": attempt.end,
-                "epoch": seen[-1] if seen else None,
-                "reason": "ended without a word; whoever ran it was killed too",
-                "silent": True,
-            }
-            found.append(_row(Interruption, row))
-    return tuple(sorted(found, key=lambda row: row.time))
-
-
-def _phases(parts: Sequence[AttemptSeconds], kept: Sequence[Event]) -> tuple[Phase, ...]:
-    numbers = dict.fromkeys(part.attempt.phase for part in parts)
-    return tuple(
-        _phase([part for part in parts if part.attempt.phase == number], kept) for number in numbers
-    )
+            epochs = [finite(e.get("epoch")) for e in attempt.events if "epoch" in e]
+            reason = "ended without a phase_end or a failure: the supervisor was killed too"
+            epoch = epochs[-1] if epochs else math.nan
+            rows.append(Interruption(attempt.phase, attempt.end, epoch, reason))
+    return tuple(sorted(rows, key=lambda row: row.time))
 
 
 def _phase(parts: Sequence[AttemptSeconds], kept: Sequence[Event]) -> Phase:
-    first, last = parts[0].attempt, parts[-1].attempt
+    first, last = parts[0].attempt.events[0], parts[-1].attempt
     start = last.events[0]
-    mine = [e for e in kept if e.get("phase") == last.phase]
-    epochs = [finite(e.get("epoch")) for e in (start, *mine) if "epoch" in e]
-    steps = [finite(e.get("step")) for e in (start, *mine) if "step" in e]
+    own = [start, *(e for e in kept if e.get("phase") == last.phase)]
     hosts = start.get("hosts")
-    end = last.phase_end if last.ending == "ended" else None
     return Phase(
         number=last.phase,
         ranks=finite(start.get("ranks")),
         global_batch=finite(start.get("global_batch")),
         lr=finite(start.get("lr")),
-        epoch_begin=finite(first.events[0].get("epoch"), 0.0),
-        epoch_end=max((e for e in epochs if math.isfinite(e)), default=0.0),
-        step_begin=finite(first.events[0].get("step"), 0.0),
-        step_end=max((s for s in steps if math.isfinite(s)), default=0.0),
+        epoch_begin=finite(first.get("epoch"), 0.0),
+        epoch_end=_largest(own, "epoch"),
+        step_begin=finite(first.get("step"), 0.0),
+        step_end=_largest(own, "step"),
         attempts=len(parts),
-        outcome=str(end.get("outcome", "open")) if end else last.ending,
+        outcome=str(last.phase_end.get("outcome", "open")) if last.phase_end else last.ending,
         backend=str(start.get("backend") or ""),
         hosts=tuple(map(str, hosts)) if isinstance(hosts, list) else (),
         threads_per_rank=finite(start.get("threads_per_rank")),
         device=str(start.get("device") or ""),
         resumed_from=str(start.get("resumed_from") or ""),
-        seconds=total(part.seconds for part in parts),
+        seconds=total_seconds(part.seconds for part in parts),
         wall=sum(part.wall for part in parts),
     )
 
 
-def _held(kept: Sequence[Event], name: str) -> tuple[Held, ...]:
-    """The spans over which `lr`, `global_batch` or `ranks` held, from what each event tells.
+def _largest(events: Sequence[Event], field: str) -> float:
+    values = (finite(event.get(field)) for event in events)
+    return max((value for value in values if math.isfinite(value)), default=0.0)
+
+
+def _spans(kept: Sequence[Event], name: str) -> tuple[Span, ...]:
+    """The values of `lr`, `global_batch` or `ranks`.
 
     An `epoch`, a `decision` and a `phase_end` close a span that had their value; a `phase_start`
-    says which value holds from there on. (A decision's `lr` is the one before warm-up.)
+    has the value from there on. (A decision's `lr` is the one before warm-up.)
     """
-    spans: list[Held] = []
-    at, value = math.nan, math.nan
+    spans: list[Span] = []
+    at = value = math.nan
     for event in kept:
-        x = finite(event.get("epoch"))
-        if not math.isfinite(x) or event["event"] not in _SPANNED:
+        epoch = finite(event.get("epoch"))
+        if not math.isfinite(epoch):
             continue
-        told = _told(event, name)
-        if event["event"] != "phase_start":
-            value = told if math.isfinite(told) else value
-            if math.isfinite(at) and x > at and math.isfinite(value):
-                spans.append(Held(at, x, value))
-        elif math.isfinite(told):
-            value = told
-        # A phase may end a microbatch short of the epoch that it has finished.
-        at = x if math.isnan(at) else max(at, x)
+        match event["event"], name:
+            case ("decision", "global_batch"):
+                new = finite(event.get("batch"))
+            case ("decision", "lr"):
+                new = math.nan
+            case ("phase_start" | "epoch" | "decision" | "phase_end", _):
+                new = finite(event.get(name))
+            case _:
+                continue
+        value = new if math.isfinite(new) else value
+        if event["event"] != "phase_start" and epoch > at and math.isfinite(value):
+            spans.append(Span(at, epoch, value))
+        # A phase may end a microbatch short of the epoch that it finished.
+        at = epoch if math.isnan(at) else max(at, epoch)
     return tuple(spans)
-
-
-_SPANNED = ("phase_start", "epoch", "decision", "phase_end")
-
-
-def _told(event: Event, name: str) -> float:
-    if event["event"] == "decision" and name != "ranks":
-        return finite(event.get("batch")) if name == "global_batch" else math.nan
-    return finite(event.get(name))
 
 
 def _missing(
     run: RunDir,
     job: Mapping[str, Any],
-    written: Sequence[Event],
     epochs: Sequence[Epoch],
     phases: Sequence[Phase],
     done: Event | None,
 ) -> list[str]:
-    """What a reader would look for and not find, one sentence each."""
-    said: list[str] = []
+    sentences: list[str] = []
     if not job:
-        said.append(
+        sentences.append(
             "job.toml cannot be read as TOML."
             if run.job.is_file()
-            else "job.toml is not there, so the job's own settings are unknown."
+            else "job.toml is missing, so the settings of the job are unknown."
         )
-    bad = unfinished_lines(run.events)
-    if bad:
-        said.append(f"{bad} line(s) of events.jsonl are unfinished, as a crash leaves them.")
-    if not written:
-        return [*said, "No event has been written: the run never started."]
+    if run.log.invalid_lines:
+        sentences.append(
+            f"{run.log.invalid_lines} line(s) of events.jsonl are invalid, as a crash leaves them."
+        )
+    if not run.log.read():
+        return [*sentences, "No event has been written: the run never started."]
     if not phases:
-        said.append("No phase has started.")
-    if phases and not epochs:
-        said.append("No epoch has been finished, so there is no accuracy.")
+        sentences.append("No phase has started.")
+    elif not epochs:
+        sentences.append("No epoch has been finished, so there is no accuracy.")
     if done is None:
-        said.append(_how_it_stands(phases))
-    return said
-
-
-def _how_it_stands(phases: Sequence[Phase]) -> str:
-    outcome = phases[-1].outcome if phases else "open"
-    return {
-        "failed": "The run is not done: its last event is a failure.",
-        "stopped": "The run is not done: it was stopped on request, with everything saved.",
-        "resize": "The run is not done: the next phase has not started yet.",
-        "done": "The last phase is done, but the run's final event is not written.",
-    }.get(outcome, "The run is not done: its last phase is still running, or was killed.")
+        ending = {
+            "failed": "The run is not done: its last event is a failure.",
+            "stopped": "The run is not done: it was stopped on request, with everything saved.",
+            "resize": "The run is not done: the next phase has not started yet.",
+            "done": "The last phase is done, but the final event of the run is missing.",
+        }
+        otherwise = "The run is not done: its last phase is still running, or was killed."
+        sentences.append(ending.get(phases[-1].outcome if phases else "open", otherwise))
+    return sentences

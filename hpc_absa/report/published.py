@@ -1,4 +1,4 @@
-"""What the talk that started this work reports (slides on ABSA; arXiv:1810.01021)."""
+"""Published results: the slides on ABSA and arXiv:1810.01021."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SCHEDULE_NAMES = {
     "absa-tuned": "ABSA tuned",
     "gns": "GNS",
 }
-"""Schedules in the order, and with the names, of the talk's tables."""
+"""Schedules in the order and with the names of the talk's tables."""
 
 PUBLISHED_ACCURACY: Mapping[int, Mapping[str, tuple[float, int]]] = {
     128: {"bl": (83.05, 35156)},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ class EventLog:
         self._events: list[Event] = []
         self._offset = 0
         self._first_line = b""
+        self._lock = threading.Lock()  # a supervisor reads in several threads
 
     def append(self, event: str, phase: int | None = None, /, **fields: Any) -> Event:
         """Append one event; returns what was written.
@@ -55,6 +57,10 @@ class EventLog:
 
     def read(self) -> list[Event]:
         """All events so far, in the order they were written; only new lines are parsed."""
+        with self._lock:
+            return self._read()
+
+    def _read(self) -> list[Event]:
         try:
             with self.path.open("rb") as file:
                 if file.readline() != self._first_line:  # another run's file under this name

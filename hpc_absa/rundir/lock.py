@@ -1,20 +1,23 @@
-"""One supervisor, or one lone world, per run directory.
+"""The lock of a run directory: one supervisor, or one set of ranks started by hand, at a time.
 
-The kernel frees the lock when its holder dies. Two cases are beyond it: a file system without
-locks, and a holder whose host died while a file server keeps its lock. So a holder also gives signs
-of life in the file, and one on another host that gives none any more is taken to be dead.
+The kernel releases the lock when its holder exits. Two cases need more: a file system without
+locks, and a holder whose host crashed while a file server keeps its lock. The holder therefore also
+writes heartbeats into the file, and a holder on another host without heartbeats counts as dead.
 """
 
 from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import socket
 import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 
 from hpc_absa.errors import ExitStatus, RunLockedError
 from hpc_absa.rundir import RunDir
@@ -22,63 +25,108 @@ from hpc_absa.rundir import RunDir
 SUPERVISED = "HPC_ABSA_SUPERVISED"
 """Environment variable of ranks whose supervisor holds the run directory's lock for them."""
 
-PATIENCE = 90.0
-"""Seconds that the world of a killed supervisor is given to save and end."""
+EXIT_TIMEOUT = 90.0
+"""Seconds to wait for the ranks of a killed supervisor to save and exit."""
 
-BEAT = 5.0
-"""Seconds between a holder's signs of life."""
+HEARTBEAT_INTERVAL = 5.0
+HEARTBEAT_TIMEOUT = 30.0
+"""Seconds without a heartbeat after which a holder on another host counts as dead."""
 
-STALE = 30.0
-"""Seconds without one after which a holder on another host is taken to be dead."""
+CLOCK_TOLERANCE = 5.0
+"""Seconds by which a process may seem younger than its lock (the boot time is rounded)."""
+
+
+@dataclass(frozen=True)
+class LockHolder:
+    """The process named in a lock file."""
+
+    host: str
+    pid: int
+    started: float
+    """Unix seconds at which it took the lock; NaN if the file does not have it."""
+    live: bool | None
+    """Whether the process is alive; None on another host, where it cannot be checked."""
+
+
+def read_lock(path: Path) -> LockHolder | None:
+    """The holder named in a lock file; None without a readable one.
+
+    The lock itself is not tried: even that could make a starting run fail.
+    """
+    try:
+        return _parse(path.read_bytes())
+    except OSError:
+        return None
+
+
+def process_is_alive(pid: int, started: float) -> bool:
+    """Whether the process `pid` of this host is the one that ran at `started`, and still runs.
+
+    A zombie holds no lock any more and is dead; a later process with the same number is another.
+
+    Args:
+        pid: process id.
+        started: Unix seconds at which the process already ran; NaN if unknown.
+    """
+    import psutil
+
+    try:
+        process = psutil.Process(pid)
+        if process.status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
+            return False
+        return not process.create_time() > started + CLOCK_TOLERANCE
+    except psutil.AccessDenied:
+        return True
+    except (psutil.Error, ValueError):
+        return False
 
 
 class RunLock:
     """An advisory lock on `D/lock`."""
 
     def __init__(self, run: RunDir, on_lost: Callable[[str], None] | None = None) -> None:
-        """Nothing is held yet.
+        """The lock of `run`, not acquired.
 
         Args:
-            run: whose lock.
-            on_lost: called, in a thread, where another process has taken the lock over because
-                this one gave no sign of life (suspended for long); by default this process ends.
+            run: the run directory.
+            on_lost: called in a thread when another process has taken the lock over because this
+                one wrote no heartbeats (it was suspended for long); by default the process exits.
         """
         self._path = run.lock
-        self._on_lost = on_lost or _end
+        self._on_lost = on_lost or _exit
         self._descriptor: int | None = None
         self._released = threading.Event()
 
     @property
     def descriptor(self) -> int | None:
-        """Handed to the launcher, so that the lock lives as long as the world it guards."""
+        """For the launcher to inherit, so that the lock is held as long as the ranks run."""
         return self._descriptor
 
     def acquire(self) -> None:
-        """Take the lock and say in the file who holds it.
+        """Take the lock and write this process into the file.
 
-        Where a dead supervisor's world is still ending, that is waited for up to `PATIENCE`;
-        whether a holder on another host lives shows within `STALE`.
+        Waits up to `EXIT_TIMEOUT` for the ranks of a dead supervisor to exit, and up to
+        `HEARTBEAT_TIMEOUT` for a heartbeat of a holder on another host.
 
         Raises:
             RunLockedError: another process holds it; names host and process id.
         """
         descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
-        begun, first = time.monotonic(), None
+        begin, first = time.monotonic(), os.pread(descriptor, 4096, 0)
         while (locked := _try_lock(descriptor)) is not True:
             text = os.pread(descriptor, 4096, 0)
-            holder = _holder(text)
-            first = text if first is None else first
-            waited = time.monotonic() - begun
-            if locked is None and (not holder or _lives_here(holder) is False):
+            holder = _parse(text)
+            live = holder.live if holder else None
+            waited = time.monotonic() - begin
+            if locked is None and (holder is None or live is False):
                 break
-            if _lives_here(holder) or text != first or waited > PATIENCE:
+            if live or text != first or waited > EXIT_TIMEOUT:
                 os.close(descriptor)
                 raise RunLockedError(
-                    f"{self._path.parent}: in use by process {holder.get('pid', '?')} on "
-                    f"{holder.get('host', 'an unknown host')}; stop that one, "
+                    f"{self._path.parent}: in use by {_name(holder)}; stop that one, "
                     "or use another --run-dir"
                 )
-            if _lives_here(holder) is None and holder and waited > STALE:
+            if holder and live is None and waited > HEARTBEAT_TIMEOUT:
                 os.close(descriptor)
                 descriptor = self._take_over()
                 break
@@ -86,11 +134,13 @@ class RunLock:
         self._descriptor = descriptor
         self._released.clear()
         started = time.time()
-        self._sign(started)
-        threading.Thread(target=self._beat, args=(started,), name="lock", daemon=True).start()
+        self._write(started)
+        threading.Thread(
+            target=self._write_heartbeats, args=(started,), name="lock", daemon=True
+        ).start()
 
     def release(self) -> None:
-        """Give the lock up, if held."""
+        """Release the lock, if held."""
         if self._descriptor is not None:
             self._released.set()
             descriptor, self._descriptor = self._descriptor, None
@@ -98,34 +148,33 @@ class RunLock:
             os.close(descriptor)
 
     def _take_over(self) -> int:
-        """A lock of our own in the dead holder's place; of several who do so the last one wins."""
+        """A new lock file in place of the dead holder's; of several processes the last one wins."""
         temporary = self._path.with_name(f".lock.{host()}.{os.getpid()}")
         descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
         _try_lock(descriptor)
         os.replace(temporary, self._path)
         return descriptor
 
-    def _sign(self, started: float) -> None:
+    def _write(self, started: float) -> None:
         record = {"host": host(), "pid": os.getpid(), "started": started, "beat": time.time()}
         if self._descriptor is not None:
             os.pwrite(self._descriptor, json.dumps(record).ljust(256).encode(), 0)
 
-    def _beat(self, started: float) -> None:
-        while not self._released.wait(BEAT):
+    def _write_heartbeats(self, started: float) -> None:
+        while not self._released.wait(HEARTBEAT_INTERVAL):
             try:
                 descriptor = self._descriptor
                 if descriptor is None:
                     return
                 if not os.path.samestat(os.stat(self._path), os.fstat(descriptor)):
-                    holder = _holder(self._path.read_bytes())
                     self._on_lost(
-                        f"{self._path.parent}: taken over by process {holder.get('pid', '?')} on "
-                        f"{holder.get('host', 'an unknown host')}, to which this one seemed dead"
+                        f"{self._path.parent}: taken over by {_name(read_lock(self._path))}, "
+                        "which received no heartbeats from this one"
                     )
                     return
-                self._sign(started)
+                self._write(started)
             except OSError:
-                continue  # a file system that answers late is no reason to end
+                continue  # a slow file system is not a lost lock
 
 
 def host() -> str:
@@ -144,29 +193,27 @@ def _try_lock(descriptor: int) -> bool | None:
     return True
 
 
-def _lives_here(holder: dict[str, object]) -> bool | None:
-    """Whether the holder lives, where that can be told: on this host."""
-    pid, started = holder.get("pid"), holder.get("started")
-    if holder.get("host") != host() or not isinstance(pid, int):
+def _parse(text: bytes) -> LockHolder | None:
+    try:
+        record = json.loads(text)
+        pid = record["pid"]
+    except (ValueError, TypeError, KeyError):
         return None
-    import psutil
-
-    try:
-        created = psutil.Process(pid).create_time()
-    except psutil.Error:
-        return False
-    # A later process may have got the same number.
-    return not isinstance(started, int | float) or created <= started + 1
-
-
-def _holder(text: bytes) -> dict[str, object]:
-    try:
-        holder = json.loads(text)
-    except ValueError:
-        return {}
-    return holder if isinstance(holder, dict) else {}
+    if not isinstance(pid, int):
+        return None
+    started = record.get("started")
+    started = float(started) if isinstance(started, int | float) else math.nan
+    where = str(record.get("host", ""))
+    live = process_is_alive(pid, started) if where == host() else None
+    return LockHolder(where, pid, started, live)
 
 
-def _end(reason: str) -> None:
+def _name(holder: LockHolder | None) -> str:
+    if holder is None:
+        return "process ? on an unknown host"
+    return f"process {holder.pid} on {holder.host or 'an unknown host'}"
+
+
+def _exit(reason: str) -> None:
     print(f"hpc-absa: {reason}", file=sys.stderr, flush=True)
     os._exit(ExitStatus.FAILED)

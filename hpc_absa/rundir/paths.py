@@ -1,10 +1,11 @@
-"""The one place where names in a run directory are built."""
+"""The names of the files in a run directory, and what is removed from one."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import re
+import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -35,7 +36,7 @@ OWN_FILES = {
     ),
     "chain": (r"\d+\.(sh|json)", r"owner", r"cancelled", r"lock", r"\..*\.(tmp|json\.\d+)"),
     "tensorboard": (r"events\.out\.tfevents\..*",),
-    "data": (r"[\w.]+\.h5", r"[\w.]+\.h5\.tmp"),
+    "data": (r"{packed}", r"\.{packed}\.[0-9a-f]+\.tmp"),
     ".": (
         r"report\.(html|png)",
         r"\.(report\.html|report\.png|job\.toml)\.[0-9a-f]+\.tmp",
@@ -48,7 +49,7 @@ OWN_FILES = {
 
 @dataclass(frozen=True)
 class RunDir:
-    """A run's files (`docs/run-directory.md`); constructing one touches no disk."""
+    """The files of a run (`docs/run-directory.md`); nothing is read or written until asked for."""
 
     path: Path
 
@@ -64,7 +65,7 @@ class RunDir:
 
     @cached_property
     def log(self) -> EventLog:
-        """The events, read and appended."""
+        """Reads and appends events."""
         return EventLog(self.events)
 
     @property
@@ -89,7 +90,7 @@ class RunDir:
 
     @property
     def data(self) -> Path:
-        """Folder of data sets packed for this run alone."""
+        """Folder for the packed data set, where that cannot be written beside the original."""
         return self.path / "data"
 
     @property
@@ -104,32 +105,32 @@ class RunDir:
 
     @property
     def figure(self) -> Path:
-        """The report's figure as a picture."""
+        """The report's figure."""
         return self.path / "report.png"
 
     @property
     def lock(self) -> Path:
-        """Held by the one supervisor (or lone world) that may write here."""
+        """Held by the one supervisor, or the ranks without one, that may write here."""
         return self.path / "lock"
 
     @property
     def stop_request(self) -> Path:
-        """Asks the ranks to save and stop by existing, whatever launchers do with signals."""
+        """If it exists, the ranks save and stop: launchers differ in the signals they forward."""
         return self.path / "stop"
 
     @property
     def failure(self) -> Path:
-        """Left by the first rank that fails, for the supervisor to read and remove."""
+        """Written by the first rank that fails; read and removed by the supervisor."""
         return self.logs / "failure.json"
 
     @property
     def joined(self) -> Path:
-        """Tells the supervisor by existing that all ranks of its world have found each other."""
+        """Exists once all ranks are connected."""
         return self.logs / "joined"
 
     @property
     def chain(self) -> Path:
-        """Folder of the batch jobs that carry the run from phase to phase (launcher `slurm`)."""
+        """Folder of the chain of batch jobs (launcher `slurm`)."""
         return self.path / "chain"
 
     def link_script(self, number: int) -> Path:
@@ -137,11 +138,11 @@ class RunDir:
         return self.chain / f"{number:04d}.sh"
 
     def link_record(self, number: int) -> Path:
-        """Which job is link `number`; existing means that it was submitted, once and for all."""
+        """The batch job of link `number`; exists once that is submitted."""
         return self.chain / f"{number:04d}.json"
 
     def link_log(self, number: int) -> Path:
-        """What the batch job of link `number` printed."""
+        """Output of the batch job of link `number`."""
         return self.logs / f"link-{number:04d}.log"
 
     def checkpoint(self, step: int, phase: int) -> Path:
@@ -149,16 +150,16 @@ class RunDir:
         return self.checkpoints / f"step-{step:010d}-phase-{phase:03d}.h5"
 
     def rank_log(self, phase: int, rank: int) -> Path:
-        """What one rank printed from the phase in which it was started."""
+        """Output of one rank; `phase` is the one in which it was started."""
         return self.logs / f"phase-{phase:03d}-rank-{rank:04d}.log"
 
     def write_job(self, text: str) -> None:
-        """Put the resolved job in place, whole or not at all: a kill costs nothing."""
+        """Write the resolved job file."""
         write_atomic(self.job, MARK + text)
 
     @property
     def is_run(self) -> bool:
-        """Whether the folder is positively known to be a run directory, by our own files in it."""
+        """Whether our own files show that the folder is a run directory."""
         try:
             with self.job.open(encoding="utf-8", errors="replace") as file:
                 if file.readline() == MARK:
@@ -182,10 +183,10 @@ class RunDir:
     def remove_files(self) -> None:
         """Remove the files of the run, and no others; the folder itself and its lock stay.
 
-        What marks the folder as a run directory goes last, so that a kill leaves one.
+        The files that show that the folder is a run directory are removed last.
 
         Raises:
-            UsageError: the folder holds files, and nothing shows that it is a run directory.
+            UsageError: the folder has files, and nothing shows that it is a run directory.
         """
         if not self.is_run:
             known = {"lock", *OWN_FILES}  # as `create` and a lock leave them
@@ -194,7 +195,7 @@ class RunDir:
             return
         root = self.path.resolve()
         for folder, names in OWN_FILES.items():
-            own = re.compile("|".join(names))
+            own = re.compile("|".join(names).replace("{packed}", re.escape(self._packed_name())))
             for entry in _entries(root / folder):
                 if own.fullmatch(entry.name):
                     entry.unlink(missing_ok=True)
@@ -202,8 +203,16 @@ class RunDir:
                 with contextlib.suppress(OSError):  # the user's own files are in it
                     (root / folder).rmdir()
 
+    def _packed_name(self) -> str:
+        """Name of the packed data set in `data`."""
+        try:
+            name = tomllib.loads(self.job.read_text(encoding="utf-8"))["data"]["name"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return ""
+        return packed_name(str(name))
+
     def create(self) -> RunDir:
-        """Make the folders; existing ones are left as they are.
+        """Create the folders.
 
         Raises:
             UsageError: as `require_own_job`.
@@ -214,12 +223,17 @@ class RunDir:
         return self
 
 
+def packed_name(data_name: str) -> str:
+    """File name of the packed form of `[data] name`."""
+    return f"{data_name.replace(':', '.')}.h5"
+
+
 def checkpoint_files(folder: Path) -> list[Path]:
     """The checkpoints in a folder by their names, oldest first."""
     return sorted(path for path in folder.glob("step-*.h5") if CHECKPOINT_NAME.fullmatch(path.name))
 
 
 def _entries(folder: Path) -> Iterator[Path]:
-    """The files of a folder; none where it is a link to elsewhere, or absent."""
+    """The files of a folder; none if it is absent or a symbolic link."""
     if folder.is_dir() and not folder.is_symlink():
         yield from [entry for entry in folder.iterdir() if entry.is_file() or entry.is_symlink()]

@@ -1,6 +1,96 @@
-"""Rules that decide the global batch and the learning rate: pure functions of what was observed."""
+"""Schedules of global batch and learning rate: pure functions of measurements, one class a method.
 
-from hpc_absa.schedules.build import build
-from hpc_absa.schedules.rule import Growth, Milestones, Rate, Rule
+The class of a method is both its `[schedule]` table and, once bound to a run's settings, its rule.
+"""
 
-__all__ = ["Growth", "Milestones", "Rate", "Rule", "build"]
+from __future__ import annotations
+
+from typing import Annotated, Any, Protocol
+
+from pydantic import Discriminator, Tag
+
+from hpc_absa.schedules.absa import ABS, ABSA, ABSATuned
+from hpc_absa.schedules.base import MultiStepLR, Schedule, TrainSettings
+from hpc_absa.schedules.fixed import BL, FB, GG
+from hpc_absa.schedules.noise import GNS
+from hpc_absa.schedules.rule import Rule
+from hpc_absa.schedules.user_defined import UserDefined
+
+__all__ = [
+    "ABS",
+    "ABSA",
+    "BL",
+    "FB",
+    "GG",
+    "GNS",
+    "SCHEDULES",
+    "USER_DEFINED",
+    "ABSATuned",
+    "AnySchedule",
+    "Milestones",
+    "MultiStepLR",
+    "Rule",
+    "Schedule",
+    "TrainSettings",
+    "UserDefined",
+    "build",
+    "class_of",
+]
+
+Milestones = MultiStepLR
+"""The former name, which user-defined rules may import."""
+
+USER_DEFINED = "package.module:Class"
+"""The form of `method` for a user-defined rule."""
+
+
+def _tag(value: Any) -> str | None:
+    """The key in `SCHEDULES` of a `[schedule]` table or of an instance."""
+    method = value.get("method") if isinstance(value, dict) else getattr(value, "method", None)
+    if method is None:
+        return None
+    return USER_DEFINED if ":" in str(method) else str(method)
+
+
+AnySchedule = Annotated[
+    Annotated[BL, Tag("bl")]
+    | Annotated[FB, Tag("fb")]
+    | Annotated[GG, Tag("gg")]
+    | Annotated[ABS, Tag("abs")]
+    | Annotated[ABSA, Tag("absa")]
+    | Annotated[ABSATuned, Tag("absa-tuned")]
+    | Annotated[GNS, Tag("gns")]
+    | Annotated[UserDefined, Tag(USER_DEFINED)],
+    Discriminator(_tag),
+]
+"""A `[schedule]` table, read by the class that its `method` names."""
+
+SCHEDULES: dict[str, type[Schedule]] = {
+    method.model_fields["method"].default: method
+    for method in (BL, FB, GG, ABS, ABSA, ABSATuned, GNS)
+}
+SCHEDULES[USER_DEFINED] = UserDefined
+"""Classes by `method`."""
+
+
+def class_of(value: Any) -> type[Schedule] | None:
+    """The class that reads a `[schedule]` table, or of an instance; None if there is none."""
+    return SCHEDULES.get(str(_tag(value)))
+
+
+class _Job(Protocol):
+    """The parts of `hpc_absa.config.Job` that a rule depends on."""
+
+    @property
+    def schedule(self) -> Schedule: ...
+    @property
+    def train(self) -> TrainSettings: ...
+
+
+def build(job: _Job) -> Rule:
+    """The rule of the job's `[schedule]` table.
+
+    Raises:
+        UsageError: a user-defined rule cannot be loaded.
+    """
+    return job.schedule.bind(job.train)

@@ -1,1 +1,1 @@
-"""`hpc-absa compare`: a grid of schedules, batches and seeds, and the talk's two tables of it."""
+"""`hpc-absa compare`: runs a grid of schedules, batch sizes and seeds, and makes its tables."""

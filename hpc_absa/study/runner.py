@@ -1,4 +1,4 @@
-"""The cells of a sweep at work: one after the other, or several side by side."""
+"""Runs the cells of a sweep, one after the other or several at the same time."""
 
 from __future__ import annotations
 
@@ -7,187 +7,248 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import Literal
+from typing import Any
+
+from rich import progress as bars
+from rich.console import Console
 
 from hpc_absa.errors import ExitStatus
+from hpc_absa.report import format as text
 from hpc_absa.rundir import RunDir
 from hpc_absa.rundir.lock import RunLock
-from hpc_absa.study.folder import Failure, StudyDir
-from hpc_absa.study.progress import Progress
-from hpc_absa.study.sweep import Cell
-from hpc_absa.supervisor import driver
-from hpc_absa.supervisor.driver import STOPS
-from hpc_absa.supervisor.world import end_with_parent
+from hpc_absa.study import tables
+from hpc_absa.study.sweep import Cell, Failure, StudyDir
+from hpc_absa.supervisor.process import end_with_parent
+from hpc_absa.supervisor.supervisor import STOP_SIGNALS
 
-LOOK_EVERY = 0.25
-"""Seconds between looks at the cells at work."""
+POLL_SECONDS = 0.25
+"""Between checks of the running cells."""
 
-State = Literal["done", "failed", "unfinished", "new"]
+
+class Progress:
+    """Bars on a terminal, counted in epochs; elsewhere a line when a cell starts or ends."""
+
+    def __init__(self, study: StudyDir, console: Console) -> None:
+        self._study, self._console = study, console
+        self._bars = bars.Progress(
+            bars.TextColumn("{task.description}"),
+            bars.BarColumn(),
+            bars.TextColumn("{task.completed:.1f} of {task.total:g} epochs"),
+            bars.TimeElapsedColumn(),
+            bars.TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        epochs = sum(cell.job.train.epochs for cell in study.cells)
+        self._all = self._bars.add_task("all cells", total=epochs)
+        self._tasks: dict[str, bars.TaskID] = {}
+        self._ended_epochs = 0.0
+
+    def __enter__(self) -> Progress:
+        self._bars.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bars.stop()
+
+    def skip(self, cells: Sequence[Cell]) -> None:
+        """These cells are not run: they are done, or failed before."""
+        failed = [cell for cell in cells if self._study.state(cell) == "failed"]
+        for cell in failed:
+            reason = self._study.failures()[cell.name].reason
+            self._print(cell, f"failed before: {reason}; --retry runs it again")
+        if done := len(cells) - len(failed):
+            self._console.print(f"{done} of {len(self._study.cells)} cells were done before")
+        self._ended_epochs = sum(cell.job.train.epochs for cell in cells)
+        # `reset` and not `update`: cells done before must not count for the remaining time.
+        self._bars.reset(self._all, completed=int(self._ended_epochs))
+
+    def started(self, cell: Cell) -> None:
+        """A cell was started."""
+        epochs = cell.job.train.epochs
+        self._tasks[cell.name] = self._bars.add_task(f"  {cell.name}", total=epochs)
+        if not self._console.is_terminal:
+            self._print(cell, "started")
+
+    def ended(self, cell: Cell, seconds: float) -> None:
+        """A cell is done, stopped, or failed."""
+        self._bars.remove_task(self._tasks.pop(cell.name))
+        run, epochs = self._study.run(cell), float(cell.job.train.epochs)
+        match self._study.state(cell):
+            case "done":
+                steps = text.plural(_latest(run, "steps"), "step")
+                accuracy = text.percent(_latest(run, "test_accuracy"))
+                self._print(cell, f"{accuracy} after {steps}, {text.duration(seconds)}")
+            case "failed":
+                reason = self._study.failures()[cell.name].reason
+                self._print(cell, f"failed: {reason}; log: {self._study.log(cell)}")
+            case _:
+                epochs = _latest(run, "epoch") or 0.0
+                self._print(cell, f"stopped after {text.epoch(epochs)} epochs, saved")
+        self._ended_epochs += epochs
+
+    def update(self, running: Sequence[Cell]) -> None:
+        """Read how many epochs the running cells have completed."""
+        if not self._console.is_terminal:
+            return
+        total = self._ended_epochs
+        for cell in running:
+            epochs = _latest(self._study.run(cell), "epoch") or 0.0
+            total += epochs
+            self._bars.update(self._tasks[cell.name], completed=epochs)
+        self._bars.update(self._all, completed=total)
+
+    def _print(self, cell: Cell, message: str) -> None:
+        number, count = self._study.cells.index(cell) + 1, len(self._study.cells)
+        line = f"[{number}/{count}] {cell.name}: {message}"
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _latest(run: RunDir, key: str) -> Any:
+    """The latest number of this name in the events of a run; None without any."""
+    values = (event.get(key) for event in reversed(run.log.read()))
+    return next((value for value in values if isinstance(value, int | float)), None)
 
 
 @dataclass(frozen=True)
-class AtWork:
-    """A cell's supervisor."""
+class _Process:
+    """The supervisor of a running cell."""
 
     cell: Cell
-    process: subprocess.Popen[bytes]
-    place: int
+    popen: subprocess.Popen[bytes]
+    slot: int
     """Which share of the cores it has."""
-    began: float = field(default_factory=time.monotonic)
-
-
-def state(study: StudyDir, cell: Cell) -> State:
-    """Where a cell stands, from its files alone."""
-    run = study.cell(cell)
-    if driver.finished(run):
-        return "done"
-    if cell.name in study.failures():
-        return "failed"
-    return "unfinished" if run.events.exists() else "new"
+    started: float = field(default_factory=time.monotonic)
 
 
 class Runner:
-    """Starts what is to be done and waits for it; a cell that fails does not hold up the others."""
+    """Runs all cells that are not done; a cell that fails does not stop the others."""
 
     def __init__(
         self,
         study: StudyDir,
-        cells: tuple[Cell, ...],
+        progress: Progress,
         *,
         side_by_side: int,
         retry: bool,
-        progress: Progress,
         allow_changed: tuple[str, ...] = (),
         program: tuple[str, ...] = (sys.executable, "-m", "hpc_absa"),
     ) -> None:
-        """Nothing is started yet.
+        """Nothing is started here.
 
         Args:
-            study: the sweep's folder.
-            cells: all of the sweep.
-            side_by_side: cells at work at a time.
+            study: the sweep's cells and folder.
+            progress: shows what starts and ends.
+            side_by_side: cells that run at the same time.
             retry: start failed cells again, from their newest good checkpoints.
-            progress: tells people.
-            allow_changed: keys of the job in which a cell begun may differ.
-            program: what `run` is a command of.
+            allow_changed: keys of the job in which a cell that was started may differ.
+            program: the program that has the command `run`.
         """
-        self._program = program
-        self._study, self._cells, self._progress = study, cells, progress
-        self._allow_changed = allow_changed
-        self._places = list(range(side_by_side))
+        self._study, self._progress, self._retry = study, progress, retry
+        self._allow_changed, self._program = allow_changed, program
+        self._slots = list(range(side_by_side))
         self._shares = shares(sorted(os.sched_getaffinity(0)), side_by_side)
-        self._retry = retry
-        self._working: list[AtWork] = []
+        self._running: list[_Process] = []
         self._stops = 0
 
-    def run(self, ended: Callable[[], None]) -> ExitStatus:
-        """Work until all cells are done or failed, or a signal comes; the exit status.
+    def run(self) -> ExitStatus:
+        """Run until all cells are done or failed, or a signal arrives; returns the exit status.
 
-        Args:
-            ended: called after each cell that has ended.
+        The tables are written at the start and whenever a cell has ended.
 
         Raises:
-            UsageError: a cell was begun with another job.
-            RunLockedError: another `compare` is at work on this folder.
+            UsageError: a cell was started with another job.
+            RunLockedError: another `compare` uses this folder.
         """
         self._study.path.mkdir(parents=True, exist_ok=True)
         lock = RunLock(RunDir(self._study.path))
         lock.acquire()
-        before = {number: signal.signal(number, self._on_signal) for number in STOPS}
+        handlers = {number: signal.signal(number, self._on_signal) for number in STOP_SIGNALS}
         try:
-            self._study.prepare(self._cells, self._allow_changed)
+            self._study.prepare(self._allow_changed)
+            tables.write(self._study)
             with self._progress:
-                return self._run(ended)
+                return self._run()
         finally:
-            for one in self._working:  # an error of ours: nobody is left behind
-                one.process.terminate()
-            for number, handler in before.items():
+            for process in self._running:  # after an exception: leave no process behind
+                process.popen.terminate()
+            for number, handler in handlers.items():
                 signal.signal(number, handler)
             lock.release()
 
-    def _run(self, ended: Callable[[], None]) -> ExitStatus:
-        states = {cell.name: state(self._study, cell) for cell in self._cells}
-        again = ("new", "unfinished", *(["failed"] if self._retry else []))
-        waiting = [cell for cell in self._cells if states[cell.name] in again]
-        self._progress.begin([cell for cell in self._cells if cell not in waiting])
-        while (waiting and not self._stops) or self._working:
-            while waiting and self._places and not self._stops:
+    def _run(self) -> ExitStatus:
+        cells, skipped = self._study.cells, ("done",) if self._retry else ("done", "failed")
+        waiting = [cell for cell in cells if self._study.state(cell) not in skipped]
+        self._progress.skip([cell for cell in cells if cell not in waiting])
+        while (waiting and not self._stops) or self._running:
+            while waiting and self._slots and not self._stops:
                 self._start(waiting.pop(0))
-            time.sleep(LOOK_EVERY)
-            for one in [one for one in self._working if one.process.poll() is not None]:
-                self._end(one)
-                ended()
-            self._progress.look([one.cell for one in self._working])
+            time.sleep(POLL_SECONDS)
+            for process in [p for p in self._running if p.popen.poll() is not None]:
+                self._end(process)
+                tables.write(self._study)
+            self._progress.update([process.cell for process in self._running])
         if self._stops:
             return ExitStatus.STOPPED
-        left = {state(self._study, cell) for cell in self._cells} - {"done"}
-        return ExitStatus.FAILED if left else ExitStatus.OK
+        done = all(self._study.state(cell) == "done" for cell in cells)
+        return ExitStatus.OK if done else ExitStatus.FAILED
 
     def _start(self, cell: Cell) -> None:
-        self._forget_failure(cell)
-        place = self._places.pop(0)
-        cores = self._shares[place]
+        self._study.set_failure(cell, None)
+        slot = self._slots.pop(0)
+        cores = self._shares[slot]
 
         def in_child() -> None:
             end_with_parent()
             os.sched_setaffinity(0, cores)
 
-        words = [*self._program, "run", str(self._study.job(cell))]
-        words += ["--run-dir", str(self._study.cell(cell).path)]
+        command = [*self._program, "run", str(self._study.job(cell))]
+        command += ["--run-dir", str(self._study.run(cell).path)]
         for key in self._allow_changed:
-            words += ["--allow-changed", key]
+            command += ["--allow-changed", key]
         with self._study.log(cell).open("ab") as log:
-            process = subprocess.Popen(
-                words,
+            popen = subprocess.Popen(
+                command,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C comes to us alone, and from us to the cells
+                start_new_session=True,  # only this process gets Ctrl-C, and stops the cells
                 preexec_fn=in_child,
             )
-        self._working.append(AtWork(cell, process, place))
+        self._running.append(_Process(cell, popen, slot))
         self._progress.started(cell)
 
-    def _end(self, one: AtWork) -> None:
-        self._working.remove(one)
-        self._places.append(one.place)
-        status, cell = one.process.returncode, one.cell
-        failure = None
-        if driver.finished(self._study.cell(cell)) is None and status != ExitStatus.STOPPED:
-            failure = Failure(status, _last_line(self._study.log(cell).read_bytes()))
-            self._study.keep_failures({**self._study.failures(), cell.name: failure})
-        seconds = time.monotonic() - one.began
-        self._progress.ended(cell, failure.reason if failure else None, seconds)
-
-    def _forget_failure(self, cell: Cell) -> None:
-        failures = self._study.failures()
-        if failures.pop(cell.name, None):
-            self._study.keep_failures(failures)
+    def _end(self, process: _Process) -> None:
+        self._running.remove(process)
+        self._slots.append(process.slot)
+        cell, status = process.cell, process.popen.returncode
+        if self._study.state(cell) != "done" and status != ExitStatus.STOPPED:
+            reason = _last_line(self._study.log(cell).read_bytes())
+            self._study.set_failure(cell, Failure(status, reason))
+        self._progress.ended(cell, time.monotonic() - process.started)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        """First: the cells save and stop. Second: they end now."""
+        """The cells save and stop at the first signal, and are ended at the second."""
         self._stops += 1
-        for one in self._working:
-            if one.process.poll() is None:
-                one.process.send_signal(signal.SIGTERM)
+        for process in self._running:
+            if process.popen.poll() is None:
+                process.popen.send_signal(signal.SIGTERM)
 
 
 def shares(cores: Sequence[int], count: int) -> list[list[int]]:
-    """`cores` dealt out in `count` parts; where there are fewer cores, parts share one.
+    """Divide `cores` into `count` parts; with fewer cores than parts, parts share a core.
 
-    So a cell's ranks and threads are as many as its share has cores.
+    A cell has as many ranks and threads as its share has cores.
     """
     if count >= len(cores):
-        return [[cores[place % len(cores)]] for place in range(count)]
-    return [
-        list(cores[place * len(cores) // count : (place + 1) * len(cores) // count])
-        for place in range(count)
-    ]
+        return [[cores[part % len(cores)]] for part in range(count)]
+    bounds = [part * len(cores) // count for part in range(count + 1)]
+    return [list(cores[bounds[part] : bounds[part + 1]]) for part in range(count)]
 
 
 def _last_line(output: bytes) -> str:
     lines = [line for line in output.decode(errors="replace").splitlines() if line.strip()]
-    return lines[-1].removeprefix("hpc-absa: ") if lines else "it said nothing"
+    return lines[-1].removeprefix("hpc-absa: ") if lines else "no output"

@@ -1,22 +1,27 @@
-"""The sweep file (TOML): a base job and the grid of what is varied, as cells with a job each."""
+"""The sweep file (TOML): a base job and the grid of what is varied; and the folder of a sweep."""
 
 from __future__ import annotations
 
+import itertools
+import json
 import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveInt, ValidationError
 
 from hpc_absa import config
-from hpc_absa.config import OWN, SCHEDULES, Count, Job, Section
-from hpc_absa.config.file import explain
+from hpc_absa.config import SCHEDULES, USER_DEFINED, Job, explain
 from hpc_absa.errors import UsageError
+from hpc_absa.rundir import RunDir
+from hpc_absa.rundir.files import write_atomic
+from hpc_absa.section import Count, Section
+from hpc_absa.supervisor import run_state
 
-Words = Annotated[tuple[str, ...], Field(strict=False)]
+Strings = Annotated[tuple[str, ...], Field(strict=False)]
 
 
 class Grid(Section):
@@ -28,25 +33,25 @@ class Grid(Section):
     """Largest global batches, samples; empty means the base job's."""
     seeds: Annotated[tuple[Count, ...] | None, Field(strict=False)] = None
     """In place of the sweep's."""
-    set: Words = ()
+    set: Strings = ()
     """Further `key=value` for these cells, as after `--set`."""
     label: str = ""
-    """Tells these cells from others of the same schedule and batch: `r = 0.4`."""
+    """Distinguishes these cells from others of the same schedule and batch: `r = 0.4`."""
 
 
 class Sweep(Section):
     """A whole sweep file."""
 
     name: str
-    """Name of the sweep, for people and for the folder under `runs/`."""
+    """Name of the sweep, and by default of its folder under `runs/`."""
     job: str | dict[str, Any]
     """The base job: a path, from the sweep file's folder, or the job's tables themselves."""
     seeds: Annotated[tuple[Count, ...], Field(strict=False, min_length=1)] = (0,)
     """Seeds of every cell."""
-    set: Words = ()
+    set: Strings = ()
     """Further `key=value` for all cells, as after `--set`."""
     side_by_side: PositiveInt = 1
-    """Cells at work at the same time; each has its share of this machine's cores."""
+    """Cells that run at the same time; each has its share of this machine's cores."""
     grid: Annotated[tuple[Grid, ...], Field(strict=False, min_length=1)]
     """What is varied; cells of all entries together."""
 
@@ -72,36 +77,37 @@ def load(path: Path, overrides: tuple[str, ...] = ()) -> tuple[Sweep, tuple[Cell
     """
     sweep = _parse(path)
     base, origin = _base(sweep, path)
-    cells = [
-        _cell(sweep, grid, base, origin, (schedule, batch, seed), overrides)
-        for grid in sweep.grid
-        for schedule in grid.schedule
-        for batch in grid.max_batch or (None,)
-        for seed in grid.seeds or sweep.seeds
-    ]
-    names = [cell.name for cell in cells]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise UsageError(
-            f"{path}: grid: cell {twice[0]} is there twice; give one of its entries a label"
-        )
-    return sweep, tuple(cells)
+    cells: dict[str, Cell] = {}
+    for grid in sweep.grid:
+        for method, batch, seed in itertools.product(
+            grid.schedule, grid.max_batch or (None,), grid.seeds or sweep.seeds
+        ):
+            schedule = _schedule(base.get("schedule"), method, batch)
+            tables = {"name": sweep.name, **base, "schedule": schedule, "seed": seed}
+            job = config.from_tables(tables, origin, (*sweep.set, *grid.set, *overrides))
+            cell = _cell(sweep.name, method, grid.label, job)
+            if cell.name in cells:
+                raise UsageError(
+                    f"{path}: grid: cell {cell.name} is there twice; give one of its entries "
+                    "a label"
+                )
+            cells[cell.name] = cell
+    return sweep, tuple(cells.values())
 
 
 def _parse(path: Path) -> Sweep:
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+        return Sweep.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: cannot be read as a sweep file: {error}") from None
     except tomllib.TOMLDecodeError as error:
         raise UsageError(f"{path}: not valid TOML: {error}") from None
-    try:
-        return Sweep.model_validate(tables)
     except ValidationError as error:
         raise UsageError(f"{path}: {explain(error, Sweep)}") from None
 
 
 def _base(sweep: Sweep, path: Path) -> tuple[Mapping[str, Any], str]:
-    """The base job's tables, and where they stand, for errors."""
+    """The base job's tables, and where they are written, for errors."""
     if not isinstance(sweep.job, str):
         return sweep.job, f"{path}: job"
     base = path.parent / sweep.job
@@ -111,36 +117,94 @@ def _base(sweep: Sweep, path: Path) -> tuple[Mapping[str, Any], str]:
         raise UsageError(f"{path}: job = {sweep.job!r}: {error}") from None
 
 
-def _cell(
-    sweep: Sweep,
-    grid: Grid,
-    base: Mapping[str, Any],
-    origin: str,
-    at: tuple[str, int | None, int],
-    overrides: tuple[str, ...],
-) -> Cell:
-    schedule, batch, seed = at
-    tables = dict(base)
-    tables["schedule"] = _schedule(base.get("schedule"), schedule, batch)
-    tables["seed"] = seed
-    tables.setdefault("name", sweep.name)
-    job = config.from_tables(tables, origin, (*sweep.set, *grid.set, *overrides))
-    words = [schedule, grid.label, str(job.schedule.largest_batch), f"seed{job.seed}"]
-    name = "-".join(filter(None, (re.sub(r"[^\w.=+]+", "-", word).strip("-") for word in words)))
-    return Cell(
-        name=name,
-        schedule=f"{schedule} {grid.label}".strip(),
-        max_batch=job.schedule.largest_batch,
-        seed=job.seed,
-        job=job.model_copy(update={"name": f"{sweep.name} {name}"}),
-    )
-
-
 def _schedule(base: Any, method: str, batch: int | None) -> dict[str, Any]:
-    """The base job's table for another method: what that one does not know is left out."""
+    """The base job's table for another method, without the keys that this method does not have."""
     table = dict(base) if isinstance(base, Mapping) else {}
     if method != table.get("method"):
-        known = SCHEDULES.get(method, SCHEDULES[OWN]).model_fields
+        known = SCHEDULES.get(method, SCHEDULES[USER_DEFINED]).model_fields
         table = {key: value for key, value in table.items() if key in known}
     table["method"] = method
     return table | ({"max_batch": batch} if batch is not None else {})
+
+
+def _cell(sweep: str, method: str, label: str, job: Job) -> Cell:
+    max_batch = job.schedule.largest_batch
+    parts = [method, label, str(max_batch), f"seed{job.seed}"]
+    name = "-".join(filter(None, (re.sub(r"[^\w.=+]+", "-", part).strip("-") for part in parts)))
+    job = job.model_copy(update={"name": f"{sweep} {name}"})
+    return Cell(name, f"{method} {label}".strip(), max_batch, job.seed, job)
+
+
+State = Literal["done", "failed", "unfinished", "new"]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """How the last attempt at a cell ended."""
+
+    exit_status: int
+    reason: str
+    """The last line of its output."""
+
+
+class StudyDir:
+    """The folder of a sweep: a run directory per cell, and which cells failed."""
+
+    def __init__(self, path: Path, cells: tuple[Cell, ...]) -> None:
+        self.path, self.cells = path, cells
+        self.tables = path / "tables"
+        self._jobs = path / "jobs"
+        self._failed = path / "failed.json"
+        self._runs = {cell.name: RunDir(path / cell.name) for cell in cells}
+
+    def run(self, cell: Cell) -> RunDir:
+        """Always the same object, so that its `log` reads only new lines."""
+        return self._runs[cell.name]
+
+    def job(self, cell: Cell) -> Path:
+        """The job file of a cell."""
+        return self._jobs / f"{cell.name}.toml"
+
+    def log(self, cell: Cell) -> Path:
+        """The output of a cell's supervisor."""
+        return self._jobs / f"{cell.name}.log"
+
+    def state(self, cell: Cell) -> State:
+        """The state of a cell, from its files."""
+        if run_state.finished(self.run(cell)):
+            return "done"
+        if cell.name in self.failures():
+            return "failed"
+        return "unfinished" if self.run(cell).events.exists() else "new"
+
+    def prepare(self, allow_changed: tuple[str, ...] = ()) -> None:
+        """Write the cells' job files.
+
+        Raises:
+            UsageError: a cell was started with another job.
+        """
+        for cell in self.cells:
+            started = self.run(cell).job
+            if started.exists():
+                config.refuse_changes(config.load(started), cell.job, str(started), allow_changed)
+        self._jobs.mkdir(parents=True, exist_ok=True)
+        for cell in self.cells:
+            self.job(cell).write_text(config.dump(cell.job), encoding="utf-8")
+
+    def failures(self) -> dict[str, Failure]:
+        """By cell name."""
+        try:
+            failures = json.loads(self._failed.read_text(encoding="utf-8"))
+            return {name: Failure(**fields) for name, fields in failures.items()}
+        except (OSError, ValueError, TypeError, AttributeError):
+            return {}
+
+    def set_failure(self, cell: Cell, failure: Failure | None) -> None:
+        """Record how a cell failed; None removes the record."""
+        before = self.failures()
+        failures = {name: f for name, f in before.items() if name != cell.name}
+        if failure:
+            failures[cell.name] = failure
+        if failures != before:
+            content = {name: asdict(f) for name, f in failures.items()}
+            write_atomic(self._failed, json.dumps(content, indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""The batch job of one link: how large it is, and its script, byte for byte."""
+"""The batch job of one link of a chain: its size and its script."""
 
 from __future__ import annotations
 
@@ -19,28 +19,27 @@ class Size:
     nodes: int
     ranks: int
     per_node: int
-    """Most ranks of one node."""
+    """Ranks of a full node."""
     threads: int
     """CPUs of one rank."""
     gpus: int | None
     """GPUs of one node, one a rank; None where the job asks for none."""
 
     def __str__(self) -> str:
-        """For people."""
         nodes = "1 node" if self.nodes == 1 else f"{self.nodes} nodes"
         return f"{self.ranks} rank{'s' * (self.ranks > 1)} on {nodes}"
 
 
 def ranks_per_node(job: Job, partition: Partition) -> int:
-    """The job's word, or one a GPU, or as many as the cores give each its threads."""
-    said = job.launch.ranks_per_node or job.launch.slurm.gpus_per_node
-    return said or max(1, partition.cpus // (job.train.threads_per_rank or 1))
+    """As the job states, or one per GPU, or as many as the cores have threads for."""
+    stated = job.launch.ranks_per_node or job.launch.slurm.gpus_per_node
+    return stated or max(1, partition.cpus // (job.train.threads_per_rank or 1))
 
 
 def most_ranks(job: Job, partition: Partition) -> int:
-    """Ranks that one batch job in the partition can have now, at most the job's own limit."""
-    given = partition.max_nodes * ranks_per_node(job, partition)
-    return min(given, job.ranks.max or given)
+    """Ranks that one batch job in the partition can have now, at most `ranks.max`."""
+    most = partition.max_nodes * ranks_per_node(job, partition)
+    return min(most, job.ranks.max or most)
 
 
 def size_of(job: Job, ranks: int, partition: Partition) -> Size:
@@ -51,8 +50,8 @@ def size_of(job: Job, ranks: int, partition: Partition) -> Size:
     threads = job.train.threads_per_rank or 1
     if not job.train.threads_per_rank and not job.train.reproducible:
         threads = max(1, partition.cpus // fill)
-    gpus = min(job.launch.slurm.gpus_per_node, per_node) if job.launch.slurm.gpus_per_node else None
-    return Size(nodes, ranks, per_node, threads, gpus)
+    gpus = job.launch.slurm.gpus_per_node
+    return Size(nodes, ranks, per_node, threads, min(gpus, per_node) if gpus else None)
 
 
 def script(
@@ -60,7 +59,7 @@ def script(
 ) -> str:
     """The batch script of link `number`."""
     options = job.launch.slurm
-    asked = {
+    directives = {
         "job-name": name,
         "nodes": size.nodes,
         "ntasks": size.ranks,
@@ -79,14 +78,17 @@ def script(
     lines = [
         "#!/bin/bash",
         f"# Link {number} of the chain of batch jobs that trains {job.name!r}.",
-        *(f"#SBATCH --{key}={value}" for key, value in asked.items() if value not in ("", None)),
+        *(
+            f"#SBATCH --{key}={value}"
+            for key, value in directives.items()
+            if value not in ("", None)
+        ),
         "#SBATCH --requeue",
         *(f"#SBATCH {line}" for line in options.sbatch),
     ]
     if options.setup_script:
-        lines.append(
-            f"source {shlex.quote(str(Path(options.setup_script).expanduser().resolve()))}"
-        )
+        setup_script = Path(options.setup_script).expanduser().resolve()
+        lines.append(f"source {shlex.quote(str(setup_script))}")
     words = [sys.executable, "-m", "hpc_absa", "link", str(run.path.resolve()), str(number)]
     for key in allow:
         words += ["--allow-changed", key]

@@ -1,10 +1,10 @@
-"""The chain of batch jobs that carries a run from phase to phase, as its files tell.
+"""The chain of batch jobs, called links, that carries a run from phase to phase.
 
-`D/chain/NNNN.json` says which job is link NNNN. It is made by whoever is first, the submitter after
-sbatch or the job itself when it starts, by a hard link, which succeeds once. A submitter holds
-`D/chain/lock` and looks the link's name up in the queue before it submits, so that a crash between
-sbatch and the record does not submit twice; should two jobs of one link meet all the same, the one
-that is not on record leaves at once.
+`D/chain/NNNN.json` records which job is link NNNN. Whoever is first creates it, the submitter after
+sbatch or the job itself when it starts, and only one can. A submitter holds `D/chain/lock` and
+looks for the link's name in the queue before it submits, so that a crash between sbatch and the
+record does not submit twice. If two jobs of one link start nevertheless, the one that is not on
+record exits at once.
 """
 
 from __future__ import annotations
@@ -12,20 +12,18 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import os
 import re
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from hpc_absa.errors import HpcAbsaError
 from hpc_absa.rundir import RunDir
+from hpc_absa.rundir.events import Event
+from hpc_absa.rundir.files import create_once, write_atomic
 from hpc_absa.supervisor.slurm import Slurm, submission
-
-PATIENCE = 1800.0
-"""Seconds that a link waits for a slurmctld that does not answer before it gives the chain up;
-restarts of a cluster's controller take minutes."""
 
 
 @dataclass(frozen=True)
@@ -44,15 +42,14 @@ class Link:
 
 
 class Chain:
-    """The links of one run; every method reads or writes files, none keeps anything in memory."""
+    """The links of one run; all state is in files."""
 
     def __init__(self, run: RunDir, job_name: str) -> None:
-        """`job_name` is the job's name for people; it is the beginning of its jobs' names."""
         self._run = run
-        folder = str(run.path.resolve())
-        mark = hashlib.sha256(folder.encode()).hexdigest()[:6]
-        self.prefix = f"{re.sub(r'[^A-Za-z0-9_.-]', '_', job_name)}-{mark}-"
-        """Names of this chain's jobs begin so, and no other chain's."""
+        self._owner, self._cancelled = run.chain / "owner", run.chain / "cancelled"
+        folder_hash = hashlib.sha256(str(run.path.resolve()).encode()).hexdigest()[:6]
+        self.prefix = f"{re.sub(r'[^A-Za-z0-9_.-]', '_', job_name)}-{folder_hash}-"
+        """Of the names of this chain's jobs, and of no other chain's."""
 
     def name(self, number: int) -> str:
         """The name of link `number` in the queue."""
@@ -70,101 +67,70 @@ class Chain:
         """The newest link on record."""
         return next(iter(reversed(self.links())), None)
 
-    # Submitting
+    def submission(self, number: int) -> tuple[str, ...]:
+        """The command that submits link `number`, to start when the one before it has ended."""
+        before = self.link(number - 1)
+        after = before.job_id if before else None
+        return submission(self._run.link_script(number).resolve(), after)
 
-    def submit(self, number: int, text: str, nodes: int, ranks: int, slurm: Slurm) -> Link:
-        """Submit link `number` unless it has been; returns it as it is on record.
-
-        Args:
-            number: its number.
-            text: its batch script.
-            nodes: asked for.
-            ranks: asked for.
-            slurm: the cluster.
+    def submit(self, number: int, script: str, nodes: int, ranks: int, slurm: Slurm) -> Link:
+        """Submit link `number` unless it is submitted already; returns it as on record.
 
         Raises:
             UsageError: Slurm refuses it.
-            SlurmSilentError: slurmctld does not answer; asking again is safe.
+            SlurmSilentError: slurmctld does not answer; it is safe to try again.
         """
         self._run.chain.mkdir(exist_ok=True)
-        with self._exclusively():
-            if found := self.link(number):
-                return found
-            script = self._run.link_script(number)
-            _put(script, text)
+        with (self._run.chain / "lock").open("a") as lock:
+            with suppress(OSError):  # a file system without locks: the names must suffice
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            if link := self.link(number):
+                return link
+            write_atomic(self._run.link_script(number), script, durable=True)
             name = self.name(number)
-            begun = [job.job_id for job in slurm.jobs(name) if job.name == name and job.alive]
-            before = self.link(number - 1)
-            words = submission(script.resolve(), before.job_id if before else None)
-            job_id = begun[0] if begun else slurm.submit(words)
+            queued = [job.job_id for job in slurm.jobs(name) if job.name == name and job.alive]
+            job_id = queued[0] if queued else slurm.submit(self.submission(number))
             return self.record(Link(number, name, job_id, nodes, ranks, time.time()))
 
     def record(self, link: Link) -> Link:
-        """Put a link on record, unless it is already; returns the one that counts."""
+        """Put a link on record unless it is already; returns the one on record."""
         path = self._run.link_record(link.number)
         path.parent.mkdir(exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        _put(temporary, json.dumps(asdict(link)))
-        try:
-            os.link(temporary, path)
-        except FileExistsError:
+        if not create_once(path, json.dumps(asdict(link))):
             return _read(path) or link
-        finally:
-            temporary.unlink()
-        self.tell(link, "submitted", nodes=link.nodes, ranks=link.ranks)
+        self.log(link, "submitted", nodes=link.nodes, ranks=link.ranks)
         return link
 
-    def tell(self, link: Link, action: str, **more: object) -> None:
-        """Write a `link` event."""
-        told = {"link": link.number, "job_id": link.job_id, "action": action} | more
-        self._run.log.append("link", None, **told)
+    def log(self, link: Link, action: str, **fields: object) -> None:
+        """Append a `link` event."""
+        self._run.log.append(
+            "link", None, link=link.number, job_id=link.job_id, action=action, **fields
+        )
 
-    # Owning: the incarnation of a link that may work, after a requeue not the one before
-
-    def own(self, job_id: str, restarts: int) -> None:
-        """From now on this incarnation of this job carries the chain."""
-        _put(self._run.chain / "owner", f"{job_id} {restarts}")
+    def take_over(self, job_id: str, restarts: int) -> None:
+        """From now on this attempt of this job carries the chain, not one before a requeue."""
+        write_atomic(self._owner, f"{job_id} {restarts}", durable=True)
 
     def owned_by(self, job_id: str, restarts: int) -> bool:
-        """Whether no other incarnation has taken over since `own`."""
+        """Whether no later attempt has taken over since `take_over`."""
         try:
-            return (self._run.chain / "owner").read_text() == f"{job_id} {restarts}"
+            return self._owner.read_text() == f"{job_id} {restarts}"
         except OSError:
             return False
 
-    # Cancelling
-
     @property
     def cancelled(self) -> bool:
-        """Whether no link may be submitted any more."""
-        return (self._run.chain / "cancelled").exists()
+        """Whether no more links may be submitted."""
+        return self._cancelled.exists()
 
     def cancel(self) -> None:
-        """Let no link follow the present one."""
+        """Let no link follow the current one."""
         self._run.chain.mkdir(exist_ok=True)
-        (self._run.chain / "cancelled").touch()
+        self._cancelled.touch()
 
-    def allow(self) -> None:
-        """Undo `cancel`: the user wants the run to go on."""
-        (self._run.chain / "cancelled").unlink(missing_ok=True)
-
-    @contextmanager
-    def _exclusively(self) -> Iterator[None]:
-        """One submitter at a time; where the file system has no locks, the names must do."""
-        with (self._run.chain / "lock").open("a") as file:
-            with suppress(OSError):
-                fcntl.flock(file, fcntl.LOCK_EX)
-            yield
-
-
-def _put(path: Path, text: str) -> None:
-    """Write a file whole or not at all, and onto the disk."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    def resume(self) -> None:
+        """Undo `cancel`."""
+        self._cancelled.unlink(missing_ok=True)
 
 
 def _read(path: Path) -> Link | None:
@@ -172,3 +138,53 @@ def _read(path: Path) -> Link | None:
         return Link(**json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return None
+
+
+@dataclass(frozen=True)
+class LinkStatus:
+    """One link as `hpc-absa status` shows it."""
+
+    link: int
+    job_id: str
+    name: str
+    """The job's name in the queue."""
+    nodes: int
+    ranks: int
+    state: str
+    """Slurm's state (`pending`, `running`, ...) while the job is in the queue, else from the last
+    event of the link: `submitted`, `started`, or how it ended."""
+    waits_for: str | None
+    """Slurm's reason why it is pending."""
+    alive: bool | None
+    """Whether its job is pending or running; None where Slurm does not answer."""
+
+
+def chain_status(run: RunDir, job_name: str, events: Sequence[Event]) -> tuple[LinkStatus, ...]:
+    """The links of a run's chain, the first one first; empty where there is none."""
+    chain = Chain(run, job_name)
+    if not (links := chain.links()):
+        return ()
+    try:
+        queue = {job.job_id: job for job in Slurm(seconds=10).jobs(chain.prefix) if job.alive}
+    except HpcAbsaError:
+        queue = None
+    states = {link.number: "submitted" for link in links}
+    for event in events:
+        if event["event"] == "link":
+            states[event["link"]] = str(event.get("outcome") or event["action"])
+    statuses = []
+    for link in links:
+        job = (queue or {}).get(link.job_id)
+        statuses.append(
+            LinkStatus(
+                link.number,
+                link.job_id,
+                link.name,
+                link.nodes,
+                link.ranks,
+                job.state.lower() if job else states[link.number],
+                job.reason if job and job.state == "PENDING" else None,
+                None if queue is None else job is not None,
+            )
+        )
+    return tuple(statuses)

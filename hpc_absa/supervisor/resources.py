@@ -1,111 +1,219 @@
-"""What a supervisor may use: how many ranks, on which hosts."""
+"""Where ranks can run: this machine, the tasks of a batch job, or hosts given by name.
+
+Named hosts are filled in the order in which they are listed. After a failure all hosts of the
+failed phase are checked with the program by which mpirun reaches them. A host that does not answer,
+and a host at which two failures in a row occurred, is not used for `launch.cool_down` seconds. If
+it answers then, it is used again; where the batch feeds its ranks, the running phase is relaunched.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from typing import Protocol
+import os
+import shlex
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from hpc_absa import allocation, worldsize
+from hpc_absa.allocation import Hosts
 from hpc_absa.config import Job
-from hpc_absa.supervisor.hosts import HostPool, Tell
+
+AGENT = "ssh -o BatchMode=yes -o ConnectTimeout=5"
+"""Reaches a host unless `launch.rsh_agent` or `plm_rsh_agent` of Open MPI names a program."""
+OPEN_MPI_AGENT = "OMPI_MCA_plm_rsh_agent"
+ANSWER_SECONDS = 15.0
+"""A host that takes longer to answer is taken to be down."""
+CHECK_INTERVAL = 2.0
+"""Seconds between checks whether a host's cool-down is over."""
+
+HostChanged = Callable[[str, str, str], None]
+"""Called with a host's name, `set_aside` or `returned`, and the reason."""
 
 
-class Resources(Protocol):
-    """Where worlds find their ranks' places."""
+class Resources:
+    """A fixed number of ranks, on this machine or where the launcher puts them."""
 
-    def here(self) -> int:
-        """Ranks that the next world can have."""
-        ...
+    def __init__(self, available: int, maximum: int | None = None) -> None:
+        self._available = available
+        self._maximum = max(available, maximum or 0)
 
-    def most(self) -> int:
-        """Ranks that a decision may ask for; what a batch would feed beyond them is accumulated."""
-        ...
+    def available(self) -> int:
+        """Ranks that the next launch can have."""
+        return self._available
 
-    def placed(self, job: Job, ranks: int) -> Job:
-        """The job with the launcher and hosts of a world of `ranks` ranks."""
-        ...
+    def maximum(self) -> int:
+        """Ranks that the trainer may ask for; what a batch would feed beyond is accumulated."""
+        return self._maximum
 
-    def failed(self, host: str | None) -> None:
-        """The last world failed, on this host as far as anybody knows."""
-        ...
+    def place(self, job: Job, ranks: int) -> Job:
+        """The job with the launcher and the hosts for `ranks` ranks."""
+        return job
 
-    def succeeded(self) -> None:
-        """The last world ended in order."""
-        ...
+    def report_failure(self, host: str | None) -> None:
+        """The last launch failed, at this host as far as is known."""
 
-    def watching(self, returned: Callable[[], None]) -> AbstractContextManager[None]:
-        """While a world runs; calls `returned`, in a thread, when there is more than before."""
-        ...
+    def report_success(self) -> None:
+        """The last launch ended without a failure."""
 
-
-class Steady:
-    """Nothing comes and nothing goes."""
-
-    def failed(self, host: str | None) -> None:
-        """No choice of hosts."""
-
-    def succeeded(self) -> None:
-        """Nothing to learn."""
-
-    def watching(self, returned: Callable[[], None]) -> AbstractContextManager[None]:
-        """Nothing to wait for."""
+    def watch(self, on_return: Callable[[], None]) -> AbstractContextManager[None]:
+        """While ranks run, call `on_return`, from a thread, when more ranks become available."""
         return nullcontext()
 
 
-class Fixed(Steady):
-    """The same number of ranks throughout, on this machine or where the launcher puts them."""
+class BatchJobTasks(Resources):
+    """The tasks of the current batch job; the next job of the chain may have up to `maximum`."""
 
-    def __init__(self, limit: int) -> None:
-        """At most `limit` ranks."""
-        self._limit = limit
-
-    def here(self) -> int:
-        """The limit."""
-        return self._limit
-
-    def most(self) -> int:
-        """The limit."""
-        return self._limit
-
-    def placed(self, job: Job, ranks: int) -> Job:
-        """The job as it is."""
-        return job
-
-
-class Allocated(Steady):
-    """The tasks of the batch job that we are in, while the next one may have more."""
-
-    def __init__(self, tasks: int, most: int) -> None:
-        """`tasks` of this job, and `most` that any job of the chain can have."""
-        self._tasks, self._most = tasks, max(tasks, most)
-
-    def here(self) -> int:
-        """The present job's tasks."""
-        return self._tasks
-
-    def most(self) -> int:
-        """What the partition gives one job."""
-        return self._most
-
-    def placed(self, job: Job, ranks: int) -> Job:
-        """Started by the program that the job names for within a batch job."""
+    def place(self, job: Job, ranks: int) -> Job:
         launch = job.launch.model_copy(update={"launcher": job.launch.slurm.step, "hosts": ""})
         return job.model_copy(update={"launch": launch})
 
 
-def resources_of(job: Job, tell: Tell) -> Resources:
-    """The hosts that the job names, those of the scheduler's allocation, or this machine.
+class HostPool(Resources):
+    """Hosts given by name, with those that failed set aside for a time."""
 
-    Args:
-        job: the job.
-        tell: hears what becomes of hosts.
-    """
+    def __init__(
+        self,
+        job: Job,
+        hosts: Hosts,
+        on_change: HostChanged,
+        answers: Callable[[str], bool] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`answers(host)` is whether a host can be reached; by default with the rsh agent."""
+        self._hosts, self._on_change, self._clock = hosts, on_change, clock
+        self._limit = job.ranks.max or sum(slots for _, slots in hosts)
+        self._cool_down = job.launch.cool_down
+        agent = agent_of(job)
+        self._answers = answers or (lambda host: is_reachable(host, agent))
+        self._set_aside_until: dict[str, float] = {}
+        self._suspect: str | None = None
+        self._placed: Hosts = hosts
+
+    def available(self) -> int:
+        return min(self._limit, sum(slots for _, slots in self._usable()))
+
+    def maximum(self) -> int:
+        """As available: a host that returns causes a relaunch without a decision."""
+        return self.available()
+
+    def place(self, job: Job, ranks: int) -> Job:
+        self._placed = fill(self._usable(), ranks)
+        hosts = ",".join(f"{name}:{slots}" for name, slots in self._placed)
+        launch = job.launch.model_copy(update={"hosts": hosts})
+        return job.model_copy(update={"launch": launch})
+
+    def report_failure(self, host: str | None) -> None:
+        """Set aside the last launch's hosts that do not answer, or failed twice in a row."""
+        names = [name for name, _ in self._placed]
+        with ThreadPoolExecutor(max_workers=16) as pool:
+            alive = dict(zip(names, pool.map(self._answers, names), strict=True))
+        for name in (name for name in names if not alive[name]):
+            self._set_aside(name, "it does not answer")
+        if host in names and host == self._suspect and alive[host] and len(names) > 1:
+            self._set_aside(host, "a second failure in a row")
+            host = None
+        self._suspect = host
+
+    def report_success(self) -> None:
+        self._suspect = None
+
+    @contextmanager
+    def watch(self, on_return: Callable[[], None]) -> Iterator[None]:
+        over = threading.Event()
+
+        def check() -> None:
+            while not over.wait(CHECK_INTERVAL):
+                if self.retry_hosts():
+                    on_return()
+
+        thread = threading.Thread(target=check, name="hosts", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+
+    def retry_hosts(self) -> bool:
+        """Use hosts again that have cooled down and answer; whether there were any."""
+        now = self._clock()
+        due = [name for name, until in list(self._set_aside_until.items()) if until <= now]
+        returned = [name for name in due if self._answers(name)]
+        for name in due:
+            if name in returned:
+                del self._set_aside_until[name]
+                self._on_change(name, "returned", "it answers again")
+            else:
+                self._set_aside_until[name] = self._clock() + self._cool_down
+        return bool(returned)
+
+    def _usable(self) -> Hosts:
+        """The hosts not set aside; where all are, all of them, since something must be tried."""
+        return [h for h in self._hosts if h[0] not in self._set_aside_until] or self._hosts
+
+    def _set_aside(self, name: str, why: str) -> None:
+        self._set_aside_until[name] = self._clock() + self._cool_down
+        self._on_change(name, "set_aside", f"{why}; tried again in {self._cool_down:.0f} s")
+
+
+def resources_of(job: Job, on_change: HostChanged) -> Resources:
+    """The hosts that the job names, those of the scheduler's allocation, or this machine."""
     named = worldsize.stated_hosts(job)
-    given = None if named else allocation.present()
-    if given and (given.scheduler != "Slurm" or job.launch.launcher == "horovodrun"):
-        named = list(given.hosts)  # within Slurm, mpirun and srun know their hosts themselves
+    current = None if named else allocation.detect()
+    if current and (current.scheduler != "Slurm" or job.launch.launcher == "horovodrun"):
+        named = list(current.hosts)  # within Slurm, mpirun and srun know their hosts themselves
     if named:
-        return HostPool(job, named, tell)
+        return HostPool(job, named, on_change)
     limit = worldsize.limit(job)
-    return Fixed(min(limit, given.slots) if given else limit)
+    return Resources(min(limit, current.slots) if current else limit)
+
+
+def fill(hosts: Hosts, ranks: int) -> Hosts:
+    """The hosts that `ranks` ranks fill one after the other, each with the slots used on it.
+
+    With more ranks than slots, as after the loss of a host, all hosts with all their slots.
+    """
+    filled: Hosts = []
+    for name, slots in hosts:
+        left = ranks - sum(taken for _, taken in filled)
+        if left > 0:
+            filled.append((name, min(slots, left)))
+    return filled
+
+
+def agent_of(job: Job) -> tuple[str, ...]:
+    """The program and its options that reach a host: `AGENT HOST COMMAND`."""
+    return tuple(shlex.split(job.launch.rsh_agent or os.environ.get(OPEN_MPI_AGENT) or AGENT))
+
+
+def is_reachable(host: str, agent: tuple[str, ...]) -> bool:
+    """Whether a host runs `true` in time; this machine is not asked."""
+    if is_here(host):
+        return True
+    try:
+        done = subprocess.run(
+            [*agent, host, "true"],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=ANSWER_SECONDS,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return done.returncode == 0
+
+
+def is_here(host: str) -> bool:
+    """Whether a name or address is this machine's."""
+    if host in ("localhost", socket.gethostname(), socket.gethostname().split(".")[0]):
+        return True
+    try:
+        address = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0]
+        with socket.socket(socket.AF_INET6 if ":" in str(address) else socket.AF_INET) as probe:
+            probe.bind((address, 0))  # only a local address can be bound
+    except OSError:
+        return False
+    return True

@@ -1,4 +1,4 @@
-"""Slurm's commands: the one place that runs them and reads what they print."""
+"""Slurm's commands: the only module that runs them and parses their output."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ ENDED = {
     *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL"),
     *("OUT_OF_MEMORY", "PREEMPTED", "REVOKED", "TIMEOUT"),
 }
-"""States of a job that will do nothing more. All others are of one that waits or works."""
+"""Final states of a job. In all others it is pending or running."""
 
 UNUSABLE = ("down", "drain", "drng", "fail", "maint", "unk", "inval", "future", "perfctrs", "power")
-"""Beginnings of the states in which sinfo shows nodes that no job can have for now."""
+"""Beginnings of the states in which sinfo shows nodes that no job can have now."""
 
 SILENT = re.compile(
     r"Unable to contact|Socket timed out|Zero Bytes|Connection refused|standby mode|"
     r"Communication connection failure|configuration source|slurm_load|timed out|try again",
     re.IGNORECASE,
 )
-"""What the commands say when slurmctld does not answer, rather than saying no."""
+"""Error messages that mean that slurmctld does not answer, rather than that it refuses."""
 
 INHERITED = re.compile(r"(SLURM|SBATCH|PMI|PMIX|OMPI|PRTE|OPAL|ORTE|HPC_ABSA)_")
-"""Variables of the present job's own ranks and steps, which the next job must not inherit."""
+"""Variables of the current job's ranks and steps, which the next job must not inherit."""
 
 
 class SlurmSilentError(HpcAbsaError):
-    """slurmctld does not answer for now; asking again later may help."""
+    """slurmctld does not answer now; a later attempt may succeed."""
 
 
 @dataclass(frozen=True)
@@ -49,12 +49,11 @@ class QueuedJob:
     state: str
     """As Slurm writes it: `PENDING`, `RUNNING`, `COMPLETED`, ..."""
     reason: str
-    """Why it waits."""
-    nodes: int
+    """Why it is pending."""
 
     @property
     def alive(self) -> bool:
-        """Whether it waits or works."""
+        """Whether it is pending or running."""
         return self.state not in ENDED
 
 
@@ -64,9 +63,7 @@ class Partition:
 
     name: str
     max_nodes: int
-    """Nodes that one job may have and that are in order now."""
-    limit: int | None
-    """`MaxNodes` of the partition; None without one."""
+    """Usable nodes, at most the partition's `MaxNodes`."""
     cpus: int
     """CPUs of its smallest node."""
 
@@ -75,10 +72,10 @@ class Slurm:
     """Runs the commands."""
 
     def __init__(self, seconds: float = 120.0) -> None:
-        """Nothing is asked yet.
+        """Check that the commands are installed.
 
         Args:
-            seconds: the longest that a command may take; slurmctld is silent then.
+            seconds: a command that takes longer counts as not answered.
 
         Raises:
             UsageError: Slurm's client commands are not installed here.
@@ -91,45 +88,41 @@ class Slurm:
             )
 
     def submit(self, words: tuple[str, ...]) -> str:
-        """Submit a batch script with `submission`'s words; returns the job's id.
+        """Submit a batch script with the words of `submission`; returns the job's id.
 
         Raises:
-            UsageError: Slurm refuses the job; its own words say why.
-            SlurmSilentError: slurmctld does not answer; the job may or may not be there.
+            UsageError: Slurm refuses the job; has Slurm's message.
+            SlurmSilentError: slurmctld does not answer; the job may or may not be submitted.
         """
-        environment = {k: v for k, v in os.environ.items() if not INHERITED.match(k)}
-        environment |= {k: v for k, v in os.environ.items() if k == "SLURM_CONF"}
-        return self._say(words, environment).split(";")[0]
+        environment = {
+            key: value
+            for key, value in os.environ.items()
+            if key == "SLURM_CONF" or not INHERITED.match(key)
+        }
+        return self._run(words, environment).split(";")[0]
 
     def jobs(self, prefix: str) -> list[QueuedJob]:
-        """This user's jobs whose name begins with `prefix`, also those that ended just now."""
-        lines = self._say(
-            ("squeue", "-h", "-a", "-t", "all", "-u", str(os.geteuid()), "-o", "%A|%j|%T|%r|%D")
-        )
-        found = [line.split("|") for line in lines.splitlines() if line.count("|") >= 4]
-        return [
-            QueuedJob(job_id, name, state, reason, int(nodes) if nodes.isdecimal() else 0)
-            for job_id, name, state, reason, nodes, *_ in found
-            if name.startswith(prefix)
-        ]
+        """This user's jobs whose name begins with `prefix`, including those that just ended."""
+        words = ("squeue", "-h", "-a", "-t", "all", "-u", str(os.geteuid()), "-o", "%A|%j|%T|%r")
+        rows = [line.split("|") for line in self._run(words).splitlines() if line.count("|") >= 3]
+        return [QueuedJob(*row[:4]) for row in rows if row[1].startswith(prefix)]
 
     def cancel(self, job_id: str) -> None:
-        """End a job, or take it from the queue; one that is gone is no error."""
+        """End a job, or remove it from the queue; a job that has ended is not an error."""
         try:
-            self._say(("scancel", job_id))
+            self._run(("scancel", job_id))
         except UsageError as error:
             if "Invalid job id" not in str(error):
                 raise
 
     def preempted(self, job_id: str) -> bool:
-        """Whether a job lives on in the grace time of a preemption.
+        """Whether a job is running in the grace time of a preemption.
 
-        Ending within it, it is over for Slurm, which puts it back into the queue only when it had
-        to kill it.
+        A job that ends within it has ended for Slurm, which requeues only what it had to kill.
         """
-        told = _fields(self._say(("scontrol", "show", "job", "-o", job_id)))
-        preempted = told.get("PreemptTime", "None") not in ("None", "")
-        return preempted and told.get("JobState") == "RUNNING"
+        job = _fields(self._run(("scontrol", "show", "job", "-o", job_id)))
+        preempted = job.get("PreemptTime", "None") not in ("None", "")
+        return preempted and job.get("JobState") == "RUNNING"
 
     def partition(self, name: str) -> Partition:
         """What partition `name`, or the default one where it is empty, can give to one job.
@@ -137,44 +130,30 @@ class Slurm:
         Raises:
             UsageError: there is no such partition.
         """
-        known = [_fields(line) for line in self._partitions().splitlines()]
-        wanted = name.split(",")[0]
-        found = [p for p in known if p.get("PartitionName") == wanted]
-        if not wanted:
-            found = [p for p in known if p.get("Default") == "YES"]
-        if not found:
+        known = [
+            _fields(line)
+            for line in self._run(("scontrol", "show", "partition", "-o")).splitlines()
+        ]
+        key, value = ("PartitionName", name.split(",")[0]) if name else ("Default", "YES")
+        fields = next((p for p in known if p.get(key) == value), None)
+        if fields is None:
             names = ", ".join(p["PartitionName"] for p in known if "PartitionName" in p)
             what = f"launch.slurm.partition = {name!r}" if name else "no default partition"
             raise UsageError(f"{what}: expected one of {names}")
-        told = found[0]
-        nodes = self._nodes(told["PartitionName"])
+        name, most = fields["PartitionName"], fields.get("MaxNodes", "")
+        lines = self._run(("sinfo", "-h", "-N", "-p", name, "-o", "%T %c")).splitlines()
+        nodes = [(state, int(cpus.rstrip("+"))) for state, cpus in map(str.split, lines)]
         usable = [cpus for state, cpus in nodes if not state.startswith(UNUSABLE)]
-        limit = int(told["MaxNodes"]) if told.get("MaxNodes", "").isdecimal() else None
         return Partition(
-            told["PartitionName"],
-            min(len(usable), limit or len(usable)),
-            limit,
+            name,
+            min(len(usable), int(most) if most.isdecimal() and int(most) else len(usable)),
             min(usable or [cpus for _, cpus in nodes], default=1),
         )
 
-    def _partitions(self) -> str:
-        return self._say(("scontrol", "show", "partition", "-o"))
-
-    def _nodes(self, partition: str) -> list[tuple[str, int]]:
-        """State and CPUs of each node."""
-        lines = self._say(("sinfo", "-h", "-N", "-p", partition, "-o", "%T %c")).splitlines()
-        pairs = (line.split() for line in lines)
-        return [(state, int(cpus.rstrip("+"))) for state, cpus in pairs]
-
-    def _say(self, words: tuple[str, ...], environment: Mapping[str, str] | None = None) -> str:
+    def _run(self, words: tuple[str, ...], environment: Mapping[str, str] | None = None) -> str:
         try:
             done = subprocess.run(
-                words,
-                env=environment,
-                capture_output=True,
-                text=True,
-                timeout=self._seconds,
-                check=False,
+                words, env=environment, capture_output=True, text=True, timeout=self._seconds
             )
         except subprocess.TimeoutExpired:
             raise SlurmSilentError(f"{words[0]}: no answer within {self._seconds} s") from None
@@ -182,24 +161,24 @@ class Slurm:
             raise UsageError(f"{words[0]}: {error.strerror}; are Slurm's commands here?") from None
         if done.returncode == 0:
             return done.stdout.strip()
-        said = " ".join((done.stderr or done.stdout).split())
-        if SILENT.search(said):
-            raise SlurmSilentError(f"{words[0]}: {said}")
-        raise UsageError(f"{words[0]}: {said.removeprefix(f'{words[0]}: ')}")
+        message = " ".join((done.stderr or done.stdout).split())
+        if SILENT.search(message):
+            raise SlurmSilentError(f"{words[0]}: {message}")
+        raise UsageError(f"{words[0]}: {message.removeprefix(f'{words[0]}: ')}")
 
 
 def submission(script: Path, after: str | None) -> tuple[str, ...]:
-    """The words that submit a batch script, to begin when job `after` has ended."""
+    """The command that submits a batch script, to start when job `after` has ended."""
     dependency = (f"--dependency=afterany:{after}",) if after else ()
     return ("sbatch", "--parsable", *dependency, str(script))
 
 
-def patiently(ask: Callable[[], T], seconds: float, pause: float = 5.0) -> T:
-    """`ask()`, again and again while slurmctld does not answer, for up to `seconds`."""
+def retry_while_silent(call: Callable[[], T], seconds: float, pause: float = 5.0) -> T:
+    """`call()`, repeated while slurmctld does not answer, for up to `seconds`."""
     until = time.monotonic() + seconds
     while True:
         try:
-            return ask()
+            return call()
         except SlurmSilentError:
             if time.monotonic() > until:
                 raise

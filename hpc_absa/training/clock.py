@@ -10,23 +10,22 @@ KINDS = ("comp", "adversarial", "comm", "hessian", "data", "eval", "checkpoint",
 
 
 class Clock:
-    """Charges every second to exactly one kind: the innermost one open."""
+    """Charges every second to exactly one kind: the innermost one open, `other` outside of all."""
 
     def __init__(self) -> None:
-        """Everything is `other` until told otherwise."""
-        self.settle: Callable[[], None] = _settled
-        """Waits until the device has done what it was given, so that its time is charged here."""
+        self.synchronize: Callable[[], None] = lambda: None
+        """Waits for the device, so that its time is charged to the kind that used it."""
         self._open = ["other"]
         self.restart()
 
     def restart(self) -> None:
-        """Forget what has been charged."""
+        """Set all kinds to zero."""
         self._seconds = dict.fromkeys(KINDS, 0.0)
         self._since = time.perf_counter()
 
     @contextmanager
     def __call__(self, kind: str) -> Iterator[None]:
-        """Charge the body to `kind`, except what a clock opened inside takes."""
+        """Charge the body to `kind`, except for what another call within it takes."""
         self._charge()
         self._open.append(kind)
         try:
@@ -35,25 +34,21 @@ class Clock:
             self._charge()
             self._open.pop()
 
-    def doing(self) -> tuple[str, float]:
+    def activity(self) -> tuple[str, float]:
         """The kind that is open, and a number that changes with every change; from any thread."""
         return self._open[-1], self._since
 
     def add(self, kind: str, seconds: float) -> None:
-        """Charge time that passed before this clock began."""
+        """Charge time from before this clock was made."""
         self._seconds[kind] += seconds
 
     def seconds(self) -> dict[str, float]:
-        """Seconds by kind since the last restart; they sum to the wall time."""
+        """Seconds by kind since the last restart; their sum is the wall time."""
         self._charge()
         return dict(self._seconds)
 
     def _charge(self) -> None:
-        self.settle()
+        self.synchronize()
         now = time.perf_counter()
         self._seconds[self._open[-1]] += now - self._since
         self._since = now
-
-
-def _settled() -> None:
-    """A CPU has done its work when the call returns."""

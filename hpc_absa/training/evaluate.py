@@ -1,4 +1,4 @@
-"""Accuracy and loss on the test set, every image counted once over all ranks."""
+"""Accuracy and loss on the test set, every sample counted once over all ranks."""
 
 from __future__ import annotations
 
@@ -14,12 +14,10 @@ from hpc_absa.comm import Communicator
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What the whole test set says."""
-
     accuracy: float
-    """Fraction of test images whose largest output is the target."""
+    """Fraction of test samples whose largest output is the target."""
     loss: float
-    """Mean loss."""
+    """Mean over the test samples."""
 
 
 def evaluate(
@@ -28,26 +26,26 @@ def evaluate(
     batches: Iterable[tuple[Tensor, Tensor]],
     comm: Communicator,
 ) -> Evaluation:
-    """Evaluate in eval mode over this rank's `batches`; sums go over all ranks (a collective).
+    """Evaluate in eval mode over this rank's `batches`, summed over all ranks (a collective).
 
-    The batches' losses are added up exactly, so that the result has the same bits however they
-    were dealt to ranks. Training flags are as before on return.
+    The losses of batches are summed exactly, so the result has the same bits however the batches
+    are distributed over ranks. The training flags of modules are restored.
     """
     training = [module for module in model.modules() if module.training]
     model.eval()
-    correct = images = 0
+    correct = samples = 0
     losses = []
     try:
         with torch.inference_mode():
             for inputs, targets in batches:
                 outputs = model(inputs)
                 correct += int((outputs.argmax(dim=1) == targets).sum())
-                images += len(targets)
+                samples += len(targets)
                 losses.append(loss(outputs, targets).item() * len(targets))
     finally:
         for module in training:
             module.training = True
-    everyone = comm.allgather_object((correct, images, losses))
-    images = max(1, sum(count for _, count, _ in everyone))
-    total = math.fsum(each for _, _, shares in everyone for each in shares)
-    return Evaluation(sum(right for right, _, _ in everyone) / images, total / images)
+    ranks = comm.allgather_object((correct, samples, losses))
+    samples = max(1, sum(count for _, count, _ in ranks))
+    total = math.fsum(each for _, _, shares in ranks for each in shares)
+    return Evaluation(sum(right for right, _, _ in ranks) / samples, total / samples)

@@ -1,9 +1,9 @@
-"""How a step's gradients become one sum over all microbatches and ranks.
+"""How the gradients of a step become one sum over all microbatches and ranks.
 
-`Overlapped` is the fast one: Horovod's ring-allreduce of each gradient starts as soon as the last
-local backward pass has finished it, so that communication hides behind the rest of that pass.
-`Reproducible` is the exact one: the sum is taken along one fixed tree (`hpc_absa.summation`),
-whatever the number of ranks, so that any power-of-two world comes to the same bits.
+`OverlappedReduction` is the fast one: Horovod's ring-allreduce of each bucket of gradients starts
+as soon as the last local backward pass has completed it, so communication overlaps with the rest of
+that pass. `ReproducibleReduction` sums along one fixed tree (`hpc_absa.summation`), so that any
+power-of-two number of ranks gives the same bits.
 """
 
 from __future__ import annotations
@@ -20,15 +20,12 @@ from hpc_absa import summation
 from hpc_absa.comm import Communicator
 from hpc_absa.worldsize import share
 
-FLAGS = 4
-"""The last values of what travels beside the gradients: they belong to a rank, not to a lane."""
-
 
 class Reduction(Protocol):
-    """Adds up the gradients of one step; every rank calls every method, also with no microbatch."""
+    """Sums the gradients of one step; all ranks call all methods, also without a microbatch."""
 
     def lanes(self, microbatches: range) -> list[range]:
-        """This rank's microbatches, in the groups that are summed one after the other."""
+        """This rank's microbatches, in groups that are summed one after the other."""
         ...
 
     def begin(self) -> None:
@@ -37,33 +34,40 @@ class Reduction(Protocol):
 
     @contextmanager
     def backward(self, *, last: bool) -> Iterator[None]:
-        """Wrap the backward pass of a microbatch; `last` is this rank's last of the step."""
+        """Encloses a backward pass; `last` for this rank's last microbatch of the step."""
         ...
 
-    def end_lane(self, extra: Tensor) -> None:
-        """A group of `lanes` is complete; `extra` is its flat sum of everything but gradients."""
+    def end_lane(self, sums: Tensor) -> None:
+        """The microbatches of one lane are done; `sums` [S] is what they add beside gradients."""
         ...
 
-    def finish(self, extra: Tensor) -> Tensor:
-        """Gradients hold the sum over all ranks on return; returns the sum of the extras."""
+    def finish(self, sums: Tensor, flags: Tensor) -> tuple[Tensor, Tensor]:
+        """Sum over ranks; every `.grad` then holds the sum over all microbatches.
+
+        Args:
+            sums: [S], the sum over this rank's lanes.
+            flags: [F], this rank's own values.
+
+        Returns:
+            The sums of both over all ranks.
+        """
         ...
 
 
-class Overlapped:
+class OverlappedReduction:
     """Horovod's ring-allreduce, overlapped with the backward pass.
 
-    Gradients lie side by side in buckets, in the order in which the backward pass finishes them,
-    and a bucket sets off with its last one. Horovod itself would join whatever gradients happen to
-    be ready (which `comm` turns off): where a value lies in such a message decides the order in
-    which more than two ranks' values are added, so that its last bits would be chance.
+    Gradients lie next to each other in buckets, in the order in which the backward pass completes
+    them, and a bucket is sent with its last gradient. Horovod's own tensor fusion would join
+    whatever gradients happen to be ready (`comm` turns it off): a value's place in such a message
+    decides in which order more than two ranks are added, so that the last bits would be random.
     """
 
     def __init__(self, model: nn.Module, comm: Communicator) -> None:
-        """Takes over the gradients of every parameter that requires one."""
         self._comm = comm
         self._buckets = _buckets([p for p in model.parameters() if p.requires_grad])
         self._handles: dict[int, Any] = {}
-        self._waiting: list[int] = []
+        self._missing: list[int] = []
         self._last = False
         if comm.size > 1:
             for index, bucket in enumerate(self._buckets):
@@ -71,46 +75,44 @@ class Overlapped:
                     parameter.register_post_accumulate_grad_hook(self._hook(index))
 
     def lanes(self, microbatches: range) -> list[range]:
-        """One group: this rank's share."""
         return [share(microbatches, self._comm.rank, self._comm.size)]
 
     def begin(self) -> None:
-        """Zero the gradients in place, so that their memory stays where Horovod knows it."""
+        """Zero the gradients in place, so that Horovod always gets the same memory."""
         for bucket in self._buckets:
             bucket.sums.zero_()
             for parameter, gradient in zip(bucket.parameters, bucket.gradients, strict=True):
                 parameter.grad = gradient
-        self._waiting = [len(bucket.parameters) for bucket in self._buckets]
+        self._missing = [len(bucket.parameters) for bucket in self._buckets]
 
     @contextmanager
     def backward(self, *, last: bool) -> Iterator[None]:
-        """During the last pass, each finished bucket sets off on its way."""
         self._last = last
         try:
             yield
         finally:
             self._last = False
 
-    def end_lane(self, extra: Tensor) -> None:
-        """Nothing to do: there is one group."""
+    def end_lane(self, sums: Tensor) -> None:
+        """There is one lane."""
 
-    def finish(self, extra: Tensor) -> Tensor:
-        """Send what no backward pass filled (unused parameter, no microbatch); wait for all."""
-        extra_handle = self._comm.allreduce_async_(extra, "extra")
+    def finish(self, sums: Tensor, flags: Tensor) -> tuple[Tensor, Tensor]:
+        both = torch.cat([sums, flags])
+        handle = self._comm.allreduce_async_(both, "sums")
         for index in range(len(self._buckets)):
-            if index not in self._handles:
+            if index not in self._handles:  # no backward pass completed it
                 self._send(index)
-        for handle in self._handles.values():
-            self._comm.wait(handle)
+        for bucket_handle in self._handles.values():
+            self._comm.wait(bucket_handle)
         self._handles.clear()
-        self._comm.wait(extra_handle)
-        return extra
+        self._comm.wait(handle)
+        return both[: len(sums)], both[len(sums) :]
 
     def _hook(self, index: int) -> Any:
         def on_gradient(parameter: Tensor) -> None:
             if self._last:
-                self._waiting[index] -= 1
-                if not self._waiting[index]:
+                self._missing[index] -= 1
+                if not self._missing[index]:
                     self._send(index)
 
         return on_gradient
@@ -122,26 +124,26 @@ class Overlapped:
 
 @dataclass(frozen=True)
 class Bucket:
-    """Neighbouring gradients in one piece of memory."""
+    """Adjacent gradients in one tensor."""
 
     sums: Tensor
     """Flat."""
     parameters: tuple[Tensor, ...]
     gradients: tuple[Tensor, ...]
-    """Views of `sums`, laid out as their parameters."""
+    """Views of `sums` with the shapes and memory formats of the parameters."""
 
 
-BUCKET = 1 << 20
-"""Bytes of gradients that are worth a message of their own."""
+BUCKET_BYTES = 1 << 20
+"""Bytes of gradients that one message contains at least."""
 
 
 def _buckets(parameters: list[Tensor]) -> list[Bucket]:
-    """Parameters from the last to the first, as the backward pass comes to them, in buckets."""
+    """Parameters from the last to the first, the order of the backward pass, in buckets."""
     groups: list[list[Tensor]] = []
     for parameter in reversed(parameters):
         last = groups[-1] if groups else []
         filled = sum(p.numel() * p.element_size() for p in last)
-        if not last or filled >= BUCKET or last[0].dtype != parameter.dtype:
+        if not last or filled >= BUCKET_BYTES or last[0].dtype != parameter.dtype:
             groups.append([])
         groups[-1].append(parameter)
     return [_bucket(group) for group in groups]
@@ -151,67 +153,96 @@ def _bucket(parameters: list[Tensor]) -> Bucket:
     sums = parameters[0].new_zeros(sum(p.numel() for p in parameters))
     pieces = sums.split([p.numel() for p in parameters])
     gradients = (
-        # strides of a dense tensor laid out as the parameter, so that addition runs at full speed
+        # the strides of a dense tensor in the parameter's memory format: additions at full speed
         piece.as_strided(p.size(), torch.empty_like(p, device="meta").stride())
         for piece, p in zip(pieces, parameters, strict=True)
     )
     return Bucket(sums, tuple(parameters), tuple(gradients))
 
 
-class Reproducible:
-    """Along the tree of `hpc_absa.summation`, once this rank's part of it is complete."""
+class ReproducibleReduction:
+    """A sum along the tree of `hpc_absa.summation`, once this rank's part of it is complete.
+
+    The number of ranks must satisfy `summation.fits`.
+    """
 
     def __init__(self, model: nn.Module, comm: Communicator) -> None:
-        """`comm.size` must fit the tree."""
         self._comm = comm
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._tree = summation.Tree()
 
     def lanes(self, microbatches: range) -> list[range]:
-        """This rank's lanes of the fixed tree; empty ones keep the tree's shape."""
         return summation.lanes(microbatches, self._comm.rank, self._comm.size)
 
     def begin(self) -> None:
-        """Forget the step before."""
         self._tree = summation.Tree()
         for parameter in self._parameters:
             parameter.grad = None
 
     @contextmanager
     def backward(self, *, last: bool) -> Iterator[None]:
-        """Nothing travels before the local tree is complete."""
         yield
 
-    def end_lane(self, extra: Tensor) -> None:
-        """Carry this lane's sum into the tree; an empty lane would add exact zeros."""
+    def end_lane(self, sums: Tensor) -> None:
+        """Add this lane to the tree; an empty lane would add exact zeros and is left out."""
         present = any(parameter.grad is not None for parameter in self._parameters)
-        self._tree.add(self._take(extra) if present else None)
+        self._tree.add(self._take_gradients(sums) if present else None)
 
-    def finish(self, extra: Tensor) -> Tensor:
-        """Add up across ranks and hand the sum back to the gradients."""
+    def finish(self, sums: Tensor, flags: Tensor) -> tuple[Tensor, Tensor]:
         total = self._tree.total()
         if total is None:
-            total = torch.zeros(self._length() + extra.numel(), device=extra.device)
-        total[-FLAGS:] = extra[-FLAGS:]
-        self._comm.allreduce_recursive_doubling_(total)
+            count = sum(parameter.numel() for parameter in self._parameters)
+            total = torch.zeros(count + len(sums), device=sums.device)
+        total = self._comm.allreduce_recursive_doubling_(torch.cat([total, flags]))
         start = 0
         for parameter in self._parameters:
             stop = start + parameter.numel()
             parameter.grad = total[start:stop].view_as(parameter).to(parameter.dtype)
             start = stop
-        return total[start:]
+        return total[start : start + len(sums)], total[start + len(sums) :]
 
-    def _length(self) -> int:
-        return sum(parameter.numel() for parameter in self._parameters)
-
-    def _take(self, extra: Tensor) -> Tensor:
-        """The gradients and `extra` as one flat tensor; the gradients start anew."""
+    def _take_gradients(self, sums: Tensor) -> Tensor:
+        """The gradients and `sums` as one flat tensor; the gradients are then None."""
         parts = [
-            torch.zeros(p.numel(), device=extra.device)
+            torch.zeros(p.numel(), device=sums.device)
             if p.grad is None
             else p.grad.float().reshape(-1)
             for p in self._parameters
         ]
         for parameter in self._parameters:
             parameter.grad = None
-        return torch.cat([*parts, extra])
+        return torch.cat([*parts, sums])
+
+
+class MicrobatchNorms:
+    """Squared norms of the gradients of single microbatches, before they are added up.
+
+    The unit is the microbatch and not the rank, so the sum over all of them does not depend on the
+    number of ranks, up to the order of summation. Inactive hooks cost next to nothing.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.active = False
+        """Whether the following backward passes are measured."""
+        self._squares: list[Tensor] | None = None
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.register_hook(self._on_gradient)
+
+    @contextmanager
+    def collecting(self, total: Tensor) -> Iterator[None]:
+        """Within, one backward pass adds its gradient's squared norm to `total`, a scalar."""
+        if not self.active:
+            yield
+            return
+        self._squares = []
+        try:
+            yield
+            if self._squares:
+                total += torch.stack(self._squares).sum()
+        finally:
+            self._squares = None
+
+    def _on_gradient(self, gradient: Tensor) -> None:
+        if self._squares is not None:  # not in a Hessian-vector product
+            self._squares.append(torch.linalg.vector_norm(gradient.detach().float()) ** 2)

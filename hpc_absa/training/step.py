@@ -1,210 +1,238 @@
-"""One optimizer step from microbatches."""
+"""One optimizer step: this rank's microbatches, the sum over all ranks, the update.
+
+step = engine.begin(Step(0, 4), ...)
+for k in step.microbatches:
+    with step.forward():
+        loss = loss_fn(model(inputs[k]), targets[k])
+    step.backward(loss, samples=len(targets[k]))
+result = step.optimize()
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import astuple, dataclass
 
 import torch
 from torch import Tensor, nn
 
-from hpc_absa.adversarial import fgsm
-from hpc_absa.data.batches import Microbatch
+from hpc_absa.progress import Step
 from hpc_absa.records import GradientSquares
+from hpc_absa.training.batchnorm import RunningStatistics
 from hpc_absa.training.clock import Clock
-from hpc_absa.training.norms import MicrobatchNorms
-from hpc_absa.training.reduction import FLAGS, Reduction
-from hpc_absa.training.statistics import RunningStatistics
-
-Loss = Callable[[Tensor, Tensor], Tensor]
-
-RESERVED = 3 + FLAGS
-"""The last values of a step's extras: squared norms, loss, samples and the flags."""
+from hpc_absa.training.reduction import MicrobatchNorms, Reduction
 
 
 @dataclass(frozen=True)
 class Flags:
-    """What ranks tell each other with every step: true or false here, how many ranks in sum."""
+    """What ranks exchange with every step: 0 or 1 of one rank, the number of ranks in a sum."""
 
     stop: int = 0
-    """Has been asked to stop."""
+    """A stop was requested on this rank."""
     save: int = 0
-    """Wants a periodic checkpoint (rank 0's clock alone)."""
+    """A periodic checkpoint is due (by rank 0's clock)."""
     written: int = 0
-    """Has its share of the save in flight on disk."""
+    """This rank's part of the pending save is on disk."""
     failed: int = 0
-    """Could not write its share."""
+    """This rank could not write its part."""
+
+    def pack(self, device: torch.device) -> Tensor:
+        """As float32 [4]."""
+        return torch.tensor(astuple(self), dtype=torch.float32, device=device)
+
+    @classmethod
+    def unpack(cls, values: Tensor) -> Flags:
+        return cls(*(round(value) for value in values.tolist()))
+
+
+class StepSums:
+    """What a step sums beside the gradients: named views of one flat float32 tensor."""
+
+    def __init__(self, statistics: int, device: torch.device) -> None:
+        """`statistics` is the number of values of `RunningStatistics`."""
+        self.flat = torch.zeros(statistics + 3, device=device)
+        self._split(statistics)
+
+    @classmethod
+    def unpack(cls, flat: Tensor) -> StepSums:
+        sums = cls.__new__(cls)
+        sums.flat = flat
+        sums._split(len(flat) - 3)
+        return sums
+
+    def _split(self, statistics: int) -> None:
+        self.statistics = self.flat[:statistics]
+        """Statistics of batch norm."""
+        self.gradient_square, self.loss, self.samples = self.flat[statistics:].unbind()
+        """Squared norms of microbatch gradients, losses times samples, samples; scalars."""
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step found, summed over all ranks."""
+    """A finished step, summed over all ranks."""
 
     loss: float
     """Sum over the step's samples of the loss before the update."""
     samples: int
     flags: Flags
     squares: GradientSquares | None = None
-    """Where they were asked for."""
+    """If they were requested."""
 
 
-@dataclass(frozen=True)
-class Adversary:
-    """What the fast gradient sign method needs to know of the inputs."""
-
-    step: Tensor
-    """ε in the model's input space, `[1, C, 1, 1]`."""
-    valid: tuple[Tensor, Tensor]
-    """The images of 0 and 1 under the normalisation."""
-
-
-@dataclass(frozen=True)
-class Numerics:
-    """How a step computes, beyond plain float32."""
-
-    autocast: bool = False
-    """Forward passes in bfloat16 where PyTorch holds that safe; weights, gradients, batch-norm
-    statistics and the loss stay float32."""
-    max_grad_norm: float | None = None
-    """Largest norm of a step's gradient, of the sum over all ranks; a longer one is shortened."""
-
-
-PLAIN = Numerics()
-
-
-class Stepper:
-    """Takes steps; knows nothing of schedules, epochs and checkpoints."""
+class StepEngine:
+    """Takes steps with one model and optimizer; knows nothing of data, losses and schedules."""
 
     def __init__(
         self,
         model: nn.Module,
-        loss: Loss,
         optimizer: torch.optim.Optimizer,
-        statistics: RunningStatistics,
         reduction: Reduction,
-        adversary: Adversary | None,
-        clock: Clock,
+        *,
         seed: int,
-        numerics: Numerics = PLAIN,
+        clock: Clock,
+        max_grad_norm: float | None = None,
     ) -> None:
-        """`seed` is the job's: dropout masks are a function of it and the microbatch's place."""
-        self._model = model
-        self._loss = loss
-        self._optimizer = optimizer
-        self._statistics = statistics
-        self._reduction = reduction
-        self._norms = MicrobatchNorms(model)
-        self._adversary = adversary
-        self._clock = clock
-        self._seed = seed
-        self._numerics = numerics
+        """Replaces the running statistics of batch norm, and registers hooks on parameters.
 
-    def lanes(self, microbatches: range) -> list[range]:
-        """The microbatches that this rank will compute, in order."""
-        return self._reduction.lanes(microbatches)
+        Args:
+            model: on its device, with its initial or restored weights.
+            optimizer: of the model's parameters.
+            reduction: how gradients are summed.
+            seed: with the index of a microbatch, of the random generators in its forward pass.
+            clock: charged with computing and communication.
+            max_grad_norm: clip the gradient of a step to this norm; None for no clipping.
+        """
+        self.model, self.optimizer, self.reduction = model, optimizer, reduction
+        self.seed, self.clock, self.max_grad_norm = seed, clock, max_grad_norm
+        self.statistics = RunningStatistics(model)
+        self.norms = MicrobatchNorms(model)
+        self.device = next(model.parameters()).device
 
-    def take(
+    def begin(
         self,
-        microbatches: range,
-        feed: Iterator[Microbatch],
+        step: Step,
         *,
         divisor: int,
         lr: float,
-        adversarial_fraction: float,
         steps_before: int,
         flags: Flags,
-        wants_squares: bool = False,
-    ) -> StepResult:
-        """Step over `microbatches` of the stream; `feed` yields this rank's, in order.
+        measure_squares: bool = False,
+        upcoming: Step | None = None,
+    ) -> TrainStep:
+        """Begin a step (all ranks together).
 
-        Gradients are summed over the microbatches and divided by `divisor`, the M of a full step;
-        a step that was cut short so gives every sample the weight it has in a full one.
+        Args:
+            step: its microbatches.
+            divisor: the M of a full step, by which the sum of gradients is divided, so that a step
+                that was cut gives every sample the weight it has in a full one.
+            lr: learning rate.
+            steps_before: steps taken before.
+            flags: this rank's.
+            measure_squares: measure the squared norms of gradients.
+            upcoming: the step after it, if it is known.
         """
-        lanes = self.lanes(microbatches)
-        mine = [k for lane in lanes for k in lane]
-        self._norms.active = wants_squares
-        totals = self._extras()
-        self._reduction.begin()
-        for lane in lanes:
-            extra = self._extras()
+        ahead = self.lanes(upcoming.microbatches) if upcoming else []
+        following = next((k for lane in ahead for k in lane), None)
+        return TrainStep(self, step, divisor, lr, steps_before, flags, measure_squares, following)
+
+    def lanes(self, microbatches: range) -> list[range]:
+        """This rank's microbatches."""
+        return self.reduction.lanes(microbatches)
+
+
+class TrainStep:
+    """A step in progress on one rank; made by `StepEngine.begin`."""
+
+    def __init__(
+        self,
+        engine: StepEngine,
+        step: Step,
+        divisor: int,
+        lr: float,
+        steps_before: int,
+        flags: Flags,
+        measure_squares: bool,
+        following: int | None,
+    ) -> None:
+        self._engine, self._step, self._divisor = engine, step, divisor
+        self._lr, self._steps_before = lr, steps_before
+        self._flags, self._measure_squares = flags, measure_squares
+        self._lanes = engine.lanes(step.microbatches)
+        self._mine = [k for lane in self._lanes for k in lane]
+        self._after = dict(zip(self._mine, [*self._mine[1:], following], strict=False))
+        self._total, self._lane = self._new_sums(), self._new_sums()
+        self._last = False
+        engine.norms.active = measure_squares
+        engine.reduction.begin()
+
+    @property
+    def microbatches(self) -> Iterator[int]:
+        """Indices of this rank's microbatches in the stream, in the order to compute them.
+
+        Seeds torch's random generators for each, so that dropout does not depend on the rank.
+        """
+        for lane in self._lanes:
+            self._lane = self._new_sums()
             for k in lane:
-                with self._clock("data"):
-                    microbatch = next(feed)
-                torch.manual_seed(_mixed(self._seed, k))
-                last = k == mine[-1]
-                self._pass(microbatch, divisor, adversarial_fraction, extra, last=last)
-            self._reduction.end_lane(extra)
-            totals += extra
-        totals[-FLAGS:] = torch.tensor(astuple(flags), dtype=totals.dtype)
-        with self._clock("comm"):
-            totals = self._reduction.finish(totals)
-            square, loss, samples, *told = totals[-RESERVED:].tolist()
-        with self._clock("comp"):
-            squares = self._squares(square, len(microbatches), divisor) if wants_squares else None
-            self._statistics.update(totals[:-RESERVED], len(microbatches), steps_before)
-            if self._numerics.max_grad_norm is not None:
-                torch.nn.utils.clip_grad_norm_(
-                    self._model.parameters(), self._numerics.max_grad_norm
-                )
-            for group in self._optimizer.param_groups:
-                group["lr"] = lr
-            self._optimizer.step()
-        counts = Flags(*(round(count) for count in told))
-        return StepResult(loss, round(samples), counts, squares)
+                torch.manual_seed(_microbatch_seed(self._engine.seed, k))
+                self._last = k == self._mine[-1]
+                yield k
+            self._engine.reduction.end_lane(self._lane.flat)
+            self._total.flat += self._lane.flat
 
-    def _extras(self) -> Tensor:
-        """What travels beside the gradients.
+    def following(self, k: int) -> int | None:
+        """The microbatch that this rank computes after `k`, also in the next step, if known."""
+        return self._after[k]
 
-        Batch-norm statistics, then the squared norms of the microbatches' gradients, loss, samples,
-        and the flags.
+    def forward(self) -> AbstractContextManager[None]:
+        """Encloses the one forward pass of a microbatch that trains: statistics are collected."""
+        return self._engine.statistics.collecting(self._lane.statistics)
+
+    def backward(self, loss: Tensor, samples: int) -> None:
+        """Accumulate the gradient of a microbatch.
+
+        Args:
+            loss: scalar, the mean over the microbatch.
+            samples: how many it is a mean over.
         """
-        buffer = self._statistics.sum_buffer()
-        return torch.cat([buffer, buffer.new_zeros(RESERVED)])
+        engine, lane = self._engine, self._lane
+        last, square = self._last, lane.gradient_square
+        with engine.reduction.backward(last=last), engine.norms.collecting(square):
+            (loss / self._divisor).backward()
+        lane.loss += loss.detach() * samples
+        lane.samples += samples
 
-    def _squares(self, sum_of_squares: float, microbatches: int, divisor: int) -> GradientSquares:
-        """Of the step just reduced, whose gradients are sums over microbatches over `divisor`."""
-        parts = [p.grad for p in self._model.parameters() if p.grad is not None]
-        norm = float(torch.nn.utils.get_total_norm(parts)) * divisor / microbatches
-        each = sum_of_squares * divisor**2 / microbatches
+    def optimize(self) -> StepResult:
+        """Sum over all ranks, and update statistics and parameters."""
+        engine, count = self._engine, len(self._step.microbatches)
+        with engine.clock("comm"):
+            flat, flags = engine.reduction.finish(self._total.flat, self._flags.pack(engine.device))
+            sums = StepSums.unpack(flat)
+            square, loss, samples = flat[-3:].tolist()
+        with engine.clock("comp"):
+            squares = self._squares(square, count) if self._measure_squares else None
+            engine.statistics.update(sums.statistics, count, self._steps_before)
+            if engine.max_grad_norm is not None:
+                torch.nn.utils.clip_grad_norm_(engine.model.parameters(), engine.max_grad_norm)
+            for group in engine.optimizer.param_groups:
+                group["lr"] = self._lr
+            engine.optimizer.step()
+        return StepResult(loss, round(samples), Flags.unpack(flags), squares)
+
+    def _new_sums(self) -> StepSums:
+        return StepSums(self._engine.statistics.size, self._engine.device)
+
+    def _squares(self, sum_of_squares: float, microbatches: int) -> GradientSquares:
+        """From the reduced gradients, which are sums over microbatches divided by the divisor."""
+        gradients = [p.grad for p in self._engine.model.parameters() if p.grad is not None]
+        norm = float(torch.nn.utils.get_total_norm(gradients)) * self._divisor / microbatches
+        each = sum_of_squares * self._divisor**2 / microbatches
         return GradientSquares(microbatches, each, norm**2)
 
-    def _pass(
-        self, microbatch: Microbatch, divisor: int, fraction: float, extra: Tensor, *, last: bool
-    ) -> None:
-        """Forward and backward of one microbatch, with everything it adds to `extra`."""
-        inputs, targets = microbatch.inputs, microbatch.targets
-        count = int(fraction * len(targets) + 1e-9)  # 0.29 · 100 is 28.999…
-        if count and self._adversary:
-            with self._clock("adversarial"), self._autocast(inputs):
-                moved = fgsm.perturb(
-                    self._model,
-                    self._loss,
-                    inputs[:count],
-                    targets[:count],
-                    self._adversary.step,
-                    self._adversary.valid,
-                )
-                inputs = torch.cat([moved, inputs[count:]])
-        with self._clock("comp"):
-            with self._statistics.collecting(extra[:-RESERVED]):
-                with self._autocast(inputs):
-                    outputs = self._model(inputs)
-                # The loss is a sum over few numbers, which bfloat16 would spoil for nothing.
-                outputs = outputs.float() if self._numerics.autocast else outputs
-                loss = self._loss(outputs, targets)
-            with self._reduction.backward(last=last), self._norms.collecting(extra[-RESERVED]):
-                (loss / divisor).backward()
-            extra[1 - RESERVED] += loss.detach() * len(targets)
-            extra[2 - RESERVED] += len(targets)
 
-    def _autocast(self, inputs: Tensor) -> AbstractContextManager[None]:
-        on = self._numerics.autocast
-        return torch.autocast(inputs.device.type, torch.bfloat16, enabled=on)
-
-
-def _mixed(seed: int, index: int) -> int:
-    """A seed for one microbatch, well mixed (splitmix64's finaliser) as neighbours differ by 1."""
+def _microbatch_seed(seed: int, index: int) -> int:
+    """A seed for one microbatch, mixed (the finalizer of SplitMix64) as neighbours differ by 1."""
     mask = (1 << 64) - 1
     z = (seed * 0x9E3779B97F4A7C15 + index + 1) * 0xBF58476D1CE4E5B9 & mask
     z = (z ^ (z >> 30)) * 0x94D049BB133111EB & mask

@@ -1,4 +1,4 @@
-"""FGSM: within ε and the valid range, up the loss, and nothing else touched."""
+"""FGSM: within ε and the valid range, raises the loss, and changes nothing else."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ def _model():
         nn.Flatten(),
         nn.Linear(288, 4),
     )
-    model(torch.randn(16, 3, 8, 8))  # running statistics that are not those of the start
+    model(torch.randn(16, 3, 8, 8))  # running statistics other than the initial ones
     model[1].eval()
     return model
 
@@ -63,16 +63,16 @@ def test_the_loss_rises(model, pixels, targets):
     assert (after > before).float().mean() > 0.95
 
 
-def test_it_is_the_sign_of_the_gradient_in_eval_mode(model, pixels, targets):
+def test_the_step_is_the_sign_of_the_gradient_in_evaluation_mode(model, pixels, targets):
     inputs = ((pixels - MEAN) / STD).requires_grad_()
     moved = attack(model, pixels, targets)
     model.eval()
     F.cross_entropy(model(inputs), targets).backward()
-    wanted = (inputs + EPSILON / STD * inputs.grad.sign()).clamp(*VALID)
-    torch.testing.assert_close(moved, wanted.detach())
+    expected = (inputs + EPSILON / STD * inputs.grad.sign()).clamp(*VALID)
+    torch.testing.assert_close(moved, expected.detach())
 
 
-def test_nothing_else_is_touched(model, pixels, targets):
+def test_nothing_else_is_changed(model, pixels, targets):
     inputs = (pixels - MEAN) / STD
     F.cross_entropy(model(inputs), targets).backward()
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -94,28 +94,28 @@ def test_nothing_else_is_touched(model, pixels, targets):
     assert moved.data_ptr() != inputs.data_ptr()
 
 
-def test_no_gradient_appears_where_there_was_none(model, pixels, targets):
+def test_parameters_without_gradient_get_none(model, pixels, targets):
     attack(model, pixels, targets)
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_hooks_that_reduce_gradients_are_not_called(model, pixels, targets):
+def test_gradient_hooks_are_not_called(model, pixels, targets):
     def reduced(_):
-        raise AssertionError("a collective would have been entered")
+        raise AssertionError("a gradient hook was called")
 
     for parameter in model.parameters():
         parameter.register_post_accumulate_grad_hook(reduced)
     attack(model, pixels, targets)
 
 
-def test_it_works_where_gradients_are_off(model, pixels, targets):
+def test_with_gradients_disabled(model, pixels, targets):
     with torch.no_grad():
         off = attack(model, pixels, targets)
         assert not torch.is_grad_enabled()
     assert torch.equal(off, attack(model, pixels, targets))
 
 
-def test_a_failing_loss_leaves_the_training_flags(model, pixels, targets):
+def test_a_failing_loss_restores_the_training_flags(model, pixels, targets):
     def failing(*_):
         raise FloatingPointError
 

@@ -1,13 +1,14 @@
-"""Small checkpoints for tests, and ways to spoil them."""
+"""Small checkpoints for tests, and ways to damage them."""
 
 import contextlib
 import os
 import subprocess
+import zlib
 
 import numpy as np
 import pytest
 
-from hpc_absa.checkpoint import Content, Group
+from hpc_absa.checkpoint import Content, Group, integrity
 
 ATTRIBUTES = {"epoch": 3, "step": 120, "samples": 3840, "world_size": 2, "global_batch": 64}
 
@@ -25,7 +26,9 @@ def content(step=120, weight=0.5):
                 },
             ),
             "optimizer": Group({"name": "sgd"}, {"momentum.conv.weight": np.arange(108.0)}),
-            "schedule": Group({"global_batch": 64, "lr": 0.1, "reference": 7.25, "waited": 1}),
+            "schedule": Group(
+                {"global_batch": 64, "lr": 0.1, "reference": 7.25, "patience_count": 1}
+            ),
             "curvature": Group({}, {}),
             "job": Group({"text": 'name = "digits"\n' * 20}),
         },
@@ -33,7 +36,7 @@ def content(step=120, weight=0.5):
 
 
 def split(whole, count):
-    """`whole`, it without arrays, and its arrays dealt to `count` pieces."""
+    """`whole` without arrays, and its arrays in `count` pieces."""
     bare = Content(whole.attributes, {n: Group(g.attributes) for n, g in whole.groups.items()})
     pieces = []
     for number in range(count):
@@ -43,18 +46,38 @@ def split(whole, count):
                 groups.setdefault(name, {})[key] = array
         attributes = {"step": whole.attributes["step"]}
         pieces.append(Content(attributes, {n: Group({}, a) for n, a in groups.items()}))
-    return whole, bare, pieces
+    return bare, pieces
 
 
-def assert_same(found, wanted):
+def shards_of(path):
+    """The shard files of a checkpoint, also of unfinished saves."""
+    return sorted(path.parent.glob(f"{path.stem}.*.shard"))
+
+
+def flip_bit(path, position=-1):
+    """Change the lowest bit of one byte of a file."""
+    data = bytearray(path.read_bytes())
+    data[position] ^= 1
+    path.write_bytes(data)
+
+
+def seal(path):
+    """Give a file that was changed through HDF5 a first block that matches it."""
+    data, chunk = path.read_bytes(), integrity.CHUNK
+    block = data.index(integrity.HDF5_MAGIC)
+    starts = range(block, len(data), chunk)
+    integrity.seal(path, block, [zlib.crc32(data[start : start + chunk]) for start in starts])
+
+
+def assert_same(actual, expected):
     """Bit for bit, with types."""
-    assert found.attributes == wanted.attributes
-    assert found.groups.keys() == wanted.groups.keys()
-    for name, group in wanted.groups.items():
-        assert dict(found.groups[name].attributes) == dict(group.attributes)
-        assert found.groups[name].arrays.keys() == group.arrays.keys()
+    assert actual.attributes == expected.attributes
+    assert actual.groups.keys() == expected.groups.keys()
+    for name, group in expected.groups.items():
+        assert dict(actual.groups[name].attributes) == dict(group.attributes)
+        assert actual.groups[name].arrays.keys() == group.arrays.keys()
         for key, array in group.arrays.items():
-            other = found.groups[name].arrays[key]
+            other = actual.groups[name].arrays[key]
             assert (other.dtype, other.shape) == (array.dtype, array.shape)
             assert other.tobytes() == array.tobytes()
 

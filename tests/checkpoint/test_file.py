@@ -1,26 +1,29 @@
-"""One checkpoint file: bit for bit or an error, whole or not at all."""
+"""One checkpoint file: bit for bit or an error, complete or not at all."""
 
 import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import time
 
 import h5py
 import numpy as np
 import pytest
 
-from hpc_absa.checkpoint import Content, Group, file, layout, seal
-from hpc_absa.checkpoint.file import NotACheckpointError, read, write
+from hpc_absa.checkpoint import Content, Group, format, integrity
+from hpc_absa.checkpoint.file import read, write
+from hpc_absa.checkpoint.integrity import CHUNK, NotACheckpointError
 from hpc_absa.errors import CheckpointError
-from tests.checkpoint.contents import assert_same, content, mounted
+from tests.checkpoint.contents import ATTRIBUTES, assert_same, content, mounted, seal
 
 NAN_WITH_PAYLOAD = np.array([0x7FC01234, 0xFFC0FFEE, 0x80000000], np.uint32).view(np.float32)
 
 
 @pytest.fixture(name="path")
 def _path(tmp_path):
-    return tmp_path / "step-0000000120-phase-001.h5"
+    return tmp_path / "x.h5"
 
 
 @pytest.fixture(name="good")
@@ -45,10 +48,10 @@ def _good(path):
     ],
     ids=lambda array: f"{array.dtype}{list(array.shape)}",
 )
-def test_arrays_come_back_bit_for_bit(path, array):
-    wanted = Content({}, {"model": Group({}, {"w": array})})
-    write(path, wanted)
-    assert_same(read(path), wanted)
+def test_arrays_are_restored_bit_for_bit(path, array):
+    expected = Content({}, {"model": Group({}, {"w": array})})
+    write(path, expected)
+    assert_same(read(path), expected)
 
 
 @pytest.mark.parametrize(
@@ -70,23 +73,22 @@ def test_arrays_come_back_bit_for_bit(path, array):
     ],
     ids=repr,
 )
-def test_attributes_come_back_with_their_type(path, value):
-    wanted = Content({"here": value}, {"schedule": Group({"there": value})})
-    write(path, wanted)
-    found = read(path)
-    for back in (found.attributes["here"], found.groups["schedule"].attributes["there"]):
-        assert type(back) is type(value)
-        assert repr(back) == repr(value)
+def test_attributes_are_restored_with_their_type(path, value):
+    write(path, Content({"root": value}, {"schedule": Group({"group": value})}))
+    actual = read(path)
+    for each in (actual.attributes["root"], actual.groups["schedule"].attributes["group"]):
+        assert type(each) is type(value)
+        assert repr(each) == repr(value)
 
 
-def test_names_of_any_kind_come_back(path):
+def test_names_of_any_kind_are_restored(path):
     arrays = {name: np.ones(2) for name in ("blocks.0.weight", "a/b", "a/c.d", "Gewicht µ")}
-    wanted = Content({}, {"model": Group({}, arrays), "empty": Group()})
-    write(path, wanted)
-    assert_same(read(path), wanted)
+    expected = Content({}, {"model": Group({}, arrays), "empty": Group()})
+    write(path, expected)
+    assert_same(read(path), expected)
 
 
-def test_h5py_alone_finds_everything_by_name(good):
+def test_plain_h5py_reads_everything_by_name(good):
     with h5py.File(good) as plain:
         assert plain.attrs["format"] == "hpc-absa"
         assert plain.attrs["step"] == 120
@@ -94,56 +96,82 @@ def test_h5py_alone_finds_everything_by_name(good):
         assert plain["model/conv.weight"].shape == (4, 3, 3, 3)
 
 
-def test_bytes_written_are_the_file_s(path):
+def test_bytes_written_are_the_size_of_the_file(path):
     assert write(path, content()).bytes == path.stat().st_size
 
 
-# Whole or not at all
+# Complete or not at all
 
 
-def assert_untouched(path, wanted):
-    assert_same(read(path), wanted)
+def assert_unchanged(path, expected):
+    assert_same(read(path), expected)
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
-def test_what_cannot_be_written_leaves_the_former_file(good):
+def test_content_that_cannot_be_written_leaves_the_previous_file(good):
     unwritable = Content({}, {"model": Group({}, {"w": np.array([object()])})})
-    with pytest.raises(CheckpointError, match=r"step-.*\.h5: cannot be written: "):
+    with pytest.raises(CheckpointError, match=r"x\.h5: cannot be written: "):
         write(good, unwritable)
-    assert_untouched(good, content())
+    assert_unchanged(good, content())
 
 
-def test_what_reads_back_otherwise_is_not_published(good, monkeypatch):
-    fill = file._fill
+def change_array(path):
+    with h5py.File(path) as opened:
+        start = opened["model/conv.weight"].id.get_offset()
+    with path.open("r+b") as opened:
+        opened.seek(start)
+        opened.write(b"?")
 
-    def forgetful(temporary, of, places):
-        fill(temporary, of, places)
-        with temporary.open("r+b") as opened:
-            opened.seek(places["model", "conv.weight"].start)
-            opened.write(b"?")
 
-    monkeypatch.setattr(file, "_fill", forgetful)
+def change(action):
+    def changed(path):
+        with h5py.File(path, "r+") as opened:
+            action(opened)
+
+    return changed
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        change_array,
+        change(lambda f: f.attrs.modify("step", 122)),
+        change(lambda f: f.attrs.modify("digest", "sha256:" + "0" * 64)),
+        change(lambda f: f["schedule"].attrs.modify("lr", 0.2)),
+        change(lambda f: f["model"].pop("conv.weight")),
+        change(lambda f: f.create_group("shards").attrs.create("a.shard", "sha256:1")),
+    ],
+    ids=["array", "root attribute", "digest", "group attribute", "missing array", "shards"],
+)
+def test_a_file_that_reads_back_differently_is_not_published(good, monkeypatch, damage):
+    set_digest = format.set_digest
+
+    def set_digest_and_damage(temporary, digest):
+        set_digest(temporary, digest)
+        damage(temporary)
+
+    monkeypatch.setattr(format, "set_digest", set_digest_and_damage)
     with pytest.raises(CheckpointError, match=r"cannot be written: what was read back is not"):
         write(good, content(step=121))
-    assert_untouched(good, content())
+    assert_unchanged(good, content())
 
 
-def test_ctrl_c_in_the_middle_leaves_the_former_file(good, monkeypatch):
+def test_an_interrupt_during_a_write_leaves_the_previous_file(good, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(file.os, "replace", interrupt)
+    monkeypatch.setattr(os, "replace", interrupt)
     with pytest.raises(KeyboardInterrupt):
         write(good, content(step=121))
-    assert_untouched(good, content())
+    assert_unchanged(good, content())
 
 
-def test_missing_folder(tmp_path):
+def test_a_write_into_a_missing_folder_names_the_cause(tmp_path):
     with pytest.raises(CheckpointError, match=r"gone/x\.h5: cannot be written: .*No such file"):
         write(tmp_path / "gone" / "x.h5", content())
 
 
-def test_full_disk_names_the_cause_and_gives_the_space_back(tmp_path):
+def test_an_error_of_a_full_disk_names_the_cause_and_frees_the_space(tmp_path):
     large = Content({}, {"model": Group({}, {"w": np.ones(1 << 19)})})
     with mounted(tmp_path / "small", "size=2m") as folder:
         path = folder / "x.h5"
@@ -152,19 +180,48 @@ def test_full_disk_names_the_cause_and_gives_the_space_back(tmp_path):
         for _ in range(2):
             with pytest.raises(CheckpointError, match=r"x\.h5: .*no space left on the device"):
                 write(path, large)
-        assert_untouched(path, content())
+        assert_unchanged(path, content())
         assert os.statvfs(folder).f_bavail == free
         write(path, content(step=121))
 
 
-def test_read_only_folder_names_the_cause(tmp_path):
+FAILING_WRITES = """
+import resource, sys
+from pathlib import Path
+from hpc_absa.checkpoint import write
+from hpc_absa.errors import CheckpointError
+from tests.checkpoint.contents import content
+
+path = Path(sys.argv[1])
+size = write(path, content()).bytes
+for limit in range(0, size, size // 20):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    try:
+        write(path, content(step=121))
+    except CheckpointError as error:
+        print(error)
+"""
+
+
+def test_a_write_that_fails_at_any_byte_does_not_crash_at_exit(path):
+    done = subprocess.run(
+        [sys.executable, "-c", FAILING_WRITES, path], capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    messages = done.stdout.splitlines()
+    assert len(messages) >= 20
+    assert set(messages) == {f"{path}: cannot be written: File too large"}
+    assert_unchanged(path, content())
+
+
+def test_a_write_into_a_read_only_folder_names_the_cause(tmp_path):
     with mounted(tmp_path / "fixed", "size=2m") as folder:
         path = folder / "x.h5"
         write(path, content())
         assert os.system(f"mount -o remount,ro {folder}") == 0
         with pytest.raises(CheckpointError, match=r"x\.h5: cannot be written: .*Read-only"):
             write(path, content(step=121))
-        assert_untouched(path, content())
+        assert_unchanged(path, content())
 
 
 def test_a_writer_killed_at_any_moment_leaves_a_good_file(good):
@@ -178,27 +235,11 @@ def test_a_writer_killed_at_any_moment_leaves_a_good_file(good):
         time.sleep(0.01 + 0.003 * attempt)
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        found = read(good)
-        assert_same(found, versions[found.attributes["step"]])
+        actual = read(good)
+        assert_same(actual, versions[actual.attributes["step"]])
 
 
-# Digest
-
-
-def test_the_layout_in_hdf5_does_not_matter(good, tmp_path):
-    repacked = tmp_path / "repacked.h5"
-    with (
-        h5py.File(good) as old,
-        h5py.File(repacked, "w", userblock_size=512, libver="latest") as new,
-    ):
-        new.attrs.update(dict(reversed(list(old.attrs.items()))))
-        for name in reversed(list(old)):
-            new.create_group(name, track_order=True).attrs.update(old[name].attrs)
-            for key, array in old[name].items():
-                extra = {"compression": "gzip", "chunks": True} if array.ndim else {}
-                new[name].create_dataset(key, data=array[()], **extra)
-    seal.seal(repacked, 512)
-    assert_same(read(repacked), content())
+# Changed by another program
 
 
 @pytest.mark.parametrize(
@@ -208,11 +249,11 @@ def test_the_layout_in_hdf5_does_not_matter(good, tmp_path):
         lambda f: f.attrs.modify("epoch", 4),
         lambda f: f.attrs.create("epoch", 3.0),
         lambda f: f["schedule"].attrs.modify("lr", 0.2),
-        lambda f: f["schedule"].attrs.pop("waited"),
+        lambda f: f["schedule"].attrs.pop("patience_count"),
         lambda f: f["schedule"].attrs.create("milestones_passed", 1),
-        lambda f: f.move("model/conv.weight", "model/conf.weight"),
+        lambda f: f.move("model/conv.weight", "model/renamed.weight"),
         lambda f: f.move("model/conv.weight", "optimizer/conv.weight"),
-        lambda f: f.move("curvature", "curvatura"),
+        lambda f: f.move("curvature", "renamed"),
         lambda f: f.pop("curvature"),
         lambda f: f.create_group("extra"),
         lambda f: f["model"].create_dataset("extra", data=np.zeros(0)),
@@ -223,19 +264,38 @@ def test_the_layout_in_hdf5_does_not_matter(good, tmp_path):
         lambda f: f.create_dataset("stray", data=1),
     ],
 )
-def test_a_change_that_hdf5_itself_makes_is_noticed(good, change):
+def test_every_change_through_hdf5_is_detected(good, change):
     with h5py.File(good, "r+") as opened:
         change(opened)
-    seal.seal(good, 512)
-    with pytest.raises(CheckpointError, match=r"step-.*\.h5: damaged: "):
+    with pytest.raises(CheckpointError, match=r"x\.h5: damaged: "):
+        read(good)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda f: f.attrs.pop("digest"),
+        lambda f: f.attrs.pop("format_version"),
+        lambda f: f.attrs.create("format_version", "one"),
+        lambda f: f.create_dataset("stray", data=1),
+        lambda f: f["model"].create_dataset("gzip", data=np.zeros(99), compression="gzip"),
+        lambda f: f["model"].create_dataset("chunks", data=np.zeros(99), chunks=(10,)),
+    ],
+    ids=["no digest", "no version", "version is text", "stray array", "gzip", "chunks"],
+)
+def test_a_sealed_file_of_another_structure_is_refused(good, change):
+    with h5py.File(good, "r+") as opened:
+        change(opened)
+    seal(good)
+    with pytest.raises(CheckpointError, match=r"x\.h5: damaged: "):
         read(good)
 
 
 @pytest.mark.parametrize(("version", "age"), [(3, "a newer"), (1, "an older")])
-def test_another_format_is_refused_as_such(good, version, age):
+def test_another_format_version_is_refused_by_name(good, version, age):
     with h5py.File(good, "r+") as opened:
         opened.attrs["format_version"] = version
-    seal.seal(good, 512)
+    seal(good)
     with pytest.raises(CheckpointError, match=rf"format version {version}, expected 2: .*{age}"):
         read(good)
 
@@ -243,94 +303,94 @@ def test_another_format_is_refused_as_such(good, version, age):
 # Damage
 
 
-def assert_never_wrong(path):
-    """The content is the written one, or there is an error of ours; returns whether it is one."""
+def refused(path):
+    """Whether reading raises a `CheckpointError`; if not, the content must be the written one."""
     try:
-        found = read(path)
+        actual = read(path)
     except CheckpointError:
         return True
-    assert_same(found, content())
+    assert_same(actual, content())
     return False
 
 
-def test_truncated_anywhere(good):
-    whole = good.read_bytes()
-    edges = {0, 1, 8, 19, 20, 511, 512, 513, 520, 608, 1024, len(whole) - 1}
-    for length in sorted(edges | set(range(0, len(whole), 211))):
-        good.write_bytes(whole[:length])
-        assert assert_never_wrong(good), length
+def test_a_file_truncated_anywhere_is_refused(good):
+    data = good.read_bytes()
+    edges = {0, 1, 8, 19, 20, 511, 512, 513, 520, 608, 1024, len(data) - 1}
+    for length in sorted(edges | set(range(0, len(data), 211))):
+        good.write_bytes(data[:length])
+        assert refused(good), length
 
 
-def test_a_hole_larger_than_memory_behind_the_end(good):
+def test_a_file_extended_beyond_memory_is_refused(good):
     os.truncate(good, 1 << 42)
     with pytest.raises(CheckpointError, match=r"damaged: it has 4398046511104 bytes, not the \d+"):
         read(good)
 
 
-def test_longer_than_written(good):
+def test_a_file_longer_than_written_is_refused(good):
     good.write_bytes(good.read_bytes() + b"\0")
-    assert assert_never_wrong(good)
+    assert refused(good)
 
 
-def test_one_bit_flipped_in_every_byte(good):
-    whole = good.read_bytes()
-    draw = random.Random(0)
+def test_one_flipped_bit_in_any_byte_is_detected(good):
+    data = good.read_bytes()
+    random_bits = random.Random(0)
     with good.open("r+b", buffering=0) as opened:
-        for place, byte in enumerate(whole):
-            os.pwrite(opened.fileno(), bytes([byte ^ 1 << draw.randrange(8)]), place)
-            assert assert_never_wrong(good), place
-            os.pwrite(opened.fileno(), bytes([byte]), place)
+        for position, byte in enumerate(data):
+            os.pwrite(opened.fileno(), bytes([byte ^ 1 << random_bits.randrange(8)]), position)
+            assert refused(good), position
+            os.pwrite(opened.fileno(), bytes([byte]), position)
     assert_same(read(good), content())
 
 
 @pytest.mark.parametrize("page", [512, 4096])
-def test_zeroed_pages(good, page):
-    whole = good.read_bytes()
-    noticed = 0
-    for start in range(0, len(whole), page):
-        spoiled = bytearray(whole)
-        spoiled[start : start + page] = bytes(len(whole[start : start + page]))
-        good.write_bytes(spoiled)
-        noticed += assert_never_wrong(good)
-        assert noticed or bytes(spoiled) == whole
-    assert noticed
+def test_zeroed_pages_are_detected(good, page):
+    data = good.read_bytes()
+    detected = 0
+    for start in range(0, len(data), page):
+        damaged = bytearray(data)
+        damaged[start : start + page] = bytes(len(data[start : start + page]))
+        good.write_bytes(damaged)
+        assert refused(good) == (bytes(damaged) != data)
+        detected += bytes(damaged) != data
+    assert detected
 
 
-def test_swapped_halves_of_two_checkpoints(good, tmp_path):
+def test_a_file_made_of_halves_of_two_checkpoints_is_refused(good, tmp_path):
     other = tmp_path / "other.h5"
     write(other, content(step=121, weight=0.75))
     one, two = good.read_bytes(), other.read_bytes()
     half = len(one) // 2
     good.write_bytes(one[:half] + two[half:])
-    assert assert_never_wrong(good)
+    assert refused(good)
 
 
 def test_damaged_bytes_never_reach_libhdf5(good, monkeypatch):
     """It loops for ever on some: a bit of a free-list pointer is enough (seen with HDF5 2.0.0)."""
 
     def reached(*_, **__):
-        raise AssertionError("HDF5 saw damaged bytes")
+        raise AssertionError("HDF5 opened a damaged file")
 
-    spoiled = bytearray(good.read_bytes())
-    spoiled[2552] ^= 4
-    good.write_bytes(spoiled)
-    monkeypatch.setattr(layout.h5py, "File", reached)
+    damaged = bytearray(good.read_bytes())
+    damaged[2552] ^= 4
+    good.write_bytes(damaged)
+    monkeypatch.setattr(h5py, "File", reached)
     with pytest.raises(
         CheckpointError, match=r"damaged: bytes 512 to .* do not match their checksum"
     ):
         read(good)
 
 
-def test_an_error_of_the_file_system_is_no_traceback(good, monkeypatch):
-    def broken(_):
+def test_a_read_error_of_the_file_system_is_named(good, monkeypatch):
+    def broken(*_):
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(seal, "is_sealed", broken)
+    monkeypatch.setattr(os, "preadv", broken)
     with pytest.raises(CheckpointError, match=r"\.h5: cannot be read: Input/output error"):
         read(good)
 
 
-def test_not_a_checkpoint(tmp_path):
+def test_what_is_not_a_checkpoint_is_refused_as_such(tmp_path):
     def hdf5(path):
         with h5py.File(path, "w") as opened:
             opened["x"] = 1
@@ -339,7 +399,7 @@ def test_not_a_checkpoint(tmp_path):
         "missing.h5": (lambda path: None, "no such file"),
         "folder.h5": (os.mkdir, "not a file"),
         "fifo.h5": (os.mkfifo, "not a file"),
-        "foreign.h5": (hdf5, "an HDF5 file, but no checkpoint"),
+        "foreign.h5": (hdf5, "an HDF5 file, but not a checkpoint"),
         "text.txt": (lambda path: path.write_text("hello"), "not a checkpoint"),
         "empty.txt": (lambda path: path.touch(), "not a checkpoint"),
     }
@@ -350,48 +410,55 @@ def test_not_a_checkpoint(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "found", [b"", b"hello", b"hpc-absa", bytes(4096), b"hpc-absa checkpoint\n"]
+    "data", [b"", b"hello", b"hpc-absa", bytes(4096), b"hpc-absa checkpoint\n"]
 )
-def test_named_as_a_checkpoint_but_none(path, found):
-    path.write_bytes(found)
+def test_other_bytes_in_a_file_named_h5_are_reported_as_damage(path, data):
+    path.write_bytes(data)
     with pytest.raises(CheckpointError, match="damaged") as caught:
         read(path)
     assert not isinstance(caught.value, NotACheckpointError)
 
 
-def test_a_copy_elsewhere_under_another_name_is_as_good(good, tmp_path):
-    shutil.copy(good, tmp_path / "copy.backup")
-    assert_same(read(tmp_path / "copy.backup"), content())
+@pytest.mark.parametrize("name", ["copy.backup", "step-0000000120-phase-007.h5"])
+def test_a_copy_under_another_name_is_read(good, tmp_path, name):
+    shutil.copy(good, tmp_path / name)
+    assert_same(read(tmp_path / name), content())
 
 
-@pytest.mark.parametrize("place", ["first", "last", "end of a checksum's bytes", "begin of one's"])
-def test_a_byte_that_reads_back_otherwise_is_noticed_wherever_it_is(path, monkeypatch, place):
-    """Over arrays that begin and end within the bytes of one checksum and of several."""
-    draw = np.random.default_rng(0)
-    sizes = {"a": 3, "b": 2 * seal.CHUNK + 5, "c": 1000, "d": seal.CHUNK - 7, "e": 0, "f": 9}
-    arrays = {key: draw.integers(0, 256, size, np.uint8) for key, size in sizes.items()}
-    wanted = Content({}, {"model": Group({}, arrays)})
-    write(path, wanted)
-    assert_same(read(path), wanted)
-    sign = layout.sign
+@pytest.mark.parametrize("attributes", [{**ATTRIBUTES, "step": 12}, {}])
+def test_a_file_named_as_another_step_is_refused(tmp_path, attributes):
+    path = tmp_path / "step-0000000120-phase-001.h5"
+    write(path, Content(attributes, {}))
+    with pytest.raises(CheckpointError, match=r"contains step (12|None), not the 120 in its name"):
+        read(path)
 
-    def spoil(temporary, digest):
-        sign(temporary, digest)
-        block, starts = seal.block_size(wanted.nbytes()), layout.outline(temporary).places
-        long = starts["model", "b"].start
-        at = {
-            "first": starts["model", "a"].start,
-            "last": starts["model", "f"].start + 8,
-            "end of a checksum's bytes": block
-            + seal.CHUNK * (1 + (long - block) // seal.CHUNK)
-            - 1,
-            "begin of one's": block + seal.CHUNK * (1 + (long - block) // seal.CHUNK),
-        }[place]
+
+@pytest.mark.parametrize("where", ["first byte", "last byte", "end of a chunk", "start of a chunk"])
+def test_one_byte_that_reads_back_differently_is_detected(path, monkeypatch, where):
+    """With arrays that begin and end within one chunk, and that span several."""
+    generator = np.random.default_rng(0)
+    sizes = {"a": 3, "b": 2 * CHUNK + 5, "c": 1000, "d": CHUNK - 7, "e": 0, "f": 9}
+    arrays = {key: generator.integers(0, 256, size, np.uint8) for key, size in sizes.items()}
+    expected = Content({}, {"model": Group({}, arrays)})
+    write(path, expected)
+    assert_same(read(path), expected)
+    set_digest = format.set_digest
+
+    def set_digest_and_damage(temporary, digest):
+        set_digest(temporary, digest)
+        block, places = integrity.block_size(expected.nbytes()), format.outline(temporary).places
+        second_chunk = block + CHUNK * (1 + (places["model", "b"].start - block) // CHUNK)
+        position = {
+            "first byte": places["model", "a"].start,
+            "last byte": places["model", "f"].start + 8,
+            "end of a chunk": second_chunk - 1,
+            "start of a chunk": second_chunk,
+        }[where]
         with temporary.open("r+b") as opened:
-            byte = os.pread(opened.fileno(), 1, at)
-            os.pwrite(opened.fileno(), bytes([byte[0] ^ 1]), at)
+            byte = os.pread(opened.fileno(), 1, position)
+            os.pwrite(opened.fileno(), bytes([byte[0] ^ 1]), position)
 
-    monkeypatch.setattr(layout, "sign", spoil)
+    monkeypatch.setattr(format, "set_digest", set_digest_and_damage)
     with pytest.raises(CheckpointError, match="what was read back is not what was written"):
-        write(path, wanted)
-    assert_same(read(path), wanted)
+        write(path, expected)
+    assert_same(read(path), expected)

@@ -1,4 +1,4 @@
-"""One thread: the nets are tiny, and others may be using the machine."""
+"""One thread: the nets are too small for more."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Small nets, samples and a dense Hessian to compare with."""
+"""Small nets, their samples and dense Hessians."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from hpc_absa.curvature.state import trainable
+from hpc_absa.curvature.operator import trainable_parameters
 
 
 class Samples:
@@ -87,7 +87,7 @@ def build(kind: str, samples: int = 24, dtype: torch.dtype = torch.float64) -> t
 
 def dense(model: nn.Module, loss_fn: Callable, sample: Samples, samples: int) -> Tensor:
     """The Hessian [P, P] in float64, by autograd alone, in evaluation mode."""
-    names = trainable(model)
+    names = trainable_parameters(model)
     sizes = [p.numel() for p in names.values()]
     inputs, targets = sample.load(0, samples)
     inputs = inputs.double() if inputs.is_floating_point() else inputs

@@ -17,17 +17,21 @@ from rich.console import Console
 from hpc_absa.comm import SerialCommunicator
 from hpc_absa.curvature import export
 from hpc_absa.curvature.export import save, to_dict
-from hpc_absa.curvature.operator import HessianOperator, Interrupted
-from hpc_absa.curvature.picture import draw
+from hpc_absa.curvature.operator import (
+    HessianOperator,
+    Interrupted,
+    evaluation_mode,
+    trainable_parameters,
+)
+from hpc_absa.curvature.plot import draw
 from hpc_absa.curvature.spectrum import spectrum
-from hpc_absa.curvature.state import observed, trainable
-from hpc_absa.curvature.stochastic import hutch, quadrature, random_vector
+from hpc_absa.curvature.stochastic import hutchpp_trace, random_vector, spectral_density
 from tests.curvature.nets import build, dense
 from tests.curvature.test_eigen import VALUES, operator
 
 
 @pytest.fixture(scope="module")
-def found():
+def computed():
     model, loss, sample = build("conv", dtype=torch.float64)
     result = spectrum(
         model, loss, sample, SerialCommunicator(),
@@ -37,8 +41,8 @@ def found():
     return result, dense(model, loss, sample, 20), model, loss, sample
 
 
-def test_top_values_and_vectors(found):
-    result, hessian, *_ = found
+def test_top_values_and_vectors(computed):
+    result, hessian, *_ = computed
     values, vectors = torch.linalg.eigh(hessian)
     expected = values.flip(0)[:4].numpy()
     assert result.top.converged.all()
@@ -47,15 +51,15 @@ def test_top_values_and_vectors(found):
     np.testing.assert_allclose(cosines, 1, atol=1e-4)
 
 
-def test_trace_within_its_error(found):
-    result, hessian, *_ = found
+def test_trace_is_within_its_error(computed):
+    result, hessian, *_ = computed
     truth = float(hessian.trace())
     assert abs(result.trace.value - truth) <= 3 * result.trace.error + 1e-9
     assert result.trace.error < 0.05 * abs(truth)
 
 
-def test_density_integrates_to_one_and_counts_negative_directions(found):
-    result, hessian, *_ = found
+def test_density_integrates_to_one_and_counts_negative_directions(computed):
+    result, hessian, *_ = computed
     density, values = result.density, torch.linalg.eigvalsh(hessian).numpy()
     assert np.trapezoid(density.density, density.grid) == pytest.approx(1, abs=1e-3)
     truth = float((values < -density.cutoff).mean())
@@ -66,16 +70,18 @@ def test_density_integrates_to_one_and_counts_negative_directions(found):
     assert result.lowest >= values[0] - 1e-9
     _, low, high = density.below(float(values[-1]) / 2)
     assert low - 0.01 <= float((values < values[-1] / 2).mean()) <= high + 0.01
-    bells = np.exp(-0.5 * ((density.grid[:, None] - values) / density.width) ** 2)
-    exact = bells.mean(1) / (density.width * math.sqrt(2 * math.pi))
+    gaussians = np.exp(-0.5 * ((density.grid[:, None] - values) / density.width) ** 2)
+    exact = gaussians.mean(1) / (density.width * math.sqrt(2 * math.pi))
     distance = np.trapezoid(np.abs(exact - density.density), density.grid)
     assert distance < 0.15
 
 
-def test_each_layers_own_block(found):
-    result, hessian, model, *_ = found
+def test_each_layers_diagonal_block(computed):
+    result, hessian, model, *_ = computed
     start = 0
-    for layer, (name, parameter) in zip(result.layers, trainable(model).items(), strict=True):
+    for layer, (name, parameter) in zip(
+        result.layers, trainable_parameters(model).items(), strict=True
+    ):
         stop = start + parameter.numel()
         block = hessian[start:stop, start:stop]
         assert layer.name == name
@@ -90,8 +96,8 @@ def test_each_layers_own_block(found):
     assert sum(layer.converged for layer in result.layers) >= len(result.layers) / 2
 
 
-def test_the_loss_along_the_top_vectors(found):
-    result, _, model, loss, sample = found
+def test_the_loss_along_the_top_vectors(computed):
+    result, _, model, loss, sample = computed
     model.eval()
     inputs, targets = sample.load(0, 20)
     assert result.loss == pytest.approx(loss(model(inputs), targets).item())
@@ -101,8 +107,8 @@ def test_the_loss_along_the_top_vectors(found):
     model.train()
 
 
-def test_goes_to_json_and_hdf5(found, tmp_path):
-    result = found[0]
+def test_json_figure_and_hdf5(computed, tmp_path):
+    result = computed[0]
     plain = json.loads(json.dumps(to_dict(result), allow_nan=False))
     assert plain["top"]["values"] == result.top.values.tolist()
     assert "vectors" not in plain["top"]
@@ -115,35 +121,35 @@ def test_goes_to_json_and_hdf5(found, tmp_path):
         assert file["layers/0000"].attrs["name"] == result.layers[0].name
 
 
-def test_the_tables_say_what_was_found(found):
-    result = found[0]
+def test_tables(computed):
+    result = computed[0]
     console = Console(width=160, record=True, file=io.StringIO())
     console.print(export.heading(result), *export.tables(result))
-    told = console.export_text()
+    text = console.export_text()
     density = result.density
     for value in (*result.top.values, *(line.losses[-1] for line in result.slices)):
-        assert f"{value:.4g}"[:4] in told
+        assert f"{value:.4g}"[:4] in text
     low, high = (
         round(share * result.parameters) for share in (density.negative_low, density.negative_high)
     )
-    assert f"between {max(low, density.negative_least)} and {high};" in told
-    assert all(layer.name in told for layer in result.layers)
-    for share in density.below(export.SHARES[0] * result.top.values[0]):
-        assert f"{100 * share:.2f} %" in told
+    assert f"between {max(low, density.negative_least)} and {high};" in text
+    assert all(layer.name in text for layer in result.layers)
+    for share in density.below(export.DENSITY_LIMITS[0] * result.top.values[0]):
+        assert f"{100 * share:.2f} %" in text
 
 
 def test_trace_is_exact_where_the_sketch_spans_the_range():
     matvec, matrix, start = operator([7.0, -3.0, 2.0] + [0.0] * 30)
-    trace = hutch(matvec, start, matvecs=15)
+    trace = hutchpp_trace(matvec, start, matvecs=15)
     assert trace.value == pytest.approx(float(matrix.trace()))
 
 
 @settings(max_examples=40)
 @given(st.lists(VALUES, min_size=2, max_size=30), st.integers(0, 99), st.floats(-60, 60))
-def test_bounds_hold_for_each_probe_whatever_the_spectrum(values, seed, limit):
-    """Few steps, so that nodes stand for many eigenvalues; the truth is the probe's own measure."""
+def test_bounds_of_the_share_hold_for_any_spectrum(values, seed, limit):
+    """Few steps, so that nodes stand for many eigenvalues; exact is the probe's measure."""
     matvec, matrix, start = operator(values, seed)
-    density = quadrature(matvec, start, steps=4, probes=1, seed=seed)
+    density = spectral_density(matvec, start, steps=4, probes=1, seed=seed)
     exact, vectors = torch.linalg.eigh(matrix)
     assume(bool((exact - limit).abs().min() > 1e-6))
     probe = random_vector(start, seed)
@@ -154,7 +160,7 @@ def test_bounds_hold_for_each_probe_whatever_the_spectrum(values, seed, limit):
 
 
 def test_density_of_a_zero_operator():
-    density = quadrature(torch.zeros_like, torch.zeros(9), steps=5, probes=2)
+    density = spectral_density(torch.zeros_like, torch.zeros(9), steps=5, probes=2)
     assert np.trapezoid(density.density, density.grid) == pytest.approx(1, abs=1e-3)
     assert density.negative == 0
 
@@ -163,15 +169,15 @@ def test_density_of_a_zero_operator():
 def test_gauss_newton(kind):
     """`Jᵀ H_f J` from the dense Jacobian and the softmax's own Hessian."""
     model, loss, sample = build(kind, dtype=torch.float64)
-    with observed(model):
+    with evaluation_mode(model):
         op = HessianOperator(
             model, loss, sample, SerialCommunicator(),
             samples=20, microbatch=6, matrix="gauss-newton",
         )  # fmt: skip
         generator = torch.Generator().manual_seed(1)
         vector = torch.randn(op.size, generator=generator, dtype=torch.float64)
-        product, _ = op.matvec(vector)
-        names = trainable(model)
+        product = op.matvec(vector)
+        names = trainable_parameters(model)
         inputs, _ = sample.load(0, 20)
         shaped = [v.view_as(p) for v, p in zip(
             vector.split([p.numel() for p in names.values()]), names.values(), strict=True

@@ -8,13 +8,13 @@ from hpc_absa.data.augment import augment, normalise
 from hpc_absa.data.order import uniform
 
 
-def pictures(b, c=3, h=8, w=8, seed=0):
+def random_images(b, c=3, h=8, w=8, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(1, 256, (b, c, h, w), dtype=torch.uint8, generator=generator)
 
 
 def reference(image, seed, epoch, sample, padding, flip):
-    """One image the slow and plain way."""
+    """One image, by a slow and simple implementation."""
     row, column, mirror = (
         float(uniform(seed, epoch, np.array([sample]), stream)[0]) for stream in range(3)
     )
@@ -37,7 +37,7 @@ def reference(image, seed, epoch, sample, padding, flip):
 )
 def test_a_batch_is_augmented_as_each_image_alone(seed, visits, padding, flip, shape):
     epochs, samples = np.array(visits, dtype=np.int64).T
-    images = pictures(len(visits), *shape)
+    images = random_images(len(visits), *shape)
     before = images.clone()
     result = augment(images, seed, epochs, samples, padding, flip)
     for i, (epoch, sample) in enumerate(visits):
@@ -48,7 +48,7 @@ def test_a_batch_is_augmented_as_each_image_alone(seed, visits, padding, flip, s
 
 def test_every_offset_occurs_and_half_of_the_images_are_mirrored():
     b, padding = 2000, 2
-    # One bright pixel in the middle tells where the image went.
+    # One bright pixel in the middle shows the offset.
     images = torch.zeros(b, 1, 7, 7, dtype=torch.uint8)
     images[:, 0, 3, 3] = 255
     epochs, samples = np.zeros(b, np.int64), np.arange(b)
@@ -61,26 +61,26 @@ def test_every_offset_occurs_and_half_of_the_images_are_mirrored():
     assert 0.45 < mirrored.float().mean() < 0.55
 
 
-def test_what_is_cropped_in_is_black():
+def test_padding_is_black():
     white = torch.full((200, 3, 4, 4), 255, dtype=torch.uint8)
     result = augment(white, 0, np.zeros(200, np.int64), np.arange(200), 4, flip=False)
     assert set(result.unique().tolist()) == {0, 255}
 
 
-def test_epochs_differ():
-    images = pictures(64)
+def test_augmentation_differs_between_epochs():
+    images = random_images(64)
     samples = np.arange(64)
     one, two = (augment(images, 0, np.full(64, e), samples, 2, True) for e in (0, 1))
     assert not torch.equal(one, two)
 
 
-def test_without_crop_and_flip_images_stay():
-    images = pictures(4)
+def test_without_crop_and_flip_images_are_returned():
+    images = random_images(4)
     assert augment(images, 0, np.zeros(4, np.int64), np.arange(4), 0, False) is images
 
 
-def test_normalise_is_the_formula():
-    images = pictures(5)
+def test_normalise():
+    images = random_images(5)
     mean, std = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([0.5, 0.25, 1.0])
     result = normalise(images, mean, std)
     expected = (images.double() / 255 - mean.view(1, 3, 1, 1)) / std.view(1, 3, 1, 1)
@@ -88,8 +88,8 @@ def test_normalise_is_the_formula():
     torch.testing.assert_close(result.double(), expected, rtol=1e-6, atol=1e-6)
 
 
-def test_a_pixel_is_normalised_alike_wherever_it_stands():
-    images = pictures(13, h=5, w=3)
+def test_normalisation_does_not_depend_on_the_place_in_the_batch():
+    images = random_images(13, h=5, w=3)
     mean, std = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([0.3, 0.7, 0.9])
     together = normalise(images, mean, std)
     for i in range(13):
@@ -98,7 +98,7 @@ def test_a_pixel_is_normalised_alike_wherever_it_stands():
 
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_memory_layout(channels_last):
-    images = pictures(5)
+    images = random_images(5)
     mean, std = torch.zeros(3), torch.ones(3)
     result = normalise(images, mean, std, channels_last)
     assert result.is_contiguous(memory_format=torch.channels_last) is channels_last

@@ -1,4 +1,4 @@
-"""The examples of docs/data.md run as they stand."""
+"""The examples of docs/data.md run unchanged."""
 
 import re
 from pathlib import Path
@@ -6,14 +6,14 @@ from pathlib import Path
 import torch
 
 from hpc_absa.data.prepare import pack
-from hpc_absa.data.sources import SOURCES
+from hpc_absa.data.registry import DATASETS
 from hpc_absa.models import build
-from hpc_absa.models.registry import _builders
+from hpc_absa.models.registry import builtin_models
 
 PAGE = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
 
 
-def test_own_data_set_and_own_model(tmp_path, monkeypatch):
+def test_user_defined_data_set_and_model(tmp_path, monkeypatch):
     for name, text in re.findall(r"```python\n# (\w+)\.py\n(.*?)```", PAGE, re.DOTALL):
         (tmp_path / f"{name}.py").write_text(text)
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -25,6 +25,6 @@ def test_own_data_set_and_own_model(tmp_path, monkeypatch):
 
 def test_every_built_in_name_is_on_the_page():
     named = set(re.findall(r"`([\w-]+)`", PAGE))
-    assert set(SOURCES) <= named
+    assert set(DATASETS) <= named
     depths = {f"resnet{depth}" for depth in re.findall(r"`-(\d+)`", PAGE)}
-    assert set(_builders()) <= named | depths
+    assert set(builtin_models()) <= named | depths

@@ -11,7 +11,7 @@ epochs = st.integers(0, 2**32)
 
 
 @given(seed=seeds, epoch=epochs, samples=st.integers(1, 500))
-def test_an_epoch_visits_every_sample_once(seed, epoch, samples):
+def test_an_epoch_has_every_sample_once(seed, epoch, samples):
     assert sorted(permutation(seed, epoch, samples)) == list(range(samples))
 
 
@@ -24,7 +24,7 @@ def test_any_split_in_ranks_covers_the_epoch(samples, microbatch, ranks):
     assert sorted(visited) == list(range(samples))
 
 
-def test_the_function_stays_what_it_is():
+def test_orders_and_numbers_never_change():
     # Checkpoints name a position in these orders: a change here would repeat and lose samples.
     assert permutation(0, 0, 10).tolist() == [1, 2, 0, 4, 5, 7, 6, 8, 9, 3]
     assert permutation(7, 3, 10).tolist() == [6, 4, 0, 1, 2, 3, 8, 5, 7, 9]
@@ -36,10 +36,10 @@ def test_the_function_stays_what_it_is():
 def test_the_hash_is_the_published_one_in_plain_integers(seed, epoch, sample, stream):
     mask, weyl = 2**64 - 1, 0x9E3779B97F4A7C15
 
-    def mix(word):
-        word = (word ^ (word >> 30)) * 0xBF58476D1CE4E5B9 & mask
-        word = (word ^ (word >> 27)) * 0x94D049BB133111EB & mask
-        return word ^ (word >> 31)
+    def mix(z):
+        z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 & mask
+        z = (z ^ (z >> 27)) * 0x94D049BB133111EB & mask
+        return z ^ (z >> 31)
 
     key = mix(mix((seed + weyl) & mask) ^ stream)
     start = mix(key ^ mix((epoch + 1) * weyl & mask))
@@ -47,7 +47,7 @@ def test_the_hash_is_the_published_one_in_plain_integers(seed, epoch, sample, st
     assert uniform(seed, epoch, np.array([sample]), stream)[0] == (bits >> 11) / 2**53
 
 
-def test_epochs_seeds_and_sizes_have_orders_of_their_own():
+def test_orders_of_seeds_and_epochs_are_unrelated():
     orders = [permutation(seed, epoch, 1000) for seed in range(4) for epoch in range(4)]
     for i, one in enumerate(orders):
         for other in orders[:i]:
@@ -56,7 +56,7 @@ def test_epochs_seeds_and_sizes_have_orders_of_their_own():
             assert abs(np.corrcoef(one, other)[0, 1]) < 0.15
 
 
-def test_every_sample_comes_anywhere_in_an_epoch():
+def test_every_sample_has_any_position_in_an_epoch():
     places = np.array([np.argsort(permutation(0, epoch, 20)) for epoch in range(4000)])
     for sample in range(20):
         assert stats.chisquare(np.bincount(places[:, sample], minlength=20)).pvalue > 1e-4
@@ -91,7 +91,7 @@ def test_exchanging_seed_epoch_and_stream_changes_the_numbers():
     visits=st.lists(st.tuples(st.integers(0, 9), st.integers(0, 99)), min_size=1, max_size=30),
     stream=st.integers(0, 5),
 )
-def test_a_samples_number_does_not_depend_on_its_company(visits, stream):
+def test_a_samples_number_does_not_depend_on_other_samples(visits, stream):
     epochs, samples = np.array(visits).T
     together = uniform(0, epochs, samples, stream)
     alone = [uniform(0, int(e), np.array([s]), stream)[0] for e, s in visits]

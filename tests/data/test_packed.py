@@ -10,14 +10,14 @@ import h5py
 import numpy as np
 import pytest
 
-from hpc_absa.data.content import Samples, Source
 from hpc_absa.data.packed import check_content, open_packed
 from hpc_absa.data.packing import write_packed
 from hpc_absa.data.prepare import describe, pack, packed_beside, prepare
+from hpc_absa.data.sources import Samples, Source
 from hpc_absa.errors import HpcAbsaError, UsageError
 
 
-def pictures(train=50, test=20, shape=(3, 8, 8), classes=5, seed=0):
+def random_source(train=50, test=20, shape=(3, 8, 8), classes=5, seed=0):
     random = np.random.default_rng(seed)
     return Source.from_arrays(
         random.integers(0, 256, (train, *shape), dtype=np.uint8),
@@ -38,11 +38,11 @@ def one_line(error):
 
 @pytest.fixture
 def packed(tmp_path):
-    return write_packed(tmp_path / "set.h5", pictures(), "some", {"image_size": 8})
+    return write_packed(tmp_path / "set.h5", random_source(), "some", {"image_size": 8})
 
 
 def test_round_trip(packed):
-    source = pictures()
+    source = random_source()
     for split, samples in ((packed.train, source.train), (packed.test, source.test)):
         assert np.array_equal(split.images, arrays(samples))
         assert np.array_equal(split.labels, samples.labels)
@@ -70,27 +70,27 @@ def test_any_hdf5_tool_reads_it(packed):
         assert file["train/images"].chunks is None
 
 
-def test_arrays_are_the_file_itself_and_not_a_copy(packed):
+def test_arrays_are_mapped_and_not_copied(packed):
     with open(packed.path, "r+b") as file, h5py.File(packed.path) as hdf5:
         file.seek(hdf5["train/images"].id.get_offset())
         file.write(bytes([packed.train.images[0, 0, 0, 0] ^ 255]))
         file.flush()
-    assert packed.train.images[0, 0, 0, 0] ^ 255 == arrays(pictures().train)[0, 0, 0, 0]
+    assert packed.train.images[0, 0, 0, 0] ^ 255 == arrays(random_source().train)[0, 0, 0, 0]
     with pytest.raises(HpcAbsaError, match="content and digest differ"):
         check_content(packed)
 
 
-def test_the_digest_is_of_the_content_alone(tmp_path, packed):
-    again = write_packed(tmp_path / "again.h5", pictures(), "other name")
+def test_the_digest_depends_on_the_content_only(tmp_path, packed):
+    again = write_packed(tmp_path / "again.h5", random_source(), "other name")
     assert again.digest == packed.digest
-    assert write_packed(tmp_path / "b.h5", pictures(seed=1), "some").digest != packed.digest
-    source = pictures()
+    assert write_packed(tmp_path / "b.h5", random_source(seed=1), "some").digest != packed.digest
+    source = random_source()
     renamed = Source(source.train, source.test, tuple("abcde"))
     assert write_packed(tmp_path / "c.h5", renamed, "some").digest != packed.digest
 
 
 def test_blocks_of_any_size_make_the_same_file(tmp_path, packed):
-    source = pictures()
+    source = random_source()
     images = arrays(source.train)
 
     def blocks():
@@ -105,7 +105,7 @@ def test_blocks_of_any_size_make_the_same_file(tmp_path, packed):
     assert again.path.read_bytes() == packed.path.read_bytes()
 
 
-def test_feature_vectors_are_stored_as_they_are(tmp_path):
+def test_feature_vectors_are_stored_unchanged(tmp_path):
     features = np.random.default_rng(0).normal(size=(30, 7))
     source = Source.from_arrays(features, np.arange(30) % 3, features[:6], np.arange(6) % 3)
     packed = write_packed(tmp_path / "set.h5", source, "mine")
@@ -132,7 +132,7 @@ def test_a_constant_channel_does_not_divide_by_zero(tmp_path):
 def test_many_classes(tmp_path):
     # More than the 64 KiB that HDF5 allows an attribute.
     names = tuple(f"n{i:08d} some long name of a class" for i in range(20_000))
-    source = pictures()
+    source = random_source()
     packed = write_packed(tmp_path / "a.h5", Source(source.train, source.test, names), "big")
     assert packed.classes == names
     check_content(packed)
@@ -153,7 +153,7 @@ def test_not_hdf5(tmp_path):
         open_packed(tmp_path / "set.h5")
 
 
-def test_not_ours(tmp_path):
+def test_another_hdf5_file(tmp_path):
     with h5py.File(tmp_path / "set.h5", "w") as file:
         file["x"] = 1
     with pytest.raises(UsageError, match="but not a data set packed by"):
@@ -170,12 +170,14 @@ def test_truncated(packed, kept):
 
 
 @pytest.mark.timeout(60)
-def test_a_flipped_bit_is_noticed_or_without_effect(tmp_path):
-    # Strings of variable length made HDF5 read in circles for ever after some of these flips.
-    packed = write_packed(tmp_path / "set.h5", pictures(4, 3, (1, 2, 2), 3), "some", {"a": "b"})
+def test_a_flipped_bit_is_detected_or_has_no_effect(tmp_path):
+    # With strings of variable length HDF5 did not return after some of these flips.
+    packed = write_packed(
+        tmp_path / "set.h5", random_source(4, 3, (1, 2, 2), 3), "some", {"a": "b"}
+    )
     good = packed.path.read_bytes()
     random = np.random.default_rng(0)
-    noticed = 0
+    detected = 0
     for place in random.choice(len(good), 400):
         damaged = bytearray(good)
         damaged[place] ^= 1 << int(random.integers(8))
@@ -185,11 +187,11 @@ def test_a_flipped_bit_is_noticed_or_without_effect(tmp_path):
             opened = open_packed(path)
             check_content(opened)
         except HpcAbsaError:
-            noticed += 1
+            detected += 1
         else:
             assert np.array_equal(opened.train.images, packed.train.images)
             assert (opened.name, opened.arguments) == ("some", {"a": "b"})
-    assert noticed > 200
+    assert detected > 200
 
 
 def test_newer_version(packed):
@@ -235,26 +237,26 @@ def test_mean_of_another_number_of_channels(packed):
 
 
 def test_a_failing_source_leaves_nothing_behind(tmp_path):
-    source = pictures()
+    source = random_source()
 
     def blocks():
         yield arrays(source.train)[:10]
         raise KeyboardInterrupt
 
     train = Samples(source.train.labels, source.train.shape, source.train.dtype, blocks)
-    (tmp_path / "set.h5").write_text("the one before")
+    (tmp_path / "set.h5").write_text("former")
     with pytest.raises(KeyboardInterrupt):
         write_packed(tmp_path / "set.h5", Source(train, source.test, source.classes), "some")
     assert [entry.name for entry in tmp_path.iterdir()] == ["set.h5"]
-    assert (tmp_path / "set.h5").read_text() == "the one before"
+    assert (tmp_path / "set.h5").read_text() == "former"
 
 
-@pytest.mark.parametrize(("count", "said"), [(49, "49"), (51, "more")])
-def test_a_source_with_another_number_of_images(tmp_path, count, said):
-    source = pictures()
-    images = arrays(pictures(train=count).train)
+@pytest.mark.parametrize(("count", "counted"), [(49, "49"), (51, "more")])
+def test_a_source_with_another_number_of_images(tmp_path, count, counted):
+    source = random_source()
+    images = arrays(random_source(train=count).train)
     train = Samples(source.train.labels, images.shape[1:], images.dtype, lambda: iter([images]))
-    with pytest.raises(UsageError, match=f"the train set has 50 labels but {said} images"):
+    with pytest.raises(UsageError, match=f"the train set has 50 labels but {counted} images"):
         write_packed(tmp_path / "set.h5", Source(train, source.test, source.classes), "some")
     assert not list(tmp_path.iterdir())
 
@@ -263,8 +265,8 @@ FULL_DISK = """
 import resource, signal, sys
 from pathlib import Path
 import numpy as np
-from hpc_absa.data.content import Source
 from hpc_absa.data.packing import write_packed
+from hpc_absa.data.sources import Source
 from hpc_absa.errors import HpcAbsaError
 
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -281,7 +283,7 @@ except HpcAbsaError as error:
 
 @pytest.mark.parametrize("limit", [0, 1000, 500_000, 1_500_000])
 def test_a_write_that_fails_is_an_error_and_leaves_nothing_behind(tmp_path, limit):
-    # The kernel refuses writes past a size as it does on a full disk, at a byte of our choice.
+    # The kernel refuses writes past a chosen size, as it does on a full disk.
     command = [sys.executable, "-c", FULL_DISK, str(tmp_path / "set.h5"), str(limit)]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert ended.returncode == 7, ended.stderr
@@ -292,7 +294,7 @@ def test_a_write_that_fails_is_an_error_and_leaves_nothing_behind(tmp_path, limi
 def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(HpcAbsaError, match="cannot be written"):
-        write_packed(tmp_path / "file" / "set.h5", pictures(), "some")
+        write_packed(tmp_path / "file" / "set.h5", random_source(), "some")
 
 
 # --- sources from arrays ----------------------------------------------------------------------
@@ -309,8 +311,8 @@ LABELS = np.array([0, 1, 0, 1])
         ((IMAGES, LABELS[:3], IMAGES, LABELS), r"train labels are int64 \[3\], expected integers"),
         ((IMAGES, LABELS, IMAGES, LABELS * 1.0), "test labels are float64"),
         ((IMAGES, LABELS, IMAGES[:0], LABELS[:0]), "the test set is empty"),
-        ((IMAGES, LABELS, IMAGES, LABELS, ["a"]), "train labels go from 0 to 1, expected 0 to 0"),
-        ((IMAGES, LABELS - 1, IMAGES, LABELS), "train labels go from -1 to 0"),
+        ((IMAGES, LABELS, IMAGES, LABELS, ["a"]), "train labels are from 0 to 1, expected 0 to 0"),
+        ((IMAGES, LABELS - 1, IMAGES, LABELS), "train labels are from -1 to 0"),
         ((IMAGES, LABELS, IMAGES[..., :1], LABELS), "expected the same"),
         ((IMAGES, LABELS, IMAGES, LABELS, None, [1, 2]), "one number for each of 1 channels"),
     ],
@@ -346,14 +348,14 @@ def test_describe_goes_into_json(packed):
     assert described["bytes"] == packed.path.stat().st_size
 
 
-def test_a_copy_elsewhere_is_as_good(packed, tmp_path):
+def test_a_copied_file_can_be_opened(packed, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     copy = shutil.copy(packed.path, tmp_path / "elsewhere")
     check_content(open_packed(Path(copy)))
 
 
 @pytest.mark.parametrize("foreign", ["text", "hdf5"])
-def test_a_file_that_is_not_ours_is_not_replaced(tmp_path, foreign):
+def test_another_file_is_not_replaced(tmp_path, foreign):
     path = tmp_path / "cats.h5"
     if foreign == "text":
         path.write_text("my notes")
@@ -366,13 +368,13 @@ def test_a_file_that_is_not_ours_is_not_replaced(tmp_path, foreign):
     assert path.read_bytes() == before
 
 
-def test_a_packed_file_of_ours_is_replaced(tmp_path):
+def test_a_packed_file_is_replaced(tmp_path):
     path = tmp_path / "digits.h5"
     first = pack("digits", None, {}, path)
     assert pack("digits", None, {}, path).digest == first.digest
 
 
-def test_the_packed_file_of_the_present_folder_has_its_name(tmp_path, monkeypatch):
+def test_the_packed_file_is_named_after_the_folder(tmp_path, monkeypatch):
     (tmp_path / "cats").mkdir()
     monkeypatch.chdir(tmp_path / "cats")
     for root in (Path("."), Path("../cats"), Path("../cats/")):

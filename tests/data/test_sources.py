@@ -5,26 +5,25 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hpc_absa.data.content import Source
-from hpc_absa.data.folders import decode
+from hpc_absa.data.builtin import decode
 from hpc_absa.data.packed import check_content
 from hpc_absa.data.prepare import pack
-from hpc_absa.data.sources import load
+from hpc_absa.data.sources import Source, load
 from hpc_absa.errors import HpcAbsaError, UsageError
 
 
-def picture(value, size=(6, 6), mode="RGB"):
+def image(value, size=(6, 6), mode="RGB"):
     return Image.new(mode, size, value)
 
 
 def image_tree(root, test="test", classes=("cat", "dog", "emu"), size=(6, 6)):
-    """Two training pictures and one test picture a class; a picture's red tells which it is."""
+    """Two training images and one test image a class, identified by their red value."""
     for part, count in (("train", 2), (test, 1)):
         for label, name in enumerate(classes):
             folder = root / part / name
             folder.mkdir(parents=True)
             for i in range(count):
-                picture((10 * label + i, 100, 200), size).save(folder / f"{i}.png")
+                image((10 * label + i, 100, 200), size).save(folder / f"{i}.png")
     return root
 
 
@@ -50,7 +49,7 @@ def test_digits_have_a_fixed_stratified_split(tmp_path):
     together = np.concatenate([digits.train.images, digits.test.images])[:, 0]
     original = np.rint(load_digits().images * 255 / 16).astype(np.uint8)
     assert sorted(map(bytes, together)) == sorted(map(bytes, original))
-    # Pinned, because accuracies are compared between versions of this package.
+    # Fixed, because accuracies are compared between versions of this package.
     assert digits.digest == DIGITS_DIGEST
 
 
@@ -62,7 +61,7 @@ DIGITS_DIGEST = "3fe6de2416fb6e73972102f5c79ea0e0b89041d3f5ac53306e256fde69ab6c2
 
 @pytest.mark.parametrize("test", ["test", "val"])
 @pytest.mark.parametrize("name", ["imagefolder", "cifar10", "cifar100"])
-def test_folders_of_pictures(tmp_path, name, test):
+def test_folders_of_images(tmp_path, name, test):
     packed = pack(name, image_tree(tmp_path / "raw", test), {}, tmp_path / "set.h5")
     assert packed.classes == ("cat", "dog", "emu")
     assert packed.train.labels.tolist() == [0, 0, 1, 1, 2, 2]
@@ -73,7 +72,7 @@ def test_folders_of_pictures(tmp_path, name, test):
 
 
 def test_many_blocks_keep_the_order(tmp_path, monkeypatch):
-    monkeypatch.setattr("hpc_absa.data.folders._BLOCK_PIXELS", 4 * 36)
+    monkeypatch.setattr("hpc_absa.data.builtin._BLOCK_PIXELS", 4 * 36)
     root = image_tree(tmp_path / "raw", classes=[f"c{i:02d}" for i in range(9)])
     seen = []
     monkeypatch.setattr("hpc_absa.data.prepare.progress_bar", lambda title: progress(seen))
@@ -100,7 +99,7 @@ def test_the_progress_bar_goes_to_standard_error(tmp_path, capsys):
     assert "9/9" in printed.err
 
 
-def test_larger_pictures_are_cropped_around_the_centre_and_resized(tmp_path):
+def test_larger_images_are_cropped_around_the_centre_and_resized(tmp_path):
     wide = Image.new("RGB", (60, 20), (255, 0, 0))
     wide.paste((0, 0, 255), (20, 0, 40, 20))
     wide.save(tmp_path / "wide.png")
@@ -115,7 +114,7 @@ def test_larger_pictures_are_cropped_around_the_centre_and_resized(tmp_path):
 
 @pytest.mark.parametrize(("mode", "value"), [("L", 7), ("RGBA", (7, 7, 7, 255)), ("1", 1)])
 def test_other_colour_modes_become_rgb(tmp_path, mode, value):
-    picture(value, mode=mode).save(tmp_path / "a.png")
+    image(value, mode=mode).save(tmp_path / "a.png")
     assert decode(tmp_path / "a.png", None).shape == (3, 6, 6)
 
 
@@ -141,7 +140,7 @@ def test_a_part_is_missing(tmp_path, part):
 def test_empty_class_folder(tmp_path):
     (image_tree(tmp_path) / "train" / "fox").mkdir()
     (tmp_path / "train" / "fox" / "notes.txt").write_text("")
-    with pytest.raises(UsageError, match=r"no pictures of class fox in .*/train; ") as error:
+    with pytest.raises(UsageError, match=r"no images of class fox in .*/train; ") as error:
         load("imagefolder", tmp_path, {})
     assert one_line(error)
 
@@ -160,29 +159,29 @@ def test_classes_differ(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["truncated", "text"])
-def test_an_unreadable_picture_is_named_and_nothing_is_left(tmp_path, damage):
+def test_an_unreadable_image_is_named_and_nothing_is_left(tmp_path, damage):
     root = image_tree(tmp_path / "raw")
     noise = np.random.default_rng(0).integers(0, 256, (6, 6, 3), dtype=np.uint8)
     bad = root / "train" / "dog" / "1.jpg"
     Image.fromarray(noise).save(bad)
     content = bad.read_bytes()
-    bad.write_bytes(content[:-80] if damage == "truncated" else b"not a picture")
-    with pytest.raises(HpcAbsaError, match=r"train/dog/1.jpg: unreadable picture") as error:
+    bad.write_bytes(content[:-80] if damage == "truncated" else b"not an image")
+    with pytest.raises(HpcAbsaError, match=r"train/dog/1.jpg: unreadable image") as error:
         pack("imagefolder", root, {}, tmp_path / "set.h5")
     assert one_line(error)
     assert [entry.name for entry in tmp_path.iterdir()] == ["raw"]
 
 
-def test_pictures_of_different_sizes(tmp_path):
+def test_images_of_different_sizes(tmp_path):
     root = image_tree(tmp_path / "raw")
-    picture((1, 2, 3), (8, 6)).save(root / "train" / "dog" / "1.png")
+    image((1, 2, 3), (8, 6)).save(root / "train" / "dog" / "1.png")
     with pytest.raises(UsageError, match=r"dog/1.png: 8 × 6 pixels, others 6 × 6; set data.im"):
         pack("imagefolder", root, {}, tmp_path / "set.h5")
     assert pack("imagefolder", root, {"image_size": 6}, tmp_path / "set.h5").shape == (3, 6, 6)
 
 
 @pytest.mark.parametrize("size", [0, -1, 2.5, "big"])
-def test_image_size_that_is_none(tmp_path, size):
+def test_wrong_image_size(tmp_path, size):
     with pytest.raises(UsageError, match=r"data.image_size: .*, expected pixels"):
         load("imagefolder", image_tree(tmp_path), {"image_size": size})
 
@@ -191,7 +190,7 @@ def test_image_size_that_is_none(tmp_path, size):
 
 
 def cifar_release(root, monkeypatch, kind="CIFAR10"):
-    """A tiny release in torchvision's original layout, whose checksums count as the right ones."""
+    """A tiny release in torchvision's original layout, with matching checksums."""
     from hpc_absa.torchvision_import import torchvision
 
     dataset = getattr(torchvision().datasets, kind)
@@ -270,10 +269,10 @@ def test_tiny_imagenet_as_published(tmp_path, nested):
     for label, wnid in enumerate(["n01", "n02"]):
         folder = base / "train" / wnid / "images"
         folder.mkdir(parents=True)
-        picture((label, 0, 0), (64, 64)).save(folder / f"{wnid}_0.png")
+        image((label, 0, 0), (64, 64)).save(folder / f"{wnid}_0.png")
     (base / "val" / "images").mkdir(parents=True)
     for name, red in (("val_0.png", 11), ("val_1.png", 10)):
-        picture((red, 0, 0), (64, 64)).save(base / "val" / "images" / name)
+        image((red, 0, 0), (64, 64)).save(base / "val" / "images" / name)
     (base / "val" / "val_annotations.txt").write_text(
         "val_0.png\tn02\t0\t0\t62\t62\nval_1.png\tn01\t0\t0\t62\t62\n"
     )
@@ -283,7 +282,7 @@ def test_tiny_imagenet_as_published(tmp_path, nested):
     assert reds(packed.train) == [0, 1]
 
 
-# --- the user's own ---------------------------------------------------------------------------
+# --- user-defined -----------------------------------------------------------------------------
 
 OWN = """
 import numpy as np
@@ -313,13 +312,13 @@ def own(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_own_data_set(own):
+def test_user_defined_data_set(own):
     packed = pack("own_data:waves", own, {"count": 6}, own / "set.h5")
     assert packed.classes == ("go up", "go down")
     assert (len(packed.train), packed.channels, packed.is_image) == (6, 3, False)
 
 
-def test_root_is_given_only_where_it_is_taken(own):
+def test_root_is_passed_only_if_the_function_takes_it(own):
     assert isinstance(load("own_data:plain", own, {}), Source)
 
 

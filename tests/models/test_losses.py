@@ -3,7 +3,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from hpc_absa.errors import UsageError
-from hpc_absa.models.losses import build_loss
+from hpc_absa.models import build_loss
 
 OUTPUTS = torch.tensor([[1.0, 2.0, 0.5], [0.0, -1.0, 3.0]])
 TARGETS = torch.tensor([1, 0])
@@ -24,7 +24,7 @@ def test_label_smoothing():
     torch.testing.assert_close(loss(OUTPUTS, TARGETS), expected)
 
 
-def test_own_function_and_class(tmp_path, monkeypatch):
+def test_user_defined_function_and_class(tmp_path, monkeypatch):
     text = "def scaled(outputs, targets, factor=1.0):\n    return factor * outputs.mean()\n"
     (tmp_path / "own_loss.py").write_text(text)
     monkeypatch.syspath_prepend(str(tmp_path))

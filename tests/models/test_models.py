@@ -46,7 +46,7 @@ def test_shapes_and_gradients(name, channels, size, classes):
         ("resnet18-cifar", {}, 11.17e6),
     ],
 )
-def test_as_many_weights_as_published(name, arguments, expected):
+def test_number_of_weights_is_the_published_one(name, arguments, expected):
     with torch.device("meta"):
         model = build(name, arguments, 3, 32, 10)
     digits = (
@@ -55,7 +55,7 @@ def test_as_many_weights_as_published(name, arguments, expected):
     assert float(f"{weights(model):.{digits - 1}e}") == pytest.approx(expected)
 
 
-def test_squeezenext_has_the_weights_of_its_paper():
+def test_squeezenext_has_as_many_weights_as_in_its_paper():
     # 1.0-SqNxt-23 has 0.72 million for 1000 classes (table 2), with a 7 × 7 stem in place of 3 × 3.
     model = build("squeezenext", {}, 3, 32, 1000)
     assert weights(model) + 3 * 64 * (49 - 9) == pytest.approx(0.72e6, rel=0.01)
@@ -68,7 +68,7 @@ def test_c1_has_the_layers_of_the_authors():
     assert weights(model) == convolutions + linear
 
 
-def test_resnet_shortcuts_have_no_weights_and_keep_the_picture():
+def test_resnet_shortcuts_have_no_weights_and_keep_the_image():
     from hpc_absa.models.resnet import PaddedShortcut
 
     x = torch.randn(2, 3, 5, 5)
@@ -144,7 +144,7 @@ def test_importing_the_models_imports_no_torchvision():
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
-# --- the user's own, and misuse ---------------------------------------------------------------
+# --- user-defined, and misuse ---- ---------------------------------------------------------------
 
 OWN = """
 from torch import nn
@@ -163,7 +163,7 @@ def own(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
 
 
-def test_own_model(own):
+def test_user_defined_model(own):
     model = build("own_model:perceptron", {"hidden": 5}, 4, 1, 3)
     assert model[0].weight.shape == (5, 4)
     assert model(torch.randn(2, 4)).shape == (2, 3)
@@ -200,5 +200,5 @@ def test_misuse(own, name, arguments, message):
 
 
 def test_torchvision_takes_three_channels():
-    with pytest.raises(UsageError, match=r"resnet18 takes pictures with 3 channels, .* has 1"):
+    with pytest.raises(UsageError, match=r"resnet18 takes images with 3 channels, .* has 1"):
         build("resnet18", {}, 1, 32, 10)

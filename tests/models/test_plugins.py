@@ -33,18 +33,18 @@ def folder(tmp_path, monkeypatch):
         del sys.modules[name]
 
 
-def test_modules_of_the_present_folder_are_found():
+def test_modules_of_the_current_folder_are_imported():
     assert resolve("plug_good:plain", "model.name")(1) == (1, 2, 3)
     assert resolve("plug_good:Box.inner", "model.name")(7) == 7
 
 
-def test_the_present_folder_hides_nothing(folder):
+def test_the_current_folder_hides_no_other_module(folder):
     (folder / "json.py").write_text("raise RuntimeError")
     assert resolve("json:loads", "model.name")("1") == 1
     assert sys.path[-1] == str(folder)
 
 
-def test_what_is_a_reference():
+def test_is_reference():
     assert is_reference("a.b:c")
     assert not is_reference("resnet20")
 
@@ -65,22 +65,22 @@ def test_what_is_a_reference():
         ("plug_needs:f", '"plug_needs" needs a missing module: .*not_installed_at_all'),
     ],
 )
-def test_what_cannot_be_resolved(reference, message):
+def test_references_that_cannot_be_resolved(reference, message):
     with pytest.raises(UsageError, match=message) as error:
         resolve(reference, "m.name")
     assert "\n" not in str(error.value)
 
 
-def test_call_gives_what_is_known_where_it_is_taken():
+def test_call_passes_offered_arguments_that_the_function_takes():
     plain = resolve("plug_good:plain", "m.name")
     assert call(plain, "m", {"c": 9}, {"a": 1, "unused": 0}) == (1, 2, 9)
-    # The job's own word goes before ours.
+    # The job's arguments have precedence.
     assert call(plain, "m", {"a": 5}, {"a": 1}) == (5, 2, 3)
     anything = resolve("plug_good:anything", "m.name")
     assert call(anything, "m", {"x": 1}, {"a": 0, "y": 2}) == (0, {"x": 1, "y": 2})
 
 
-def test_call_says_which_arguments_there_are():
+def test_call_lists_the_valid_arguments():
     plain = resolve("plug_good:plain", "m.name")
     with pytest.raises(UsageError, match=r"m.d: plain has no such argument; valid ones: b, c"):
         call(plain, "m", {"d": 1}, {"a": 1})

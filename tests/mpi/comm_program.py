@@ -1,4 +1,4 @@
-"""Every method of the communicator on every rank; exits 0 where all answers are right."""
+"""Every method of the communicator on every rank; exits 0 if all results are right."""
 
 import sys
 
@@ -17,7 +17,7 @@ for dtype in (torch.float32, torch.float64, torch.int64):
     assert comm.broadcast_(mine.clone(), root=size - 1).tolist() == [size] * 5
     if size & (size - 1) == 0:
         assert comm.allreduce_recursive_doubling_(mine.clone()).tolist() == [total] * 5
-# Names pair the ranks' calls up, whatever the order they are made in.
+# Calls of different ranks belong together by name, in any order.
 tensors = {name: torch.full((3,), float(rank)) for name in "abcd"}
 names = list(tensors) if rank % 2 else list(reversed(tensors))
 handles = [comm.allreduce_async_(tensors[name], name) for name in names]

@@ -17,12 +17,12 @@ Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 def find_mpirun() -> Path | None:
-    """The environment's own mpirun before the site's: the one Horovod was built with."""
+    """The mpirun that Horovod was built with: the environment's, otherwise the site's."""
     own = Path(sys.executable).parent / "mpirun"
     if own.exists():
         return own
-    found = shutil.which("mpirun")
-    return Path(found) if found else None
+    installed = shutil.which("mpirun")
+    return Path(installed) if installed else None
 
 
 def mpi_environment(mpirun: Path) -> dict[str, str]:

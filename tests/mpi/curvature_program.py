@@ -1,4 +1,4 @@
-"""Estimates on every rank of a world; rank 0 prints what all of them found, as JSON."""
+"""Estimates on several ranks; rank 0 prints the results of all of them as JSON."""
 
 import hashlib
 import json
@@ -7,8 +7,8 @@ import sys
 import torch
 
 from hpc_absa.comm import Communicator, connect
+from hpc_absa.curvature.estimate import estimate_eigenvalue
 from hpc_absa.curvature.export import to_dict
-from hpc_absa.curvature.probe import estimate
 from hpc_absa.curvature.spectrum import spectrum
 from tests.curvature.nets import build
 
@@ -16,23 +16,23 @@ from tests.curvature.nets import build
 def bits(kind: str, comm: Communicator) -> list[str]:
     """A reproducible estimate in every bit; in float64, so that the order of a sum would show."""
     model, loss, sample = build(kind, dtype=torch.float64)
-    found = estimate(
+    result = estimate_eigenvalue(
         model, loss, sample, comm, method="lanczos", samples=22, microbatch=3, tol=1e-6,
         max_iter=40, reproducible=True,
     )  # fmt: skip
-    value = found.eigenvalue
-    numbers = (value.value, value.residual, found.error, found.sampling_error, found.lowest)
-    digest = hashlib.sha256(found.vector.numpy().tobytes()).hexdigest()
+    value = result.eigenvalue
+    numbers = (value.value, value.residual, result.error, result.sampling_error, result.lowest)
+    digest = hashlib.sha256(result.vector.numpy().tobytes()).hexdigest()
     return [*(number.hex() for number in numbers), digest]
 
 
 def main(kinds: list[str]) -> None:
     torch.set_num_threads(1)
     comm = connect()
-    found = {}
+    results = {}
     for kind in kinds:
         model, loss, sample = build(kind, dtype=torch.float32)
-        result = estimate(
+        result = estimate_eigenvalue(
             model, loss, sample, comm,
             method="lanczos", samples=22, microbatch=8, tol=1e-3, max_iter=40,
         )  # fmt: skip
@@ -40,14 +40,14 @@ def main(kinds: list[str]) -> None:
         value = result.eigenvalue
         mine = (value.value.hex(), value.residual.hex(), value.matvecs, value.converged)
         everyone = comm.allgather_object((*mine, result.sampling_error.hex(), digest))
-        found[kind] = {
+        results[kind] = {
             "value": value.value,
             "converged": value.converged,
             "same": len(set(everyone)) == 1,
             "vector": result.vector.tolist(),
             "sampling_error": result.sampling_error,
         }
-    found["bits"] = {kind: bits(kind, comm) for kind in kinds}
+    results["bits"] = {kind: bits(kind, comm) for kind in kinds}
     model, loss, sample = build("mlp", dtype=torch.float64)
     whole = spectrum(
         model, loss, sample, comm, samples=22, microbatch=8, k=2, max_iter=40,
@@ -55,9 +55,9 @@ def main(kinds: list[str]) -> None:
     )  # fmt: skip
     text = json.dumps(to_dict(whole, vectors=True))
     same = len(set(comm.allgather_object(text))) == 1
-    found["spectrum"] = {"same": same, **to_dict(whole)}
+    results["spectrum"] = {"same": same, **to_dict(whole)}
     if comm.rank == 0:
-        print(json.dumps({"size": comm.size, "found": found}))
+        print(json.dumps({"size": comm.size, "results": results}))
     comm.close()
 
 

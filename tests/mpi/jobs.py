@@ -35,7 +35,7 @@ tol = 0.1
 initial = {initial}
 max = {most}
 """
-"""Patience of one: B is 32, 64 and 128 in the first three epochs, whatever the eigenvalue says."""
+"""With kappa = 1 the batch is 32, 64 and 128 in the first three epochs, whatever the eigenvalue."""
 
 
 def write_job(folder: Path, *, initial: int = 1, most: int = 4, reproducible: bool = False) -> Path:

@@ -1,4 +1,4 @@
-"""A rank of `hpc-absa train` that also writes down every sample it trains on.
+"""A rank of `hpc-absa train` that also records every sample it trains on.
 
 usage: ledger_program.py LEDGER JOB RUN_DIR
 """
@@ -9,27 +9,27 @@ from pathlib import Path
 
 import numpy as np
 
-from hpc_absa.data.batches import Batches
-from hpc_absa.training import worker
+from hpc_absa.data.loader import Loader
+from hpc_absa.training import rank
 
 visits: list[np.ndarray] = []
-prefetch = Batches.prefetch
+get = Loader.get
 
 
-def noting(self, ks):
-    for microbatch in prefetch(self, ks):
-        visits.append(np.stack([microbatch.epochs, microbatch.samples], axis=1))
-        yield microbatch
+def recording(self, k, then=None):
+    microbatch = get(self, k, then)
+    visits.append(np.stack([microbatch.epochs, microbatch.samples], axis=1))
+    return microbatch
 
 
 if __name__ == "__main__":
     folder, job, run = map(Path, sys.argv[1:])
-    Batches.prefetch = noting  # type: ignore[method-assign]
-    status = worker.main(job, run, (), ())
+    Loader.get = recording  # type: ignore[method-assign]
+    status = rank.main(job, run, (), ())
     import horovod.torch as hvd
 
     rank = os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("HOROVOD_RANK", "0"))
-    assert not hvd.is_initialized(), "the worker leaves its world in order"
+    assert not hvd.is_initialized(), "a rank shuts Horovod down"
     name = f"{len(list(folder.glob(f'*-rank{rank}.npy')))}-rank{rank}.npy"
     np.save(folder / name, np.concatenate(visits) if visits else np.empty((0, 2), np.int64))
     sys.exit(status)

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from hpc_absa.checkpoint import Content, Group, Store, file, shards
+from hpc_absa.checkpoint import CheckpointManager, Content, Group, file, restore
+from hpc_absa.checkpoint.async_checkpointer import AsyncCheckpointer
 from hpc_absa.comm import connect
 from hpc_absa.errors import CheckpointError, CollectiveError
-from hpc_absa.training import resuming
-from hpc_absa.training.saving import Saver
+from tests.checkpoint.contents import flip_bit, shards_of
 
 
 def scalars(step):
@@ -31,7 +31,7 @@ def state(step):
 
 
 def same(content, step):
-    """Whether a restored content holds the tensors of `state(step)`."""
+    """Whether a restored content has the tensors of `state(step)`."""
     arrays = {key: torch.from_numpy(array.copy()) for key, array in content.arrays().items()}
     return arrays.keys() == state(step).keys() and all(
         torch.equal(arrays[key], tensor) for key, tensor in state(step).items()
@@ -40,50 +40,49 @@ def same(content, step):
 
 def main(folder):
     comm = connect()
-    warned, published = [], []
-    saver = Saver(
-        Store(folder, 3), comm, background=True, shard_bytes=1 << 16, on_error="continue",
-        warn=warned.append,
-    )  # fmt: skip
+    warnings, published = [], []
+    checkpointer = AsyncCheckpointer(
+        CheckpointManager(folder, 3),
+        comm,
+        background=True,
+        shard_bytes=1 << 16,
+        on_error="continue",
+        warn=warnings.append,
+    )
 
     def save(step):
-        saver.save(
-            folder / f"step-{step:010d}-phase-001.h5", scalars(step), state(step), published.append
-        )
+        path = folder / f"step-{step:010d}-phase-001.h5"
+        checkpointer.save(path, scalars(step), state(step), published.append)
 
-    def steps_until_durable():
-        """What the loop does with every step's sums; rank 0 publishes when all have written."""
-        told = None
-        while told is None or not saver._flight.indexed:
-            told = comm.allreduce_(torch.tensor(saver.flags(), dtype=torch.float64))
-            saver.heard(*map(round, told.tolist()))
+    def take_steps_until_shards_are_written():
+        """What the training loop does with every step's sums; rank 0 publishes at the end."""
+        while not checkpointer._pending.complete:
+            flags = torch.tensor(checkpointer.flags(), dtype=torch.float64)
+            checkpointer.update(*map(round, comm.allreduce_(flags).tolist()))
 
     save(1)
-    steps_until_durable()
-    assert saver.settle()
+    take_steps_until_shards_are_written()
+    assert checkpointer.settle()
     save(2)
-    assert saver.settle(), "also where no step comes in between"
-    assert not warned
+    assert checkpointer.settle(), "also without a step in between"
+    assert not warnings
     if comm.rank == 0:
         assert [p.bytes for p in published] == [
-            sum(f.stat().st_size for f in [p.path, *shards.of(p.path)]) for p in published
+            sum(f.stat().st_size for f in [p.path, *shards_of(p.path)]) for p in published
         ]
-        assert len(shards.of(published[0].path)) == comm.size
+        assert len(shards_of(published[0].path)) == comm.size
         file.read(published[0].path)
 
-    found = resuming.newest_good(Store(folder, 3), comm)
-    assert found.path.name.startswith("step-0000000002")
-    assert same(found.content, 2)
-    assert found.content.groups["curvature"].attributes["eigenvalue"] == 2.5
+    restored = restore.newest_good(CheckpointManager(folder, 3), comm)
+    assert restored.path.name.startswith("step-0000000002")
+    assert same(restored.content, 2)
+    assert restored.content.groups["curvature"].attributes["eigenvalue"] == 2.5
 
     comm.allgather_object(None)
     if comm.rank == 0:
-        shard = shards.of(found.path)[1]
-        spoiled = bytearray(shard.read_bytes())
-        spoiled[-5] ^= 1
-        shard.write_bytes(spoiled)
+        flip_bit(shards_of(restored.path)[1], -5)
     comm.allgather_object(None)
-    older = resuming.newest_good(Store(folder, 3), comm)
+    older = restore.newest_good(CheckpointManager(folder, 3), comm)
     assert older.path.name.startswith("step-0000000001")
     assert same(older.content, 1)
     assert ".shard: damaged: bytes" in older.damaged[0]
@@ -91,16 +90,16 @@ def main(folder):
     if comm.rank == comm.size - 1:
         file.write, write = unwritable, file.write
     save(3)
-    assert not saver.settle()
-    assert f"rank {comm.size - 1} on " in warned[0]
-    assert "no space left" in warned[0]
+    assert not checkpointer.settle()
+    assert f"rank {comm.size - 1} on " in warnings[0]
+    assert "no space left" in warnings[0]
     if comm.rank == comm.size - 1:
         file.write = write
     save(4)
-    assert saver.settle(), "the next save is as good as any"
-    assert same(resuming.load(folder / "step-0000000004-phase-001.h5", comm), 4)
+    assert checkpointer.settle(), "a failed save does not affect the next one"
+    assert same(restore.load(folder / "step-0000000004-phase-001.h5", comm), 4)
     with pytest.raises(CollectiveError, match="no such file"):
-        resuming.load(folder / "none.h5", comm)
+        restore.load(folder / "none.h5", comm)
     print(f"rank {comm.rank} of {comm.size} fine")
     comm.close()
 

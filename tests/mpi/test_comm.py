@@ -13,16 +13,20 @@ PROGRAM = Path(__file__).with_name("comm_program.py")
 
 
 @pytest.mark.parametrize("ranks", [1, 3, 4])
-def test_over_mpi(mpirun, ranks):
+def test_all_methods_over_mpi(mpirun, ranks):
     mpirun(ranks, PROGRAM, ranks, "Horovod over MPI")
 
 
-def test_alone():
-    alone = {k: v for k, v in os.environ.items() if not k.startswith(("OMPI_", "PMI", "HOROVOD"))}
-    subprocess.run([sys.executable, PROGRAM, "1", "serial"], check=True, timeout=60, env=alone)
+def test_all_methods_without_a_launcher():
+    environment = {
+        k: v for k, v in os.environ.items() if not k.startswith(("OMPI_", "PMI", "HOROVOD"))
+    }
+    subprocess.run(
+        [sys.executable, PROGRAM, "1", "serial"], check=True, timeout=60, env=environment
+    )
 
 
-def test_over_gloo_without_mpi():
+def test_all_methods_over_gloo_without_mpi():
     horovodrun = Path(sys.executable).with_name("horovodrun")
     done = subprocess.run(
         [horovodrun, "--gloo", "-np", "2", sys.executable, PROGRAM, "2", "Horovod over Gloo"],

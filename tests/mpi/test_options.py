@@ -1,4 +1,4 @@
-"""Options that work on a step's whole gradient are the same mathematics at any number of ranks."""
+"""Options that use the whole gradient of a step give the same result at any number of ranks."""
 
 import subprocess
 import sys
@@ -40,17 +40,17 @@ max = {ranks}
 """
 
 
-def test_noise_scale_clipping_and_channels_last_on_one_rank_and_on_two(mpirun, tmp_path):
+def test_noise_scale_clipping_and_channels_last_are_equal_on_one_and_two_ranks(mpirun, tmp_path):
     runs = []
     for ranks in (1, 2):
         job, run = tmp_path / f"{ranks}.toml", RunDir(tmp_path / f"run{ranks}")
         job.write_text(JOB.format(ranks=ranks))
-        words = ["train", str(job), "--run-dir", str(run.path)]
+        arguments = ["train", str(job), "--run-dir", str(run.path)]
         if ranks == 1:
-            command = [sys.executable, "-m", "hpc_absa", *words]
+            command = [sys.executable, "-m", "hpc_absa", *arguments]
             subprocess.run(command, check=True, timeout=60, capture_output=True)
         else:
-            mpirun(ranks, "hpc_absa", *words)
+            mpirun(ranks, "hpc_absa", *arguments)
         runs.append(run)
     decisions = [[e for e in run.log.read() if e["event"] == "decision"] for run in runs]
     assert [e["action"] for e in decisions[0]].count("grow") > 0

@@ -1,4 +1,4 @@
-"""Invariants 1 and 2 of the contract on real ranks: same samples, same mathematics."""
+"""On real ranks: each sample once an epoch, and the same result at any number of ranks."""
 
 import subprocess
 import sys
@@ -41,7 +41,7 @@ def test_fixed_ranks_visit_each_sample_once_an_epoch(mpirun, folder, fixed, rank
     mpirun(ranks, LEDGER, place, job, place / "run", timeout=120)
     ledgers = [np.load(path) for path in place.glob("*.npy")]
     assert len(ledgers) == ranks
-    assert all(len(ledger) for ledger in ledgers), "a rank had nothing to do"
+    assert all(len(ledger) for ledger in ledgers), "a rank had no microbatch"
     visits = Counter(map(tuple, np.concatenate(ledgers).tolist()))
     assert max(visits.values()) == 1, "a sample was visited twice in an epoch"
     by_epoch = Counter(epoch for epoch, _ in visits)
@@ -51,14 +51,14 @@ def test_fixed_ranks_visit_each_sample_once_an_epoch(mpirun, folder, fixed, rank
     fixed[ranks] = final_weights(place / "run")
 
 
-def test_fixed_ranks_end_with_the_same_weights(fixed):
+def test_any_number_of_ranks_gives_the_same_weights(fixed):
     assert set(fixed) == {1, 2, 4}, "the runs above failed"
     assert relative_difference(fixed[1], fixed[2]) < 1e-4
     assert relative_difference(fixed[1], fixed[4]) < 1e-4
 
 
-def test_resumed_by_hand_under_other_launchers_it_ends_the_same(mpirun, folder, fixed):
-    """mpirun -np 1, then horovodrun -np 2, then mpirun -np 4, each until it asks for more."""
+def test_resuming_by_hand_with_other_launchers_gives_the_same_weights(mpirun, folder, fixed):
+    """mpirun -np 1, then horovodrun -np 2, then mpirun -np 4, each until it ends for more ranks."""
     place = folder / "by-hand"
     place.mkdir()
     job, run = write_job(place), place / "run"
@@ -83,22 +83,20 @@ def test_resumed_by_hand_under_other_launchers_it_ends_the_same(mpirun, folder, 
     assert not replay(run).differing
 
 
-def test_reproducible_runs_end_with_the_same_bits(mpirun, folder):
-    """On one rank throughout, and grown from one to two to four."""
+def test_reproducible_runs_give_the_same_bits(mpirun, folder):
+    """On one rank, and grown from one to two to four."""
     weights = []
-    for most, worlds in ((1, [1]), (4, [1, 2, 4])):
+    for most, sizes in ((1, [1]), (4, [1, 2, 4])):
         place = folder / f"reproducible{most}"
         place.mkdir()
         job = write_job(place, most=most, reproducible=True)
-        for ranks in worlds:
+        for ranks in sizes:
             mpirun(ranks, "hpc_absa", "train", job, "--run-dir", place / "run", timeout=120)
         weights.append(final_weights(place / "run"))
     assert np.array_equal(*weights)
 
 
-def test_stopped_and_resumed_at_the_same_size_it_is_bit_for_bit_the_uninterrupted_run(
-    mpirun, folder, fixed
-):
+def test_a_stopped_and_resumed_run_is_bit_for_bit_the_uninterrupted_one(mpirun, folder, fixed):
     """In the middle of an epoch, without `reproducible`."""
     place = folder / "stopped"
     place.mkdir()
@@ -126,7 +124,7 @@ def test_three_ranks_share_four_microbatches_unevenly(mpirun, folder, fixed):
     assert relative_difference(fixed[1], final_weights(place / "run")) < 1e-4
 
 
-def test_one_ranks_error_ends_the_world_and_is_named(mpirun, folder):
+def test_an_error_of_one_rank_ends_all_ranks_and_is_reported(mpirun, folder):
     place = folder / "error"
     place.mkdir()
     (place / "faulty.py").write_text(
@@ -169,7 +167,7 @@ def test_one_ranks_error_ends_the_world_and_is_named(mpirun, folder):
     ],
     ids=["rule", "save"],
 )
-def test_an_error_while_ranks_read_ahead_ends_the_world_with_one_line(
+def test_an_error_while_ranks_read_ahead_ends_all_ranks_with_one_line(
     mpirun, tmp_path, fault, line
 ):
     (tmp_path / "faulty_rule.py").write_text(
@@ -183,7 +181,7 @@ def test_an_error_while_ranks_read_ahead_ends_the_world_with_one_line(
         "    def initial(self): return self.start\n"
         "    def decide(self, state, seen):\n"
         f"        {fault}\n"
-        "        return Decision('continue', 'of no matter', state)\n"
+        "        return Decision('continue', 'none', state)\n"
     )
     job = write_job(tmp_path, initial=2, most=2)
     place = RunDir(tmp_path / "run").checkpoints
@@ -192,7 +190,7 @@ def test_an_error_while_ranks_read_ahead_ends_the_world_with_one_line(
     job.write_text(text.replace("tol = 0.1", "every = 500"))
     run = ["hpc_absa", "train", job, "--run-dir", tmp_path / "run"]
     done = mpirun(2, *run, timeout=60, check=False, env={"PYTHONPATH": str(tmp_path)})
-    (said,) = [line for line in done.stdout.splitlines() if line.startswith("hpc-absa: ")]
-    assert line in said
+    (message,) = [line for line in done.stdout.splitlines() if line.startswith("hpc-absa: ")]
+    assert line in message
     assert done.returncode in (ExitStatus.USAGE, ExitStatus.FAILED)
     assert "Traceback" not in done.stdout + done.stderr

@@ -1,6 +1,6 @@
-"""Event logs as the training loop and the supervisor write them, without any training.
+"""Event logs as the trainer and the supervisor write them, without any training.
 
-The clock stands still between `tick`s, so a test knows where every second of a log went.
+The clock only advances with `tick`, so a test knows where every second of a log went.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ EPOCH_SAMPLES = 1600
 
 
 class Log:
-    """A run directory being written by a run that never was."""
+    """Writes a run directory without running anything."""
 
     def __init__(self, path: Path, job: str | None = JOB) -> None:
         self.path = path
@@ -62,13 +62,13 @@ class Log:
         return self
 
     def cut_short(self) -> Log:
-        """Leave the last line as a crash in the middle of a write does."""
+        """Leave the last line unfinished, as a crash in the middle of a write does."""
         with (self.path / "events.jsonl").open("a") as out:
             out.write('{"event": "epoch", "time": 17')
         return self
 
     def start(self, **fields: Any) -> Log:
-        usual: dict[str, Any] = {
+        defaults: dict[str, Any] = {
             "ranks": self.ranks,
             "global_batch": self.batch,
             "lr": self.lr,
@@ -83,12 +83,12 @@ class Log:
             "threads_per_rank": 1,
             "device": "cpu",
         }
-        return self.event("phase_start", **{**usual, **fields})
+        return self.event("phase_start", **{**defaults, **fields})
 
     def train_epoch(self, accuracy: float = 0.9, seconds: float = 4.0, **fields: Any) -> Log:
         self.step += EPOCH_SAMPLES // self.batch
         self.samples += EPOCH_SAMPLES
-        usual: dict[str, Any] = {
+        defaults: dict[str, Any] = {
             "epoch": round(self.epoch),
             "step": self.step,
             "samples": self.samples,
@@ -100,7 +100,7 @@ class Log:
             "ranks": self.ranks,
             "samples_per_second": EPOCH_SAMPLES / seconds if seconds else math.nan,
         }
-        return self.tick(seconds).event("epoch", **{**usual, **fields})
+        return self.tick(seconds).event("epoch", **{**defaults, **fields})
 
     def decide(
         self, eigenvalue: float, *, grow_to: tuple[int, int] | None = None, **fields: Any
@@ -108,8 +108,8 @@ class Log:
         """Compare with the reference; `grow_to` is the next batch and the next ranks."""
         batch, ranks = grow_to or (self.batch, self.ranks)
         compared = eigenvalue if self.reference is None else self.reference
-        words = f"λ {eigenvalue:.3g} against {compared:.3g}: batch {self.batch} → {batch}"
-        usual: dict[str, Any] = {
+        reason = f"λ {eigenvalue:.3g} against {compared:.3g}: batch {self.batch} → {batch}"
+        defaults: dict[str, Any] = {
             "epoch": self.epoch,
             "step": self.step,
             "samples": self.samples,
@@ -120,7 +120,7 @@ class Log:
             "matvecs": 9,
             "hessian_samples": 256,
             "action": "grow" if grow_to else "continue",
-            "reason": words,
+            "reason": reason,
             "batch": self.batch,
             "next_batch": batch,
             "ranks": self.ranks,
@@ -129,7 +129,7 @@ class Log:
             "next_lr": self.lr * batch / self.batch,
             "seconds": 0.5,
         }
-        self.tick(0.5).event("decision", **{**usual, **fields})
+        self.tick(0.5).event("decision", **{**defaults, **fields})
         if grow_to or self.reference is None:
             self.reference = eigenvalue
         self.lr *= batch / self.batch
@@ -161,7 +161,7 @@ class Log:
         return self
 
     def rewind(self, step: int, samples: int) -> Log:
-        """What a restart from an older checkpoint does."""
+        """As a restart from an older checkpoint."""
         self.step, self.samples = step, samples
         return self
 
@@ -176,7 +176,7 @@ class Log:
 
 
 def whole_run(path: Path) -> Log:
-    """1 → 2 → 4 ranks, a killed rank, an eigenvalue that was none, and growth in place at the end.
+    """1 → 2 → 4 ranks, a killed rank, an eigenvalue that is null, and growth in place at the end.
 
     Wall time 51.1 s: 9.5 in phase 0 (0.5 of it before `phase_start`), 10.8 in phase 1 (2 of them
     resize), 2 of resize, 4.6 kept and 3 lost with the kill, 2.5 until the restart, 9.2 after it,

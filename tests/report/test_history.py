@@ -1,4 +1,4 @@
-"""A run directory becomes records: what counts, what was undone, what is missing."""
+"""A run directory read into records: what counts, what was undone, what is missing."""
 
 import math
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from hpc_absa.errors import UsageError
-from hpc_absa.report.history import Held, labels, load
+from hpc_absa.report.history import Span, labels, load
 from hpc_absa.rundir.events import EventLog
 from tests.report.synthetic import EPOCH_SAMPLES, Log, whole_run
 
@@ -23,20 +23,20 @@ def test_what_a_crash_undid_does_not_count(whole):
     assert whole.steps == 2 * 50 + 2 * 25 + 2 * 12 + 2 * 6
 
 
-def test_values_hold_over_spans_of_epochs(whole):
-    spans = {(h.begin, h.end): h.value for h in whole.global_batch}
+def test_spans_of_epochs_with_their_values(whole):
+    spans = {(s.begin, s.end): s.value for s in whole.spans["global_batch"]}
     assert spans[0, 1] == spans[1, 2] == 32
     assert spans[2, 3] == 64
     assert spans[5, 6] == 128
     assert spans[7, 8] == 256
-    assert [h.value for h in whole.ranks] == [1, 1, 2, 2, 4, 4, 4, 4]
-    assert whole.lr[-1].value == pytest.approx(0.4)
+    assert [s.value for s in whole.spans["ranks"]] == [1, 1, 2, 2, 4, 4, 4, 4]
+    assert whole.spans["lr"][-1].value == pytest.approx(0.4)
 
 
-def test_warm_up_is_a_staircase(tmp_path):
+def test_warm_up_has_one_span_per_epoch(tmp_path):
     log = Log(tmp_path).start(lr=0.1).train_epoch(lr=0.2).train_epoch(lr=0.3)
     log.end("done")
-    assert load(tmp_path).lr == (Held(0, 1, 0.2), Held(1, 2, 0.3))
+    assert load(tmp_path).spans["lr"] == (Span(0, 1, 0.2), Span(1, 2, 0.3))
 
 
 def test_growth_within_an_epoch(tmp_path):
@@ -45,11 +45,11 @@ def test_growth_within_an_epoch(tmp_path):
     log.decide(9.0, grow_to=(64, 2)).end("resize").start()
     log.samples = EPOCH_SAMPLES
     log.event("epoch", epoch=1, step=10, samples=log.samples, lr=log.lr, global_batch=64, ranks=2)
-    batch = load(tmp_path).global_batch
-    assert batch == (Held(0, 0.5, 32), Held(0.5, 1, 64))
+    batch = load(tmp_path).spans["global_batch"]
+    assert batch == (Span(0, 0.5, 32), Span(0.5, 1, 64))
 
 
-def test_what_was_written_late_goes_back_to_its_phase(tmp_path):
+def test_events_written_late_move_back_to_their_phase(tmp_path):
     """Growth in place: the decision is durable only after the next phase has begun."""
     whole_run(tmp_path / "a")
     lines = (tmp_path / "a" / "events.jsonl").read_text().splitlines(keepends=True)
@@ -60,17 +60,17 @@ def test_what_was_written_late_goes_back_to_its_phase(tmp_path):
     Log(tmp_path / "b")
     (tmp_path / "b" / "events.jsonl").write_text("".join(late))
     a, b = load(tmp_path / "a"), load(tmp_path / "b")
-    for name in ("epochs", "decisions", "lr", "global_batch", "ranks", "phases", "seconds"):
+    for name in ("epochs", "decisions", "spans", "phases", "seconds"):
         assert repr(getattr(a, name)) == repr(getattr(b, name)), name
 
 
-def test_decision_tells_no_learning_rate_of_warm_up(tmp_path):
+def test_learning_rate_of_a_decision_is_ignored_during_warm_up(tmp_path):
     log = Log(tmp_path).start(lr=0.01).train_epoch(lr=0.02)
     log.decide(4.0, lr=0.4).train_epoch(lr=0.03)
-    assert load(tmp_path).lr == (Held(0, 1, 0.02), Held(1, 2, 0.03))
+    assert load(tmp_path).spans["lr"] == (Span(0, 1, 0.02), Span(1, 2, 0.03))
 
 
-def test_null_is_not_zero(whole):
+def test_null_is_nan_and_not_zero(whole):
     third = whole.decisions[2]
     assert math.isnan(third.eigenvalue)
     assert not third.converged
@@ -89,32 +89,34 @@ def test_phases_sum_up_their_attempts(whole):
     assert whole.missing == ()
 
 
-def test_failure_is_where_it_happened_not_where_it_was_resumed(whole):
+def test_failure_has_the_epoch_at_which_it_happened(whole):
     (failure,) = whole.interruptions
     assert (failure.epoch, failure.rank, failure.exit_code) == (6, 1, 137)
 
 
-def test_silent_end_is_an_interruption_once_another_attempt_follows(tmp_path):
+def test_attempt_without_an_end_is_an_interruption_once_another_follows(tmp_path):
     log = Log(tmp_path).start().train_epoch()
     assert load(tmp_path).interruptions == ()
     log.tick(100).start()
     (interruption,) = load(tmp_path).interruptions
-    assert interruption.silent
+    assert "the supervisor was killed too" in interruption.reason
     assert interruption.epoch == 1
 
 
-def test_truncated_line_is_told_of(tmp_path):
-    Log(tmp_path).start().train_epoch().cut_short()
+def test_unfinished_line_is_reported_once_the_next_one_is_written(tmp_path):
+    log = Log(tmp_path).start().train_epoch().cut_short()
+    assert not any("events.jsonl" in sentence for sentence in load(tmp_path).missing)
+    EventLog(log.path / "events.jsonl").append("failure", reason="killed")
     history = load(tmp_path)
     assert len(history.epochs) == 1
-    assert any("1 line(s) of events.jsonl are unfinished" in words for words in history.missing)
+    assert any("1 line(s) of events.jsonl are invalid" in sentence for sentence in history.missing)
 
 
 @pytest.mark.parametrize(
-    ("write", "words"),
+    ("write", "sentence"),
     [
         (lambda p: Log(p), "never started"),
-        (lambda p: Log(p, job=None).start(), "job.toml is not there"),
+        (lambda p: Log(p, job=None).start(), "job.toml is missing"),
         (lambda p: Log(p, job="name = ").start(), "job.toml cannot be read"),
         (lambda p: Log(p).start(), "No epoch has been finished"),
         (lambda p: Log(p).start().end("stopped"), "stopped on request"),
@@ -123,15 +125,15 @@ def test_truncated_line_is_told_of(tmp_path):
         (lambda p: Log(p).event("failure", reason="x"), "No phase has started"),
     ],
 )
-def test_says_what_is_missing(tmp_path, write, words):
+def test_missing_parts_are_reported(tmp_path, write, sentence):
     write(tmp_path)
-    assert words in " ".join(load(tmp_path).missing)
+    assert sentence in " ".join(load(tmp_path).missing)
 
 
-def test_events_of_strange_types_do_no_harm(tmp_path):
+def test_fields_of_unexpected_types_are_ignored(tmp_path):
     log = Log(tmp_path).start(ranks="four", hosts="n1", lr=None, epoch=True)
     log.event("epoch", epoch=None, test_accuracy="high").event("phase_end", seconds=3)
-    log.event("decision", reason=None, eigenvalue={}).event("unheard_of")
+    log.event("decision", reason=None, eigenvalue={}).event("unknown_kind")
     history = load(tmp_path)
     assert math.isnan(history.test_accuracy)
     assert history.phases[0].hosts == ()
@@ -150,7 +152,7 @@ def test_not_a_run_is_a_usage_error_of_one_line(tmp_path, kind):
     assert str(path) in str(caught.value)
 
 
-def test_labels_tell_runs_apart(tmp_path):
+def test_labels_are_unique(tmp_path):
     job = 'name = "{}"\n'
     for folder, name in (("a", "one"), ("b", "one"), ("c/a", "two")):
         Log(tmp_path / folder, job.format(name)).start()
@@ -161,11 +163,11 @@ def test_labels_tell_runs_apart(tmp_path):
 
 
 def test_every_event_and_field_is_documented(tmp_path):
-    """`docs/run-directory.md` names whatever the logs of these tests have."""
+    """In `docs/run-directory.md`, as far as the logs of these tests have them."""
     document = (Path(__file__).parents[2] / "docs" / "run-directory.md").read_text()
     log = whole_run(tmp_path)
     for event in EventLog(log.path / "events.jsonl").read():
         assert f"**`{event['event']}`**" in document
-        told = event.get("seconds")
-        fields = {*event, *(told if isinstance(told, dict) else ())}
+        seconds = event.get("seconds")
+        fields = {*event, *(seconds if isinstance(seconds, dict) else ())}
         assert [name for name in fields if f"`{name}`" not in document] == []

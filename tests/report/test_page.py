@@ -1,4 +1,4 @@
-"""The page parses, needs nothing from elsewhere, and shows what happened; the picture is one."""
+"""The page is valid, self-contained and complete; so are the figures."""
 
 import base64
 import re
@@ -20,11 +20,11 @@ VOID = {"meta", "img", "source", "br", "hr", "link", "input"}
 
 
 class Page(HTMLParser):
-    """Notes every unbalanced tag and every address."""
+    """Collects tags, addresses and text, and every unbalanced tag."""
 
     def __init__(self, source):
         super().__init__(convert_charrefs=True)
-        self.open, self.wrong, self.addresses, self.tags, self.words = [], [], [], [], []
+        self.open, self.wrong, self.addresses, self.tags, self.text = [], [], [], [], []
         self.feed(source)
         self.close()
         self.wrong += self.open
@@ -41,12 +41,12 @@ class Page(HTMLParser):
             self.wrong.append(f"/{tag}")
 
     def handle_data(self, data):
-        self.words.append(data)
+        self.text.append(data)
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """One report, written once: drawing is what takes the time here."""
+    """One report, written once: drawing takes most of the time of these tests."""
     folder = tmp_path_factory.mktemp("whole")
     whole_run(folder)
     return folder, write_report([folder])
@@ -57,7 +57,7 @@ def size_of(png):
     return struct.unpack(">II", png[16:24])
 
 
-def test_files_are_where_the_run_directory_has_them(whole):
+def test_default_paths_are_in_the_run_directory(whole):
     folder, paths = whole
     assert (paths.html, paths.png) == (folder / "report.html", folder / "report.png")
     assert sorted(p.name for p in folder.iterdir()) == [
@@ -65,7 +65,7 @@ def test_files_are_where_the_run_directory_has_them(whole):
     ]
 
 
-def test_page_parses_and_loads_nothing(whole):
+def test_page_is_valid_and_loads_nothing(whole):
     source = whole[1].html.read_text()
     parsed = Page(source)
     assert parsed.wrong == []
@@ -78,7 +78,7 @@ def test_page_parses_and_loads_nothing(whole):
     assert "prefers-color-scheme: dark" in style
 
 
-def test_pictures_in_the_page_are_svg_without_references(whole):
+def test_figures_in_the_page_are_svg_without_references(whole):
     addresses = Page(whole[1].html.read_text()).addresses
     assert len(addresses) == 4
     for address in addresses:
@@ -89,28 +89,28 @@ def test_pictures_in_the_page_are_svg_without_references(whole):
         assert len(svg) < 200_000
 
 
-def test_page_tells_the_story(whole):
-    words = " ".join(Page(whole[1].html.read_text()).words)
-    assert "97.40 %" in words
-    assert "ABSA: 97.40 % test accuracy after 8 epochs and 186 steps in 51.1 s" in words
-    assert "λ 19 against 42: batch 32 → 64" in words
-    assert "(not converged)" in words
-    assert "killed by signal 9" in words
-    assert 'method = "absa"' in words
-    assert "Horovod over MPI" in words
-    assert "lost to failures" in words
+def test_page_has_results_decisions_failures_and_job(whole):
+    text = " ".join(Page(whole[1].html.read_text()).text)
+    assert "97.40 %" in text
+    assert "ABSA: 97.40 % test accuracy after 8 epochs and 186 steps in 51.1 s" in text
+    assert "λ 19 against 42: batch 32 → 64" in text
+    assert "(not converged)" in text
+    assert "killed by signal 9" in text
+    assert 'method = "absa"' in text
+    assert "Horovod over MPI" in text
+    assert "lost to failures" in text
 
 
-def test_picture_has_both_figures_and_the_expected_size(whole):
+def test_image_has_both_figures_and_the_expected_size(whole):
     folder, paths = whole
     width, height = size_of(paths.png.read_bytes())
-    inches = figures.COURSE_HEIGHT + figures.seconds_height([load(folder)])
+    inches = figures.TRAINING_HEIGHT + figures.seconds_height([load(folder)])
     assert width == round(130 * figures.WIDTH)
     assert height == pytest.approx(130 * inches, abs=2)
     assert paths.png.stat().st_size > 50_000
 
 
-def test_users_text_is_escaped_everywhere(tmp_path):
+def test_text_of_the_user_is_escaped(tmp_path):
     job = JOB.replace('"digits"', '"<script>alert(1)</script> $x^{$"') + '# </pre><b onload="x">\n'
     log = Log(tmp_path / "a", job).start(hosts=["<i>host"], backend="<u>", device="<s>")
     log.train_epoch().decide(3.0, reason="<img src=http://evil.example/x>", action="<q>")
@@ -120,21 +120,21 @@ def test_users_text_is_escaped_everywhere(tmp_path):
     assert parsed.wrong == []
     assert not {"script", "i", "u", "s", "q", "em"} & set(parsed.tags)
     assert parsed.tags.count("img") == 2
-    assert "<script>alert(1)</script>" in "".join(parsed.words)
+    assert "<script>alert(1)</script>" in "".join(parsed.text)
 
 
 @pytest.mark.parametrize(
-    ("write", "words"),
+    ("write", "text"),
     [
         (lambda log: log, "the run never started"),
         (lambda log: log.event("epoch", epoch=1, test_accuracy=0.5), "No phase has started"),
     ],
 )
-def test_nearly_nothing_still_makes_a_page_that_says_so(tmp_path, write, words):
+def test_page_of_a_run_without_phases(tmp_path, write, text):
     write(Log(tmp_path))
     parsed = Page(page([load(tmp_path)]))
     assert parsed.wrong == []
-    assert words in " ".join(parsed.words)
+    assert text in " ".join(parsed.text)
 
 
 def test_several_runs_in_one_page(tmp_path):
@@ -143,14 +143,14 @@ def test_several_runs_in_one_page(tmp_path):
     Log(tmp_path / "two", second).start().train_epoch(0.5).cut_short()
     parsed = Page(page([load(tmp_path / "one"), load(tmp_path / "two")]))
     assert parsed.wrong == []
-    words = " ".join(parsed.words)
-    assert "2 runs" in words
-    assert "other: The run is not done" in words
-    assert "speed-up" in words
+    text = " ".join(parsed.text)
+    assert "2 runs" in text
+    assert "other: The run is not done" in text
+    assert "speed-up" in text
     assert len(parsed.addresses) == 4
 
 
-def test_smallest_run_written_to_another_place(tmp_path):
+def test_output_path(tmp_path):
     Log(tmp_path / "run").start()
     paths = write_report([tmp_path / "run"], tmp_path / "deep" / "x.html")
     assert "No epoch has been finished" in paths.html.read_text()
@@ -166,7 +166,7 @@ def test_headline_of_an_unfinished_run(tmp_path):
     )
 
 
-def test_no_run_is_a_usage_error(tmp_path):
+def test_not_a_run_directory_is_a_usage_error(tmp_path):
     with pytest.raises(UsageError, match=r"neither job\.toml nor events\.jsonl"):
         write_report([tmp_path])
     with pytest.raises(UsageError, match="no run directory"):
@@ -176,7 +176,7 @@ def test_no_run_is_a_usage_error(tmp_path):
 
 def test_threshold_and_growth_points_are_drawn(tmp_path):
     whole_run(tmp_path)
-    figure = figures.course_figure([load(tmp_path)])
+    figure = figures.draw([load(tmp_path)], figures.LIGHT, ["training"])
     panel = next(ax for ax in figure.axes if "eigenvalue" in ax.get_title(loc="left"))
     assert panel.get_yscale() == "log"
     names = panel.get_legend_handles_labels()[1]
@@ -187,7 +187,7 @@ def test_threshold_and_growth_points_are_drawn(tmp_path):
     assert max(threshold.get_ydata()) == 21.0
 
 
-def test_nothing_heavy_is_imported_before_a_figure_is_drawn():
+def test_no_slow_imports_before_a_figure_is_drawn():
     code = (
         "import sys, hpc_absa.report.page, hpc_absa.report.tables\n"
         "print([m for m in ('matplotlib', 'numpy', 'torch', 'mpi4py') if m in sys.modules])"

@@ -1,4 +1,4 @@
-"""The talk's two tables to the digit, and one record in four formats."""
+"""The talk's two tables to the digit, and the four formats of a table."""
 
 import csv
 import io
@@ -7,16 +7,18 @@ import math
 import pytest
 
 from hpc_absa.report.history import load
-from hpc_absa.report.table import Column, Measured, Table
 from hpc_absa.report.tables import (
+    Column,
+    Measured,
     RunResult,
+    Table,
     accuracy_table,
     published_results,
     published_time_table,
     run_result,
     time_table,
 )
-from tests.report.synthetic import whole_run
+from tests.report.synthetic import Log, whole_run
 
 
 def row_of(markdown, label):
@@ -58,17 +60,17 @@ def test_mean_and_sample_deviation_over_seeds():
     assert row_of(table.to_markdown(), "128")[1:] == ["82.00 ± 2.00", "100"]
     assert "3 seeds" in table.note
     head, row = csv.reader(io.StringIO(table.to_csv()))
-    told = dict(zip(head, row, strict=True))
-    assert float(told["BL accuracy % std"]) == pytest.approx(2.0)
-    assert told["BL accuracy % n"] == "3"
+    values = dict(zip(head, row, strict=True))
+    assert float(values["BL accuracy % std"]) == pytest.approx(2.0)
+    assert values["BL accuracy % n"] == "3"
 
 
-def test_iterations_that_differ_have_a_deviation_too():
+def test_different_iterations_have_a_deviation():
     results = [RunResult("absa", 640, seed, 0.8, 100 + 10 * seed) for seed in range(2)]
     assert row_of(accuracy_table(results).to_markdown(), "640")[2] == "105 ± 7"
 
 
-def test_failed_cells_are_left_out_and_told_of():
+def test_failed_runs_are_left_out_and_counted_in_the_note():
     results = [RunResult("bl", 128, 0, 0.8, 100), RunResult("bl", 128, 1, math.nan, math.nan)]
     results += [RunResult("fb", 256, 0, math.nan, math.nan)]
     table = accuracy_table(results)
@@ -77,13 +79,13 @@ def test_failed_cells_are_left_out_and_told_of():
     assert "2 runs without a result" in table.note
 
 
-def test_published_rows_stand_under_measured_ones():
+def test_published_rows_follow_measured_ones():
     table = accuracy_table([RunResult("absa", 640, 0, 0.9, 5)], published=True)
     rows = [(row[0], row[1]) for row in table.rows]
     assert rows[:3] == [(128, "published"), (640, "measured"), (640, "published")]
 
 
-def test_columns_in_the_talks_order_strangers_last():
+def test_columns_are_in_the_order_of_the_talk_then_by_name():
     names = ("mine", "gns", "absa-tuned", "absa", "abs", "gg", "fb", "bl")
     table = accuracy_table([RunResult(name, 1, 0, 0.5, 1) for name in names])
     groups = list(dict.fromkeys(column.group for column in table.columns if column.group))
@@ -116,15 +118,13 @@ def test_speed_up_against_the_mean_of_the_baseline():
 
 
 def test_unfinished_run_has_no_result(tmp_path):
-    from tests.report.synthetic import Log
-
     Log(tmp_path).start().train_epoch(0.9)
     result = run_result(load(tmp_path), 32, 0)
     assert math.isnan(result.accuracy)
     assert math.isnan(result.iterations)
 
 
-AWKWARD = Table(
+SPECIAL = Table(
     "A & B <i>",
     (Column("na|me"), Column("x", "g_1", 1), Column("y", "g_1", 2, "×")),
     (("a|b & 50 % <b>", 1.25, Measured(2.0, 0.5, 3)), ("", None, math.nan)),
@@ -133,7 +133,7 @@ AWKWARD = Table(
 
 
 def test_markdown_escapes_and_keeps_columns():
-    lines = AWKWARD.to_markdown().splitlines()
+    lines = SPECIAL.to_markdown().splitlines()
     assert lines[0] == "**A & B &lt;i&gt;**"
     assert lines[2] == r"| na\|me | g_1 x | g_1 y |"
     assert lines[3] == "| :-- | --: | --: |"
@@ -142,7 +142,7 @@ def test_markdown_escapes_and_keeps_columns():
 
 
 def test_latex_escapes_and_groups():
-    latex = AWKWARD.to_latex()
+    latex = SPECIAL.to_latex()
     assert r"\caption{A \& B <i>}" in latex
     assert r"\multicolumn{2}{c}{g\_1}" in latex
     assert r"\cmidrule(lr){2-3}" in latex
@@ -150,20 +150,20 @@ def test_latex_escapes_and_groups():
 
 
 def test_html_escapes():
-    html = AWKWARD.to_html()
+    html = SPECIAL.to_html()
     assert "<b>" not in html
     assert "<script>" not in html
-    assert "<th colspan='2' scope=colgroup>g_1</th>" in html
+    assert '<th colspan="2" scope="colgroup">g_1</th>' in html
 
 
 def test_csv_reads_back_in_full_precision():
-    rows = list(csv.reader(io.StringIO(AWKWARD.to_csv())))
+    rows = list(csv.reader(io.StringIO(SPECIAL.to_csv())))
     assert rows[0] == ["na|me", "g_1 x", "g_1 y", "g_1 y std", "g_1 y n"]
     assert rows[1] == ["a|b & 50 % <b>", "1.25", "2.0", "0.5", "3"]
     assert rows[2] == ["", "", "", "", ""]
-    assert set(AWKWARD.formats()) == {"md", "csv", "tex", "html"}
+    assert set(SPECIAL.formats()) == {"md", "csv", "tex", "html"}
 
 
-def test_ragged_rows_are_refused():
+def test_rows_of_different_lengths_are_an_error():
     with pytest.raises(ValueError, match="1 cells under 2 columns"):
         Table("t", (Column("a"), Column("b")), (("x",),))

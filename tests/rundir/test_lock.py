@@ -1,4 +1,4 @@
-"""One writer a run directory: refused, freed, waited for."""
+"""One writer per run directory."""
 
 import json
 import os
@@ -23,7 +23,7 @@ from hpc_absa.rundir import RunDir
 lock = RunLock(RunDir(Path(sys.argv[1])))
 lock.acquire()
 if len(sys.argv) > 2:
-    # A world that outlives its supervisor by so many seconds.
+    # A rank that runs this many seconds longer than its supervisor.
     subprocess.Popen(["sleep", sys.argv[2]], pass_fds=(lock.descriptor,), stdout=sys.stderr)
 print("held", flush=True)
 time.sleep(60)
@@ -40,8 +40,8 @@ def _start(run):
     """Starts another process that holds the lock."""
     started = []
 
-    def start(*words):
-        command = [sys.executable, "-c", HOLDER, run.path, *words]
+    def start(*arguments):
+        command = [sys.executable, "-c", HOLDER, run.path, *arguments]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         started.append(process)
         assert process.stdout.readline() == "held\n"
@@ -53,7 +53,7 @@ def _start(run):
         process.communicate()
 
 
-def test_a_second_process_is_refused_with_the_first_one_s_name(run, start):
+def test_second_process_is_refused_with_the_name_of_the_first(run, start):
     other = start()
     lock = RunLock(run)
     with pytest.raises(RunLockedError) as caught:
@@ -66,31 +66,31 @@ def test_a_second_process_is_refused_with_the_first_one_s_name(run, start):
     assert lock.descriptor is None
 
 
-def test_a_killed_holder_frees_it_at_once(run, start):
+def test_killed_holder_releases_the_lock_at_once(run, start):
     other = start()
     other.send_signal(signal.SIGKILL)
     other.wait()
     lock = RunLock(run)
-    begun = time.monotonic()
+    begin = time.monotonic()
     lock.acquire()
-    assert time.monotonic() - begun < 1
+    assert time.monotonic() - begin < 1
     assert json.loads(run.lock.read_text())["pid"] == os.getpid()
     lock.release()
 
 
-def test_the_world_of_a_killed_holder_is_waited_for(run, start):
+def test_ranks_of_a_killed_supervisor_are_waited_for(run, start):
     other = start("1.5")
-    begun = time.monotonic()
+    begin = time.monotonic()
     other.send_signal(signal.SIGKILL)
     other.wait()
     lock = RunLock(run)
     lock.acquire()
-    assert 0.5 < time.monotonic() - begun < 10
+    assert 0.5 < time.monotonic() - begin < 10
     lock.release()
 
 
-def test_a_world_that_does_not_end_is_not_waited_for_for_ever(run, start, monkeypatch):
-    monkeypatch.setattr(locks, "PATIENCE", 0.5)
+def test_waiting_for_ranks_that_do_not_exit_has_a_timeout(run, start, monkeypatch):
+    monkeypatch.setattr(locks, "EXIT_TIMEOUT", 0.5)
     other = start("5")
     other.send_signal(signal.SIGKILL)
     other.wait()
@@ -98,29 +98,29 @@ def test_a_world_that_does_not_end_is_not_waited_for_for_ever(run, start, monkey
         RunLock(run).acquire()
 
 
-def elsewhere(run, pid=1):
+def write_remote_holder(run, pid=1):
     run.lock.write_text(json.dumps({"host": "far-away", "pid": pid, "beat": time.time()}))
 
 
-def test_a_holder_on_another_host_that_gives_signs_of_life_is_refused(run, start):
+def test_holder_on_another_host_with_heartbeats_is_respected(run, start):
     start()
-    elsewhere(run)
-    beating = threading.Timer(0.5, elsewhere, (run, 2))
-    beating.start()
+    write_remote_holder(run)
+    heartbeat = threading.Timer(0.5, write_remote_holder, (run, 2))
+    heartbeat.start()
     with pytest.raises(RunLockedError, match="process 2 on far-away"):
         RunLock(run).acquire()
-    beating.join()
+    heartbeat.join()
 
 
 @pytest.mark.parametrize("has_locks", [True, False])
-def test_the_lock_of_a_host_that_died_blocks_nobody(run, start, monkeypatch, has_locks):
-    """Its lock may live on in a file server; where there are no locks the file alone tells."""
-    monkeypatch.setattr(locks, "STALE", 0.5)
+def test_lock_of_a_crashed_host_is_taken_over(run, start, monkeypatch, has_locks):
+    """A file server may keep its lock; without locks there is only the file."""
+    monkeypatch.setattr(locks, "HEARTBEAT_TIMEOUT", 0.5)
     if has_locks:
         start()
     else:
         monkeypatch.setattr(locks, "_try_lock", lambda _: None)
-    elsewhere(run)
+    write_remote_holder(run)
     lock = RunLock(run)
     lock.acquire()
     assert json.loads(run.lock.read_text())["pid"] == os.getpid()
@@ -129,33 +129,33 @@ def test_the_lock_of_a_host_that_died_blocks_nobody(run, start, monkeypatch, has
     lock.release()
 
 
-def test_without_locks_a_second_process_is_refused_all_the_same(run, start, monkeypatch):
+def test_without_file_locks_a_second_process_is_refused(run, start, monkeypatch):
     monkeypatch.setattr(locks, "_try_lock", lambda _: None)
     other = start()
     with pytest.raises(RunLockedError, match=f"process {other.pid} on {host()}"):
         RunLock(run).acquire()
     other.kill()
-    other.wait()
+    os.waitid(os.P_PID, other.pid, os.WEXITED | os.WNOWAIT)  # dead, and a zombie until waited for
     lock = RunLock(run)
     lock.acquire()
     lock.release()
 
 
-def test_who_was_taken_to_be_dead_learns_of_it(run, monkeypatch):
-    monkeypatch.setattr(locks, "BEAT", 0.05)
-    lost, told = threading.Event(), []
-    lock = RunLock(run, on_lost=lambda reason: (told.append(reason), lost.set()))
+def test_holder_that_lost_its_lock_is_notified(run, monkeypatch):
+    monkeypatch.setattr(locks, "HEARTBEAT_INTERVAL", 0.05)
+    lost, reasons = threading.Event(), []
+    lock = RunLock(run, on_lost=lambda reason: (reasons.append(reason), lost.set()))
     lock.acquire()
     other = RunLock(run)
     os.close(other._take_over())
-    elsewhere(run, 77)
+    write_remote_holder(run, 77)
     assert lost.wait(10)
-    assert "taken over by process 77 on far-away" in told[0]
+    assert "taken over by process 77 on far-away" in reasons[0]
     lock.release()
 
 
-def test_signs_of_life_are_given(run, monkeypatch):
-    monkeypatch.setattr(locks, "BEAT", 0.05)
+def test_heartbeats_are_written(run, monkeypatch):
+    monkeypatch.setattr(locks, "HEARTBEAT_INTERVAL", 0.05)
     lock = RunLock(run)
     lock.acquire()
     first = run.lock.read_text()
@@ -165,7 +165,7 @@ def test_signs_of_life_are_given(run, monkeypatch):
     lock.release()
 
 
-def test_a_later_process_with_the_dead_one_s_number_is_not_it(run, monkeypatch):
+def test_later_process_with_the_same_pid_is_not_the_holder(run, monkeypatch):
     monkeypatch.setattr(locks, "_try_lock", lambda _: None)
     run.lock.write_text(json.dumps({"host": host(), "pid": os.getppid(), "started": 1.0}))
     lock = RunLock(run)
@@ -173,7 +173,7 @@ def test_a_later_process_with_the_dead_one_s_number_is_not_it(run, monkeypatch):
     lock.release()
 
 
-def test_released_it_can_be_taken_again(run):
+def test_released_lock_can_be_acquired_again(run):
     first, second = RunLock(run), RunLock(run)
     first.acquire()
     assert {"host", "pid", "started", "beat"} == json.loads(run.lock.read_text()).keys()
@@ -187,7 +187,7 @@ def test_released_it_can_be_taken_again(run):
 
 
 @pytest.mark.parametrize("left", ["", "not json", "[1, 2]", "3", '{"pid": "x"}'])
-def test_whatever_a_dead_holder_left_in_the_file_blocks_nobody(run, left):
+def test_unreadable_file_of_a_dead_holder_is_ignored(run, left):
     run.lock.write_text(left)
     lock = RunLock(run)
     lock.acquire()
@@ -196,15 +196,15 @@ def test_whatever_a_dead_holder_left_in_the_file_blocks_nobody(run, left):
 
 
 @pytest.mark.parametrize("left", ["not json", "[1, 2]", "3", '{"pid": "x"}'])
-def test_an_unreadable_holder_is_still_refused(run, start, left, monkeypatch):
-    monkeypatch.setattr(locks, "PATIENCE", 0.3)
+def test_held_lock_with_an_unreadable_file_is_respected(run, start, left, monkeypatch):
+    monkeypatch.setattr(locks, "EXIT_TIMEOUT", 0.3)
     start()
     run.lock.write_text(left)
     with pytest.raises(RunLockedError, match="in use by process"):
         RunLock(run).acquire()
 
 
-def test_it_is_not_inherited_unless_handed_over(run):
+def test_child_process_does_not_inherit_the_lock(run):
     lock = RunLock(run)
     lock.acquire()
     child = subprocess.Popen(["sleep", "5"], close_fds=False)

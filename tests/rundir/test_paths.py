@@ -8,7 +8,7 @@ from hpc_absa.errors import RunLockedError, UsageError
 from hpc_absa.rundir import RunDir
 from hpc_absa.rundir.lock import RunLock
 from hpc_absa.rundir.paths import MARK
-from hpc_absa.supervisor import driver
+from hpc_absa.supervisor.run_state import clear
 
 
 def a_run(folder):
@@ -30,7 +30,7 @@ def test_a_project_with_a_job_file_is_left_alone(tmp_path):
     (tmp_path / "job.toml").write_text("name = 'mine'\n")
     (tmp_path / "thesis.tex").touch()
     with pytest.raises(UsageError, match="not a run directory"):
-        driver.clear(RunDir(tmp_path))
+        clear(RunDir(tmp_path))
     with pytest.raises(UsageError, match="would replace that file"):
         RunDir(tmp_path).create()
     assert content(tmp_path) == ["job.toml", "thesis.tex"]
@@ -40,7 +40,7 @@ def test_a_project_with_a_job_file_is_left_alone(tmp_path):
 def test_other_programs_events_make_no_run(tmp_path):
     (tmp_path / "events.jsonl").write_text('{"event": "click"}\n')
     with pytest.raises(UsageError, match="not a run directory"):
-        driver.clear(RunDir(tmp_path))
+        clear(RunDir(tmp_path))
     assert content(tmp_path) == ["events.jsonl"]
 
 
@@ -53,7 +53,7 @@ def test_a_run_is_cleared_and_the_users_files_in_it_stay(tmp_path, linked):
     if linked:
         os.symlink(folder, tmp_path / "link")
         run = RunDir(tmp_path / "link")
-    driver.clear(run)
+    clear(run)
     kept = ["checkpoints/best.h5", "checkpoints/step-best.h5", "logs/mine.log", "notes.txt"]
     assert content(folder) == sorted([*kept, "lock"])
 
@@ -63,7 +63,7 @@ def test_a_linked_folder_of_a_run_is_not_emptied(tmp_path):
     elsewhere = tmp_path / "elsewhere"
     run.checkpoints.rename(elsewhere)
     os.symlink(elsewhere, run.checkpoints)
-    driver.clear(run)
+    clear(run)
     assert len(content(elsewhere)) == 2
 
 
@@ -71,7 +71,7 @@ def test_a_file_that_cannot_go_yet_is_no_failure(tmp_path):
     """NFS keeps a removed open file under another name until it is closed."""
     run = a_run(tmp_path / "run")
     (run.logs / ".nfs0001").touch()
-    driver.clear(run)
+    clear(run)
     assert content(run.path) == ["lock", "logs/.nfs0001"]
 
 
@@ -81,7 +81,7 @@ def test_a_run_in_use_is_not_cleared(tmp_path):
     lock.acquire()
     before = content(run.path)
     with pytest.raises(RunLockedError):
-        driver.clear(run)
+        clear(run)
     lock.release()
     assert content(run.path) == before
 
@@ -90,7 +90,7 @@ def test_a_run_that_ended_before_its_first_event_is_a_run(tmp_path):
     run = RunDir(tmp_path / "run").create()
     run.write_job("name = 'x'\n")
     assert run.job.read_text().startswith(MARK)
-    driver.clear(run)
+    clear(run)
     assert content(run.path) == ["lock"]
     assert not run.is_run
 
@@ -98,5 +98,5 @@ def test_a_run_that_ended_before_its_first_event_is_a_run(tmp_path):
 def test_a_run_of_an_earlier_version_is_a_run(tmp_path):
     run = a_run(tmp_path / "run")
     run.job.write_text("name = 'x'\n")  # without the mark
-    driver.clear(run)
+    clear(run)
     assert content(run.path) == ["lock"]

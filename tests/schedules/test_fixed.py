@@ -4,16 +4,15 @@ import math
 
 import pytest
 
-from hpc_absa.schedules.fixed import Constant
-from hpc_absa.schedules.rule import Milestones, Rate
-from tests.schedules.tables import actions, at, batches, follow, rates
+from hpc_absa.schedules import BL, FB
+from tests.schedules.tables import actions, at, batches, bound, follow, lrs
 
-MILESTONES = Milestones((2, 4), 0.1)
-BL = Constant(640, 0.1, MILESTONES)
-FB = Constant(640, 0.5, MILESTONES, Rate(5, 1 / 5))
+BATCHES = {"base_batch": 128, "max_batch": 640}
+bl = bound(BL(**BATCHES), milestones=(2, 4))
+fb = bound(FB(**BATCHES), milestones=(2, 4))
 
 
-@pytest.mark.parametrize("rule", [BL, FB])
+@pytest.mark.parametrize("rule", [bl, fb])
 def test_the_batch_is_constant_and_no_eigenvalue_is_wanted(rule):
     decisions = follow(rule, [at(e, 1 / e) for e in range(1, 7)])
     assert batches(decisions) == [640] * 6
@@ -21,27 +20,27 @@ def test_the_batch_is_constant_and_no_eigenvalue_is_wanted(rule):
     assert not rule.wants_eigenvalue(rule.initial())
 
 
-@pytest.mark.parametrize(("rule", "rate"), [(BL, 0.1), (FB, 0.5)])
-def test_the_rate_falls_once_at_each_milestone(rule, rate):
+@pytest.mark.parametrize(("rule", "lr"), [(bl, 0.1), (fb, 0.5)])
+def test_the_learning_rate_decays_once_at_each_milestone(rule, lr):
     decisions = follow(rule, [at(e / 2, decision_point=e % 2 == 0) for e in range(1, 11)])
     factors = [1, 1, 1, 0.1, 0.1, 0.1, 0.1, 0.01, 0.01, 0.01]
-    assert rates(decisions) == pytest.approx([rate * f for f in factors])
+    assert lrs(decisions) == pytest.approx([lr * f for f in factors])
     assert "milestone at epoch 2: learning rate" in decisions[3].reason
 
 
-def test_milestones_passed_between_two_boundaries_all_count():
-    assert rates(follow(BL, [at(5)])) == pytest.approx([0.001])
+def test_all_milestones_between_two_boundaries_apply():
+    assert lrs(follow(bl, [at(5)])) == pytest.approx([0.001])
 
 
-def test_a_milestone_at_a_fraction_before_an_epoch_s_end_is_not_met():
-    assert rates(follow(BL, [at(1.999)])) == [0.1]
+def test_a_milestone_does_not_apply_just_before_its_epoch_ends():
+    assert lrs(follow(bl, [at(1.999)])) == [0.1]
 
 
 @pytest.mark.parametrize(
-    ("epoch", "rate"), [(0, 0.1), (1, 0.18), (2.5, 0.3), (4.999, 0.49992), (5, 0.5), (50, 0.5)]
+    ("epoch", "lr"), [(0, 0.1), (1, 0.18), (2.5, 0.3), (4.999, 0.49992), (5, 0.5), (50, 0.5)]
 )
-def test_fb_warms_up_linearly(epoch, rate):
-    assert FB.lr(FB.initial(), epoch) == pytest.approx(rate)
+def test_fb_warms_up_linearly(epoch, lr):
+    assert fb.lr(fb.initial(), epoch) == pytest.approx(lr)
 
 
 @pytest.mark.parametrize(
@@ -49,21 +48,21 @@ def test_fb_warms_up_linearly(epoch, rate):
     [(0, 1), (5, 0.5 * (1 + math.sqrt(0.5))), (10, 0.5), (15, 0.5 * (1 - math.sqrt(0.5)))],
 )
 def test_cosine_falls_to_zero_with_the_last_epoch(epoch, factor):
-    rule = Constant(640, 0.1, Milestones((), 0.1), Rate(cosine_until=20))
+    rule = bound(BL(**BATCHES), annealing="cosine", epochs=20)
     assert rule.lr(rule.initial(), epoch) == pytest.approx(0.1 * factor)
     assert rule.lr(rule.initial(), 20) == rule.lr(rule.initial(), 20.5) == 0
 
 
-@pytest.mark.parametrize(("epoch", "rate"), [(0, 0.1), (2.5, 0.3), (5, 0.5), (10, 0.25), (15, 0.0)])
-def test_cosine_begins_where_warm_up_ends(epoch, rate):
-    rule = Constant(640, 0.5, Milestones((), 0.1), Rate(5, 1 / 5, 15))
-    assert rule.lr(rule.initial(), epoch) == pytest.approx(rate)
+@pytest.mark.parametrize(("epoch", "lr"), [(0, 0.1), (2.5, 0.3), (5, 0.5), (10, 0.25), (15, 0.0)])
+def test_cosine_begins_after_warm_up(epoch, lr):
+    rule = bound(FB(**BATCHES), annealing="cosine", epochs=15)
+    assert rule.lr(rule.initial(), epoch) == pytest.approx(lr)
 
 
-def test_a_milestone_within_the_warm_up_lowers_what_it_leads_to():
-    (decision,) = follow(FB, [at(2)])
-    assert FB.lr(decision.state, 2) == pytest.approx(0.01 + (0.05 - 0.01) * 2 / 5)
+def test_a_milestone_during_warm_up_lowers_its_target():
+    (decision,) = follow(fb, [at(2)])
+    assert fb.lr(decision.state, 2) == pytest.approx(0.01 + (0.05 - 0.01) * 2 / 5)
 
 
 def test_bl_has_no_warm_up():
-    assert BL.lr(BL.initial(), 0) == 0.1
+    assert bl.lr(bl.initial(), 0) == 0.1

@@ -8,26 +8,26 @@ import torch
 
 from hpc_absa.checkpoint import Content, Group, file
 from hpc_absa.records import GradientSquares
-from hpc_absa.schedules.noise import NoiseScale, NoiseState
-from hpc_absa.schedules.rule import Growth, Milestones
-from tests.schedules.tables import actions, at, batches, follow, rates
+from hpc_absa.schedules import GNS
+from hpc_absa.schedules.noise import NoiseState
+from tests.schedules.tables import actions, at, batches, bound, follow, lrs
 
 
-def gns(largest=64, gamma=1.0, beta=2, exponent=1.0, milestones=(), base=8, microbatch=4):
-    growth = Growth(beta, largest, exponent)
-    return NoiseScale(base, 0.1, growth, gamma, microbatch, Milestones(milestones, 0.1))
+def gns(max_batch=64, base=8, microbatch=4, milestones=(), **keys):
+    schedule = GNS(base_batch=base, max_batch=max_batch, **keys)
+    return bound(schedule, microbatch=microbatch, milestones=milestones)
 
 
 def step(scale, signal=1.0, M=2, b=4):
-    """The squares that a step would have in expectation at a noise scale."""
+    """The expectation of a step's gradient squares at a noise scale."""
     noise = scale * signal
     return GradientSquares(M, signal + noise / b, signal + noise / (M * b))
 
 
-def course(*scales):
-    """One step before each of as many epoch ends."""
-    boundaries = [at(epoch) for epoch in range(1, len(scales) + 1)]
-    return boundaries, [[step(scale)] for scale in scales]
+def run(*scales):
+    """Ends of epochs, and one step before each."""
+    epochs = [at(epoch) for epoch in range(1, len(scales) + 1)]
+    return epochs, [[step(scale)] for scale in scales]
 
 
 NAN = math.nan
@@ -39,16 +39,16 @@ NAN = math.nan
         ([15, 16, 31, 32, 64, 1000], "cgcggc"),
         ([1000, 1000, 1000, 1000], "gggc"),
         ([1, 1, 1], "ccc"),
-        # No evidence: NaN, infinite, zero, negative
+        # Unusable: NaN, infinite, zero, negative
         ([NAN, math.inf, 0.0, -5.0, 16], "ccccg"),
     ],
 )
-def test_growth_once_the_noise_scale_is_the_next_batch(scales, wanted):
-    boundaries, steps = course(*scales)
+def test_growth_once_the_noise_scale_reaches_the_next_batch(scales, wanted):
+    boundaries, steps = run(*scales)
     assert actions(follow(gns(), boundaries, steps=steps)) == wanted
 
 
-def test_a_signal_that_is_not_positive_is_no_evidence():
+def test_a_signal_that_is_not_positive_is_ignored():
     steps = [[step(100, signal=-1.0)], [step(100, signal=0.0)], [GradientSquares(2, NAN, 1.0)]]
     decisions = follow(gns(), [at(e) for e in (1, 2, 3)], steps=steps)
     assert actions(decisions) == "ccc"
@@ -63,7 +63,7 @@ def test_moments_are_averaged_before_the_quotient_is_taken():
     assert decision.reason == "16 > 1 × noise scale 5"
 
 
-def test_a_decision_point_begins_anew_and_other_boundaries_do_not():
+def test_the_sums_restart_at_decision_points_only():
     boundaries = [at(1, decision_point=False), at(2), at(3)]
     decisions = follow(gns(), boundaries, steps=[[step(31)], [step(1)], [step(16)]])
     assert [d.state.steps for d in decisions] == [1, 0, 0]
@@ -71,40 +71,42 @@ def test_a_decision_point_begins_anew_and_other_boundaries_do_not():
 
 
 def test_gamma_is_how_many_noise_scales_the_batch_may_reach():
-    boundaries, steps = course(8, 16)
+    boundaries, steps = run(8, 16)
     assert batches(follow(gns(gamma=2), boundaries, steps=steps)) == [16, 32]
 
 
-@pytest.mark.parametrize(("exponent", "factor"), [(0.0, 1), (0.5, 2**0.5), (1.0, 2)])
-def test_the_rate_follows_the_batch_and_the_last_growth_is_cut(exponent, factor):
-    boundaries, steps = course(99, 99)
-    decisions = follow(gns(largest=20, exponent=exponent), boundaries, steps=steps)
+@pytest.mark.parametrize(
+    ("lr_rule", "factor"), [("none", 1), ("square-root", 2**0.5), ("linear", 2)]
+)
+def test_the_learning_rate_follows_the_batch_and_the_last_growth_is_cut(lr_rule, factor):
+    boundaries, steps = run(99, 99)
+    decisions = follow(gns(max_batch=20, lr_rule=lr_rule), boundaries, steps=steps)
     assert batches(decisions) == [16, 20]
-    assert rates(decisions)[0] == pytest.approx(0.1 * factor)
+    assert lrs(decisions)[0] == pytest.approx(0.1 * factor)
 
 
 def test_a_milestone_and_growth_at_the_same_boundary():
-    boundaries, steps = course(1, 99)
+    boundaries, steps = run(1, 99)
     decision = follow(gns(milestones=(2,)), boundaries, steps=steps)[-1]
     assert decision.action == "grow"
     assert decision.state.lr == pytest.approx(0.1 * 0.1 * 2)
     assert decision.reason.startswith("16 ≤ 1 × noise scale 99: batch 8 → 16; milestone at epoch 2")
 
 
-def test_steps_of_one_microbatch_say_nothing():
+def test_steps_of_one_microbatch_are_ignored():
     steps = [[GradientSquares(1, 5.0, 5.0)]]
     (decision,) = follow(gns(), [at(1)], steps=steps)
     assert decision.reason == "no step of two microbatches or more: no growth"
 
 
-def test_at_the_maximum_gradients_are_not_asked_for():
-    rule = gns(largest=8)
+def test_no_gradients_are_wanted_at_the_maximum():
+    rule = gns(max_batch=8)
     assert not rule.wants_gradients(rule.initial())
     assert not rule.wants_eigenvalue(rule.initial())
     assert follow(rule, [at(1)])[0].reason == "batch is at its maximum 8"
 
 
-def test_the_evidence_is_told():
+def test_the_evidence_has_the_noise_scale_and_both_moments():
     rule = gns()
     assert rule.evidence(rule.initial()) == {}
     state = rule.learn(rule.learn(rule.initial(), step(6)), step(10))
@@ -114,24 +116,24 @@ def test_the_evidence_is_told():
 
 
 @pytest.mark.parametrize("scale", [10, 16, 40, NAN, -1])
-def test_a_decision_is_made_again_from_its_evidence(scale):
-    """As an event has it, where what is not finite is null."""
+def test_a_decision_is_derived_again_from_its_event(scale):
+    """Events have null for what is not finite."""
     rule = gns()
     state = rule.learn(rule.learn(rule.initial(), step(scale)), step(scale))
-    told = {k: v if math.isfinite(v) else None for k, v in rule.evidence(state).items()}
-    again = rule.recall(rule.initial(), {"epoch": 1, **told})
+    event = {k: v if math.isfinite(v) else None for k, v in rule.evidence(state).items()}
+    again = rule.recall(rule.initial(), {"epoch": 1, **event})
     assert rule.decide(again, at(1)) == rule.decide(state, at(1))
 
 
-def test_where_nothing_was_measured_nothing_is_recalled():
+def test_recall_without_measurements():
     rule = gns()
     assert rule.recall(rule.initial(), {"epoch": 1}) == rule.initial()
 
 
 @pytest.mark.parametrize("stop", range(5))
 def test_a_resume_in_between_decides_the_same(tmp_path, stop):
-    """Stopped in the middle of a stretch, the state goes through a checkpoint's attributes."""
-    boundaries, steps = course(10, 20, NAN, 40, 70)
+    """Stopped between two decision points; the state is saved as a checkpoint's attributes."""
+    boundaries, steps = run(10, 20, NAN, 40, 70)
     steps = [[*some, step(18)] for some in steps]
     rule = gns(milestones=(3,))
     whole = follow(rule, boundaries, steps=steps)
@@ -148,7 +150,7 @@ def test_the_moments_are_those_of_the_samples():
     """Gradients drawn with mean G and covariance σ²·1 in 50 dimensions: tr Σ = 50 σ²."""
     torch.manual_seed(0)
     b, M, dimensions, sigma = 8, 4, 50, 0.7
-    rule = gns(largest=10**6, base=M * b, microbatch=b)
+    rule = gns(max_batch=10**6, base=M * b, microbatch=b)
     G = torch.randn(dimensions, dtype=torch.float64)
     state = rule.initial()
     for _ in range(2000):
@@ -158,6 +160,6 @@ def test_the_moments_are_those_of_the_samples():
             M, float(each.square().sum(dim=1).mean()), float(each.mean(dim=0).square().sum())
         )
         state = rule.learn(state, squares)
-    told = rule.evidence(state)
-    assert told["gradient_noise"] == pytest.approx(dimensions * sigma**2, rel=0.02)
-    assert told["gradient_signal"] == pytest.approx(float(G.square().sum()), rel=0.02)
+    event = rule.evidence(state)
+    assert event["gradient_noise"] == pytest.approx(dimensions * sigma**2, rel=0.02)
+    assert event["gradient_signal"] == pytest.approx(float(G.square().sum()), rel=0.02)

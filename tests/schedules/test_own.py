@@ -1,4 +1,4 @@
-"""A rule of the user's own: found, given what it asks for, and held to its promises."""
+"""User-defined rules: loading, arguments, and checks of what they return."""
 
 import sys
 from dataclasses import dataclass, replace
@@ -47,7 +47,7 @@ class Doubling(Rule):
 
 
 class Faulty(Rule):
-    """Answers what the job says."""
+    """Returns what its arguments choose."""
 
     def __init__(self, base_batch, lr, answer=None, lr_answer=None, start=None):
         self.state = ScheduleState(start or base_batch, lr)
@@ -87,7 +87,7 @@ def refusal(call):
     return str(caught.value)
 
 
-def test_it_is_made_with_what_it_asks_for_and_with_the_job_s_keys():
+def test_the_class_gets_the_parameters_it_has_and_the_other_keys():
     decide = rule("schedule.every=3").decide
     state = rule().initial()
     actions = []
@@ -103,8 +103,8 @@ def test_it_is_made_with_what_it_asks_for_and_with_the_job_s_keys():
     ]
 
 
-def test_it_is_planned():
-    planned = plan(config.parse(JOB, "test"), 640, 8)["course"]
+def test_the_planner_follows_it():
+    planned = plan(config.parse(JOB, "test"), 640, 8)["plan"]
     assert [(p.global_batch, round(p.epochs), p.lr) for p in planned.phases] == [
         (64, 2, 0.1),
         (128, 2, 0.1),
@@ -112,21 +112,21 @@ def test_it_is_planned():
     ]
 
 
-def test_a_job_with_it_is_written_and_read_back():
+def test_a_job_with_it_is_dumped_and_parsed():
     job = config.parse(JOB, "test", ("schedule.every=3",))
     assert job.schedule.arguments == {"every": 3}
     assert config.parse(config.dump(job), "dump") == job
 
 
-def test_what_it_leaves_out_has_an_answer():
-    own, state = rule(), rule().initial()
-    assert not own.wants_eigenvalue(state)
-    assert own.threshold(state) is None
-    assert not own.wants_gradients(state)
-    assert own.learn(state, GradientSquares(2, 1.0, 1.0)) == state
-    assert own.evidence(state) == {}
-    assert own.lr(state, 3.0) == 0.1
-    assert own.adversarial_fraction(state, 3.0) == 0.0
+def test_defaults_of_the_optional_methods():
+    checked, state = rule(), rule().initial()
+    assert not checked.wants_eigenvalue(state)
+    assert checked.threshold(state) is None
+    assert not checked.wants_gradients(state)
+    assert checked.learn(state, GradientSquares(2, 1.0, 1.0)) == state
+    assert checked.evidence(state) == {}
+    assert checked.lr(state, 3.0) == 0.1
+    assert checked.adversarial_fraction(state, 3.0) == 0.0
 
 
 @pytest.mark.parametrize(
@@ -143,8 +143,8 @@ def test_what_it_leaves_out_has_an_answer():
         ),
     ],
 )
-def test_what_cannot_be_loaded_is_one_line(overrides, line):
-    assert line in refusal(lambda: rule(*(f"schedule.{word}" for word in overrides)))
+def test_a_class_that_cannot_be_loaded_is_one_line(overrides, line):
+    assert line in refusal(lambda: rule(*(f"schedule.{override}" for override in overrides)))
 
 
 @pytest.mark.parametrize(
@@ -160,19 +160,19 @@ def test_what_cannot_be_loaded_is_one_line(overrides, line):
     ],
 )
 def test_a_wrong_decision_is_one_line(answer, line):
-    own = rule("schedule.method=tests.schedules.test_own:Faulty", f"schedule.answer={answer}")
+    checked = rule("schedule.method=tests.schedules.test_own:Faulty", f"schedule.answer={answer}")
     seen = Observation(1.0, True, Eigenvalue(1.0, 0.0, 1, 1, 0.0, converged=True))
-    assert line in refusal(lambda: own.decide(own.initial(), seen))
+    assert line in refusal(lambda: checked.decide(checked.initial(), seen))
 
 
 @pytest.mark.parametrize("lr", ["nan", "-1.0", "'high'"])
 def test_a_wrong_learning_rate_is_one_line(lr):
-    own = rule("schedule.method=tests.schedules.test_own:Faulty", f"schedule.lr_answer={lr}")
-    line = refusal(lambda: own.lr(own.initial(), 0.0))
+    checked = rule("schedule.method=tests.schedules.test_own:Faulty", f"schedule.lr_answer={lr}")
+    line = refusal(lambda: checked.lr(checked.initial(), 0.0))
     assert "expected a finite learning rate, 0 or more" in line
 
 
-def test_a_module_beside_the_job_is_found(tmp_path, monkeypatch):
+def test_a_module_in_the_current_folder_is_imported(tmp_path, monkeypatch):
     (tmp_path / "mine_to_plan.py").write_text(
         "from hpc_absa.records import Decision, ScheduleState\n"
         "from hpc_absa.schedules import Rule\n"

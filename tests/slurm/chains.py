@@ -8,7 +8,7 @@ import sys
 from datetime import datetime
 from pathlib import Path
 
-from hpc_absa.report.rank_seconds import cost
+from hpc_absa.report.timing import cost
 from hpc_absa.rundir import RunDir
 from tests.mpi.conftest import find_mpirun, mpi_environment
 from tests.mpi.jobs import write_job
@@ -19,7 +19,7 @@ from tests.supervised import Supervised
 class ChainRun(Supervised):
     """`hpc-absa run --launcher slurm` of the small reproducible job, one rank a node."""
 
-    patience = 240.0
+    timeout = 240.0
 
     def __init__(self, cluster: Cluster, folder: Path, *settings: str, most: int = 2) -> None:
         self.cluster, self.folder = cluster, folder
@@ -36,8 +36,8 @@ class ChainRun(Supervised):
             | {"SLURM_CONF": str(cluster.configuration), "COLUMNS": "200"},
         )
 
-    def say(self, *words: str) -> subprocess.CompletedProcess[str]:
-        """One of our commands, to its end."""
+    def command(self, *words: str) -> subprocess.CompletedProcess[str]:
+        """Run an `hpc-absa` command to its end."""
         return subprocess.run(
             [sys.executable, "-m", "hpc_absa", *words],
             env=self.environment,
@@ -53,26 +53,25 @@ class ChainRun(Supervised):
 
     def job_of(self, link: int) -> str:
         """The id of a link's job."""
-        told = [e for e in self.events("link") if e["link"] == link]
-        return str(told[0]["job_id"])
+        return str(next(e for e in self.events("link") if e["link"] == link)["job_id"])
 
     def sizes(self) -> list[tuple[int, int]]:
         """Nodes and ranks of each link as submitted."""
-        told = [e for e in self.events("link") if e["action"] == "submitted"]
-        return [(e["nodes"], e["ranks"]) for e in told]
+        submitted = [e for e in self.events("link") if e["action"] == "submitted"]
+        return [(e["nodes"], e["ranks"]) for e in submitted]
 
     def assert_each_submitted_once(self) -> None:
-        """By Slurm's own book: one job for every name of this chain."""
-        names = self.cluster.say("squeue", "-h", "-a", "-t", "all", "-o", "%A %j").splitlines()
-        told = [e for e in self.events("link") if e["action"] == "submitted"]
-        mine = {str(e["job_id"]) for e in told}
-        assert len(mine) == len(told) == len({e["link"] for e in told})
+        """By Slurm's records: one job for every name of this chain."""
+        names = self.cluster.command("squeue", "-h", "-a", "-t", "all", "-o", "%A %j").splitlines()
+        submitted = [e for e in self.events("link") if e["action"] == "submitted"]
+        mine = {str(e["job_id"]) for e in submitted}
+        assert len(mine) == len(submitted) == len({e["link"] for e in submitted})
         prefix = next(n.split()[1] for n in names if n.split()[0] in mine).rpartition("-")[0]
         of_chain = {n.split()[0] for n in names if n.split()[1].startswith(f"{prefix}-")}
         assert of_chain == mine, names
 
-    def assert_charged_as_slurm_says(self) -> None:
-        """Our rank-seconds against Slurm's own record of completed jobs, which has whole seconds.
+    def assert_charged_as_in_slurms_records(self) -> None:
+        """Rank-seconds of the report against Slurm's record of completed jobs, in whole seconds.
 
         Slurm also counts what a batch job takes before its ranks start and after they ended.
         """
@@ -95,15 +94,15 @@ class ChainRun(Supervised):
         overhead = 8.0 * sum(jobs.values())
         assert theirs - overhead <= spent.charged <= theirs + sum(jobs.values())
 
-    def story(self) -> str:
-        """Everything that tells why a test failed."""
+    def diagnostics(self) -> str:
+        """Queue, nodes, events and logs."""
         logs = "\n".join(
             f"== {path.name}\n{path.read_text(errors='replace')[-3000:]}"
             for path in sorted(self.run.logs.glob("*"))
         )
-        queue = self.cluster.say("squeue", "-a", "-t", "all")
-        told = "\n".join(map(str, self.run.log.read()[-30:]))
-        return f"{queue}\n{self.cluster.say('sinfo')}\n{told}\n{logs}"
+        queue = self.cluster.command("squeue", "-a", "-t", "all")
+        events = "\n".join(map(str, self.run.log.read()[-30:]))
+        return f"{queue}\n{self.cluster.command('sinfo')}\n{events}\n{logs}"
 
 
 def alone(folder: Path, *settings: str) -> RunDir:

@@ -1,6 +1,6 @@
-"""A real Slurm of four nodes on this machine, in a temporary folder, on ports of its own.
+"""A real Slurm of four nodes on this machine, in a temporary folder, on free ports.
 
-One munged, one slurmctld and four slurmd, all as the present user, who needs no rights for it. Each
+One munged, one slurmctld and four slurmd, all as the current user, without special rights. Each
 node has two CPUs, whatever the machine has, and runs under this machine's name and address.
 """
 
@@ -68,7 +68,7 @@ def missing() -> str | None:
 
 
 def find(program: str) -> str | None:
-    """A program's path; daemons lie in `sbin`, which is not on every PATH."""
+    """A program's path; daemons are in `sbin`, which is not on every PATH."""
     return shutil.which(program, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
 
 
@@ -79,7 +79,7 @@ class Cluster:
         """Write the configuration; nothing runs yet."""
         self.folder = folder
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
-        folder.chmod(0o755)  # munged wants nobody else to be able to write
+        folder.chmod(0o755)  # munged requires that nobody else can write
         (folder / "state").mkdir()
         key = folder / "munge.key"
         key.write_bytes(secrets.token_bytes(128))
@@ -117,7 +117,7 @@ class Cluster:
     def start_controller(self) -> None:
         """Start slurmctld, with the state it left behind if it was there before."""
         self._spawn("slurmctld", "-D")
-        wait_until(lambda: "UP" in self.say("scontrol", "ping"), 30, "slurmctld")
+        wait_until(lambda: "UP" in self.command("scontrol", "ping"), 30, "slurmctld")
 
     def start_node(self, name: str) -> None:
         """Start one node's slurmd."""
@@ -132,9 +132,9 @@ class Cluster:
     def stop(self) -> None:
         """Cancel all jobs, then end the daemons, munged last."""
         if "slurmctld" in self._daemons:
-            self.say("scancel", "--user", str(os.geteuid()))
+            self.command("scancel", "--user", str(os.geteuid()))
             for job in self.jobs():
-                self.say("scancel", "--signal=KILL", "--full", job)
+                self.command("scancel", "--signal=KILL", "--full", job)
         for name in reversed(list(self._daemons)):
             daemon = self._daemons.pop(name)
             daemon.send_signal(signal.SIGTERM)
@@ -144,7 +144,7 @@ class Cluster:
                 daemon.kill()
                 daemon.wait()
 
-    def say(self, program: str, *words: str) -> str:
+    def command(self, program: str, *words: str) -> str:
         """Standard output of one of Slurm's commands; errors are part of it."""
         path = find(program)
         assert path, program
@@ -160,16 +160,16 @@ class Cluster:
 
     def states(self) -> dict[str, str]:
         """Each node's state as sinfo writes it, without flags."""
-        lines = self.say("sinfo", "-h", "-N", "-p", "main", "-o", "%N %t").splitlines()
+        lines = self.command("sinfo", "-h", "-N", "-p", "main", "-o", "%N %t").splitlines()
         words = (line.split() for line in lines)
         return {pair[0]: pair[1].rstrip("*~#$%@^-+") for pair in words if len(pair) == 2}
 
     def jobs(self) -> list[str]:
-        """Ids of the jobs that are pending or at work."""
-        return self.say("squeue", "-h", "-o", "%A").split()
+        """Ids of the jobs that are pending or running."""
+        return self.command("squeue", "-h", "-o", "%A").split()
 
     def completed(self) -> list[dict[str, str]]:
-        """Every job that ended, from Slurm's own record of completed jobs."""
+        """Every job that ended, from Slurm's record of completed jobs."""
         path = self.folder / "completed.txt"
         if not path.exists():
             return []

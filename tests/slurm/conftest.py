@@ -16,7 +16,7 @@ def cluster() -> Iterator[Cluster]:
     """Four idle nodes of two CPUs; a test that ends daemons starts them again."""
     if why := missing():
         pytest.skip(why)
-    # not pytest's own folder: munged wants its socket where every user could reach it
+    # not pytest's folder: munged requires a socket that every user can reach
     with tempfile.TemporaryDirectory(prefix="absa-slurm-", ignore_cleanup_errors=True) as folder:
         cluster = Cluster(Path(folder))
         try:

@@ -21,7 +21,7 @@ def submit(cluster, folder, script, *options, arguments=()):
     output = folder / "output"
     cluster.environment, before = cluster.environment | chain.environment, cluster.environment
     try:
-        job = cluster.say(
+        job = cluster.command(
             *("sbatch", "--parsable", f"--output={output}", *options, str(script)),
             *(str(chain.job), "--run-dir", str(chain.run.path), *arguments),
         )
@@ -52,9 +52,9 @@ def test_the_shipped_script_grows_onto_the_second_node(cluster, tmp_path):
 
 def test_srun_starts_the_ranks(cluster, tmp_path):
     """On one node: the several nodes of one machine share the folder of Slurm's PMIx plugin."""
-    told = cluster.say("srun", "--mpi=pmix", "--ntasks=1", "true")
-    if "plugin" in told:
-        pytest.skip(f"Slurm's PMIx plugin does not work (Debian: libpmix-dev): {told}")
+    output = cluster.command("srun", "--mpi=pmix", "--ntasks=1", "true")
+    if "plugin" in output:
+        pytest.skip(f"Slurm's PMIx plugin does not work (Debian: libpmix-dev): {output}")
     script = tmp_path / "job.sh"
     script.write_text('#!/bin/sh\nexec hpc-absa run "$@" --launcher srun\n')
     chain, output = submit(

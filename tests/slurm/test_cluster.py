@@ -1,4 +1,4 @@
-"""The cluster itself: what the other tests here stand on."""
+"""The cluster itself, which the other tests here use."""
 
 import pytest
 
@@ -11,7 +11,7 @@ def test_a_job_runs_on_all_four_nodes(cluster, tmp_path):
     script = tmp_path / "job.sh"
     script.write_text("#!/bin/sh\nsrun --mpi=none sh -c 'echo $SLURMD_NODENAME'\n")
     output = tmp_path / "out"
-    job = cluster.say("sbatch", "--parsable", "-N4", "-n4", f"--output={output}", str(script))
+    job = cluster.command("sbatch", "--parsable", "-N4", "-n4", f"--output={output}", str(script))
     wait_until(lambda: job not in cluster.jobs(), 60, "end of the job")
     assert sorted(output.read_text().split()) == list(NODES)
     wait_until(

@@ -1,8 +1,8 @@
-"""Spoils checkpoints in every way that disks, copies and people do, and looks what is loaded.
+"""Damages checkpoints in every way that disks, copies and users do, and checks what is loaded.
 
-`python -m tests.soak.damage FOLDER SEED FIRST LAST` runs the cases of these numbers and prints a
-JSON line before and after each, so that whoever started it learns which one crashed or hung it. A
-case is a run's three checkpoints, in one file each or with shards beside it, some of them spoiled.
+`python -m tests.soak.damage FOLDER SEED FIRST LAST` runs the cases with these numbers and prints a
+JSON line before and after each, so that the test that started it can name one that crashed or hung.
+A case is a run's three checkpoints, in one file each or with shards, some of them damaged.
 """
 
 from __future__ import annotations
@@ -20,25 +20,24 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from hpc_absa.checkpoint import Content, Group, Store, seal, verification
+from hpc_absa.checkpoint import CheckpointManager, Content, Group, integrity, manager, restore
 from hpc_absa.comm import SerialCommunicator
 from hpc_absa.errors import HpcAbsaError
 from hpc_absa.rundir.paths import checkpoint_files
-from hpc_absa.training import resuming
-from tests.checkpoint.contents import ATTRIBUTES, assert_same
+from tests.checkpoint.contents import ATTRIBUTES, assert_same, seal
 
 STEPS = (10, 20, 30)
 SHARDS = 4
 CHUNK = 1 << 16
-"""Bytes under one checksum here: these small files have as many as large ones have otherwise."""
+"""Bytes of a chunk here, so that these small files have as many checksums as large ones."""
 
 
 def content(step: int) -> Content:
-    """A state with arrays on both sides of every threshold, small beside a real one."""
-    draw = np.random.default_rng(step)
-    layers = {f"layer{i}.weight": draw.random((130, 130), np.float32) for i in range(6)}
-    buffers = {"bn.running_mean": draw.random(16), "bn.num_batches_tracked": np.array(step)}
-    momentum = {f"momentum.{name}": draw.random(16900, np.float32) for name in layers}
+    """A small state with arrays on both sides of every threshold."""
+    generator = np.random.default_rng(step)
+    layers = {f"layer{i}.weight": generator.random((130, 130), np.float32) for i in range(6)}
+    buffers = {"bn.running_mean": generator.random(16), "bn.num_batches_tracked": np.array(step)}
+    momentum = {f"momentum.{name}": generator.random(16900, np.float32) for name in layers}
     return Content(
         {**ATTRIBUTES, "step": step},
         {
@@ -46,7 +45,7 @@ def content(step: int) -> Content:
             "optimizer": Group({"name": "sgd"}, momentum),
             "schedule": Group({"global_batch": 64, "lr": 0.1, "reference": 7.25}),
             "curvature": Group(
-                {"eigenvalue": 7.5}, {"eigenvector": draw.random(50_000, np.float32)}
+                {"eigenvalue": 7.5}, {"eigenvector": generator.random(50_000, np.float32)}
             ),
             "job": Group({"text": 'name = "digits"\n' * 40}),
         },
@@ -54,14 +53,14 @@ def content(step: int) -> Content:
 
 
 def publish(folder: Path, step: int, shards: int) -> None:
-    """A checkpoint as a world of `shards` ranks writes it; 0 for a single file."""
-    store, path = Store(folder, len(STEPS)), folder / f"step-{step:010d}-phase-001.h5"
+    """A checkpoint as `shards` ranks write it; 0 for a single file."""
+    writer, path = CheckpointManager(folder, len(STEPS)), folder / f"step-{step:010d}-phase-001.h5"
     whole = content(step)
     if not shards:
-        store.publish(path, whole)
+        writer.publish(path, whole)
         return
     large = [key for key, array in whole.arrays().items() if array.nbytes >= 1 << 16]
-    parts = []
+    written = []
     for number in range(shards):
         mine = large[number::shards]
         groups = {
@@ -69,21 +68,21 @@ def publish(folder: Path, step: int, shards: int) -> None:
             for name in {of for of, _ in mine}
         }
         share = Content({"step": step}, groups)
-        parts.append(store.write_shard(path, f"save{step}", number + 1, shards, share))
+        written.append(writer.write_shard(path, f"5a{step}", number + 1, shards, share))
     rest = {
         name: Group(of.attributes, {k: a for k, a in of.arrays.items() if (name, k) not in large})
         for name, of in whole.groups.items()
     }
-    store.publish(path, Content(whole.attributes, rest), tuple(parts))
+    writer.publish(path, Content(whole.attributes, rest), tuple(written))
 
 
 def files(folder: Path, step: int) -> list[Path]:
-    """All files of a generation, the one that is listed first."""
-    found = sorted(folder.glob(f"step-{step:010d}-*"))
-    return sorted(found, key=lambda path: (path not in checkpoint_files(folder), path))
+    """All files of a checkpoint, its own file first."""
+    paths = sorted(folder.glob(f"step-{step:010d}-*"))
+    return sorted(paths, key=lambda path: (path not in checkpoint_files(folder), path))
 
 
-# Ways to spoil a file
+# Ways to damage a file
 
 
 def _size(path: Path) -> int:
@@ -91,14 +90,14 @@ def _size(path: Path) -> int:
 
 
 def _block(path: Path) -> int:
-    """Bytes of the first block: HDF5 begins behind it."""
-    return path.read_bytes().index(seal.HDF5)
+    """Bytes of the first block, after which HDF5 begins."""
+    return path.read_bytes().index(integrity.HDF5_MAGIC)
 
 
-def _overwrite(path: Path, place: int, found: bytes) -> None:
+def _overwrite(path: Path, place: int, data: bytes) -> None:
     with path.open("r+b") as file:
         file.seek(place)
-        file.write(found)
+        file.write(data)
 
 
 def _flip(path: Path, place: int, draw: random.Random) -> None:
@@ -107,11 +106,11 @@ def _flip(path: Path, place: int, draw: random.Random) -> None:
 
 
 def _region(path: Path, name: str, draw: random.Random) -> int:
-    """A place in one of the regions of a file."""
+    """A random offset in a region of a file."""
     block, whole = _block(path), path.read_bytes()
     first, last = {
-        "magic": (0, len(seal.MAGIC)),
-        "checksums": (len(seal.MAGIC), max(len(whole[:block].rstrip(b"\0")), 32)),
+        "magic": (0, len(integrity.MAGIC)),
+        "checksums": (len(integrity.MAGIC), max(len(whole[:block].rstrip(b"\0")), 32)),
         "rest of the block": (len(whole[:block].rstrip(b"\0")), block),
         "superblock": (block, block + 96),
         "headers": (block + 96, block + 4096),
@@ -120,8 +119,8 @@ def _region(path: Path, name: str, draw: random.Random) -> int:
     }.get(name, (0, 0))
     if name == "attributes":
         names = (b"digest", b"step", b"format_version", b"global_batch", b"text", b"sha256")
-        found = [place for each in names if (place := whole.find(each, block)) > 0]
-        first = draw.choice(found or [block])
+        places = [place for each in names if (place := whole.find(each, block)) > 0]
+        first = draw.choice(places or [block])
         last = first + 40
     if name == "data":
         with h5py.File(path, locking=False) as file:
@@ -153,10 +152,10 @@ REGIONS = (
 
 
 def truncate(path: Path, draw: random.Random) -> None:
-    """Cut at an edge that means something, beside one, or anywhere."""
+    """Cut at a boundary, beside one, or anywhere."""
     block, size = _block(path), _size(path)
     chunks = range(block, size, CHUNK)
-    edges = [1, 8, len(seal.MAGIC), 511, 512, block, block + 8, block + 96, size // 2, *chunks]
+    edges = [1, 8, len(integrity.MAGIC), 511, 512, block, block + 8, block + 96, size // 2, *chunks]
     edges += range(4096, size, 4096)[:50]
     place = draw.choice([*edges, draw.randrange(size), size - 1]) + draw.choice((-1, 0, 1))
     os.truncate(path, max(0, min(place, size - 1)))
@@ -185,7 +184,7 @@ def garbage(path: Path, draw: random.Random) -> None:
 
 
 def zero_a_page(path: Path, draw: random.Random) -> None:
-    """A page that never reached the disk, or several."""
+    """One or more pages that were never written to disk."""
     page = draw.choice((512, 4096, 65536))
     first = draw.randrange(-(-_size(path) // page))
     length = min(page * draw.choice((1, 1, 3)), _size(path) - first * page)
@@ -193,7 +192,7 @@ def zero_a_page(path: Path, draw: random.Random) -> None:
 
 
 def zero_the_end(path: Path, draw: random.Random) -> None:
-    """Right in length, zero from some place on: a file system after a power cut."""
+    """The right length, but zero from some offset on, as after a power failure."""
     place = draw.randrange(_size(path))
     _overwrite(path, place, bytes(_size(path) - place))
 
@@ -205,17 +204,17 @@ def append(path: Path, draw: random.Random) -> None:
 
 
 def enormous(path: Path, draw: random.Random) -> None:
-    """A hole at the end, larger than any memory."""
+    """Extended by a hole larger than any memory."""
     os.truncate(path, draw.choice((1 << 36, 1 << 42)))
 
 
 def empty(path: Path, draw: random.Random) -> None:
-    """Nothing in it."""
+    """Without a byte."""
     os.truncate(path, 0)
 
 
 def directory(path: Path, draw: random.Random) -> None:
-    """A folder in its place."""
+    """Replaced by a folder."""
     path.unlink()
     path.mkdir()
     if draw.random() < 0.5:
@@ -223,12 +222,12 @@ def directory(path: Path, draw: random.Random) -> None:
 
 
 def missing(path: Path, draw: random.Random) -> None:
-    """Gone."""
+    """Removed."""
     path.unlink()
 
 
 def no_file(path: Path, draw: random.Random) -> None:
-    """Something that is no file: reading it would wait for ever, or fail."""
+    """Replaced by something that is not a file: reading it would block or fail."""
     path.unlink()
     kind = draw.choice(("fifo", "socket", "dangling", "loop", "/dev/zero"))
     match kind:
@@ -237,8 +236,8 @@ def no_file(path: Path, draw: random.Random) -> None:
         case "socket":
             here = os.getcwd()
             os.chdir(path.parent)  # a socket's path is short
-            with socket.socket(socket.AF_UNIX) as made:
-                made.bind(path.name)
+            with socket.socket(socket.AF_UNIX) as unix_socket:
+                unix_socket.bind(path.name)
             os.chdir(here)
         case "dangling":
             path.symlink_to(path.with_name("nowhere"))
@@ -249,7 +248,7 @@ def no_file(path: Path, draw: random.Random) -> None:
 
 
 def other_format(path: Path, draw: random.Random) -> None:
-    """A file of another kind under its name."""
+    """Replaced by a file of another format."""
     if draw.random() < 0.5:
         path.write_bytes(b"PK\x03\x04" + draw.randbytes(4000))
         return
@@ -258,9 +257,8 @@ def other_format(path: Path, draw: random.Random) -> None:
         file["x"] = np.arange(10)
 
 
-def changed_by_hand(path: Path, draw: random.Random) -> None:
-    """Opened in h5py and changed; the checksums made to fit in half of the cases."""
-    block = _block(path)
+def changed_with_h5py(path: Path, draw: random.Random) -> None:
+    """Opened in h5py and changed."""
     with h5py.File(path, "r+", locking=False) as file:
         arrays: list[h5py.Dataset] = []
         file.visititems(lambda _, item: arrays.append(item) if _is_array(item) else None)
@@ -271,8 +269,15 @@ def changed_by_hand(path: Path, draw: random.Random) -> None:
             array[...] = values
         else:
             file.attrs["step"] = int(file.attrs["step"]) + 1
-    if draw.random() < 0.5:
-        seal.seal(path, block)
+
+
+def another_step(path: Path, draw: random.Random) -> None:
+    """Sealed with another step: a checkpoint that is intact, but not the one of its name."""
+    with h5py.File(path, "r+", locking=False) as file:
+        file.attrs["step"] = int(file.attrs["step"]) + 1
+        if "shard" in file.attrs:  # another shard, then
+            file.attrs["digest"] = "sha256:" + "0" * 64
+    seal(path)
 
 
 def _is_array(item: object) -> bool:
@@ -293,88 +298,89 @@ FILE_WAYS: dict[str, Callable[[Path, random.Random], None]] = {
     "missing": missing,
     "no file": no_file,
     "other format": other_format,
-    "changed by hand": changed_by_hand,
+    "changed with h5py": changed_with_h5py,
+    "another step": another_step,
 }
 
 
-# Ways to spoil a generation
+# Ways to damage a checkpoint of several files
 
 
 def swapped(folder: Path, step: int, draw: random.Random) -> None:
-    """Two of its files under each other's names."""
+    """Two of its files, each under the name of the other."""
     one, other = draw.sample(files(folder, step), 2)
-    spare = folder / ".spare"
-    one.rename(spare)
+    temporary = folder / ".temporary"
+    one.rename(temporary)
     other.rename(one)
-    spare.rename(other)
+    temporary.rename(other)
 
 
 def mixed(folder: Path, step: int, draw: random.Random) -> None:
-    """One of its files replaced by the other generations' like it, whole or from the middle on."""
+    """One of its files replaced by that of another step, all of it or the second half."""
     other = draw.choice([each for each in STEPS if each != step])
     index = draw.randrange(len(files(folder, step)))
     mine, theirs = files(folder, step)[index], files(folder, other)[index]
-    found = theirs.read_bytes()
+    data = theirs.read_bytes()
     if draw.random() < 0.5:
-        half = len(found) // 2
-        found = mine.read_bytes()[:half] + found[half:]
+        half = len(data) // 2
+        data = mine.read_bytes()[:half] + data[half:]
     mine.unlink()
-    mine.write_bytes(found)
+    mine.write_bytes(data)
 
 
 @dataclass(frozen=True)
 class Case:
-    """One way to spoil one or more of a run's checkpoints."""
+    """One way to damage one or more of a run's checkpoints."""
 
     shards: int
     way: str
     steps: tuple[int, ...]
-    """Generations that are spoiled."""
+    """Of the checkpoints that are damaged."""
 
 
 def case_of(draw: random.Random, number: int) -> Case:
-    """The ways come in turn; the rest is drawn."""
+    """Every way in turn; the rest is random."""
     shards = SHARDS if draw.random() < 0.6 else 0
     ways = [*FILE_WAYS, "mixed", *(["swapped"] * 2 if shards else [])]
     steps = draw.choice(((30,), (30,), (30,), (20, 30), (20,), STEPS))
     return Case(shards, ways[number % len(ways)], steps)
 
 
-def spoil(folder: Path, case: Case, draw: random.Random) -> None:
-    """Damage the generations in a folder whose files may be linked to from elsewhere."""
+def damage(folder: Path, case: Case, draw: random.Random) -> None:
+    """Damage the checkpoints in a folder of hard links, without changing the original files."""
     for step in case.steps:
-        found = files(folder, step)
-        for path in found:  # no damage to the original
-            shutil.copyfile(path, folder / ".own")
-            (folder / ".own").rename(path)
+        paths = files(folder, step)
+        for path in paths:
+            shutil.copyfile(path, folder / ".copy")
+            (folder / ".copy").rename(path)
         if case.way in ("swapped", "mixed"):
             {"swapped": swapped, "mixed": mixed}[case.way](folder, step, draw)
         else:
-            FILE_WAYS[case.way](draw.choice(found), draw)
+            FILE_WAYS[case.way](draw.choice(paths), draw)
 
 
 def judge(folder: Path, case: Case) -> str:
-    """What is loaded of the folder, or which rule that breaks."""
-    pristine = {step: content(step) for step in STEPS}
-    path, found, damaged = _load(folder)
-    statuses = {each.path: each.error for each in verification.verify(folder)}
-    if found is None:
+    """What is loaded from the folder, or which rule that breaks."""
+    originals = {step: content(step) for step in STEPS}
+    path, loaded, damaged = _load(folder)
+    statuses = {each.path: each.error for each in manager.verify(folder)}
+    if loaded is None:
         good = [step for step in STEPS if step not in case.steps]
         if good:
             return f"WRONG: nothing loaded though step {good[-1]} is good: {damaged}"
         return "clear error"
     assert path is not None
-    step = int(found.attributes["step"])
+    step = int(loaded.attributes["step"])
     try:
-        assert_same(found, pristine.get(step, Content({}, {})))
+        assert_same(loaded, originals.get(step, Content({}, {})))
     except AssertionError:
         return f"WRONG: {path.name} loaded with another content than was written"
     if path in statuses and statuses[path] is not None:
-        return f"WRONG: verify says {statuses[path]} of {path.name}, which is loaded"
+        return f"WRONG: verify reports {statuses[path]} for {path.name}, which is loaded"
     newer = [each for each in checkpoint_files(folder) if each.name > path.name]
     unnamed = [each.name for each in newer if each.stem not in damaged]
     if unnamed:
-        return f"WRONG: passed over without a word: {unnamed}"
+        return f"WRONG: skipped without a message: {unnamed}"
     untouched = max((each for each in STEPS if each not in case.steps), default=0)
     if step < untouched:
         return f"WRONG: step {step} loaded though {untouched} is good"
@@ -383,17 +389,17 @@ def judge(folder: Path, case: Case) -> str:
 
 def _load(folder: Path) -> tuple[Path | None, Content | None, str]:
     try:
-        loaded = resuming.newest_good(Store(folder, len(STEPS)), SerialCommunicator())
+        restored = restore.newest_good(CheckpointManager(folder, len(STEPS)), SerialCommunicator())
     except HpcAbsaError as error:
         return None, None, str(error)
-    if loaded is None:
+    if restored is None:
         return None, None, "there is no checkpoint at all"
-    return loaded.path, loaded.content, "; ".join(loaded.damaged)
+    return restored.path, restored.content, "; ".join(restored.damaged)
 
 
 def main(folder: Path, seed: str, first: int, last: int) -> None:
     """Run cases; two lines each."""
-    seal.CHUNK = CHUNK
+    integrity.CHUNK = CHUNK
     originals = {}
     for shards in (0, SHARDS):
         originals[shards] = folder / f"original-{shards}"
@@ -403,13 +409,13 @@ def main(folder: Path, seed: str, first: int, last: int) -> None:
     for number in range(first, last):
         draw = random.Random(f"{seed}-{number}")
         case = case_of(draw, number)
-        said = {"number": number, "way": case.way, "shards": case.shards, "steps": case.steps}
-        print(json.dumps(said), flush=True)
-        place = folder / "case"
-        shutil.copytree(originals[case.shards], place, copy_function=os.link)
-        spoil(place, case, draw)
-        print(json.dumps({**said, "outcome": judge(place, case)}), flush=True)
-        shutil.rmtree(place)
+        line = {"number": number, "way": case.way, "shards": case.shards, "steps": case.steps}
+        print(json.dumps(line), flush=True)
+        copy = folder / "case"
+        shutil.copytree(originals[case.shards], copy, copy_function=os.link)
+        damage(copy, case, draw)
+        print(json.dumps({**line, "outcome": judge(copy, case)}), flush=True)
+        shutil.rmtree(copy)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What a run's ranks wrote down (`watched.py`), as the steps that count.
 
-A world resumes from a checkpoint; whatever earlier worlds did after that step is undone. What is
+A launch resumes from a checkpoint; whatever earlier launches did after that step is undone. What is
 left are the committed steps, each with the samples that all of its ranks drew.
 """
 
@@ -18,7 +18,7 @@ Visit = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class World:
+class Launch:
     """What the ranks of one mpirun did, in order of time."""
 
     name: str
@@ -36,63 +36,63 @@ class World:
 
     def steps(self) -> dict[int, Counter[Visit]]:
         """What was drawn for each step, over all ranks."""
-        found: dict[int, Counter[Visit]] = defaultdict(Counter)
+        drawn: dict[int, Counter[Visit]] = defaultdict(Counter)
         for line in self.lines:
             if line["kind"] == "step":
-                found[line["step"]].update(map(tuple, line["visits"]))
-        return dict(found)
+                drawn[line["step"]].update(map(tuple, line["visits"]))
+        return dict(drawn)
 
 
-def worlds(folder: Path) -> list[World]:
-    """All worlds, oldest first."""
+def launches(folder: Path) -> list[Launch]:
+    """All launches, oldest first."""
     lines: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for path in folder.glob("world-*-rank-*.jsonl"):
+    for path in folder.glob("launch-*-rank-*.jsonl"):
         name = path.name.rpartition("-rank-")[0]
         lines[name] += [json.loads(line) for line in path.read_text().splitlines()]
-    found = [
-        World(name, tuple(sorted(each, key=lambda line: line["time"])))
+    launches = [
+        Launch(name, tuple(sorted(each, key=lambda line: line["time"])))
         for name, each in lines.items()
         if each
     ]
-    return sorted(found, key=lambda world: world.begun)
+    return sorted(launches, key=lambda launch: launch.begun)
 
 
-def committed(of: list[World]) -> dict[int, Counter[Visit]]:
+def committed(of: list[Launch]) -> dict[int, Counter[Visit]]:
     """The samples of each step that counts, by step."""
     kept: dict[int, Counter[Visit]] = {}
-    for world in of:
-        steps = world.steps()
+    for launch in of:
+        steps = launch.steps()
         if steps:
             kept = {step: drawn for step, drawn in kept.items() if step < min(steps)}
             kept |= steps
     return kept
 
 
-def overlapping(of: list[World]) -> list[tuple[str, str]]:
+def overlapping(of: list[Launch]) -> list[tuple[str, str]]:
     """Worlds of which one did something before the one before it had ended: there must be none."""
     return [
         (one.name, other.name) for one, other in itertools.pairwise(of) if other.begun < one.ended
     ]
 
 
-def next_step(of: list[World], moment: float) -> float | None:
-    """Unix time of the first step of a world begun after `moment`; None if there was none."""
+def next_step(of: list[Launch], moment: float) -> float | None:
+    """Unix time of the first step of a launch begun after `moment`; None if there was none."""
     later = [
         line["time"]
-        for world in of
-        if world.begun > moment
-        for line in world.lines
+        for launch in of
+        if launch.begun > moment
+        for line in launch.lines
         if line["kind"] == "step"
     ]
     return min(later, default=None)
 
 
-def moment_at(of: list[World], when: float, ranks: list[int]) -> str:
+def moment_at(of: list[Launch], when: float, ranks: list[int]) -> str:
     """What ranks with these process ids were last seen to begin before `when`."""
     if not ranks:
-        return "between worlds"
-    for world in of:
-        if any(line.get("pid") in ranks for line in world.lines):
-            seen = [line for line in world.lines if line["time"] <= when]
+        return "between launches"
+    for launch in of:
+        if any(line.get("pid") in ranks for line in launch.lines):
+            seen = [line for line in launch.lines if line["time"] <= when]
             return str(seen[-1].get("moment", "start")) if seen else "start"
     return "start"

@@ -71,7 +71,7 @@ def reap(folder: Path) -> None:
 
 
 class SoakRun:
-    """One run directory and the supervisor at work on it, in a session of its own."""
+    """One run directory and its supervisor, in a separate session."""
 
     def __init__(self, folder: Path, job: Path, *words: str, **environment: str) -> None:
         self.run, self.watched = RunDir(folder / "run"), folder / "watched"
@@ -99,7 +99,7 @@ class SoakRun:
         return self
 
     def ended(self) -> int | None:
-        """The supervisor's exit status, None while it lives."""
+        """The supervisor's exit status, None while it runs."""
         assert self.process is not None
         return self.process.poll()
 
@@ -109,12 +109,12 @@ class SoakRun:
         try:
             return self.process.wait(timeout)
         except subprocess.TimeoutExpired:
-            told = self.told()
+            tail = self.output_tail()
             self.kill_tree()
-            raise AssertionError(f"still running after {timeout} s:\n{told}") from None
+            raise AssertionError(f"still running after {timeout} s:\n{tail}") from None
 
-    def told(self) -> str:
-        """The last that the run said."""
+    def output_tail(self) -> str:
+        """The end of what the run printed."""
         return self.output.read_text(errors="replace")[-6000:]
 
     def events(self, kind: str) -> list[Event]:
@@ -126,9 +126,9 @@ class SoakRun:
         until = time.monotonic() + timeout
         while not condition():
             if self.ended() is not None or time.monotonic() > until:
-                told = self.told()
+                tail = self.output_tail()
                 self.kill_tree()
-                raise AssertionError(f"never came to {what}; exit {self.ended()}:\n{told}")
+                raise AssertionError(f"never came to {what}; exit {self.ended()}:\n{tail}")
             time.sleep(0.002)
 
     # Processes
@@ -148,15 +148,15 @@ class SoakRun:
         return None
 
     def ranks(self) -> list[psutil.Process]:
-        """The living ranks by rank; those of the launcher's children that have become Python."""
+        """The running ranks by rank; those of the launcher's children that have become Python."""
         launcher = self.mpirun()
-        found = []
+        ranks = []
         with contextlib.suppress(psutil.NoSuchProcess):
             for child in launcher.children() if launcher else []:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     if "train" in child.cmdline():
-                        found.append(child)
-        return sorted(found, key=lambda process: process.pid)
+                        ranks.append(child)
+        return sorted(ranks, key=lambda process: process.pid)
 
     def kill_tree(self) -> None:
         """SIGKILL the supervisor and everything under it."""

@@ -45,8 +45,8 @@ class Summary:
             for kind in sorted({case.kind for case in cases}):
                 of_kind = [case for case in cases if case.kind == kind]
                 outcomes = sorted({case.outcome for case in of_kind})
-                said = "" if outcomes == ["passed"] else f"  {', '.join(outcomes)}"
-                lines.append(f"  {len(of_kind):6d}  {kind}{_times(of_kind)}{said}")
+                note = "" if outcomes == ["passed"] else f"  {', '.join(outcomes)}"
+                lines.append(f"  {len(of_kind):6d}  {kind}{_times(of_kind)}{note}")
         return lines
 
 

@@ -1,7 +1,7 @@
-"""Disks that fail while a run is at work: full, read-only, over a quota, with I/O errors.
+"""Disks that fail during a run: full, read-only, over a quota, with I/O errors.
 
-The training goes on or ends as `checkpoint.on_error` says; the checkpoints from before stay good;
-what is said names path and cause; once the disk is mended the run ends as the undisturbed one.
+Training continues or ends as `checkpoint.on_error` is set; earlier checkpoints stay good; the
+message names path and cause; once the disk is repaired the run ends like the undisturbed one.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from hpc_absa.checkpoint import verification
+from hpc_absa.checkpoint import manager
 from tests.checkpoint.contents import mounted
 from tests.soak import watched
 from tests.soak.runs import SoakRun, weights, write_job
@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.mpi, pytest.mark.slow]
 
 SHAPE = {"epochs": 4, "kappa": 1, "initial": 1, "most": 1}
 HELD = {watched.HOLD: "evaluation:0:1"}
-"""After the first epoch, when checkpoints exist, the run stands still until the fault is there."""
+"""After the first epoch, when checkpoints exist, the run waits until the fault is there."""
 
 
 @pytest.fixture(scope="module")
@@ -33,20 +33,20 @@ def wanted(tmp_path_factory) -> str:
     """The final weights where no disk fails."""
     folder = tmp_path_factory.mktemp("undisturbed")
     run = SoakRun(folder, write_job(folder, **SHAPE)).start()
-    assert run.finish() == 0, run.told()
+    assert run.finish() == 0, run.output_tail()
     return weights(run.run)
 
 
 @pytest.fixture(scope="module")
 def faulty(tmp_path_factory) -> Path:
-    """The layer that makes system calls fail, compiled."""
+    """The compiled library that makes system calls fail."""
     compiler = shutil.which("cc") or shutil.which("gcc")
     if compiler is None:
         pytest.skip("injecting I/O errors needs a C compiler")
     library = tmp_path_factory.mktemp("faulty") / "faulty_disk.so"
     source = Path(__file__).with_name("faulty_disk.c")
-    words = [compiler, "-O1", "-Wall", "-shared", "-fPIC", "-o", library, source, "-ldl"]
-    subprocess.run(list(map(str, words)), check=True)
+    command = [compiler, "-O1", "-Wall", "-shared", "-fPIC", "-o", library, source, "-ldl"]
+    subprocess.run(list(map(str, command)), check=True)
     return library
 
 
@@ -54,49 +54,51 @@ Fault = Callable[[SoakRun], "contextlib.AbstractContextManager[None]"]
 
 
 def _held(run: SoakRun) -> list[Path]:
-    """Start a run and let it come to the moment; returns its good checkpoints."""
+    """Start a run and wait until it is held; returns its good checkpoints."""
     run.start().wait_for(lambda: (run.watched / "held").exists(), "the moment")
     run.wait_for(lambda: run.events("checkpoint"), "a checkpoint")
-    return [each.path for each in verification.verify(run.run.path) if not each.error]
+    return [each.path for each in manager.verify(run.run.path) if not each.error]
 
 
-def goes_on(run: SoakRun, fault: Fault, cause: str, wanted: str) -> None:
-    """`on_error = "continue"`: told, and nothing else; the run ends well once the fault is over."""
+def continues(run: SoakRun, fault: Fault, cause: str, wanted: str) -> None:
+    """`on_error = "continue"`: a warning, and the run completes once the fault is over."""
     before = _held(run)
     with fault(run):
         (run.watched / "released").touch()
-        run.wait_for(lambda: "training goes on" in run.told(), "a save that failed")
+        run.wait_for(lambda: "training continues" in run.output_tail(), "a save that failed")
         _named(run, cause)
-        assert verification.verify(before[-1])[0].error is None
-    assert run.finish() == 0, run.told()
+        assert manager.verify(before[-1])[0].error is None
+    assert run.finish() == 0, run.output_tail()
     assert weights(run.run) == wanted
 
 
 def stops(run: SoakRun, fault: Fault, cause: str, wanted: str) -> None:
-    """`on_error = "stop"`: the run ends with the error, and the same command goes on later."""
+    """`on_error = "stop"`: the run ends with the error, and the same command continues it."""
     before = _held(run)
     with fault(run):
         (run.watched / "released").touch()
-        assert run.finish() == 1, run.told()
+        assert run.finish() == 1, run.output_tail()
         _named(run, cause)
-        assert "Traceback" not in run.told()
-        assert verification.verify(before[-1])[0].error is None
-    assert run.start().finish() == 0, run.told()
+        assert "Traceback" not in run.output_tail()
+        assert manager.verify(before[-1])[0].error is None
+    assert run.start().finish() == 0, run.output_tail()
     assert weights(run.run) == wanted
 
 
 def _named(run: SoakRun, cause: str) -> None:
     """One line names a checkpoint's path and the cause."""
-    lines = run.told().splitlines()
-    assert any(str(run.run.checkpoints) in each and cause in each for each in lines), run.told()
+    lines = run.output_tail().splitlines()
+    assert any(str(run.run.checkpoints) in each and cause in each for each in lines), (
+        run.output_tail()
+    )
 
 
-WAYS = {"continue": goes_on, "stop": stops}
+OUTCOMES = {"continue": continues, "stop": stops}
 
 
 def _run(folder: Path, on_error: str, **environment: str) -> SoakRun:
-    words = ("--set", f"checkpoint.on_error={on_error}", "--set", "launch.max_restarts=2")
-    return SoakRun(folder, write_job(folder, **SHAPE), *words, **HELD, **environment)
+    options = ("--set", f"checkpoint.on_error={on_error}", "--set", "launch.max_restarts=2")
+    return SoakRun(folder, write_job(folder, **SHAPE), *options, **HELD, **environment)
 
 
 # Full
@@ -115,36 +117,36 @@ def filled(folder: Path) -> Iterator[None]:
         filler.unlink()
 
 
-@pytest.mark.parametrize("on_error", WAYS)
+@pytest.mark.parametrize("on_error", OUTCOMES)
 def test_a_full_disk(tmp_path: Path, wanted: str, campaign: Summary, on_error: str):
     run = _run(tmp_path, on_error)
     run.run.path.mkdir()
     with mounted(run.run.checkpoints, "size=1m") as folder:
-        WAYS[on_error](run, lambda _: filled(folder), "no space left on the device", wanted)
+        OUTCOMES[on_error](run, lambda _: filled(folder), "no space left on the device", wanted)
     campaign.add(Case("disk", f"full, {on_error}"))
 
 
-def test_a_full_disk_under_the_whole_run(tmp_path: Path, wanted: str, campaign: Summary):
-    """Events and logs have no room either: the run may end, but says why and goes on later."""
+def test_a_full_disk_of_the_run_directory(tmp_path: Path, wanted: str, campaign: Summary):
+    """Events and logs cannot be written either: the run ends with the cause, and continues."""
     run = _run(tmp_path, "continue")
     with mounted(run.run.path, "size=4m") as folder:
         before = _held(run)
         with filled(folder):
             (run.watched / "released").touch()
-            assert run.finish() == 1, run.told()
-            assert verification.verify(before[-1])[0].error is None
-        told = run.told()
-        assert f"{run.run.events}: cannot be written: No space left on device" in told
-        assert "Traceback" not in told
-        assert run.start().finish() == 0, run.told()
+            assert run.finish() == 1, run.output_tail()
+            assert manager.verify(before[-1])[0].error is None
+        tail = run.output_tail()
+        assert f"{run.run.events}: cannot be written: No space left on device" in tail
+        assert "Traceback" not in tail
+        assert run.start().finish() == 0, run.output_tail()
         assert weights(run.run) == wanted
-    campaign.add(Case("disk", "full under the whole run"))
+    campaign.add(Case("disk", "full, of the run directory"))
 
 
 # Read-only
 
 
-@pytest.mark.parametrize("on_error", WAYS)
+@pytest.mark.parametrize("on_error", OUTCOMES)
 def test_a_file_system_turned_read_only(
     tmp_path: Path, wanted: str, campaign: Summary, on_error: str
 ):
@@ -159,12 +161,12 @@ def test_a_file_system_turned_read_only(
     run = _run(tmp_path, on_error)
     run.run.path.mkdir()
     with mounted(run.run.checkpoints, "size=4m"):
-        WAYS[on_error](run, read_only, "Read-only file system", wanted)
+        OUTCOMES[on_error](run, read_only, "Read-only file system", wanted)
     campaign.add(Case("disk", f"read-only, {on_error}"))
 
 
 def _remount(folder: Path, how: str) -> None:
-    """Again while a save has a file open there."""
+    """Tried again while a save has a file open there."""
     for _ in range(500):
         if not subprocess.run(["mount", "-o", f"remount,{how}", folder], stderr=-3).returncode:
             return
@@ -174,31 +176,31 @@ def _remount(folder: Path, how: str) -> None:
 # A quota
 
 
-@pytest.mark.parametrize("on_error", WAYS)
-def test_a_limit_of_bytes(tmp_path: Path, wanted: str, campaign: Summary, on_error: str):
-    """The largest file that a rank may write: more than the ledger has, less than a checkpoint."""
+@pytest.mark.parametrize("on_error", OUTCOMES)
+def test_a_limit_of_the_file_size(tmp_path: Path, wanted: str, campaign: Summary, on_error: str):
+    """The limit is larger than the ledger and smaller than a checkpoint."""
 
     @contextlib.contextmanager
     def limited(run: SoakRun) -> Iterator[None]:
         import resource
 
-        none = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+        unlimited = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
         (rank,) = run.ranks()
         rank.rlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
         yield
         with contextlib.suppress(Exception):
             for rank in run.ranks():
-                rank.rlimit(resource.RLIMIT_FSIZE, none)
+                rank.rlimit(resource.RLIMIT_FSIZE, unlimited)
 
     run = _run(tmp_path, on_error)
-    WAYS[on_error](run, limited, "File too large", wanted)
-    campaign.add(Case("disk", f"limit of bytes, {on_error}"))
+    OUTCOMES[on_error](run, limited, "File too large", wanted)
+    campaign.add(Case("disk", f"file size, {on_error}"))
 
 
 # I/O errors
 
 
-@pytest.mark.parametrize("on_error", WAYS)
+@pytest.mark.parametrize("on_error", OUTCOMES)
 @pytest.mark.parametrize("call", ["open", "write", "read", "fsync", "rename"])
 def test_an_io_error(
     tmp_path: Path, wanted: str, faulty: Path, campaign: Summary, call: str, on_error: str
@@ -221,5 +223,5 @@ def test_an_io_error(
         FAULTY_PATH="/run/checkpoints/",
         FAULTY_SWITCH=os.fspath(switch),
     )
-    WAYS[on_error](run, failing, "Input/output error", wanted)
+    OUTCOMES[on_error](run, failing, "Input/output error", wanted)
     campaign.add(Case("disk", f"EIO in {call}, {on_error}"))

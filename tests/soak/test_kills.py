@@ -1,8 +1,8 @@
 """The kill campaign: SIGKILL at random moments, over runs that grow from one rank to four.
 
 `HPC_ABSA_SOAK_KILLS` (200) kills, up to ten a run, drawn from `HPC_ABSA_SOAK_SEED` (0). Some of the
-moments are uniform over the life of a world, from its start on; the others are drawn close to what
-matters most: the start, a save, the Hessian, an evaluation, the time between two worlds.
+moments are uniform over the duration of a launch; the others are close to what matters most: the
+start, a save, the Hessian, an evaluation, the time between two launches.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ VICTIMS = ("rank", "rank", "mpirun", "supervisor", "tree")
 MOMENTS = ("any", "any", "any", "start", "saving", "hessian", "evaluation", "relaunching")
 GROWING = ("hessian", "relaunching")
 """Those that a run has behind it once it has grown."""
-LIFE = 7.0
-"""Seconds over which `any` is uniform: the start of a world and its work."""
+DURATION = 7.0
+"""Seconds over which `any` is uniform: the start of a launch and its work."""
 
 
 @dataclass(frozen=True)
 class Kill:
-    """What was killed, when (Unix time), and the process ids of the ranks that lived then."""
+    """What was killed, when (Unix time), and the process ids of the ranks at that time."""
 
     victim: str
     time: float
@@ -62,9 +62,9 @@ class Undisturbed:
     @cached_property
     def result(self) -> tuple[dict[int, Counter[ledger.Visit]], str]:
         """The samples of each step, and the SHA-256 of the final weights."""
-        assert self._run.finish() == 0, self._run.told()
+        assert self._run.finish() == 0, self._run.output_tail()
         assert [e["ranks"] for e in self._run.events("phase_start")] == [1, 2, 4]
-        return ledger.committed(ledger.worlds(self._run.watched)), weights(self._run.run)
+        return ledger.committed(ledger.launches(self._run.watched)), weights(self._run.run)
 
 
 @pytest.fixture(scope="module")
@@ -84,14 +84,14 @@ def test_killed_at_random_runs_end_as_if_undisturbed(
         ]
     committed, wanted = undisturbed.result
     for run, kills in attacked:
-        worlds = ledger.worlds(run.watched)
+        launches = ledger.launches(run.watched)
         for kill in kills:
-            resumed = ledger.next_step(worlds, kill.time)
+            resumed = ledger.next_step(launches, kill.time)
             seconds = None if resumed is None else resumed - kill.time
-            moment = ledger.moment_at(worlds, kill.time, kill.ranks)
+            moment = ledger.moment_at(launches, kill.time, kill.ranks)
             campaign.add(Case("kill", f"{kill.victim}, {moment}", seconds))
-        assert ledger.overlapping(worlds) == []
-        assert ledger.committed(worlds) == committed
+        assert ledger.overlapping(launches) == []
+        assert ledger.committed(launches) == committed
         assert weights(run.run) == wanted
 
 
@@ -118,7 +118,7 @@ def _attack(folder: Path, number: int) -> list[tuple[SoakRun, list[Kill]]]:
         while len(kills) < left and _alive(run):
             if kill := _kill(run, draw):
                 kills.append(kill)
-        assert _to_its_end(run) == 0, run.told()
+        assert _to_its_end(run) == 0, run.output_tail()
         attacked.append((run, kills))
         left -= len(kills)
     return attacked
@@ -141,15 +141,15 @@ def _kill(run: SoakRun, draw: random.Random) -> Kill | None:
 
 
 def _alive(run: SoakRun) -> bool:
-    """See that a supervisor is at work, by giving the same command again; False when done."""
+    """Make sure that a supervisor is running, with the same command again; False when done."""
     while (code := run.ended()) is not None:
         if code == 0 and run.events("done"):
             return False
-        assert code in (0, 1, 75, -signal.SIGKILL), run.told()
+        assert code in (0, 1, 75, -signal.SIGKILL), run.output_tail()
         run.start()
         time.sleep(0.05)
         if code == 1:  # ended by itself: it must get somewhere now
-            run.wait_for(lambda: run.ranks() or run.ended() is not None, "a world")
+            run.wait_for(lambda: run.ranks() or run.ended() is not None, "a launch")
     return True
 
 
@@ -158,7 +158,7 @@ def _come_to(run: SoakRun, moment: str, spread: float) -> bool:
     begun = time.time()
     match moment:
         case "any":
-            until = begun + spread * LIFE
+            until = begun + spread * DURATION
             while time.time() < until and run.ended() is None:
                 time.sleep(0.01)
             return run.ended() is None
@@ -184,7 +184,7 @@ def _come_to(run: SoakRun, moment: str, spread: float) -> bool:
 def _reached(run: SoakRun, moment: str, since: float) -> bool:
     """Whether any rank has begun `moment` after `since`."""
     wanted = f'"moment": "{moment}"'
-    for path in run.watched.glob("world-*-rank-0.jsonl"):
+    for path in run.watched.glob("launch-*-rank-0.jsonl"):
         if path.stat().st_mtime < since:
             continue
         with path.open("rb") as file:
@@ -198,17 +198,17 @@ def _strike(run: SoakRun, victim: str, draw: random.Random) -> str:
     """Kill it; everything where there is no such process at this moment. Says which it was."""
     match victim:
         case "mpirun":
-            found = [launcher] if (launcher := run.mpirun()) else []
+            targets = [launcher] if (launcher := run.mpirun()) else []
         case "rank":
-            found = run.ranks()
+            targets = run.ranks()
         case "supervisor":
-            found = [run.supervisor()]
+            targets = [run.supervisor()]
         case _:
-            found = []
-    if not found:
+            targets = []
+    if not targets:
         run.kill_tree()
         return "tree"
-    draw.choice(found).kill()
+    draw.choice(targets).kill()
     if victim == "supervisor":
         assert run.process is not None
         run.process.wait(30)
@@ -216,11 +216,11 @@ def _strike(run: SoakRun, victim: str, draw: random.Random) -> str:
 
 
 def _to_its_end(run: SoakRun) -> int:
-    """The same command, until it says that it is done."""
+    """The same command, until the run is done."""
     for _ in range(10):
         code = run.finish()
         if code == 0:
             return code
-        assert code in (1, 75, -signal.SIGKILL), run.told()
+        assert code in (1, 75, -signal.SIGKILL), run.output_tail()
         run.start()
     return code

@@ -1,4 +1,4 @@
-"""The campaigns' own bookkeeping: what they would notice."""
+"""The campaigns' bookkeeping: what it detects."""
 
 import json
 from collections import Counter
@@ -14,9 +14,9 @@ def _folder(tmp_path):
     return tmp_path
 
 
-def rank(folder, world, number, *lines):
+def rank(folder, launch, number, *lines):
     """Lines (time, step, visits) of one rank."""
-    path = folder / f"world-{world}-rank-{number}.jsonl"
+    path = folder / f"launch-{launch}-rank-{number}.jsonl"
     text = [
         json.dumps({"kind": "step", "time": time, "step": step, "visits": visits})
         for time, step, visits in lines
@@ -25,7 +25,7 @@ def rank(folder, world, number, *lines):
 
 
 def committed(folder):
-    return ledger.committed(ledger.worlds(folder))
+    return ledger.committed(ledger.launches(folder))
 
 
 def test_steps_are_the_sum_of_their_ranks(folder):
@@ -34,13 +34,13 @@ def test_steps_are_the_sum_of_their_ranks(folder):
     assert committed(folder) == {1: Counter([(0, 7), (0, 8)]), 2: Counter([(0, 9)])}
 
 
-def test_a_later_world_undoes_the_steps_from_its_first_one_on(folder):
+def test_a_later_launch_replaces_the_steps_from_its_first_one_on(folder):
     rank(folder, "a", 0, (1, 1, [[0, 7]]), (2, 2, [[0, 8]]), (3, 3, [[0, 9]]))
     rank(folder, "b", 0, (5, 2, [[0, 8]]))
     assert committed(folder) == {1: Counter([(0, 7)]), 2: Counter([(0, 8)])}
 
 
-def test_a_sample_drawn_twice_or_not_at_all_shows(folder):
+def test_a_sample_that_is_repeated_or_missing_is_detected(folder):
     rank(folder, "a", 0, (1, 1, [[0, 7]]), (2, 2, [[0, 8]]))
     wanted = committed(folder)
     rank(folder, "b", 0, (3, 2, [[0, 8]]))
@@ -52,23 +52,23 @@ def test_a_sample_drawn_twice_or_not_at_all_shows(folder):
     assert committed(folder) != wanted
 
 
-def test_two_worlds_at_once_show(folder):
+def test_two_launches_at_the_same_time_are_detected(folder):
     rank(folder, "a", 0, (1, 1, []), (4, 2, []))
     rank(folder, "b", 0, (5, 2, []))
-    assert ledger.overlapping(ledger.worlds(folder)) == []
+    assert ledger.overlapping(ledger.launches(folder)) == []
     rank(folder, "a", 1, (6, 2, []))
-    assert ledger.overlapping(ledger.worlds(folder)) == [("world-a", "world-b")]
+    assert ledger.overlapping(ledger.launches(folder)) == [("launch-a", "launch-b")]
 
 
-def test_the_next_step_is_another_world_s(folder):
+def test_the_next_step_is_one_of_a_later_launch(folder):
     rank(folder, "a", 0, (1, 1, []), (4, 2, []))
     rank(folder, "b", 0, (5, 2, []), (6, 3, []))
-    worlds = ledger.worlds(folder)
-    assert ledger.next_step(worlds, 2) == 5
-    assert ledger.next_step(worlds, 7) is None
+    launches = ledger.launches(folder)
+    assert ledger.next_step(launches, 2) == 5
+    assert ledger.next_step(launches, 7) is None
 
 
-def test_the_table_has_medians_and_what_went_wrong():
+def test_the_table_has_medians_and_failures():
     summary = Summary()
     for seconds in (1.0, 2.0, 30.0, None):
         summary.add(Case("kill", "rank", seconds))

@@ -2,9 +2,9 @@
 
 Three of the four for each moment and target, 72 cases, so that each signal meets each moment.
 
-A rank stands still in the moment (`watched.py`) while the signal is sent. The run must end with
-status 75 and everything saved: the same command goes on with the very next step, and ends with the
-bits of the undisturbed run.
+A rank is held in the moment (`watched.py`) while the signal is sent. The run must end with status
+75 and everything saved: the same command continues with the next step, and ends with the bits of
+the undisturbed run.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from hpc_absa.checkpoint import verification
+from hpc_absa.checkpoint import manager
 from hpc_absa.errors import ExitStatus
 from hpc_absa.supervisor.launchers import KILL_SECONDS
 from tests.soak import ledger, watched
@@ -62,8 +62,8 @@ def undisturbed(tmp_path_factory):
         folder = tmp_path_factory.mktemp("undisturbed")
         moment = RELAUNCHING if most == 64 else "start"
         run = SoakRun(folder, write_job(folder, **shape(moment))).start()
-        assert run.finish() == 0, run.told()
-        return ledger.committed(ledger.worlds(run.watched)), weights(run.run)
+        assert run.finish() == 0, run.output_tail()
+        return ledger.committed(ledger.launches(run.watched)), weights(run.run)
 
     return lambda moment: of(shape(moment)["largest"])
 
@@ -71,7 +71,7 @@ def undisturbed(tmp_path_factory):
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("moment", [*HELD, RELAUNCHING])
-def test_a_signal_saves_and_the_same_command_goes_on(
+def test_a_signal_saves_and_the_same_command_continues(
     tmp_path: Path, undisturbed, campaign: Summary, moment: str, target: str
 ):
     wanted = undisturbed(moment)
@@ -94,33 +94,33 @@ def _case(
     run = SoakRun(place, write_job(place, **shape(moment)), **hold).start()
     try:
         if moment == RELAUNCHING:
-            _signal_between_worlds(run, target, number)
+            _signal_between_launches(run, target, number)
         else:
             _signal_while_held(run, target, number)
         code = run.finish(60)
         if code != ExitStatus.STOPPED:
-            return f"exit {code}, not 75: {run.told()[-500:]}"
-        before = ledger.worlds(run.watched)
+            return f"exit {code}, not 75: {run.output_tail()[-500:]}"
+        before = ledger.launches(run.watched)
         code = run.start().finish(120)
         if code != 0:
-            return f"exit {code} after the stop: {run.told()[-500:]}"
+            return f"exit {code} after the stop: {run.output_tail()[-500:]}"
     except AssertionError as error:
         return str(error)[-700:]
     return _differs(run, wanted, before)
 
 
-def _differs(run: SoakRun, wanted: tuple[object, str], before: list[ledger.World]) -> str | None:
+def _differs(run: SoakRun, wanted: tuple[object, str], before: list[ledger.Launch]) -> str | None:
     """How the run is another than the undisturbed one; None where it is the same."""
-    after = ledger.worlds(run.watched)
+    after = ledger.launches(run.watched)
     committed, bits = wanted
     if ledger.overlapping(after):
-        return "two worlds at the same time"
+        return "two launches at the same time"
     if ledger.committed(after) != committed:
         return "other samples"
     if weights(run.run) != bits:
         return "other weights"
-    last = max((max(world.steps(), default=0) for world in before), default=0)
-    names = {world.name for world in before}
+    last = max((max(launch.steps(), default=0) for launch in before), default=0)
+    names = {launch.name for launch in before}
     first = min(step for w in after if w.name not in names for step in w.steps() or [10**9])
     if first <= last:
         return f"steps {first} to {last} were lost"
@@ -138,19 +138,19 @@ def _signal_while_held(run: SoakRun, target: str, number: signal.Signals) -> Non
             assert launcher is not None
             launcher.send_signal(number)
             if number in (signal.SIGTERM, signal.SIGINT):
-                time.sleep(KILL_SECONDS + 0.5)  # mpirun waits before it tells its ranks
+                time.sleep(KILL_SECONDS + 0.5)  # mpirun waits before it signals its ranks
         case _:
             run.supervisor().send_signal(number)
             run.wait_for(lambda: run.run.stop_request.exists(), "a request to stop")
     (run.watched / "released").touch()
 
 
-def _signal_between_worlds(run: SoakRun, target: str, number: signal.Signals) -> None:
-    """As soon as the next world's target exists; its ranks have not loaded a module yet."""
-    run.wait_for(lambda: run.events("phase_start"), "the first world")
+def _signal_between_launches(run: SoakRun, target: str, number: signal.Signals) -> None:
+    """As soon as the next launch's target exists; its ranks have not loaded a module yet."""
+    run.wait_for(lambda: run.events("phase_start"), "the first launch")
     first = run.mpirun()
     assert first is not None
-    run.wait_for(lambda: run.events("phase_end"), "the end of the first world")
+    run.wait_for(lambda: run.events("phase_end"), "the end of the first launch")
     if target == "supervisor":
         run.supervisor().send_signal(number)
         return
@@ -159,9 +159,9 @@ def _signal_between_worlds(run: SoakRun, target: str, number: signal.Signals) ->
         launcher = run.mpirun()
         return launcher is not None and launcher.pid != first.pid
 
-    run.wait_for(next_launcher, "the next world's mpirun")
+    run.wait_for(next_launcher, "the next launch's mpirun")
     if target == "rank":
-        run.wait_for(run.ranks, "the next world's ranks")
+        run.wait_for(run.ranks, "the next launch's ranks")
         run.ranks()[-1].send_signal(number)
     else:
         launcher = run.mpirun()
@@ -179,12 +179,12 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path: Path, undisturbed, moment: str,
     run.wait_for(lambda: run.run.stop_request.exists(), "a request to stop")
     begun = time.monotonic()
     run.supervisor().send_signal(signal.SIGINT)
-    assert run.finish(60) == ExitStatus.STOPPED, run.told()
+    assert run.finish(60) == ExitStatus.STOPPED, run.output_tail()
     assert time.monotonic() - begun < AT_ONCE
-    checked = verification.verify(run.run.path) if any(run.run.checkpoints.glob("*.h5")) else []
+    checked = manager.verify(run.run.path) if any(run.run.checkpoints.glob("*.h5")) else []
     assert [each.error for each in checked if each.error] == []
     (run.watched / "released").touch()
-    assert run.start().finish(120) == 0, run.told()
-    assert ledger.committed(ledger.worlds(run.watched)) == undisturbed(moment)[0]
+    assert run.start().finish(120) == 0, run.output_tail()
+    assert ledger.committed(ledger.launches(run.watched)) == undisturbed(moment)[0]
     assert weights(run.run) == undisturbed(moment)[1]
     campaign.add(Case("signal", f"second SIGINT to supervisor, {moment}"))

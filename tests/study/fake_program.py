@@ -1,6 +1,7 @@
 """What the runner starts in its tests: `fake_program.py BEHAVIOUR run JOB --run-dir D`.
 
-It leaves events as a run does, and no more: `BEHAVIOUR` says how each cell fares.
+It writes the events of a run and nothing else. `BEHAVIOUR` is a JSON file: what each cell does, by
+name; a cell that is not in it ends as done.
 """
 
 import json
@@ -26,32 +27,32 @@ def main() -> int:
     run = RunDir(Path(folder)).create()
     run.write_job(Path(job).read_text())
     tables = tomllib.loads(run.job.read_text())
-    told = json.loads(Path(behaviour).read_text())
-    does = told.get(run.path.name, "done")
-    mark = Path(behaviour).with_name("starts.txt")
-    with mark.open("a") as starts:
-        starts.write(f"{run.path.name} {sorted(os.sched_getaffinity(0))}\n")
-    begun = run.events.exists()
+    behaviours = json.loads(Path(behaviour).read_text())
+    action = behaviours.get(run.path.name, "done")
+    starts = Path(behaviour).with_name("starts.txt")
+    with starts.open("a") as file:
+        file.write(f"{run.path.name} {sorted(os.sched_getaffinity(0))}\n")
+    started_before = run.events.exists()
     log = Log(run.path, None)
-    if does == "fail":
+    if action == "fail":
         print("hpc-absa: something is wrong")
         return 1
-    if does == "refuse":
+    if action == "refuse":
         return 2
     log.start()
-    if does == "wait" and not begun:
-        asked = []
-        signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
+    if action == "wait" and not started_before:
+        signals = []
+        signal.signal(signal.SIGTERM, lambda *_: signals.append(1))
         log.train_epoch(0.5).save()
         until = time.monotonic() + 60
-        while not asked and time.monotonic() < until:
+        while not signals and time.monotonic() < until:
             time.sleep(0.01)
         log.end("stopped")
         return 75
-    if does == "meet":  # done once all others that do so are at work, too
+    if action == "together":  # done once all other such cells run, too
         until = time.monotonic() + 60
-        wanted = {name for name, value in told.items() if value == "meet"}
-        while not wanted <= {line.split()[0] for line in mark.read_text().splitlines()}:
+        cells = {name for name, value in behaviours.items() if value == "together"}
+        while not cells <= {line.split()[0] for line in starts.read_text().splitlines()}:
             if time.monotonic() > until:
                 return 1
             time.sleep(0.01)

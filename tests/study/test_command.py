@@ -1,4 +1,4 @@
-"""`hpc-absa compare` as a user sees it, with real runs."""
+"""`hpc-absa compare` as a command, with real runs."""
 
 import os
 import subprocess
@@ -25,15 +25,15 @@ max_batch = [256]
 ROOT = Path(__file__).parents[2]
 
 
-def compare(folder, *words):
+def compare(folder, *options):
     command = [sys.executable, "-m", "hpc_absa", "compare", str(folder / "sweep.toml")]
-    command += ["--out", str(folder / "out"), *words]
+    command += ["--out", str(folder / "out"), *options]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
 
 
 @pytest.mark.mpi
-def test_a_sweep_of_real_runs(tmp_path):
+def test_sweep_of_real_runs(tmp_path):
     (tmp_path / "sweep.toml").write_text(SWEEP)
     done = compare(tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -59,7 +59,7 @@ def test_dry_run_starts_nothing(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_bad_sweep_is_one_line_and_status_2(tmp_path):
+def test_error_in_the_sweep_file_is_one_line_and_status_2(tmp_path):
     (tmp_path / "sweep.toml").write_text(SWEEP.replace('"bl"', '"blu"'))
     done = compare(tmp_path)
     assert done.returncode == 2

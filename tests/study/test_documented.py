@@ -1,4 +1,4 @@
-"""What docs/schedules.md shows does what it says."""
+"""The examples in docs/schedules.md work."""
 
 import re
 import sys
@@ -15,11 +15,11 @@ PAGE = (ROOT / "docs" / "schedules.md").read_text(encoding="utf-8")
 
 
 def block(language):
-    (found,) = re.findall(rf"```{language}\n(.*?)```", PAGE, re.DOTALL)
-    return found
+    (text,) = re.findall(rf"```{language}\n(.*?)```", PAGE, re.DOTALL)
+    return text
 
 
-def test_the_rule_of_one_s_own_is_planned(tmp_path, monkeypatch):
+def test_user_defined_rule(tmp_path, monkeypatch):
     (tmp_path / "my_rules.py").write_text(block("python"))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
@@ -27,7 +27,7 @@ def test_the_rule_of_one_s_own_is_planned(tmp_path, monkeypatch):
     text = re.sub(r"(?m)^    ", "", table)
     head = 'name="a"\ndata={name="digits"}\nmodel={name="m"}\n'
     head += "train={epochs=10, microbatch=64, lr=0.1}\n"
-    planned = plan(config.parse(head + text, "page"), 6400, 8)["course"]
+    planned = plan(config.parse(head + text, "page"), 6400, 8)["plan"]
     assert [(p.global_batch, round(p.epochs)) for p in planned.phases] == [
         (64, 3),
         (128, 3),
@@ -36,7 +36,7 @@ def test_the_rule_of_one_s_own_is_planned(tmp_path, monkeypatch):
     ]
 
 
-def test_the_sweep_has_the_cells_it_shows(tmp_path):
+def test_sweep_file(tmp_path):
     (tmp_path / "digits.toml").write_text((ROOT / "jobs" / "digits.toml").read_text())
     (tmp_path / "sweep.toml").write_text(block("toml"))
     sweep, cells = sweeps.load(tmp_path / "sweep.toml")
@@ -46,11 +46,11 @@ def test_the_sweep_has_the_cells_it_shows(tmp_path):
     assert {cell.job.train.epochs for cell in cells} == {10}
 
 
-def test_every_method_has_its_row():
+def test_every_method_is_in_the_table():
     for method in config.SCHEDULES:
         assert re.search(rf"(?m)^\| `{re.escape(method)}` \|", PAGE), method
 
 
 @pytest.mark.parametrize("path", re.findall(r"`(jobs/[\w./-]+\.toml)`", PAGE))
-def test_files_that_are_named_exist(path):
+def test_named_files_exist(path):
     assert (ROOT / path).exists()

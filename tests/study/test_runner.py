@@ -1,4 +1,4 @@
-"""The cells of a sweep at work, with a program that only leaves the files of a run."""
+"""Running the cells of a sweep, with a program that only writes the files of a run."""
 
 import csv
 import io
@@ -14,24 +14,22 @@ from rich.console import Console
 
 from hpc_absa.errors import ExitStatus, RunLockedError, UsageError
 from hpc_absa.rundir import RunDir
-from hpc_absa.rundir.events import EventLog
 from hpc_absa.rundir.lock import RunLock
 from hpc_absa.study import sweep as sweeps
 from hpc_absa.study import tables
-from hpc_absa.study.folder import StudyDir
-from hpc_absa.study.progress import Progress
-from hpc_absa.study.runner import Runner, shares, state
+from hpc_absa.study.runner import Progress, Runner, shares
+from hpc_absa.study.sweep import StudyDir
 from tests.study.test_sweep import BASE, SWEEP
 
 PROGRAM = Path(__file__).with_name("fake_program.py")
 
 
 class Stopping(Progress):
-    """Sends this process a signal as soon as a cell says that it is at work."""
+    """Sends this process a signal as soon as a cell has written an event."""
 
-    def look(self, working):
-        super().look(working)
-        if any(self._study.cell(cell).events.exists() for cell in working):
+    def update(self, running):
+        super().update(running)
+        if any(self._study.run(cell).events.exists() for cell in running):
             os.kill(os.getpid(), signal.SIGINT)
 
 
@@ -45,38 +43,33 @@ class Study:
         self.folder = folder
         self.behave()
         _, self.cells = sweeps.load(folder / "sweep.toml")
-        self.study = StudyDir(folder / "out")
+        self.study = StudyDir(folder / "out", self.cells)
 
     def behave(self, **cells):
-        text = json.dumps({name.replace("_", "-"): does for name, does in cells.items()})
+        """Which cells do not simply end as done: see `fake_program.py`."""
+        text = json.dumps({name.replace("_", "-"): value for name, value in cells.items()})
         (self.folder / "behaviour.json").write_text(text)
 
-    def run(self, *, progress=Progress, side_by_side=2, retry=False, cells=None):
+    def run(self, *, progress=Progress, side_by_side=2, retry=False, cells=None, terminal=False):
         self.output = io.StringIO()
-        runner = Runner(
-            self.study,
-            cells or self.cells,
+        study = StudyDir(self.study.path, cells) if cells else self.study
+        return Runner(
+            study,
+            progress(study, Console(file=self.output, width=200, force_terminal=terminal)),
             side_by_side=side_by_side,
             retry=retry,
-            progress=progress(self.study, self.cells, Console(file=self.output, width=200)),
             program=(sys.executable, str(PROGRAM), str(self.folder / "behaviour.json")),
-        )
-        self.ended = 0
-
-        def ended():
-            self.ended += 1
-
-        return runner.run(ended)
+        ).run()
 
     def starts(self):
-        """Cells started since the last question, with their cores."""
+        """Cells started since the previous call, with their cores."""
         path = self.folder / "starts.txt"
         lines = path.read_text().splitlines() if path.exists() else []
         path.write_text("")
         return dict(line.split(" ", 1) for line in lines)
 
     def states(self):
-        return [state(self.study, cell) for cell in self.cells]
+        return [self.study.state(cell) for cell in self.cells]
 
 
 @pytest.fixture(name="study")
@@ -84,38 +77,42 @@ def _study(tmp_path, monkeypatch):
     return Study(tmp_path, monkeypatch)
 
 
-def test_all_cells_are_run_once(study):
+def test_every_cell_is_run_once(study):
     assert study.states() == ["new"] * 6
     assert study.run() == ExitStatus.OK
     assert study.states() == ["done"] * 6
     assert study.starts().keys() == {cell.name for cell in study.cells}
-    assert study.ended == 6
+    assert len(read(study.study.tables / "time.csv")) == 4
     assert "bl-32-seed0: 90.00 % after 50 steps" in study.output.getvalue()
     assert study.run() == ExitStatus.OK
     assert study.starts() == {}
     assert "6 of 6 cells were done before" in study.output.getvalue()
 
 
-def test_a_failed_cell_holds_up_no_other_and_is_tried_again_on_request(study):
+def test_bars_on_a_terminal_count_epochs(study):
+    assert study.run(terminal=True, cells=study.cells[:2]) == ExitStatus.OK
+    assert "8.0 of 8 epochs" in study.output.getvalue()
+
+
+def test_failed_cell_does_not_stop_others_and_runs_again_with_retry(study):
     study.behave(bl_32_seed1="fail", absa_128_seed0="refuse")
     assert study.run() == ExitStatus.FAILED
-    wanted = ["done", "failed", "done", "done", "failed", "done"]
-    assert study.states() == wanted
+    assert study.states() == ["done", "failed", "done", "done", "failed", "done"]
     assert "[2/6] bl-32-seed1: failed: something is wrong; log: " in study.output.getvalue()
     assert study.study.failures()["absa-128-seed0"].exit_status == 2
     study.starts()
     study.behave()
     assert study.run() == ExitStatus.FAILED
     assert study.starts() == {}
-    told = study.output.getvalue()
-    assert "bl-32-seed1: failed before: something is wrong; --retry tries again" in told
+    output = study.output.getvalue()
+    assert "bl-32-seed1: failed before: something is wrong; --retry runs it again" in output
     assert study.run(retry=True) == ExitStatus.OK
     assert study.starts().keys() == {"bl-32-seed1", "absa-128-seed0"}
     assert study.states() == ["done"] * 6
     assert study.study.failures() == {}
 
 
-def test_a_signal_stops_the_cells_and_the_same_command_goes_on(study):
+def test_signal_stops_the_cells_and_the_same_command_continues(study):
     study.behave(bl_32_seed0="wait")
     before = signal.getsignal(signal.SIGINT)
     assert study.run(progress=Stopping, side_by_side=1) == ExitStatus.STOPPED
@@ -126,13 +123,13 @@ def test_a_signal_stops_the_cells_and_the_same_command_goes_on(study):
     assert study.states() == ["done"] * 6
 
 
-def test_a_killed_compare_leaves_cells_that_save_and_stop(study):
+def test_cells_save_and_stop_when_compare_is_killed(study):
     study.behave(bl_32_seed0="wait")
     child = os.fork()
     if child == 0:
         study.run(side_by_side=1)
         os._exit(0)
-    log = study.study.cell(study.cells[0]).events
+    log = study.study.run(study.cells[0]).log
     wait_for(lambda: "checkpoint" in kinds(log))
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
@@ -142,27 +139,27 @@ def test_a_killed_compare_leaves_cells_that_save_and_stop(study):
 
 
 def kinds(log):
-    return [event["event"] for event in EventLog(log).read()]
+    return [event["event"] for event in log.read()]
 
 
-def wait_for(holds):
+def wait_for(condition):
     until = time.monotonic() + 60
-    while not holds():
+    while not condition():
         assert time.monotonic() < until
         time.sleep(0.01)
 
 
-def test_side_by_side_each_has_its_share_of_the_cores(study):
+def test_cells_that_run_at_the_same_time_share_the_cores(study):
     cores = sorted(os.sched_getaffinity(0))
-    study.behave(bl_32_seed0="meet", bl_32_seed1="meet")
+    study.behave(bl_32_seed0="together", bl_32_seed1="together")
     assert study.run(side_by_side=2) == ExitStatus.OK
     starts = study.starts()
-    wanted = [str(share) for share in shares(cores, 2)]
-    assert sorted([starts["bl-32-seed0"], starts["bl-32-seed1"]]) == sorted(wanted)
+    used = [starts["bl-32-seed0"], starts["bl-32-seed1"]]
+    assert sorted(used) == sorted(str(share) for share in shares(cores, 2))
 
 
 @pytest.mark.parametrize(
-    ("cores", "count", "wanted"),
+    ("cores", "count", "parts"),
     [
         ([0, 1], 1, [[0, 1]]),
         ([0, 1], 2, [[0], [1]]),
@@ -170,11 +167,11 @@ def test_side_by_side_each_has_its_share_of_the_cores(study):
         ([0, 1], 3, [[0], [1], [0]]),
     ],
 )
-def test_cores_are_dealt_out(cores, count, wanted):
-    assert shares(cores, count) == wanted
+def test_cores_are_divided(cores, count, parts):
+    assert shares(cores, count) == parts
 
 
-def test_a_second_compare_on_the_folder_is_refused(study):
+def test_second_compare_on_the_same_folder_is_refused(study):
     study.study.path.mkdir()
     lock = RunLock(RunDir(study.study.path))
     lock.acquire()
@@ -183,7 +180,7 @@ def test_a_second_compare_on_the_folder_is_refused(study):
     lock.release()
 
 
-def test_a_cell_begun_with_another_job_is_refused(study):
+def test_cell_started_with_another_job_is_refused(study):
     assert study.run(cells=study.cells[:1]) == ExitStatus.OK
     _, others = sweeps.load(study.folder / "sweep.toml", ("train.lr=0.5",))
     with pytest.raises(UsageError, match=r"bl-32-seed0.*train\.lr = 0\.05 there, 0\.5 here"):
@@ -197,11 +194,10 @@ def read(path):
     return list(csv.reader(path.open()))
 
 
-def test_the_tables_are_means_over_seeds_of_what_is_done(study):
+def test_tables_are_means_over_the_seeds_that_are_done(study):
     study.behave(absa_128_seed1="fail")
     study.run()
-    paths = tables.write(study.study.tables, tables.of(study.study, study.cells))
-    assert {path.name for path in paths} == {
+    assert {path.name for path in study.study.tables.iterdir()} == {
         f"{name}.{suffix}"
         for name in ("accuracy", "time")
         for suffix in ("md", "csv", "tex", "html")
@@ -222,27 +218,27 @@ def test_the_tables_are_means_over_seeds_of_what_is_done(study):
     assert "BL 32" in page
 
 
-def test_before_anything_is_done_the_tables_are_empty(study):
-    made = tables.of(study.study, study.cells)
+def test_tables_are_empty_before_any_cell_is_done(study):
+    made = tables.of(study.study)
     assert made["time"].rows == ()
     assert "6 runs without a result" in made["accuracy"].to_markdown()
 
 
 @pytest.mark.parametrize(
-    ("words", "published"),
+    ("settings", "published"),
     [
         (("data.name=cifar10", "model.name=resnet18-cifar"), "accuracy"),
         (("data.name=imagenet", "model.name=resnet18"), "time"),
         (("data.name=cifar10", "model.name=resnet8"), None),
     ],
 )
-def test_the_talk_s_numbers_stand_beside_its_own_jobs(study, words, published):
-    base = 256 if "data.name=imagenet" in words else 128
+def test_published_numbers_are_shown_for_the_published_jobs(study, settings, published):
+    base = 256 if "data.name=imagenet" in settings else 128
     sizes = (f"train.microbatch={base}", f"schedule.base_batch={base}")
     text = SWEEP.replace("max_batch = [32]", "max_batch = [256]").replace("[128]", "[2560]")
     (study.folder / "sweep.toml").write_text(text)
-    _, cells = sweeps.load(study.folder / "sweep.toml", (*words, *sizes))
-    made = tables.of(study.study, cells)
+    _, cells = sweeps.load(study.folder / "sweep.toml", (*settings, *sizes))
+    made = tables.of(StudyDir(study.study.path, cells))
     assert ("published" in made["accuracy"].to_markdown()) == (published == "accuracy")
     assert ("published" in made["time"].to_markdown()) == (published == "time")
     if published == "accuracy":

@@ -1,4 +1,4 @@
-"""The sweep file: the cells it makes, and what it refuses."""
+"""The sweep file: its cells, and the errors in it."""
 
 import pytest
 
@@ -38,7 +38,7 @@ max_batch = [128]
 
 @pytest.fixture(name="load")
 def _load(tmp_path):
-    """Reads a sweep's text, with `base.toml` beside it."""
+    """Reads a sweep's text, with `base.toml` in the same folder."""
 
     def load(text=SWEEP, *overrides):
         (tmp_path / "base.toml").write_text(BASE)
@@ -48,7 +48,7 @@ def _load(tmp_path):
     return load
 
 
-def test_every_schedule_with_every_batch_and_every_seed(load):
+def test_cells_are_every_schedule_with_every_batch_and_seed(load):
     _, cells = load()
     assert [cell.name for cell in cells] == [
         "bl-32-seed0",
@@ -68,7 +68,7 @@ def test_every_schedule_with_every_batch_and_every_seed(load):
         assert cell.job.train.lr == 0.05
 
 
-def test_keys_of_the_base_s_schedule_go_to_the_methods_that_know_them(load):
+def test_keys_of_the_base_schedule_apply_to_the_methods_that_have_them(load):
     grid = '[[grid]]\nschedule = ["bl", "abs", "absa", "absa-tuned"]\n'
     _, cells = load(SWEEP.split("[[grid]]")[0].replace("[0, 1]", "[0]") + grid)
     bl, abs_, absa, tuned = (cell.job.schedule for cell in cells)
@@ -77,7 +77,7 @@ def test_keys_of_the_base_s_schedule_go_to_the_methods_that_know_them(load):
     assert (tuned.kappa, tuned.estimate_every) == (3, 2)
 
 
-def test_the_base_may_stand_in_the_sweep(load):
+def test_base_job_inside_the_sweep_file(load):
     inline = (
         BASE.replace('name = "base"', "[job]").replace("\n[", "\n[job.").replace("job.job", "job")
     )
@@ -86,7 +86,7 @@ def test_the_base_may_stand_in_the_sweep(load):
     assert cells[0].job.train.epochs == 4
 
 
-def test_overrides_for_all_for_an_entry_and_from_the_command(load):
+def test_overrides_for_all_cells_for_an_entry_and_from_the_command(load):
     text = SWEEP.replace("seeds", 'set = ["train.epochs=5", "train.lr=0.1"]\nseeds', 1)
     text += 'set = ["train.epochs=6", "schedule.lr_rule=none"]\n'
     _, cells = load(text, "train.lr=0.2")
@@ -94,7 +94,7 @@ def test_overrides_for_all_for_an_entry_and_from_the_command(load):
     assert {cell.job.train.lr for cell in cells} == {0.2}
 
 
-def test_entries_of_the_same_schedule_are_told_apart_by_a_label(load):
+def test_label_distinguishes_entries_of_the_same_schedule(load):
     more = '[[grid]]\nschedule = ["absa"]\nmax_batch = [128]\nseeds = [7]\nlabel = "r = 0.4"\n'
     _, cells = load(SWEEP + more + 'set = ["schedule.ratio=0.4"]\n')
     assert (cells[-1].name, cells[-1].schedule, cells[-1].seed) == (
@@ -125,19 +125,19 @@ def test_entries_of_the_same_schedule_are_told_apart_by_a_label(load):
         ("[[grid]]", "[[grids]]", "grid: missing, expected a value"),
     ],
 )
-def test_what_is_wrong_is_one_line(load, old, new, line):
+def test_an_error_is_one_line(load, old, new, line):
     with pytest.raises(UsageError) as caught:
         load(SWEEP.replace(old, new))
     assert line in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_a_missing_file_is_one_line(tmp_path):
+def test_missing_file(tmp_path):
     with pytest.raises(UsageError, match=r"none\.toml: cannot be read as a sweep file"):
         sweeps.load(tmp_path / "none.toml")
 
 
 @pytest.mark.parametrize("path", job_files.SWEEP_FILES, ids=job_files.name)
-def test_every_sweep_of_the_package_loads(path):
+def test_every_sweep_file_of_the_repository_loads(path):
     _, cells = sweeps.load(path)
     assert len(cells) > 1

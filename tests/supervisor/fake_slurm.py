@@ -1,4 +1,4 @@
-"""Slurm's commands as shell scripts that say what a test wants and note what they were asked."""
+"""Slurm's commands as shell scripts that print what a test wants and record their arguments."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ NODES = "idle 4\nmixed 4\nallocated 8\ndown* 4\ndrained 4\nidle~ 4\n"
 
 
 class FakeSlurm:
-    """Commands in `folder/bin`; `asked()` is what they were called with."""
+    """Commands in `folder/bin`; `calls()` is what they were called with."""
 
     def __init__(self, folder: Path) -> None:
         self.bin = folder / "bin"
         self.bin.mkdir()
-        self._notes = folder / "asked"
-        self.says("sbatch", "echo 17")
-        self.says("squeue", "")
-        self.says("scancel", "")
-        self.says("sinfo", f"printf '{NODES}'".replace("\n", "\\n"))
-        self.says("scontrol", f"printf '{PARTITIONS}'".replace("\n", "\\n"))
+        self._calls = folder / "calls"
+        self.respond("sbatch", "echo 17")
+        self.respond("squeue", "")
+        self.respond("scancel", "")
+        self.respond("sinfo", f"printf '{NODES}'".replace("\n", "\\n"))
+        self.respond("scontrol", f"printf '{PARTITIONS}'".replace("\n", "\\n"))
 
-    def says(self, program: str, body: str) -> None:
+    def respond(self, program: str, body: str) -> None:
         path = self.bin / program
-        note = f'echo "{program} $*" >>{self._notes}'
-        path.write_text(f"#!/bin/sh\n{note}\n{body}\n")
+        record = f'echo "{program} $*" >>{self._calls}'
+        path.write_text(f"#!/bin/sh\n{record}\n{body}\n")
         path.chmod(0o755)
 
-    def asked(self, program: str) -> list[str]:
-        """The words of each call of `program`."""
-        if not self._notes.exists():
+    def calls(self, program: str) -> list[str]:
+        """The arguments of each call of `program`."""
+        if not self._calls.exists():
             return []
-        lines = self._notes.read_text().splitlines()
+        lines = self._calls.read_text().splitlines()
         return [line.partition(" ")[2] for line in lines if line.startswith(f"{program} ")]
 
     @property

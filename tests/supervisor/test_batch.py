@@ -9,18 +9,18 @@ from hpc_absa.supervisor.batch import Size, most_ranks, ranks_per_node, script, 
 from hpc_absa.supervisor.slurm import Partition
 from tests.supervisor.digits import digits
 
-PARTITION = Partition("main", 4, None, 8)
+PARTITION = Partition("main", 4, 8)
 
 
 @pytest.mark.parametrize(
     ("settings", "ranks", "size"),
     [
-        # as many a node as its cores give one thread each
+        # as many per node as it has cores, with one thread each
         ((), 1, Size(1, 1, 1, 1, None)),
         ((), 12, Size(2, 12, 6, 1, None)),
         (("train.threads_per_rank=4",), 4, Size(2, 4, 2, 4, None)),
         (("launch.ranks_per_node=3",), 7, Size(3, 7, 3, 1, None)),
-        # one a GPU, and no more GPUs than ranks
+        # one per GPU, and no more GPUs than ranks
         (("launch.slurm.gpus-per-node=4",), 1, Size(1, 1, 1, 1, 1)),
         (("launch.slurm.gpus-per-node=4",), 8, Size(2, 8, 4, 1, 4)),
     ],

@@ -1,4 +1,4 @@
-"""Every link once, whoever submits it, wherever they are killed."""
+"""Each link is submitted once, whoever submits it and whenever that process is killed."""
 
 import multiprocessing
 import os
@@ -8,12 +8,12 @@ import pytest
 
 from hpc_absa.errors import ExitStatus, UsageError
 from hpc_absa.rundir import RunDir
-from hpc_absa.supervisor import cancel, follow
-from hpc_absa.supervisor.chain import Chain, Link
+from hpc_absa.supervisor.chain import Chain, Link, chain_status
+from hpc_absa.supervisor.follower import Follower
 from hpc_absa.supervisor.link import LinkRun
+from hpc_absa.supervisor.run_state import cancel
 from hpc_absa.supervisor.slurm import Slurm
-from hpc_absa.supervisor.standing import standing
-from tests.supervisor.digits import PATH, digits
+from tests.supervisor.digits import PATH, digits, save
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def submit(run, number=1):
 
 
 def test_many_submitters_submit_once(slurm, run):
-    slurm.says("sbatch", "sleep 0.2; echo 17")
+    slurm.respond("sbatch", "sleep 0.2; echo 17")
     context = multiprocessing.get_context("fork")
     others = [context.Process(target=submit, args=(run,)) for _ in range(6)]
     for other in others:
@@ -36,37 +36,38 @@ def test_many_submitters_submit_once(slurm, run):
     for other in others:
         other.join()
         assert other.exitcode == 0
-    assert len(slurm.asked("sbatch")) == 1
+    assert len(slurm.calls("sbatch")) == 1
     assert Chain(run, "digits").last().job_id == "17"
     assert len([e for e in run.log.read() if e["event"] == "link"]) == 1
 
 
-def test_a_job_that_is_in_the_queue_under_the_links_name_is_the_link(slurm, run):
-    """Submitted, and its submitter killed before it could say so."""
+def test_a_queued_job_with_the_name_of_the_link_is_the_link(slurm, run):
+    """Submitted, and its submitter killed before it could record the job."""
     name = Chain(run, "digits").name(1)
-    slurm.says("squeue", f"echo '23|{name}|PENDING|Priority|1'; echo '24|{name}0|RUNNING|None|1'")
+    slurm.respond(
+        "squeue", f"echo '23|{name}|PENDING|Priority|1'; echo '24|{name}0|RUNNING|None|1'"
+    )
     assert submit(run).job_id == "23"
-    assert slurm.asked("sbatch") == []
+    assert slurm.calls("sbatch") == []
 
 
-def test_a_link_of_that_name_that_ended_is_not(slurm, run):
-    slurm.says("squeue", f"echo '23|{Chain(run, 'digits').name(1)}|CANCELLED|None|1'")
+def test_an_ended_job_with_that_name_is_not_the_link(slurm, run):
+    slurm.respond("squeue", f"echo '23|{Chain(run, 'digits').name(1)}|CANCELLED|None|1'")
     assert submit(run).job_id == "17"
 
 
-def test_the_next_link_begins_when_the_last_one_has_ended(slurm, run):
+def test_the_next_link_starts_when_the_last_one_has_ended(slurm, run):
     submit(run)
-    slurm.says("sbatch", "echo 18")
+    slurm.respond("sbatch", "echo 18")
     submit(run, 2)
-    assert slurm.asked("sbatch")[1].startswith("--parsable --dependency=afterany:17 ")
+    assert slurm.calls("sbatch")[1].startswith("--parsable --dependency=afterany:17 ")
 
 
-def test_the_first_on_record_counts(run):
+def test_the_first_job_on_record_is_the_link(run):
     chain = Chain(run, "digits")
-    mine = Link(1, "x", "5", 1, 1, 0.0)
-    other = Link(1, "x", "6", 1, 1, 0.0)
-    assert chain.record(mine) == mine
-    assert chain.record(other) == mine
+    first, second = (Link(1, "x", job_id, 1, 1, 0.0) for job_id in "56")
+    assert chain.record(first) == first
+    assert chain.record(second) == first
 
 
 def test_runs_in_other_folders_have_other_names(tmp_path):
@@ -75,12 +76,12 @@ def test_runs_in_other_folders_have_other_names(tmp_path):
     assert all(name.startswith("a_job_1-") for name in names)
 
 
-def test_only_the_last_life_of_a_job_owns_the_chain(slurm, run):
+def test_only_the_last_attempt_of_a_job_owns_the_chain(slurm, run):
     chain = Chain(run, "digits")
     submit(run)
-    chain.own("17", 0)
+    chain.take_over("17", 0)
     assert chain.owned_by("17", 0)
-    chain.own("17", 1)
+    chain.take_over("17", 1)
     assert not chain.owned_by("17", 0)
 
 
@@ -89,18 +90,18 @@ def test_only_the_last_life_of_a_job_owns_the_chain(slurm, run):
 
 @pytest.fixture
 def link(slurm, run, monkeypatch):
-    """Job 17 as link 1, on one task, with a batch that feeds four."""
+    """Job 17 as link 1, on one task, with a saved batch that feeds four."""
     submit(run)
     for name, value in (("JOB_ID", "17"), ("NTASKS", "1"), ("JOB_NUM_NODES", "1")):
         monkeypatch.setenv(f"SLURM_{name}", value)
     monkeypatch.delenv("SLURM_JOB_PARTITION", raising=False)
-    run.log.append("decision", 1, next_batch=128)
-    said = []
-    found = LinkRun(run, 1, (), said.append)
-    found.said = said
-    Chain(run, "digits").own("17", 0)
-    slurm.says("sbatch", "echo 18")
-    return found
+    save(run, 10, global_batch=128)
+    lines = []
+    link = LinkRun(run, 1, (), lines.append)
+    link.lines = lines
+    Chain(run, "digits").take_over("17", 0)
+    slurm.respond("sbatch", "echo 18")
+    return link
 
 
 def ended(run):
@@ -114,8 +115,16 @@ def test_after_a_decision_the_next_link_is_larger(link, run, slurm):
     assert (ended(run)["outcome"], ended(run)["next_job"]) == ("resize", "18")
 
 
-def test_where_slurm_refuses_more_the_same_size_goes_on(link, run, slurm):
-    slurm.says(
+def test_the_next_link_has_the_ranks_in_the_checkpoint(link, run, slurm):
+    """A batch of 128 could use all four ranks of the partition."""
+    save(run, 20, global_batch=128, next_ranks=2, rank_limit=link._limit(link._partition()))
+    run.log.append("phase_end", 1, outcome="resize")
+    link._hand_over(ExitStatus.OK, None)
+    assert Chain(run, "digits").link(2).ranks == 2
+
+
+def test_where_slurm_refuses_a_larger_job_the_next_one_has_the_same_size(link, run, slurm):
+    slurm.respond(
         "sbatch",
         f'if [ $(ls {run.chain}/*.json | wc -l) = 1 ] && grep -q "ntasks=4" {run.chain}/0002.sh;'
         "then echo 'sbatch: error: Node count specification invalid' >&2; exit 1; fi; echo 18",
@@ -123,13 +132,13 @@ def test_where_slurm_refuses_more_the_same_size_goes_on(link, run, slurm):
     run.log.append("phase_end", 1, outcome="resize")
     assert link._hand_over(ExitStatus.OK, None) == ExitStatus.OK
     assert Chain(run, "digits").link(2).ranks == 1
-    assert "accumulating on what there is" in link.said[0]
-    # and the next link does not ask for it again
-    assert link._most(link._partition()) == 3
+    assert "gradients are accumulated instead" in link.lines[0]
+    # and the next link does not request it again
+    assert link._limit(link._partition()) == 3
 
 
-def test_where_slurm_refuses_all_the_chain_fails_with_its_words(link, run, slurm):
-    slurm.says("sbatch", "echo 'sbatch: error: Invalid account' >&2; exit 1")
+def test_where_slurm_refuses_every_size_the_chain_fails_with_its_message(link, run, slurm):
+    slurm.respond("sbatch", "echo 'sbatch: error: Invalid account' >&2; exit 1")
     run.log.append("phase_end", 1, outcome="resize")
     with pytest.raises(UsageError, match="Invalid account"):
         link._hand_over(ExitStatus.OK, None)
@@ -145,16 +154,18 @@ def test_where_slurm_refuses_all_the_chain_fails_with_its_words(link, run, slurm
         (ExitStatus.FAILED, None, "failed"),
     ],
 )
-def test_who_goes_on_depends_on_who_stopped_it(link, run, slurm, status, number, outcome):
+def test_whether_the_chain_continues_depends_on_what_stopped_the_link(
+    link, run, slurm, status, number, outcome
+):
     run.log.append("phase_end", 1, outcome="stopped")
     link._hand_over(status, number)
     assert ended(run)["outcome"] == outcome
     assert bool(Chain(run, "digits").link(2)) is (outcome == "time")
 
 
-def test_terminated_in_the_grace_time_of_a_preemption_it_goes_on(link, run, slurm):
+def test_terminated_in_the_grace_time_of_a_preemption_the_chain_continues(link, run, slurm):
     partitions = slurm.bin.joinpath("scontrol").read_text().splitlines()[-1]
-    slurm.says(
+    slurm.respond(
         "scontrol",
         f'if [ "$2" = job ]; then echo "JobState=RUNNING PreemptTime=now"; else {partitions}; fi',
     )
@@ -163,30 +174,30 @@ def test_terminated_in_the_grace_time_of_a_preemption_it_goes_on(link, run, slur
     assert ended(run)["outcome"] == "time"
 
 
-def test_a_former_life_submits_nothing(link, run, slurm):
-    Chain(run, "digits").own("17", 1)
+def test_an_earlier_attempt_submits_nothing(link, run, slurm):
+    Chain(run, "digits").take_over("17", 1)
     run.log.append("phase_end", 1, outcome="resize")
     assert link._hand_over(ExitStatus.OK, None) == ExitStatus.STOPPED
     assert not Chain(run, "digits").link(2)
 
 
-def test_a_cancelled_chain_ends(link, run, slurm):
+def test_a_cancelled_chain_submits_nothing(link, run, slurm):
     Chain(run, "digits").cancel()
     run.log.append("phase_end", 1, outcome="resize")
     assert link._hand_over(ExitStatus.OK, None) == ExitStatus.STOPPED
     assert ended(run)["outcome"] == "cancelled"
 
 
-def test_limits_too_short_for_a_step_end_the_chain(link, run, slurm):
+def test_time_limits_too_short_for_a_step_end_the_chain(link, run, slurm):
     for _ in range(3):
-        Chain(run, "digits").tell(link._link, "ended", outcome="time", step=0)
+        Chain(run, "digits").log(link._link, "ended", outcome="time", step=10)
     run.log.append("phase_end", 1, outcome="stopped")
     assert link._hand_over(ExitStatus.STOPPED, signal.SIGUSR1) == ExitStatus.FAILED
     assert "no step within the time limit" in ended(run)["reason"]
 
 
 @pytest.mark.parametrize(
-    ("arrange", "words"),
+    ("arrange", "reason"),
     [
         (lambda run: run.log.append("done", 1, steps=3), "the run is done"),
         (lambda run: Chain(run, "digits").cancel(), "the chain was cancelled"),
@@ -196,10 +207,10 @@ def test_limits_too_short_for_a_step_end_the_chain(link, run, slurm):
         ),
     ],
 )
-def test_a_job_with_nothing_to_do_leaves(link, run, arrange, words):
+def test_a_job_with_nothing_to_do_exits(link, run, arrange, reason):
     arrange(run)
     assert link.work() == ExitStatus.OK
-    assert words in link.said[0]
+    assert reason in link.lines[0]
 
 
 # Watching and cancelling
@@ -207,54 +218,54 @@ def test_a_job_with_nothing_to_do_leaves(link, run, arrange, words):
 
 def test_a_dry_run_shows_submission_and_script(slurm, tmp_path):
     run = RunDir(tmp_path / "new")
-    shown = follow.Follower(digits("launch.launcher=slurm"), run, ()).dry()
+    shown = Follower(digits("launch.launcher=slurm"), run, ()).dry_run()
     first, rest = shown.split("\n", 1)
     assert first == f"sbatch --parsable {run.link_script(1)}"
     assert rest.startswith("#!/bin/bash\n")
     assert not run.path.exists()
-    assert slurm.asked("sbatch") == []
+    assert slurm.calls("sbatch") == []
 
 
-def test_cancel_takes_jobs_from_the_queue_and_asks_those_at_work(slurm, run):
+def test_cancel_removes_pending_jobs_and_asks_running_ones_to_save(slurm, run):
     name = Chain(run, "digits").prefix
-    slurm.says("squeue", f"echo '7|{name}1|RUNNING|None|1'; echo '8|{name}2|PENDING|x|1'")
+    slurm.respond("squeue", f"echo '7|{name}1|RUNNING|None|1'; echo '8|{name}2|PENDING|x|1'")
     run.chain.mkdir()
-    told = list(cancel.cancel(run.path, now=False))
-    assert slurm.asked("scancel") == ["8"]
-    assert "job 7" in told[0]
-    assert "asked to save and end" in told[0]
+    lines = list(cancel(run.path, now=False))
+    assert slurm.calls("scancel") == ["8"]
+    assert "job 7" in lines[0]
+    assert "asked to save and exit" in lines[0]
     assert run.stop_request.exists()
     assert Chain(run, "digits").cancelled
-    list(cancel.cancel(run.path, now=True))
-    assert slurm.asked("scancel") == ["8", "7", "8"]
+    list(cancel(run.path, now=True))
+    assert slurm.calls("scancel") == ["8", "7", "8"]
 
 
-def test_cancel_without_a_chain_asks_by_a_file(run):
-    (told,) = cancel.cancel(run.path, now=False)
-    assert "asked to save and stop" in told
+def test_cancel_without_a_chain_leaves_a_stop_request(run):
+    (line,) = cancel(run.path, now=False)
+    assert "asked to save and stop" in line
     assert run.stop_request.exists()
     run.log.append("done", 1, steps=3)
     with pytest.raises(UsageError, match="nothing to cancel"):
-        list(cancel.cancel(run.path, now=False))
+        list(cancel(run.path, now=False))
     with pytest.raises(UsageError, match="not a run directory"):
-        list(cancel.cancel(run.path / "none", now=False))
+        list(cancel(run.path / "none", now=False))
 
 
-def test_a_folder_whose_job_waits_is_not_removed(slurm, run):
+def test_a_folder_with_a_pending_job_is_not_removed(slurm, run):
     submit(run)
-    slurm.says("squeue", f"echo '17|{Chain(run, 'digits').name(1)}|PENDING|Priority|1'")
-    follower = follow.Follower(digits("launch.launcher=slurm"), run, ())
-    with pytest.raises(UsageError, match="its job 17 waits or works; first hpc-absa cancel"):
-        follower.refuse_if_at_work()
+    slurm.respond("squeue", f"echo '17|{Chain(run, 'digits').name(1)}|PENDING|Priority|1'")
+    follower = Follower(digits("launch.launcher=slurm"), run, ())
+    with pytest.raises(UsageError, match="its job 17 is pending or running; first hpc-absa cancel"):
+        follower.refuse_if_active()
 
 
-def test_where_the_links_stand(slurm, run, monkeypatch, tmp_path):
+def test_the_status_of_links(slurm, run, monkeypatch, tmp_path):
     submit(run)
     name = Chain(run, "digits").name(1)
-    slurm.says("squeue", f"echo '17|{name}|PENDING|Resources|1'")
-    (link,) = standing(run, "digits", run.log.read())
+    slurm.respond("squeue", f"echo '17|{name}|PENDING|Resources|1'")
+    (link,) = chain_status(run, "digits", run.log.read())
     assert (link.state, link.waits_for, link.alive) == ("pending", "Resources", True)
     monkeypatch.setenv("PATH", str(tmp_path))
-    (link,) = standing(run, "digits", run.log.read())
+    (link,) = chain_status(run, "digits", run.log.read())
     assert (link.state, link.alive) == ("submitted", None)
     assert os.environ["PATH"] == str(tmp_path)

@@ -1,4 +1,4 @@
-"""What `--dry-run` prints is, byte for byte, what is executed then."""
+"""`--dry-run` prints exactly the command that would be executed."""
 
 import os
 import signal
@@ -21,7 +21,7 @@ exit 1
 
 @pytest.fixture(name="recorder")
 def _recorder(tmp_path, monkeypatch):
-    """A launcher that notes how it was called, and starts nothing."""
+    """A launcher that records how it was called and starts nothing."""
     path = tmp_path / "a launcher"
     path.write_text(RECORDER)
     path.chmod(0o755)
@@ -36,10 +36,12 @@ def _recorder(tmp_path, monkeypatch):
 
 
 def record(path):
-    """Words and variables of the one call, without those that a shell sets for itself."""
-    found = path.read_bytes().split(b"\0")
+    """Arguments and variables of the only call, without those that a shell sets."""
+    recorded = path.read_bytes().split(b"\0")
     path.unlink()
-    return [word for word in found if not word.startswith((b"_=", b"SHLVL=", b"PWD=", b"OLDPWD="))]
+    return [
+        word for word in recorded if not word.startswith((b"_=", b"SHLVL=", b"PWD=", b"OLDPWD="))
+    ]
 
 
 @pytest.mark.parametrize(
@@ -70,6 +72,6 @@ def test_the_printed_command_is_the_executed_one(recorder, tmp_path, monkeypatch
     command()
     assert record(recorder) == as_printed
     assert b"HPC_ABSA_SUPERVISED=1" in as_printed
-    # and the log of that world begins with it
+    # and the launcher's log begins with it
     (log,) = run.logs.glob("world-*.log")
     assert log.read_text().splitlines()[0] == f"$ {printed.rstrip()}"

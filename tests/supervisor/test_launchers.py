@@ -12,7 +12,7 @@ WORKER = ("python", "-m", "hpc_absa", "train", "job.toml")
 
 @pytest.fixture
 def programs(monkeypatch, tmp_path):
-    """mpirun and the others exist, beside a Python of which nothing is recorded."""
+    """mpirun and the others exist beside a Python environment without a record of its mpirun."""
     for name in ("mpirun", "horovodrun", "srun"):
         program = tmp_path / "bin" / name
         program.parent.mkdir(exist_ok=True)
@@ -36,7 +36,7 @@ def test_mpirun(programs):
     )
 
 
-def test_more_ranks_than_cores_are_meant(programs):
+def test_more_ranks_than_cores_are_allowed_explicitly(programs):
     assert "--oversubscribe" in words(digits(), 3)
     assert "--oversubscribe" not in words(digits(), 2)
     assert "--mpi-args=--bind-to none --mca odls_base_sigkill_timeout 3 --oversubscribe" in words(
@@ -44,7 +44,7 @@ def test_more_ranks_than_cores_are_meant(programs):
     )
 
 
-def test_hosts_and_extra_words_are_passed_on(programs):
+def test_hosts_and_extra_arguments_are_passed_on(programs):
     job = digits("launch.hosts=a:2,b:2", 'launch.extra=["--tag-output"]', "ranks.max=4")
     command = " ".join(words(job, 4))
     assert " -H a:2,b:2 " in command
@@ -58,7 +58,7 @@ def test_horovodrun_finds_mpirun_and_has_slots(programs):
     assert command.environment["PATH"].startswith(str(programs))
 
 
-def test_srun_wants_an_allocation(programs, monkeypatch):
+def test_srun_needs_an_allocation(programs, monkeypatch):
     job = digits("launch.launcher=srun")
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     with pytest.raises(UsageError, match="not inside a Slurm allocation"):
@@ -70,8 +70,8 @@ def test_srun_wants_an_allocation(programs, monkeypatch):
     assert words(job, 5)[1:5] == ("-N", "3", "-n", "5")
 
 
-def test_a_world_over_several_hosts_takes_its_environment_along(programs, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", "/ours")
+def test_ranks_on_other_hosts_get_the_environment(programs, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", "/here")
     job = digits("launch.hosts=a:2,b:2", "launch.interface=ib0", "launch.rsh_agent=ssh -F x")
     command = launchers.command(job, 4, WORKER)
     line = " ".join(command.words)
@@ -82,7 +82,7 @@ def test_a_world_over_several_hosts_takes_its_environment_along(programs, monkey
     assert command.environment["HPC_ABSA_SUPERVISED"] == "1"
 
 
-def test_ranks_are_bound_to_their_threads_cores_where_the_job_says_so(programs):
+def test_ranks_are_bound_to_cores_on_request(programs):
     job = digits("launch.bind=core", "train.threads_per_rank=2")
     assert words(job, 2)[3:7] == ("--map-by", "slot:PE=2", "--bind-to", "core")
 

@@ -1,4 +1,4 @@
-"""A host that vanishes in mid-phase, for real: its cable is cut, and later it is back."""
+"""A host that is lost during a phase: its network link is down, and later up again."""
 
 import numpy as np
 import pytest
@@ -27,7 +27,7 @@ def hosts(tmp_path):
         hosts.stop()
 
 
-def test_growth_onto_a_second_host_that_vanishes_and_comes_back(hosts, tmp_path):
+def test_growth_onto_a_second_host_that_is_lost_and_returns(hosts, tmp_path):
     words = ["-H", ",".join(f"{address}:1" for address in ADDRESSES)]
     for setting in (
         *LONG,
@@ -47,14 +47,14 @@ def test_growth_onto_a_second_host_that_vanishes_and_comes_back(hosts, tmp_path)
     try:
         run.wait_for("epoch", 4)
         assert run.events("phase_start")[-1]["hosts"] == sorted(hosts.names)
-        begun = len(run.events("phase_start"))
-        hosts.cable("down")
-        run.wait_for("phase_start", begun + 1)
-        alone_now = run.events("phase_start")[-1]
-        assert (alone_now["ranks"], alone_now["hosts"]) == (1, [hosts.names[0]])
+        starts = len(run.events("phase_start"))
+        hosts.network("down")
+        run.wait_for("phase_start", starts + 1)
+        restarted = run.events("phase_start")[-1]
+        assert (restarted["ranks"], restarted["hosts"]) == (1, [hosts.names[0]])
         assert run.events("host")[-1]["action"] == "set_aside"
-        hosts.cable("up")
-        run.wait_for("phase_start", begun + 2)
+        hosts.network("up")
+        run.wait_for("phase_start", starts + 2)
         code, output = run.finish(200)
     finally:
         run.process.kill()

@@ -13,7 +13,7 @@ ADDRESSES = ("10.77.0.1", "10.77.0.2")
 
 
 def missing() -> str | None:
-    """Why there can be none here, None where there can."""
+    """Why there can be none here; None if there can."""
     if os.geteuid() != 0:
         return "network namespaces need root"
     absent = [p for p in ("ip", "ssh", "ssh-keygen", "unshare") if not shutil.which(p)]
@@ -26,7 +26,7 @@ def missing() -> str | None:
 
 
 class TwoHosts:
-    """Host 0, where commands are run, and host 1, reached by ssh over a cable that can be cut."""
+    """Host 0, where commands run, and host 1, reached by ssh over a network that can be down."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -34,7 +34,7 @@ class TwoHosts:
         self._sshd: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Lay the cable and start the far host's sshd, with keys of its own."""
+        """Connect the hosts and start sshd on host 1, with new keys."""
         one, other = self.names
         for name in self.names:
             _run("ip", "netns", "add", name)
@@ -83,17 +83,17 @@ class TwoHosts:
 
     @property
     def agent(self) -> str:
-        """What reaches the far host."""
+        """The program that reaches host 1."""
         return f"ssh -F {self.folder}/ssh_config"
 
     def inside(self, host: int, *words: str) -> list[str]:
-        """The words that run a command on a host, under that host's name."""
+        """The command that runs `words` on a host, under that host's name."""
         name = self.names[host]
         script = f'hostname {name}; exec "$@"'
         return ["ip", "netns", "exec", name, "unshare", "--uts", "sh", "-c", script, "x", *words]
 
-    def cable(self, state: str) -> None:
-        """`down` cuts the far host off, `up` brings it back."""
+    def network(self, state: str) -> None:
+        """Set host 1's network `down` or `up`."""
         _run("ip", "-n", self.names[1], "link", "set", "veth0", state)
 
 

@@ -1,3 +1,5 @@
+"""Where the seconds go: every one charged once."""
+
 import time
 
 import pytest
@@ -28,7 +30,7 @@ def test_every_second_is_charged_to_the_innermost_kind(monkeypatch):
     assert sum(clock.seconds().values()) == 0
 
 
-def test_an_exception_closes_its_kind(monkeypatch):
+def test_an_exception_ends_its_kind(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     clock = Clock()
@@ -38,18 +40,29 @@ def test_an_exception_closes_its_kind(monkeypatch):
     assert clock.seconds()["other"] == 5
 
 
-def test_what_a_device_still_computes_is_charged_to_who_asked_for_it(monkeypatch):
+def test_work_queued_on_a_device_is_charged_to_the_kind_that_queued_it(monkeypatch):
     now, queued = [0.0], [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     clock = Clock()
 
-    def settle():
+    def synchronize():
         now[0] += queued[0]
         queued[0] = 0.0
 
-    clock.settle = settle
+    clock.synchronize = synchronize
     with clock("comp"):
         queued[0] = 3.0
     with clock("comm"):
         now[0] += 1
     assert (clock.seconds()["comp"], clock.seconds()["comm"]) == (3, 1)
+
+
+def test_the_activity_changes_with_every_call():
+    clock = Clock()
+    seen = [clock.activity()]
+    for _ in range(2):
+        with clock("data"):
+            seen.append(clock.activity())
+    seen.append(clock.activity())
+    assert [kind for kind, _ in seen] == ["other", "data", "data", "other"]
+    assert len(set(seen)) == 4

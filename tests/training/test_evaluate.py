@@ -1,4 +1,4 @@
-"""The test set's accuracy and loss: every image once, the same bits at any world size."""
+"""Accuracy and loss on the test set: each sample once, the same bits at any world size."""
 
 import pytest
 import torch
@@ -7,11 +7,11 @@ from torch import nn
 from hpc_absa.comm import SerialCommunicator
 from hpc_absa.training.evaluate import evaluate
 
-IMAGES, BATCH = 103, 8
+SAMPLES, BATCH = 103, 8
 
 
-class Played(SerialCommunicator):
-    """A rank whose gathering is done by the test."""
+class Simulated(SerialCommunicator):
+    """Ranks that run one after the other; the last one has gathered all shares."""
 
     def __init__(self, size):
         self.size, self.shares = size, []
@@ -29,26 +29,26 @@ def _model():
 
 def batches():
     torch.manual_seed(1)
-    inputs, targets = torch.randn(IMAGES, 4) * 10, torch.randint(3, (IMAGES,))
+    inputs, targets = torch.randn(SAMPLES, 4) * 10, torch.randint(3, (SAMPLES,))
     return list(zip(inputs.split(BATCH), targets.split(BATCH), strict=True))
 
 
-def test_the_same_bits_for_any_number_of_ranks(model):
+def test_any_number_of_ranks_gets_the_same_bits(model):
     results = []
     for size in (1, 2, 4, 16):
-        comm = Played(size)
+        comm = Simulated(size)
         for rank in range(size):
-            found = evaluate(model, nn.functional.cross_entropy, batches()[rank::size], comm)
-        results.append(found)
+            result = evaluate(model, nn.functional.cross_entropy, batches()[rank::size], comm)
+        results.append(result)
     assert len(set(results)) == 1
     outputs = torch.cat([model.eval()(inputs) for inputs, _ in batches()])
     targets = torch.cat([targets for _, targets in batches()])
-    assert results[0].accuracy == int((outputs.argmax(1) == targets).sum()) / IMAGES
+    assert results[0].accuracy == int((outputs.argmax(1) == targets).sum()) / SAMPLES
     mean = nn.functional.cross_entropy(outputs, targets).item()
     assert results[0].loss == pytest.approx(mean, rel=1e-6)
 
 
-def test_the_model_is_left_as_it_was(model):
+def test_evaluation_does_not_change_the_model(model):
     model.train()
     model[1].eval()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

@@ -1,4 +1,6 @@
-"""The fixed tree in one process: ranks are played by pieces of one list of lanes."""
+"""Sums over microbatches and ranks, in one process: the ranks run one after the other."""
+
+from itertools import chain
 
 import pytest
 import torch
@@ -7,11 +9,15 @@ from torch import nn
 from hpc_absa.comm import SerialCommunicator
 from hpc_absa.summation import LANES
 from hpc_absa.training import reduction
-from hpc_absa.training.reduction import FLAGS, Overlapped, Reproducible
+from hpc_absa.training.reduction import (
+    MicrobatchNorms,
+    OverlappedReduction,
+    ReproducibleReduction,
+)
 
 
-class Played(SerialCommunicator):
-    """One of several ranks whose exchange is done by the test."""
+class Simulated(SerialCommunicator):
+    """One of several ranks; the test adds up what they would exchange."""
 
     def __init__(self, rank, size):
         self.rank, self.size = rank, size
@@ -22,24 +28,24 @@ class Played(SerialCommunicator):
 
 
 def local_sum(gradients, rank, size):
-    """What a rank brings to the exchange, `gradients` holding one number a microbatch."""
+    """What a rank sends, for `gradients` of one number per microbatch: gradient, count, flag."""
     net = nn.Linear(1, 1, bias=False)
-    comm = Played(rank, size)
-    exact = Reproducible(net, comm)
-    exact.begin()
-    for lane in exact.lanes(range(len(gradients))):
-        extra = torch.zeros(1 + FLAGS)
+    comm = Simulated(rank, size)
+    reproducible = ReproducibleReduction(net, comm)
+    reproducible.begin()
+    for lane in reproducible.lanes(range(len(gradients))):
+        sums = torch.zeros(1)
         for k in lane:
-            with exact.backward(last=False):
+            with reproducible.backward(last=False):
                 (net.weight.sum() * gradients[k]).backward()
-            extra[0] += 1
-        exact.end_lane(extra)
-    exact.finish(torch.zeros(1 + FLAGS))
+            sums += 1
+        reproducible.end_lane(sums)
+    reproducible.finish(torch.zeros(1), torch.ones(1))
     return comm.sent
 
 
 @pytest.mark.parametrize("microbatches", [1, 3, 8, 50, 64, 200])
-def test_any_power_of_two_world_sums_to_the_same_bits(microbatches):
+def test_any_power_of_two_number_of_ranks_gets_the_same_bits(microbatches):
     torch.manual_seed(microbatches)
     gradients = (torch.randn(microbatches) * 10 ** torch.randn(microbatches)).tolist()
     sums = {}
@@ -47,15 +53,14 @@ def test_any_power_of_two_world_sums_to_the_same_bits(microbatches):
         level = [local_sum(gradients, rank, size) for rank in range(size)]
         while len(level) > 1:
             level = [a + b for a, b in zip(level[::2], level[1::2], strict=True)]
-        sums[size] = level[0]
-    assert sums[1][0].item() == pytest.approx(sum(gradients), rel=1e-4)
-    assert sums[1][1].item() == microbatches
-    for size, total in sums.items():
-        assert torch.equal(total, sums[1]), f"{size} ranks sum to other bits"
+        gradient, count, flag = level[0]
+        assert (count.item(), flag.item()) == (microbatches, size)
+        sums[size] = gradient
+    assert sums[1].item() == pytest.approx(sum(gradients), rel=1e-4)
+    assert len({gradient.item() for gradient in sums.values()}) == 1
 
 
-def test_the_order_of_summation_matters_otherwise():
-    """The property above is no accident: plain halves differ from the whole in the last bits."""
+def test_without_a_fixed_tree_the_order_of_summation_matters():
     differences = 0
     for seed in range(20):
         torch.manual_seed(seed)
@@ -69,21 +74,20 @@ def test_the_order_of_summation_matters_otherwise():
     assert differences
 
 
-def test_both_reductions_deal_the_same_microbatches_to_a_rank():
+def test_both_reductions_give_a_rank_the_same_microbatches():
     net = nn.Linear(1, 1)
     for size in (1, 2, 4, 8):
         for rank in range(size):
             for count in (1, 5, 8, 100):
-                fast = Overlapped.__new__(Overlapped)
-                fast._comm = Played(rank, size)
-                exact = Reproducible(net, Played(rank, size))
-                lanes = [k for lane in exact.lanes(range(count)) for k in lane]
-                assert lanes == [k for lane in fast.lanes(range(count)) for k in lane]
+                comm, microbatches = Simulated(rank, size), range(count)
+                overlapped = OverlappedReduction(net, comm).lanes(microbatches)
+                reproducible = ReproducibleReduction(net, comm).lanes(microbatches)
+                assert list(chain(*overlapped)) == list(chain(*reproducible))
 
 
 def test_gradients_in_buckets_are_the_gradients(monkeypatch):
     """Several buckets, an unused parameter, another memory format, two passes."""
-    monkeypatch.setattr(reduction, "BUCKET", 64)
+    monkeypatch.setattr(reduction, "BUCKET_BYTES", 64)
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4, 2), nn.Linear(2, 2))
     net = net.to(memory_format=torch.channels_last)
@@ -91,19 +95,39 @@ def test_gradients_in_buckets_are_the_gradients(monkeypatch):
     inputs = torch.randn(2, 5, 3, 3, 3)
     for part in inputs:
         net(part).square().sum().backward()
-    wanted = {n: p.grad for n, p in net.named_parameters()}
-    overlapped = Overlapped(net, SerialCommunicator())
+    gradients = {n: p.grad for n, p in net.named_parameters()}
+    overlapped = OverlappedReduction(net, SerialCommunicator())
     for _ in range(2):
         overlapped.begin()
         for part in inputs:
             with overlapped.backward(last=False):
                 net(part).square().sum().backward()
-        overlapped.finish(torch.zeros(FLAGS))
+        sums, flags = overlapped.finish(torch.ones(2), torch.full((3,), 7.0))
+        assert (sums.tolist(), flags.tolist()) == ([1.0] * 2, [7.0] * 3)
         for name, parameter in net.named_parameters():
-            expected = torch.zeros(3) if wanted[name] is None else wanted[name]
+            expected = torch.zeros(3) if gradients[name] is None else gradients[name]
             assert torch.equal(parameter.grad, expected), name
             assert parameter.grad.stride() == parameter.stride()
     assert len(overlapped._buckets) > 2
     assert sum(bucket.sums.numel() for bucket in overlapped._buckets) == sum(
         parameter.numel() for parameter in net.parameters()
     )
+
+
+def test_norms_of_microbatches_ignore_other_backward_passes():
+    """Adversarial gradients and Hessian-vector products reach the same hooks."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3))
+    inputs = torch.randn(4, 5)
+    norms = MicrobatchNorms(net)
+    norms.active = True
+    total = torch.zeros(())
+    torch.autograd.grad(net(inputs).square().mean(), list(net.parameters()))
+    assert total == 0
+    with norms.collecting(total):
+        net(inputs).square().mean().backward()
+    squares = sum(p.grad.square().sum() for p in net.parameters())
+    torch.testing.assert_close(total, squares)
+    before = total.clone()
+    net(inputs).square().mean().backward()
+    assert total == before

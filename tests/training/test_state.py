@@ -1,3 +1,5 @@
+"""The state of a run as a checkpoint's content, and back."""
+
 import copy
 from dataclasses import replace
 
@@ -6,13 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from hpc_absa.checkpoint import read, write
+from hpc_absa.checkpoint import Group, read, write
+from hpc_absa.checkpoint.async_checkpointer import HostCopies
 from hpc_absa.errors import CheckpointError
-from hpc_absa.progress import Position
+from hpc_absa.progress import Position, Progress
 from hpc_absa.records import ScheduleState
 from hpc_absa.schedules.noise import NoiseState
-from hpc_absa.training.saving import HostCopies, _with_arrays
-from hpc_absa.training.state import Live, Progress, described, restore, scalars, tensors
+from hpc_absa.training.state import TrainState
 
 PROGRESS = Progress(
     Position(microbatch=12, step=5, boundary=2),
@@ -23,9 +25,11 @@ PROGRESS = Progress(
     epoch_samples=7,
     eigenvalue=2.5,
 )
+INITIAL = Progress(Position(), ScheduleState(32, 0.1))
 
 
-def live(width=4, steps=3, dtype=torch.float32):
+def trained(width=4, steps=3, dtype=torch.float32):
+    """A state after `steps` steps, from weights and data that depend on `steps`."""
     torch.manual_seed(steps)
     model = nn.Sequential(nn.Linear(3, width), nn.BatchNorm1d(width), nn.Linear(width, 2)).to(dtype)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
@@ -33,22 +37,31 @@ def live(width=4, steps=3, dtype=torch.float32):
         optimizer.zero_grad()
         model(torch.randn(8, 3, dtype=dtype)).square().mean().backward()
         optimizer.step()
-    return Live(model, optimizer, torch.randn(5))
+    return TrainState(model, optimizer, PROGRESS, torch.randn(5))
 
 
-def saved(of, progress=PROGRESS):
-    content = _with_arrays(
-        scalars(progress, 3, "sha256:0", "name = 'x'"), HostCopies().take(tensors(of))
-    )
-    return described(content, world_size=2, global_batch=64, samples=100)
+def untrained(schedule=INITIAL.schedule, **options):
+    state = trained(steps=0, **options)
+    state.progress, state.eigenvector = replace(INITIAL, schedule=schedule), None
+    return state
+
+
+def saved(state):
+    scalars = state.scalars(3, "sha256:0", "name = 'x'", world_size=2, global_batch=64, samples=100)
+    return scalars.with_arrays(HostCopies().take(state.tensors()))
+
+
+def restored(content, state):
+    state.restore(content, "a.h5")
+    return state
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_a_state_comes_back_bit_for_bit_through_a_file(tmp_path, dtype):
-    before = live(dtype=dtype)
+def test_a_state_is_restored_bit_for_bit_from_a_file(tmp_path, dtype):
+    before = trained(dtype=dtype)
     write(tmp_path / "a.h5", saved(before))
-    after, progress = restore(read(tmp_path / "a.h5"), live(steps=0, dtype=dtype), "a.h5")
-    assert progress == PROGRESS
+    after = restored(read(tmp_path / "a.h5"), untrained(dtype=dtype))
+    assert after.progress == PROGRESS
     for name, tensor in before.model.state_dict().items():
         assert torch.equal(tensor, after.model.state_dict()[name]), name
     pairs = zip(before.model.parameters(), after.model.parameters(), strict=True)
@@ -58,52 +71,92 @@ def test_a_state_comes_back_bit_for_bit_through_a_file(tmp_path, dtype):
     assert torch.equal(before.eigenvector, after.eigenvector)
 
 
-def test_training_goes_on_from_a_restored_state_as_if_nothing_had_been():
-    unbroken = live()
-    restored, _ = restore(saved(unbroken), live(steps=0), "x")
-    for one in (unbroken, restored):
-        torch.manual_seed(9)
-        one.optimizer.zero_grad()
-        one.model(torch.randn(8, 3)).square().mean().backward()
-        one.optimizer.step()
-    for p, q in zip(unbroken.model.parameters(), restored.model.parameters(), strict=True):
+@pytest.mark.parametrize("kind", ["AdamW", "Adam", "NAdam", "RMSprop", "Adagrad", "Adafactor"])
+def test_the_state_of_any_torch_optimizer_is_restored_bit_for_bit(tmp_path, kind):
+    def state(steps):
+        torch.manual_seed(0)
+        model = nn.Linear(3, 2)
+        model.scale = nn.Parameter(torch.tensor(1.0))  # as scalar as a step counter
+        optimizer = getattr(torch.optim, kind)(model.parameters(), lr=0.01)
+        return take_steps(TrainState(model, optimizer, INITIAL), steps)
+
+    def take_steps(state, steps):
+        for _ in range(steps):
+            state.optimizer.zero_grad()
+            inputs = torch.linspace(-1, 1, 12).view(4, 3)
+            (state.model(inputs) * state.model.scale).square().mean().backward()
+            state.optimizer.step()
+        return state
+
+    uninterrupted = state(steps=3)
+    write(tmp_path / "a.h5", saved(uninterrupted))
+    resumed = restored(read(tmp_path / "a.h5"), state(steps=0))
+    for p, q in zip(*(s.model.parameters() for s in (uninterrupted, resumed)), strict=True):
+        ours, theirs = uninterrupted.optimizer.state[p], resumed.optimizer.state[q]
+        assert ours.keys() == theirs.keys()
+        for name, value in ours.items():
+            assert torch.equal(value, theirs[name]), name
+            assert value.dtype == theirs[name].dtype
+    take_steps(uninterrupted, 2)
+    take_steps(resumed, 2)
+    for p, q in zip(*(s.model.parameters() for s in (uninterrupted, resumed)), strict=True):
         assert torch.equal(p, q)
 
 
-def test_a_snapshot_does_not_follow_the_training():
-    of = live()
-    content = saved(of)
-    kept = copy.deepcopy(content.groups["model"].arrays)
+def test_training_continues_from_a_restored_state_as_without_an_interruption():
+    uninterrupted = trained()
+    resumed = restored(saved(uninterrupted), untrained())
+    for state in (uninterrupted, resumed):
+        torch.manual_seed(9)
+        state.optimizer.zero_grad()
+        state.model(torch.randn(8, 3)).square().mean().backward()
+        state.optimizer.step()
+    pairs = zip(uninterrupted.model.parameters(), resumed.model.parameters(), strict=True)
+    for p, q in pairs:
+        assert torch.equal(p, q)
+
+
+def test_a_snapshot_does_not_change_with_the_training():
+    state = trained()
+    content = saved(state)
+    before = copy.deepcopy(content.groups["model"].arrays)
     with torch.no_grad():
-        for p in of.model.parameters():
+        for p in state.model.parameters():
             p.add_(1)
     for name, array in content.groups["model"].arrays.items():
-        np.testing.assert_array_equal(array, kept[name])
+        np.testing.assert_array_equal(array, before[name])
 
 
-def test_what_is_absent_stays_absent():
-    fresh = Live(live(steps=0).model, live(steps=0).optimizer, None)
-    begun = Progress(Position(), ScheduleState(32, 0.1))
-    restored, progress = restore(saved(fresh, begun), live(steps=0), "x")
-    assert progress == begun
-    assert restored.eigenvector is None
-    assert not restored.optimizer.state
+def test_values_that_are_absent_stay_absent():
+    state = restored(saved(untrained()), untrained())
+    assert state.progress == INITIAL
+    assert state.eigenvector is None
+    assert not state.optimizer.state
 
 
-def test_another_models_checkpoint_is_refused_by_name():
+def test_a_checkpoint_of_another_model_is_refused_with_the_first_difference():
     with pytest.raises(CheckpointError, match=r"a\.h5: of another model: 0\.weight has shape"):
-        restore(saved(live(width=5)), live(width=4), "a.h5")
-    extra = live()
-    extra.model.add_module("9", nn.Linear(2, 2))
+        restored(saved(trained(width=5)), trained(width=4))
+    larger = trained()
+    larger.model.add_module("9", nn.Linear(2, 2))
     with pytest.raises(CheckpointError, match=r"9\.bias is only in the model"):
-        restore(saved(live()), extra, "a.h5")
+        restored(saved(trained()), larger)
 
 
-def test_a_schedule_s_own_memory_comes_back(tmp_path):
-    of = live()
-    state = NoiseState(64, 0.1, noise=3.5, signal=0.25, steps=7)
-    write(tmp_path / "a.h5", saved(of, replace(PROGRESS, schedule=state)))
+def test_the_additional_state_of_a_schedule_is_restored(tmp_path):
+    noise = NoiseState(64, 0.1, noise=3.5, signal=0.25, steps=7)
+    state = trained()
+    state.progress = replace(PROGRESS, schedule=noise)
+    write(tmp_path / "a.h5", saved(state))
     content = read(tmp_path / "a.h5")
-    assert restore(content, live(), "a.h5", NoiseState)[1].schedule == state
-    # A run that insists on another method leaves what that one does not know.
-    assert restore(content, live(), "a.h5")[1].schedule == ScheduleState(64, 0.1)
+    assert restored(content, untrained(NoiseState(1, 1.0))).progress.schedule == noise
+    # A run that changes the method drops what the new one does not have.
+    assert restored(content, untrained()).progress.schedule == ScheduleState(64, 0.1)
+
+
+def test_a_schedule_state_with_former_attribute_names_is_restored():
+    content = saved(trained())
+    attributes = dict(content.groups["schedule"].attributes)
+    assert attributes.pop("patience_count") == attributes["waited"] == 1
+    old = replace(content, groups={**content.groups, "schedule": Group(attributes)})
+    assert restored(old, untrained()).progress == PROGRESS

@@ -1,26 +1,23 @@
+"""One optimizer step: microbatches added up, cut steps, flags, squared norms, clipping."""
+
 import copy
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from hpc_absa.comm import SerialCommunicator
-from hpc_absa.data.batches import Microbatch
+from hpc_absa.progress import Step
 from hpc_absa.training.clock import Clock
-from hpc_absa.training.norms import MicrobatchNorms
-from hpc_absa.training.reduction import Overlapped, Reproducible
-from hpc_absa.training.statistics import RunningStatistics
-from hpc_absa.training.step import Adversary, Flags, Numerics, Stepper
+from hpc_absa.training.reduction import OverlappedReduction, ReproducibleReduction
+from hpc_absa.training.step import Flags, StepEngine, StepSums
 
-NONE = np.empty(0, np.int64)
+REDUCTIONS = pytest.mark.parametrize("reduction", [OverlappedReduction, ReproducibleReduction])
 
 
-def feed(count, b=4):
+def microbatches(count, b=4):
     torch.manual_seed(3)
-    return [
-        Microbatch(torch.randn(b, 5), torch.randint(0, 3, (b,)), NONE, NONE) for _ in range(count)
-    ]
+    return [(torch.randn(b, 5), torch.randint(0, 3, (b,))) for _ in range(count)]
 
 
 def model(dropout=0.0):
@@ -28,41 +25,50 @@ def model(dropout=0.0):
     return nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Dropout(dropout), nn.Linear(8, 3))
 
 
-def stepper(net, reduction=Overlapped, adversary=None, seed=0):
-    loss = nn.CrossEntropyLoss()
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
-    return Stepper(
+def take_step(
+    net,
+    batches,
+    *,
+    start=0,
+    divisor=None,
+    flags=Flags(),  # noqa: B008
+    measure_squares=False,
+    reduction=OverlappedReduction,
+    momentum=0.9,
+    max_grad_norm=None,
+):
+    """One step of `net` over `batches`, the first of them microbatch `start` of the stream."""
+    engine = StepEngine(
         net,
-        loss,
-        optimizer,
-        RunningStatistics(net),
+        torch.optim.SGD(net.parameters(), lr=1.0, momentum=momentum),
         reduction(net, SerialCommunicator()),
-        adversary,
-        Clock(),
-        seed,
+        seed=0,
+        clock=Clock(),
+        max_grad_norm=max_grad_norm,
     )
-
-
-def take(net, batches, *, start=0, divisor=None, fraction=0.0, reduction=Overlapped, **more):
-    steps = range(start, start + len(batches))
-    return stepper(net, reduction, **more).take(
-        steps,
-        iter(batches),
+    step = engine.begin(
+        Step(start, start + len(batches)),
         divisor=divisor or len(batches),
         lr=0.1,
-        adversarial_fraction=fraction,
         steps_before=0,
-        flags=Flags(),
+        flags=flags,
+        measure_squares=measure_squares,
     )
+    for k in step.microbatches:
+        inputs, targets = batches[k - start]
+        with step.forward():
+            loss = nn.functional.cross_entropy(net(inputs), targets)
+        step.backward(loss, samples=len(targets))
+    return step.optimize()
 
 
-@pytest.mark.parametrize("reduction", [Overlapped, Reproducible])
+@REDUCTIONS
 def test_accumulated_microbatches_are_one_step_of_the_global_batch(reduction):
-    batches = feed(6)
+    batches = microbatches(6)
     ours, theirs = model(), model()
-    result = take(ours, batches, reduction=reduction)
+    result = take_step(ours, batches, reduction=reduction)
     optimizer = torch.optim.SGD(theirs.parameters(), lr=0.1, momentum=0.9)
-    inputs, targets = (torch.cat([getattr(b, k) for b in batches]) for k in ("inputs", "targets"))
+    inputs, targets = (torch.cat(parts) for parts in zip(*batches, strict=True))
     loss = nn.functional.cross_entropy(theirs(inputs), targets)
     loss.backward()
     optimizer.step()
@@ -72,251 +78,105 @@ def test_accumulated_microbatches_are_one_step_of_the_global_batch(reduction):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("reduction", [Overlapped, Reproducible])
+@REDUCTIONS
 def test_a_cut_step_gives_each_sample_the_weight_it_has_in_a_full_one(reduction):
-    batches = feed(2)
+    batches = microbatches(2)
     cut, full = model(), model()
     before = copy.deepcopy(list(cut.parameters()))
-    take(cut, batches, divisor=4, reduction=reduction)
-    take(full, batches, reduction=reduction)
+    take_step(cut, batches, divisor=4, reduction=reduction)
+    take_step(full, batches, reduction=reduction)
     for p, c, f in zip(before, cut.parameters(), full.parameters(), strict=True):
         torch.testing.assert_close(c - p, (f - p) / 2, rtol=1e-4, atol=1e-7)
 
 
-def test_dropout_is_a_function_of_seed_and_place_in_the_stream():
-    batches = feed(1)
-    first, same, elsewhere = model(0.5), model(0.5), model(0.5)
-    take(first, batches, start=7)
+def test_dropout_depends_on_the_seed_and_on_the_index_of_the_microbatch():
+    batches = microbatches(1)
+    first, same, other_index = model(0.5), model(0.5), model(0.5)
+    take_step(first, batches, start=7)
     torch.manual_seed(99)
-    take(same, batches, start=7)
-    take(elsewhere, batches, start=8)
+    take_step(same, batches, start=7)
+    take_step(other_index, batches, start=8)
     assert torch.equal(first[0].weight, same[0].weight)
-    assert not torch.equal(first[0].weight, elsewhere[0].weight)
+    assert not torch.equal(first[0].weight, other_index[0].weight)
 
 
-def test_flags_and_unused_parameters_travel_with_the_step():
+@REDUCTIONS
+def test_flags_are_summed_with_the_step_and_unused_parameters_do_not_change(reduction):
     net = model()
     net.unused = nn.Parameter(torch.ones(2))
-    outcome = stepper(net).take(
-        range(1),
-        iter(feed(1)),
-        divisor=1,
-        lr=0.1,
-        adversarial_fraction=0.0,
-        steps_before=0,
-        flags=Flags(stop=1, written=1),
-    )
-    assert outcome.flags == Flags(stop=1, written=1)
+    result = take_step(net, microbatches(1), flags=Flags(stop=1, written=1), reduction=reduction)
+    assert result.flags == Flags(stop=1, written=1)
     assert torch.equal(net.unused, torch.ones(2))
 
 
-def test_a_fraction_of_each_microbatch_becomes_adversarial():
-    seen = []
-
-    class Recording(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.inner = model()
-
-        def forward(self, x):
-            if self.training:
-                seen.append(x.detach())
-            return self.inner(x)
-
-    batch = feed(1, b=8)
-    wide = (torch.full((1, 1), -9.0), torch.full((1, 1), 9.0))
-    take(Recording(), batch, fraction=0.25, adversary=Adversary(torch.tensor(0.1), wide))
-    moved = (seen[-1] - batch[0].inputs).abs()
-    assert torch.allclose(moved[:2].amax(dim=1), torch.tensor([0.1, 0.1]), atol=1e-6)
-    assert torch.equal(moved[2:], torch.zeros(6, 5))
+def test_flags_and_sums_are_unpacked_as_they_were_packed():
+    flags = Flags(stop=1, save=2, written=3, failed=4)
+    assert Flags.unpack(flags.pack(torch.device("cpu"))) == flags
+    sums = StepSums(2, torch.device("cpu"))
+    sums.statistics += torch.tensor([1.0, 2.0])
+    sums.gradient_square += 3
+    sums.loss += 4
+    sums.samples += 5
+    assert sums.flat.tolist() == [1, 2, 3, 4, 5]
+    unpacked = StepSums.unpack(sums.flat)
+    assert unpacked.statistics.tolist() == [1, 2]
+    assert (unpacked.gradient_square, unpacked.loss, unpacked.samples) == (3, 4, 5)
 
 
-@pytest.mark.parametrize("reduction", [Overlapped, Reproducible])
+@pytest.mark.parametrize("ahead", [Step(6, 12), None])
+def test_the_microbatch_after_each_one_is_known_also_in_the_next_step(ahead):
+    class OneOfTwo(SerialCommunicator):
+        size = 2
+
+    net = model()
+    engine = StepEngine(
+        net,
+        torch.optim.SGD(net.parameters(), lr=0.1),
+        OverlappedReduction(net, OneOfTwo()),
+        seed=0,
+        clock=Clock(),
+    )
+    step = engine.begin(
+        Step(0, 6), divisor=6, lr=0.1, steps_before=0, flags=Flags(), upcoming=ahead
+    )
+    following = {k: step.following(k) for k in step.microbatches}
+    assert following == {0: 1, 1: 2, 2: 6 if ahead else None}
+
+
+@REDUCTIONS
 @pytest.mark.parametrize("divisor", [3, 5])
-def test_squares_are_those_of_each_microbatch_s_own_gradient_and_of_their_mean(reduction, divisor):
-    batches = feed(3)
-    apart = []
-    for batch in batches:
+def test_squares_are_those_of_single_microbatches_and_of_their_mean(reduction, divisor):
+    batches = microbatches(3)
+    gradients = []
+    for inputs, targets in batches:
         net = model()
-        nn.functional.cross_entropy(net(batch.inputs), batch.targets).backward()
-        apart.append(torch.cat([p.grad.reshape(-1) for p in net.parameters()]))
-    found = stepper(model(), reduction).take(
-        range(3),
-        iter(batches),
-        divisor=divisor,
-        lr=0.1,
-        adversarial_fraction=0.0,
-        steps_before=0,
-        flags=Flags(),
-        wants_squares=True,
-    )
-    assert found.squares.microbatches == 3
-    each = torch.stack([gradient.square().sum() for gradient in apart]).mean()
-    assert found.squares.each == pytest.approx(each.item(), rel=1e-5)
-    mean = torch.stack(apart).mean(dim=0).square().sum()
-    assert found.squares.mean == pytest.approx(mean.item(), rel=1e-5)
+        nn.functional.cross_entropy(net(inputs), targets).backward()
+        gradients.append(torch.cat([p.grad.reshape(-1) for p in net.parameters()]))
+    result = take_step(model(), batches, divisor=divisor, measure_squares=True, reduction=reduction)
+    assert result.squares.microbatches == 3
+    each = torch.stack([gradient.square().sum() for gradient in gradients]).mean()
+    assert result.squares.each == pytest.approx(each.item(), rel=1e-5)
+    mean = torch.stack(gradients).mean(dim=0).square().sum()
+    assert result.squares.mean == pytest.approx(mean.item(), rel=1e-5)
 
 
-def test_squares_are_not_measured_unasked():
-    assert take(model(), feed(2)).squares is None
+def test_squares_are_measured_only_on_request():
+    assert take_step(model(), microbatches(2)).squares is None
 
 
-def test_other_backward_passes_leave_the_squares_alone():
-    """Adversarial gradients and Hessian-vector products come by the same hooks."""
-    net = model()
-    norms = MicrobatchNorms(net)
-    norms.active = True
-    total = torch.zeros(())
-    loss = net(feed(1)[0].inputs).square().mean()
-    torch.autograd.grad(loss, list(net.parameters()))
-    assert total == 0
-    with norms.collecting(total):
-        net(feed(1)[0].inputs).square().mean().backward()
-    assert total > 0
-    kept = total.clone()
-    net(feed(1)[0].inputs).square().mean().backward()
-    assert total == kept
-
-
-def test_adversarial_examples_that_do_not_move_change_nothing():
-    """With ε = 0 the pass that makes them leaves weights, statistics and dropout masks alone."""
-    nets = []
-    for adversary in (None, Adversary(torch.tensor(0.0), (torch.tensor(-9.0), torch.tensor(9.0)))):
-        torch.manual_seed(0)
-        net = nn.Sequential(
-            nn.Linear(5, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.5), nn.Linear(8, 3)
-        )
-        take(net, feed(2), fraction=0.5, adversary=adversary)
-        nets.append(net.state_dict())
-    for name, tensor in nets[0].items():
-        assert torch.equal(tensor, nets[1][name]), name
-
-
-@pytest.mark.parametrize(("fraction", "count"), [(0.29, 29), (0.2, 20), (0.999, 99), (1.0, 100)])
-def test_the_share_is_whole_samples_rounded_down(fraction, count):
-    seen = []
-
-    class Recording(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.inner = model()
-
-        def forward(self, x):
-            seen.append((self.training, len(x)))
-            return self.inner(x)
-
-    wide = (torch.tensor(-9.0), torch.tensor(9.0))
-    take(
-        Recording(),
-        feed(1, b=100),
-        fraction=fraction,
-        adversary=Adversary(torch.tensor(0.1), wide),
-    )
-    assert seen == [(False, count), (True, 100)]
-
-
-def test_the_time_of_adversarial_examples_is_their_own():
-    net = model()
-    of = stepper(net, adversary=Adversary(torch.tensor(0.1), (torch.tensor(-9.0),) * 2))
-    of.take(
-        range(1),
-        iter(feed(1)),
-        divisor=1,
-        lr=0.1,
-        adversarial_fraction=0.5,
-        steps_before=0,
-        flags=Flags(),
-    )
-    seconds = of._clock.seconds()
-    assert seconds["adversarial"] > 0
-    assert seconds["comp"] > 0
-
-
-# Options of the job
-
-
-def moved(max_grad_norm, batches, lr=0.1):
-    """How far one step moves the weights, and the gradient's own norm."""
-    net, whole = model(), model()
-    before = torch.cat([p.detach().clone().reshape(-1) for p in net.parameters()])
-    of = Stepper(
-        net,
-        nn.CrossEntropyLoss(),
-        torch.optim.SGD(net.parameters(), lr=lr),
-        RunningStatistics(net),
-        Overlapped(net, SerialCommunicator()),
-        None,
-        Clock(),
-        0,
-        Numerics(max_grad_norm=max_grad_norm),
-    )
-    of.take(
-        range(len(batches)),
-        iter(batches),
-        divisor=len(batches),
-        lr=lr,
-        adversarial_fraction=0.0,
-        steps_before=0,
-        flags=Flags(),
-    )
-    for batch in batches:
-        loss = nn.functional.cross_entropy(whole(batch.inputs), batch.targets)
-        (loss / len(batches)).backward()
-    norm = torch.cat([p.grad.reshape(-1) for p in whole.parameters()]).norm()
-    after = torch.cat([p.detach().reshape(-1) for p in net.parameters()])
-    return (after - before).norm() / lr, norm
-
-
-@pytest.mark.parametrize("share", [0.1, 0.9, 2.0])
-def test_the_gradient_of_the_whole_step_is_clipped(share):
+@pytest.mark.parametrize("factor", [0.1, 0.9, 2.0])
+def test_the_gradient_of_the_whole_step_is_clipped(factor):
     """Of the sum over microbatches, not of each: theirs are longer."""
-    batches = feed(4)
-    _, norm = moved(None, batches)
-    length, _ = moved(share * norm.item(), batches)
-    assert length.item() == pytest.approx(min(1.0, share) * norm.item(), rel=1e-4)
 
+    def change(max_grad_norm):
+        net = model()
+        before = nn.utils.parameters_to_vector(net.parameters()).detach().clone()
+        take_step(net, microbatches(4), momentum=0.0, max_grad_norm=max_grad_norm)
+        return (nn.utils.parameters_to_vector(net.parameters()) - before).norm().item() / 0.1
 
-def test_mixed_precision_computes_in_bfloat16_and_keeps_float32():
-    seen = []
-
-    class Recording(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.inner = model()
-
-        def forward(self, x):
-            outputs = self.inner(x)
-            seen.append(outputs.dtype)
-            return outputs
-
-    def loss(outputs, targets):
-        seen.append(outputs.dtype)
-        return nn.functional.cross_entropy(outputs, targets)
-
-    net, batch = Recording(), feed(1)
-    of = Stepper(
-        net,
-        loss,
-        torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9),
-        RunningStatistics(net),
-        Overlapped(net, SerialCommunicator()),
-        None,
-        Clock(),
-        0,
-        Numerics(autocast=True),
-    )
-    found = of.take(
-        range(1),
-        iter(batch),
-        divisor=1,
-        lr=0.1,
-        adversarial_fraction=0.0,
-        steps_before=0,
-        flags=Flags(),
-    )
-    assert seen == [torch.bfloat16, torch.float32]
-    assert {p.dtype for p in net.parameters()} == {p.grad.dtype for p in net.parameters()}
-    assert {p.dtype for p in net.parameters()} == {torch.float32}
-    plain = take(model(), batch)
-    assert found.loss == pytest.approx(plain.loss, rel=0.02)
-    assert found.loss != plain.loss
+    net, batches = model(), microbatches(4)
+    for inputs, targets in batches:
+        (nn.functional.cross_entropy(net(inputs), targets) / len(batches)).backward()
+    norm = nn.utils.get_total_norm([p.grad for p in net.parameters()]).item()
+    assert change(None) == pytest.approx(norm, rel=1e-4)
+    assert change(factor * norm) == pytest.approx(min(1.0, factor) * norm, rel=1e-4)

@@ -1,0 +1,280 @@
+"""The content of a checkpoint, and how HDF5 lays it out (`docs/checkpoint-format.md`).
+
+HDF5 keeps names, types and attributes, and decides where the bytes of arrays belong; `file` writes
+and reads those bytes itself, at the speed of the disk and without the interpreter's lock.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from hpc_absa import hdf5
+from hpc_absa.errors import CheckpointError
+
+FORMAT = "hpc-absa"
+FORMAT_VERSION = 2
+
+RESERVED = ("format", "format_version", "created", "digest")
+"""Root attributes that describe the file and not the content; the digest leaves them out."""
+
+SHARDS = "shards"
+"""The group whose attributes name the shards."""
+
+SHARD = "shard"
+"""Root attribute with the number of a shard, which is not a checkpoint by itself."""
+
+Scalar = int | float | str | bool
+
+Key = tuple[str, str]
+"""An array's group and name."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """A named part of the content: scalars are attributes, arrays are data sets."""
+
+    attributes: Mapping[str, Scalar] = field(default_factory=dict)
+    arrays: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What the digest needs of an array, which may be in another file."""
+
+    dtype: str
+    """numpy's `dtype.str`."""
+    shape: tuple[int, ...]
+    sha256: bytes
+    """SHA-256 of its bytes in C order."""
+
+    @classmethod
+    def of(cls, array: np.ndarray) -> Fingerprint:
+        return cls(array.dtype.str, array.shape, hashlib.sha256(raw(array)).digest())
+
+
+@dataclass(frozen=True)
+class Content:
+    """Everything in one checkpoint."""
+
+    attributes: Mapping[str, Scalar]
+    """Root attributes: epoch, step, samples, world_size, global_batch, ..."""
+    groups: Mapping[str, Group]
+    """`model`, `optimizer`, `schedule`, `data`, `rng`, `curvature`, `job`, `versions`, ..."""
+
+    def arrays(self) -> dict[Key, np.ndarray]:
+        """All arrays by group and name, sorted."""
+        return {
+            (name, key): self.groups[name].arrays[key]
+            for name in sorted(self.groups)
+            for key in sorted(self.groups[name].arrays)
+        }
+
+    def nbytes(self) -> int:
+        return sum(array.nbytes for array in self.arrays().values())
+
+    def with_arrays(self, arrays: Mapping[Key, np.ndarray]) -> Content:
+        """The same scalars with these arrays added."""
+        groups = {
+            name: Group(
+                group.attributes,
+                {**group.arrays, **{key: a for (of, key), a in arrays.items() if of == name}},
+            )
+            for name, group in self.groups.items()
+        }
+        return Content(self.attributes, groups)
+
+    def digest(self, fingerprints: Mapping[Key, Fingerprint] | None = None) -> str:
+        """SHA-256 over the content in a fixed order, independent of HDF5's layout.
+
+        The hash runs over one record for each group, attribute and array, sorted by name: path,
+        kind and value with their lengths, so that no two contents have the same byte stream. An
+        array's value is the SHA-256 of its bytes, so that ranks can hash a part each.
+
+        Args:
+            fingerprints: of all arrays, if they are known or in other files.
+        """
+        if fingerprints is None:
+            fingerprints = {key: Fingerprint.of(array) for key, array in self.arrays().items()}
+        hasher = hashlib.sha256()
+        _hash_attributes(hasher, "/", self.attributes)
+        for name in sorted(self.groups):
+            _hash(hasher, f"/{name}", "group", b"")
+            _hash_attributes(hasher, f"/{name}", self.groups[name].attributes)
+            for group, key in sorted(fingerprints):
+                if group == name:
+                    array = fingerprints[group, key]
+                    kind = f"array {array.dtype} {list(array.shape)}"
+                    _hash(hasher, f"/{name}/{key}", kind, array.sha256)
+        return f"sha256:{hasher.hexdigest()}"
+
+
+@dataclass(frozen=True)
+class Written:
+    """A file that is on disk: a checkpoint, or a shard, which has some of its arrays."""
+
+    name: str
+    """In the checkpoint's folder."""
+    bytes: int
+    digest: str
+    fingerprints: Mapping[Key, Fingerprint]
+    """Of the arrays in it."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the bytes of an array are in a file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    """Offset in bytes."""
+
+    @property
+    def nbytes(self) -> int:
+        return int(np.dtype(self.dtype).itemsize * np.prod(self.shape, dtype=np.int64))
+
+
+@dataclass(frozen=True)
+class Outline:
+    """A file without the bytes of its arrays: small enough to be sent to every rank."""
+
+    scalars: Content
+    """The content without arrays."""
+    places: Mapping[Key, Place]
+    """Of the arrays in this file; others are in its shards."""
+    digest: str
+    shards: Mapping[str, str]
+    """Digests of the shards by their file names, in the order of their numbers."""
+
+
+def lay_out(
+    path: Path, content: Content, shards: tuple[Written, ...], block: int
+) -> dict[Key, Place]:
+    """Create the file with everything but the arrays' bytes; returns where those belong.
+
+    Args:
+        path: the file.
+        content: what it contains.
+        shards: further files with arrays, to which it links.
+        block: bytes to leave free at the beginning (HDF5's user block).
+    """
+    with _open_to_write(path, "w", userblock_size=block) as file:
+        file.attrs.update(format=FORMAT, format_version=FORMAT_VERSION, created=time.time())
+        file.attrs.update(content.attributes)
+        groups = {name: file.create_group(name) for name in content.groups}
+        for name, group in content.groups.items():
+            groups[name].attrs.update(group.attributes)
+        places = {
+            (name, key): Place(
+                array.dtype.str,
+                array.shape,
+                hdf5.reserve(groups[name].id, key, array.dtype, array.shape),
+            )
+            for (name, key), array in content.arrays().items()
+        }
+        if shards:
+            file.create_group(SHARDS).attrs.update({s.name: s.digest for s in shards})
+        for shard in shards:
+            for name, key in shard.fingerprints:
+                file[f"{name}/{key}"] = h5py.ExternalLink(shard.name, f"/{name}/{key}")
+    return places
+
+
+def set_digest(path: Path, digest: str) -> None:
+    """Write the digest into a file that contains everything else."""
+    with _open_to_write(path, "r+") as file:
+        file.attrs["digest"] = digest
+
+
+def outline(path: Path) -> Outline:
+    """Read a file's outline; its bytes must have been verified before.
+
+    Raises:
+        CheckpointError: it has another format version.
+    """
+    with h5py.File(path, "r", locking=False) as file:
+        version = int(file.attrs["format_version"])
+        if version != FORMAT_VERSION:
+            age = "a newer" if version > FORMAT_VERSION else "an older"
+            raise CheckpointError(
+                f"{path}: format version {version}, expected {FORMAT_VERSION}: "
+                f"it was written by {age} hpc-absa; install that one to read it"
+            )
+        attributes = {k: v for k, v in _attributes(file).items() if k not in RESERVED}
+        groups = {name: Group(_attributes(file[name])) for name in file if name != SHARDS}
+        return Outline(
+            Content(attributes, groups),
+            {(name, key): place for name in groups for key, place in _places(file[name].id)},
+            str(file.attrs["digest"]),
+            {k: str(v) for k, v in sorted(file[SHARDS].attrs.items())} if SHARDS in file else {},
+        )
+
+
+def raw(array: np.ndarray) -> memoryview:
+    """The bytes of an array in C order, without a copy where it is contiguous."""
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+
+
+@contextmanager
+def _open_to_write(path: Path, mode: str, **options: Any) -> Iterator[h5py.File]:
+    """Without HDF5's file locks, which many network file systems do not support."""
+    with hdf5.DeferredErrorFile(path, "x+" if mode == "w" else "r+") as file:
+        try:
+            with h5py.File(file, mode, **options) as opened:
+                yield opened
+        finally:
+            file.check()
+
+
+def _places(group: Any, prefix: bytes = b"") -> Iterator[tuple[str, Place]]:
+    """Names and places of the arrays in this file; a slash in a name made a group of HDF5's."""
+    for name in group:
+        if group.links.get_info(name).type == h5py.h5l.TYPE_EXTERNAL:
+            continue
+        item = h5py.h5o.open(group, name)
+        if isinstance(item, h5py.h5g.GroupID):
+            yield from _places(item, prefix + name + b"/")
+        else:
+            key, start = (prefix + name).decode(), 0 if 0 in item.shape else item.get_offset()
+            if start is None:
+                raise ValueError(f"{key} is not contiguous: not written by this program")
+            yield key, Place(item.dtype.str, item.shape, start)
+
+
+def _attributes(item: Any) -> dict[str, Scalar]:
+    """Attributes as Python scalars instead of numpy's."""
+    return {
+        key: value.item() if isinstance(value, np.generic) else str(value)
+        for key, value in item.attrs.items()
+    }
+
+
+def _hash_attributes(hasher: hashlib._Hash, path: str, values: Mapping[str, Scalar]) -> None:
+    for key in sorted(values):
+        value = values[key]
+        match value:
+            case bool():
+                kind, data = "bool", struct.pack("<?", value)
+            case int():
+                kind, data = "int", struct.pack("<q", value)
+            case float():
+                kind, data = "float", struct.pack("<d", value)
+            case _:
+                kind, data = "str", str(value).encode()
+        _hash(hasher, f"{path}@{key}", kind, data)
+
+
+def _hash(hasher: hashlib._Hash, path: str, kind: str, data: bytes) -> None:
+    for part in (path.encode(), kind.encode(), data):
+        hasher.update(struct.pack("<Q", len(part)))
+        hasher.update(part)

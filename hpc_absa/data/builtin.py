@@ -1,0 +1,243 @@
+"""The built-in data sets (`registry.DATASETS`), one function each, all read from a local folder.
+
+Published releases are read by torchvision's classes, which compare checksums; images in folders
+are listed by torchvision and decoded by Pillow in several threads.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hpc_absa.data.order import permutation
+from hpc_absa.data.sources import Samples, Source
+from hpc_absa.errors import HpcAbsaError, UsageError
+from hpc_absa.torchvision_import import torchvision
+
+_TEST_FOLDERS = ("test", "val", "valid", "validation")
+_BLOCK_PIXELS = 1 << 22  # decoded at a time: 4096 images of 32 × 32, 83 of 224 × 224
+
+Labelled = tuple[Sequence[Path], Sequence[int]]
+"""Image files and the label of each."""
+
+
+def digits() -> Source:
+    """Scikit-learn's 1797 handwritten digits, 8 × 8 pixels, grey; part of its installation.
+
+    Its values 0 … 16 become 0 … 255. The fixed test set is every fifth image of each class in a
+    shuffled order: 1437 for training, 360 for testing, the classes in equal parts.
+    """
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    images = np.rint(bunch.images * (255 / 16)).astype(np.uint8)[:, None]
+    labels = bunch.target.astype(np.int64)
+    shuffled = permutation(0, 0, len(labels))
+    by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
+    test = np.sort(by_class[::5])
+    train = np.setdiff1d(by_class, test)
+    return Source.from_arrays(images[train], labels[train], images[test], labels[test])
+
+
+def cifar10(root: Path) -> Source:
+    """The original `cifar-10-batches-py` in `root` or `root` itself, or as `imagefolder`."""
+    return _cifar(root, "CIFAR10")
+
+
+def cifar100(root: Path) -> Source:
+    """The original `cifar-100-python` in `root` or `root` itself, or as `imagefolder`."""
+    return _cifar(root, "CIFAR100")
+
+
+def svhn(root: Path) -> Source:
+    """SVHN, cropped digits, from `train_32x32.mat` and `test_32x32.mat` in `root`."""
+    for name in ("train_32x32.mat", "test_32x32.mat"):
+        if not (root / name).is_file():
+            raise UsageError(f"data.root: no file {root / name}; SVHN (cropped digits) has it")
+    dataset = torchvision().datasets.SVHN
+    train, test = (_published(dataset, root, split=split) for split in ("train", "test"))
+    return Source.from_arrays(train.data, train.labels, test.data, test.labels)
+
+
+def tinyimagenet(root: Path, image_size: int = 64) -> Source:
+    """Tiny ImageNet as published in `tiny-imagenet-200`, or as `imagefolder`.
+
+    Its `val` (`val/val_annotations.txt`) is the test set, as the labels of `test` were never
+    published.
+    """
+    nested = root / "tiny-imagenet-200"
+    root = nested if nested.is_dir() else root
+    annotations = root / "val" / "val_annotations.txt"
+    if not annotations.is_file():
+        return imagefolder(root, image_size)
+    classes, train = _listing(root / "train")
+    label_of = {wnid: label for label, wnid in enumerate(classes)}
+    files, labels = [], []
+    for line in annotations.read_text().splitlines():
+        name, wnid, *_ = line.split("\t")
+        if wnid not in label_of:
+            raise UsageError(f"data.root: {annotations} has class {wnid}, train/ has no such class")
+        files.append(root / "val" / "images" / name)
+        labels.append(label_of[wnid])
+    return _from_files(train, (files, labels), classes, image_size)
+
+
+def imagenet(root: Path, image_size: int = 224) -> Source:
+    """ImageNet (ILSVRC 2012) as folders: `train/<wnid>/*.JPEG` and `val/<wnid>/*.JPEG`."""
+    return imagefolder(root, image_size)
+
+
+def imagefolder(root: Path, image_size: int | None = None) -> Source:
+    """`train/<class>/*` and `test/<class>/*` (or `val/`), any image format that Pillow reads.
+
+    Args:
+        root: The folder with `train`.
+        image_size: Images are cropped to a square around the centre and resized to so many pixels;
+            None where all have the same size already.
+
+    Raises:
+        UsageError: Missing or empty folders, or classes that differ between train and test.
+    """
+    train = root / "train"
+    test = next((root / name for name in _TEST_FOLDERS if (root / name).is_dir()), root / "test")
+    for folder in (train, test):
+        if not folder.is_dir():
+            raise UsageError(
+                f"data.root: no folder {folder}; expected {root}/train/<class>/*.jpg "
+                f"and {root}/test/<class>/*.jpg (or val/)"
+            )
+    classes, train_files = _listing(train)
+    test_classes, test_files = _listing(test)
+    if classes != test_classes:
+        odd = _some(sorted(set(classes) ^ set(test_classes)))
+        raise UsageError(
+            f"data.root: {train} and {test} have different classes ({odd} in one of them only)"
+        )
+    return _from_files(train_files, test_files, classes, image_size)
+
+
+def _cifar(root: Path, kind: str) -> Source:
+    dataset = getattr(torchvision().datasets, kind)
+    base = root.parent if root.name == dataset.base_folder else root
+    if not (base / dataset.base_folder).is_dir():
+        if (root / "train").is_dir():
+            return imagefolder(root)
+        raise UsageError(
+            f"data.root: neither {base / dataset.base_folder} (the original files) nor "
+            f"{root}/train/<class>/*.jpg"
+        )
+    train, test = (_published(dataset, base, train=train) for train in (True, False))
+    # uint8 [N, H, W, C] to [N, C, H, W], without a copy.
+    images = [np.asarray(part.data).transpose(0, 3, 1, 2) for part in (train, test)]
+    labels = [np.array(part.targets) for part in (train, test)]
+    return Source.from_arrays(images[0], labels[0], images[1], labels[1], classes=train.classes)
+
+
+def _published(dataset: Any, root: Path, **which: Any) -> Any:
+    """One part of a data set, after torchvision compared its files with their checksums.
+
+    The comparison is also what makes it safe to unpickle CIFAR's files.
+    """
+    try:
+        return dataset(str(root), download=False, **which)
+    except RuntimeError as error:
+        raise HpcAbsaError(
+            f"data.root: files of {dataset.__name__} in {root} are missing or damaged (checksums "
+            "differ from the published ones); copy them again"
+        ) from error
+
+
+def _listing(folder: Path) -> tuple[list[str], Labelled]:
+    """Class names and labelled files, sorted as by torchvision's `ImageFolder`."""
+    try:
+        images = torchvision().datasets.ImageFolder(str(folder))
+    except FileNotFoundError as error:
+        empty = [entry.name for entry in sorted(folder.iterdir()) if _is_empty_class(entry)]
+        what = f"no images of class {_some(empty)}" if empty else "no class folders"
+        raise UsageError(f"data.root: {what} in {folder}; expected <class>/*.jpg there") from error
+    paths, labels = zip(*images.samples, strict=True)
+    return list(images.classes), ([Path(path) for path in paths], list(labels))
+
+
+def _is_empty_class(folder: Path) -> bool:
+    extensions = torchvision().datasets.folder.IMG_EXTENSIONS
+    files = (name for *_, names in os.walk(folder) for name in names)
+    return folder.is_dir() and not any(name.lower().endswith(extensions) for name in files)
+
+
+def _from_files(
+    train: Labelled, test: Labelled, classes: Sequence[str], image_size: int | None
+) -> Source:
+    """A source whose images are decoded while they are packed."""
+    if image_size is not None and (not isinstance(image_size, int) or image_size < 1):
+        raise UsageError(f"data.image_size: {image_size}, expected pixels, a whole number from 1")
+    shape = decode(train[0][0], image_size).shape
+    return Source(
+        _samples(*train, shape, image_size), _samples(*test, shape, image_size), tuple(classes)
+    )
+
+
+def _samples(
+    files: Sequence[Path], labels: Sequence[int], shape: tuple[int, ...], image_size: int | None
+) -> Samples:
+    count = max(1, _BLOCK_PIXELS // (shape[1] * shape[2]))
+
+    def blocks() -> Iterator[NDArray[Any]]:
+        # Pillow lets other threads run while it decodes. Processes would gain more for very small
+        # images, but cannot be forked safely where threads of MPI or torch are running.
+        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+            for start in range(0, len(files), count):
+                group = files[start : start + count]
+                images = pool.map(lambda file: _decode_as(file, image_size, shape), group)
+                block = np.empty((len(group), *shape), np.uint8)
+                for index, image in enumerate(images):
+                    block[index] = image
+                yield block
+
+    return Samples(np.array(labels, np.int64), shape, np.dtype(np.uint8), blocks)
+
+
+def _decode_as(file: Path, image_size: int | None, shape: tuple[int, ...]) -> NDArray[np.uint8]:
+    image = decode(file, image_size)
+    if image.shape != shape:
+        raise UsageError(
+            f"{file}: {image.shape[2]} × {image.shape[1]} pixels, others {shape[2]} × "
+            f"{shape[1]}; set data.image_size to crop and resize all of them"
+        )
+    return image
+
+
+def decode(file: Path, image_size: int | None) -> NDArray[np.uint8]:
+    """One image as uint8 [3, H, W], RGB.
+
+    Args:
+        file: In any format that Pillow reads.
+        image_size: Crop to the largest centred square and resize (bilinear over the whole area)
+            to so many pixels; None keeps the size.
+
+    Raises:
+        HpcAbsaError: Not an image, or truncated; names the file.
+    """
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(file) as opened:
+            if image_size is not None:
+                # A JPEG can be decoded at a half, a quarter, ... of its size, in less time.
+                opened.draft("RGB", (image_size, image_size))
+            image = opened.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise HpcAbsaError(f"{file}: unreadable image ({error}); replace or remove it") from error
+    if image_size is not None and image.size != (image_size, image_size):
+        image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.BILINEAR)
+    return np.asarray(image).transpose(2, 0, 1)
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

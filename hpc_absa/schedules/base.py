@@ -1,0 +1,205 @@
+"""What the schedules share: batch sizes, learning-rate schedule, growth.
+
+Origins named in docstrings: *talk* is the ABSA talk and arXiv:1810.01021, *Goyal* arXiv:1706.02677,
+*Smith* arXiv:1711.00489, *ours* a choice of this project.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import Field, PositiveInt, PrivateAttr, model_validator
+
+from hpc_absa.records import Decision, Observation, ScheduleState
+from hpc_absa.schedules.rule import Rule
+from hpc_absa.section import Fraction, NonNegative, Positive, Section
+
+LrRule = Literal["linear", "square-root", "none"]
+EXPONENTS: Mapping[LrRule, float] = {"linear": 1.0, "square-root": 0.5, "none": 0.0}
+"""The learning rate is proportional to this power of the batch."""
+
+
+@dataclass(frozen=True)
+class MultiStepLR:
+    """The learning rate is multiplied by `gamma` at each milestone, in epochs."""
+
+    milestones: tuple[int, ...]
+    gamma: float
+
+    def passed(self, epoch: float) -> int:
+        """Number of milestones at or before `epoch`."""
+        return sum(1 for milestone in self.milestones if milestone <= epoch)
+
+    def apply(self, state: ScheduleState, seen: Observation) -> tuple[ScheduleState, str]:
+        """The decayed state and a sentence about it; the same state and "" without a milestone."""
+        passed = self.passed(seen.epoch)
+        new = passed - state.milestones_passed
+        if not new:
+            return state, ""
+        lr = state.lr * self.gamma**new
+        return (
+            replace(state, lr=lr, milestones_passed=passed),
+            f"milestone at epoch {self.milestones[passed - 1]}: learning rate "
+            f"{state.lr:.4g} → {lr:.4g}",
+        )
+
+
+class TrainSettings(Section):
+    """The training settings that schedules depend on."""
+
+    epochs: PositiveInt
+    """Passes over the training set."""
+    microbatch: PositiveInt
+    """Samples of one forward and backward pass on one rank; batch-norm statistics are over it."""
+    lr: Positive
+    """Learning rate at the base batch."""
+    milestones: Annotated[tuple[PositiveInt, ...], Field(strict=False)] = ()
+    """Epochs after which the learning rate is decayed (GG: after which the batch grows)."""
+    lr_decay: Annotated[float, Field(gt=0, le=1)] = 0.2
+    """Factor ρ at each milestone (talk, CIFAR-10)."""
+    annealing: Literal["milestones", "cosine"] = "milestones"
+    """How the learning rate decays over the run: by `lr_decay` at each milestone, or along a cosine
+    to zero at the last epoch (arXiv:1608.03983, without restarts)."""
+
+    @property
+    def multi_step_lr(self) -> MultiStepLR:
+        """`milestones` and `lr_decay`."""
+        return MultiStepLR(self.milestones, self.lr_decay)
+
+    @model_validator(mode="after")
+    def _check_milestones(self) -> Self:
+        if list(self.milestones) != sorted(set(self.milestones)):
+            raise ValueError(f"milestones = {list(self.milestones)}: expected increasing epochs")
+        if self.milestones and self.annealing == "cosine":
+            raise ValueError(
+                f"milestones = {list(self.milestones)}: expected none with annealing = 'cosine'"
+            )
+        return self
+
+
+class Schedule(Section, Rule):
+    """Base of all `[schedule]` tables. A schedule is a usable rule once `bind` has been called."""
+
+    hessian_defaults: ClassVar[Mapping[str, Any]] = {}
+    """Defaults of the `[hessian]` table that this method changes."""
+
+    base_batch: PositiveInt
+    """Global batch B0 for which `train.lr` was chosen; adaptive schedules start there. Samples."""
+    max_batch: PositiveInt | None = None
+    """Largest global batch, which BL and FB use throughout. Samples; None means `base_batch`."""
+
+    _train: TrainSettings = PrivateAttr()
+
+    @property
+    def largest_batch(self) -> int:
+        """`max_batch` with its default filled in."""
+        return self.max_batch or self.base_batch
+
+    def check(self, train: TrainSettings) -> None:
+        """Raise a ValueError if the schedule does not fit these settings."""
+        for key in ("base_batch", "max_batch"):
+            value = getattr(self, key)
+            if value is not None and value % train.microbatch:
+                raise ValueError(
+                    f"schedule.{key} = {value}: expected a multiple of train.microbatch = "
+                    f"{train.microbatch}"
+                )
+
+    def bind(self, train: TrainSettings) -> Self:
+        """A copy of this schedule for a run with these settings.
+
+        Raises:
+            ValueError: the schedule does not fit them.
+            UsageError: a user-defined rule cannot be loaded.
+        """
+        self.check(train)
+        bound = self.model_copy()
+        bound._train = train
+        return bound
+
+    @model_validator(mode="after")
+    def _check_batches(self) -> Self:
+        if self.largest_batch < self.base_batch:
+            raise ValueError(
+                f"max_batch = {self.max_batch}: expected at least base_batch = {self.base_batch}"
+            )
+        return self
+
+
+class BuiltInSchedule(Schedule):
+    """Base of the built-in methods: how the learning rate follows batch and epoch."""
+
+    lr_rule: LrRule = "linear"
+    """How the learning rate follows the batch: with its ratio (`linear`: Goyal), with the root of
+    the ratio (`square-root`: Krizhevsky, arXiv:1404.5997), or not at all."""
+    warmup_epochs: NonNegative = 0.0
+    """Epochs of linear warm-up at the start of the run (only FB has a warm-up by default)."""
+    warmup_from: Fraction | None = None
+    """Fraction of the learning rate at which warm-up starts; None means at `train.lr` for BL and FB
+    if they scale it (Goyal), and a tenth otherwise (ours)."""
+
+    def check(self, train: TrainSettings) -> None:
+        super().check(train)
+        if train.annealing == "cosine" and self.warmup_epochs >= train.epochs:
+            raise ValueError(
+                f"schedule.warmup_epochs = {self.warmup_epochs:g}: expected less than train.epochs "
+                f"= {train.epochs}, because the cosine begins after the warm-up"
+            )
+
+    def initial(self) -> ScheduleState:
+        return ScheduleState(self.base_batch, self._train.lr)
+
+    def lr(self, state: ScheduleState, epoch: float) -> float:
+        """`state.lr` after linear warm-up and cosine annealing."""
+        if epoch < self.warmup_epochs:
+            start = state.lr * self._warmup_start()
+            return start + (state.lr - start) * epoch / self.warmup_epochs
+        if self._train.annealing != "cosine":
+            return state.lr
+        done = (epoch - self.warmup_epochs) / (self._train.epochs - self.warmup_epochs)
+        return state.lr * (1 + math.cos(math.pi * min(done, 1.0))) / 2
+
+    def _warmup_start(self) -> float:
+        return 0.1 if self.warmup_from is None else self.warmup_from
+
+
+class GrowingSchedule(BuiltInSchedule):
+    """Base of the methods whose batch grows by β depending on a measurement."""
+
+    beta: Annotated[int, Field(ge=2)] = 2
+    """Factor by which the batch grows, at most once a decision point (talk)."""
+
+    def can_grow(self, state: ScheduleState) -> bool:
+        return state.global_batch < self.largest_batch
+
+    def next_batch(self, state: ScheduleState) -> int:
+        """`min(β·B, B_max)`."""
+        return min(self.beta * state.global_batch, self.largest_batch)
+
+    def grow(self, state: ScheduleState) -> ScheduleState:
+        """The next batch, and `lr ← lr·(B_new/B_old)^e` with e by `lr_rule`."""
+        batch = self.next_batch(state)
+        lr = state.lr * (batch / state.global_batch) ** EXPONENTS[self.lr_rule]
+        return replace(state, global_batch=batch, lr=lr)
+
+    def decide(self, state: ScheduleState, seen: Observation) -> Decision:
+        """Decay at milestones, then growth; both can happen at the same boundary."""
+        decayed, milestone = self._train.multi_step_lr.apply(state, seen)
+        if not seen.decision_point:
+            return Decision("continue", milestone or "no decision point", decayed)
+        if not self.can_grow(decayed):
+            at_maximum = f"batch is at its maximum {self.largest_batch}"
+            return Decision("continue", milestone or at_maximum, decayed)
+        decision = self._decide_growth(decayed, seen)
+        reason = decision.reason
+        if decision.action == "grow":
+            reason += f": batch {state.global_batch} → {decision.state.global_batch}"
+        return replace(decision, reason="; ".join(filter(None, [reason, milestone])))
+
+    @abstractmethod
+    def _decide_growth(self, state: ScheduleState, seen: Observation) -> Decision:
+        """The decision at a decision point below the maximum; `decide` adds to its reason."""

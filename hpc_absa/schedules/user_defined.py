@@ -1,0 +1,141 @@
+"""User-defined rules, `schedule.method = "package.module:Class"`, with checks of their answers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Self
+
+from pydantic import PrivateAttr
+
+from hpc_absa import plugins
+from hpc_absa.errors import UsageError
+from hpc_absa.records import Decision, GradientSquares, Observation, ScheduleState
+from hpc_absa.schedules.base import Schedule, TrainSettings
+from hpc_absa.schedules.rule import Rule
+from hpc_absa.section import OpenSection, Positive
+
+
+class UserDefined(Schedule, OpenSection):
+    """A user-defined rule. Other keys are arguments of its class.
+
+    `bind` also passes `base_batch`, `max_batch`, `microbatch`, `lr`, `milestones` and `epochs` to a
+    class that has parameters of these names. Every method raises a UsageError, one line that names
+    it, if the user's method fails or returns something invalid.
+    """
+
+    method: str
+    """`package.module:Class`, a subclass of `hpc_absa.schedules.Rule`."""
+    epsilon: Positive = 0.005
+    """As in ABSA, for a rule whose state has an `adversarial_fraction`."""
+
+    _rule: Rule = PrivateAttr()
+
+    def bind(self, train: TrainSettings) -> Self:
+        bound = super().bind(train)
+        offered = {
+            "base_batch": self.base_batch,
+            "max_batch": self.largest_batch,
+            "microbatch": train.microbatch,
+            "lr": train.lr,
+            "milestones": train.multi_step_lr,
+            "epochs": train.epochs,
+        }
+        target = plugins.resolve(self.method, "schedule.method")
+        rule = plugins.call(target, "schedule", self.arguments, offered, self.method)
+        if not isinstance(rule, Rule):
+            raise UsageError(
+                f"schedule.method: {self.method} made {_kind(rule)}, "
+                "expected a subclass of hpc_absa.schedules.Rule"
+            )
+        bound._rule = rule
+        bound.initial()
+        return bound
+
+    def initial(self) -> ScheduleState:
+        return self._call("initial")
+
+    def decide(self, state: ScheduleState, seen: Observation) -> Decision:
+        return self._call("decide", state, seen)
+
+    def wants_eigenvalue(self, state: ScheduleState) -> bool:
+        return bool(self._call("wants_eigenvalue", state))
+
+    def threshold(self, state: ScheduleState) -> float | None:
+        return self._call("threshold", state)
+
+    def wants_gradients(self, state: ScheduleState) -> bool:
+        return bool(self._call("wants_gradients", state))
+
+    def learn(self, state: ScheduleState, squares: GradientSquares) -> ScheduleState:
+        return self._call("learn", state, squares)
+
+    def evidence(self, state: ScheduleState) -> Mapping[str, float]:
+        return self._call("evidence", state)
+
+    def recall(self, state: ScheduleState, event: Mapping[str, Any]) -> ScheduleState:
+        return self._call("recall", state, event)
+
+    def lr(self, state: ScheduleState, epoch: float) -> float:
+        return float(self._call("lr", state, epoch))
+
+    def adversarial_fraction(self, state: ScheduleState, epoch: float) -> float:
+        return float(self._call("adversarial_fraction", state, epoch))
+
+    def _call(self, method: str, *arguments: Any) -> Any:
+        place = f"schedule.method: {self.method}.{method}"
+        try:
+            answer = getattr(self._rule, method)(*arguments)
+        except Exception as error:
+            raise UsageError(f"{place} failed: {type(error).__name__}: {error}") from error
+        match method:
+            case "initial" | "learn" | "recall":
+                problem = self._state_problem(answer)
+            case "decide":
+                problem = self._decision_problem(arguments[0], answer)
+            case "lr" if not _is_number(answer) or answer < 0:
+                problem = repr(answer), "a finite learning rate, 0 or more"
+            case "adversarial_fraction" if not _is_number(answer) or not 0 <= answer <= 1:
+                problem = repr(answer), "a number from 0 to 1"
+            case _:
+                problem = None
+        if problem:
+            raise UsageError(f"{place} returned {problem[0]}, expected {problem[1]}")
+        return answer
+
+    def _decision_problem(self, state: ScheduleState, decision: Any) -> tuple[str, str] | None:
+        """What was returned and what was expected, if `decision` is invalid in `state`."""
+        if not isinstance(decision, Decision):
+            return _kind(decision), "a hpc_absa.records.Decision"
+        if decision.action not in ("continue", "grow"):
+            return f"action {decision.action!r}", "'continue' or 'grow'"
+        if problem := self._state_problem(decision.state):
+            return problem
+        before, after = state.global_batch, decision.state.global_batch
+        if (decision.action == "grow") != (after > before) or after < before:
+            return (
+                f"{decision.action!r} with batch {before} → {after}",
+                "'grow' with a larger batch, or 'continue' with the same",
+            )
+        return None
+
+    def _state_problem(self, state: Any) -> tuple[str, str] | None:
+        if not isinstance(state, ScheduleState):
+            return _kind(state), "a hpc_absa.records.ScheduleState"
+        for key, value in vars(state).items():
+            if value is not None and not isinstance(value, int | float | str):
+                return f"a state with {key} of type {_kind(value)}", "int, float, str or bool"
+        batch, microbatch = state.global_batch, self._train.microbatch
+        if not isinstance(batch, int) or batch < 1 or batch % microbatch:
+            return f"global_batch = {batch!r}", f"a multiple of train.microbatch = {microbatch}"
+        if not _is_number(state.lr) or state.lr <= 0:
+            return f"lr = {state.lr!r}", "a finite number above 0"
+        return None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _kind(value: Any) -> str:
+    return type(value).__name__

@@ -1,0 +1,198 @@
+"""`hpc-absa run --launcher slurm`: starts or continues a chain of batch jobs and shows its output.
+
+The chain does not need this process. It may be killed at any time, and the same command, on any
+host that sees the run directory, follows the chain again.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable
+
+from hpc_absa.config import Job
+from hpc_absa.errors import ExitStatus, UsageError
+from hpc_absa.rundir import RunDir
+from hpc_absa.supervisor import run_state
+from hpc_absa.supervisor.batch import Size, most_ranks, script, size_of
+from hpc_absa.supervisor.chain import Chain, Link
+from hpc_absa.supervisor.slurm import QueuedJob, Slurm, SlurmSilentError, retry_while_silent
+from hpc_absa.supervisor.supervisor import STOP_SIGNALS
+
+INTERVAL = 2.0
+"""Seconds between reads of the run directory."""
+QUEUE_EVERY = 5
+"""Reads of the run directory per squeue: sites dislike an squeue a second."""
+SUBMIT_SECONDS = 60.0
+"""A submission is repeated for so long while slurmctld does not answer."""
+
+
+class Follower:
+    """Watches one chain."""
+
+    def __init__(
+        self,
+        job: Job,
+        run: RunDir,
+        allow_changed: tuple[str, ...],
+        show: Callable[[str], None] = print,
+        interval: float = INTERVAL,
+    ) -> None:
+        """`show` is called with every line for the user."""
+        self._job, self._run, self._allow, self._show = job, run, allow_changed, show
+        self._slurm, self._chain, self._interval = Slurm(), Chain(run, job.name), interval
+        self._bytes_shown: dict[int, int] = {}
+        self._last_state = ""
+
+    def dry_run(self) -> str:
+        """The next link's submission and script, as they would be executed."""
+        number, size = self._next()
+        return f"{' '.join(self._chain.submission(number))}\n{self._script(number, size)}"
+
+    def follow(self) -> ExitStatus:
+        """Submit the next link if none is pending or running, then watch until the chain ends."""
+        restarts, most_restarts = run_state.RestartCounter(self._run), self._job.launch.max_restarts
+        self._start()
+        try:
+            for number in STOP_SIGNALS:
+                signal.signal(number, signal.default_int_handler)
+            while (status := self._watch()) is None:
+                if restarts.add() > most_restarts:
+                    self._show(f"gave up after {most_restarts} jobs that ended without progress")
+                    return ExitStatus.FAILED
+                self._show(f"submitting again, {restarts.count} of {most_restarts}")
+                self._submit()
+            return status
+        except KeyboardInterrupt:
+            self._show(
+                "no longer watching; the chain continues without this command. The same command "
+                f"watches again, hpc-absa cancel {self._run.path} ends the chain"
+            )
+            return ExitStatus.STOPPED
+
+    def refuse_if_active(self) -> None:
+        """Check before a run directory is removed.
+
+        Raises:
+            UsageError: a batch job of its chain is pending or running.
+        """
+        last = self._chain.last()
+        if last and self._queued(last):
+            raise UsageError(
+                f"{self._run.path}: its job {last.job_id} is pending or running; "
+                f"first hpc-absa cancel {self._run.path}"
+            )
+
+    def _start(self) -> None:
+        last = self._chain.last()
+        if last and self._queued(last):
+            self._show(f"link {last.number} (job {last.job_id}) is pending or running; watching")
+            return
+        self._run.create()
+        run_state.write_job(self._job, self._run, self._allow)
+        self._chain.resume()
+        self._submit()
+
+    def _submit(self) -> None:
+        number, size = self._next()
+        text = self._script(number, size)
+        link = retry_while_silent(
+            lambda: self._chain.submit(number, text, size.nodes, size.ranks, self._slurm),
+            SUBMIT_SECONDS,
+        )
+        self._show(f"link {link.number}: job {link.job_id}, {size}")
+
+    def _next(self) -> tuple[int, Size]:
+        """Number and size of the next link."""
+        partition = self._slurm.partition(self._job.launch.slurm.partition)
+        limit = most_ranks(self._job, partition)
+        if limit < self._job.ranks.initial:
+            raise UsageError(
+                f"ranks.initial = {self._job.ranks.initial}: partition {partition.name} has nodes "
+                f"for {limit} ranks now; start with fewer, or set launch.ranks_per_node"
+            )
+        ranks = run_state.next_ranks(self._job, self._run, limit)
+        last = self._chain.last()
+        return (last.number + 1 if last else 1), size_of(self._job, ranks, partition)
+
+    def _script(self, number: int, size: Size) -> str:
+        name = self._chain.name(number)
+        return script(self._job, self._run, number, name, size, self._allow)
+
+    def _watch(self) -> ExitStatus | None:
+        """Show output until the chain ends; None where it ended without a result."""
+        reads = 0
+        while True:
+            self._show_output()
+            last = self._chain.last()
+            assert last is not None
+            done = run_state.finished(self._run) is not None  # the job may still write the report
+            if (done or reads % QUEUE_EVERY == 0) and not self._alive(last):
+                self._show_output()
+                # The last link may have submitted another one before it ended.
+                if self._chain.last() == last:
+                    return self._result(last)
+            reads += 1
+            time.sleep(self._interval)
+
+    def _result(self, last: Link) -> ExitStatus | None:
+        if run_state.finished(self._run):
+            return ExitStatus.OK
+        match self._outcome(last):
+            case "failed":
+                self._show(f"the chain failed; logs are in {self._run.logs}")
+                return ExitStatus.FAILED
+            case "stopped" | "cancelled" | "terminated":
+                self._show("stopped, everything saved; run the same command to continue")
+                return ExitStatus.STOPPED
+            case _:
+                if self._chain.cancelled:
+                    return ExitStatus.STOPPED
+                self._show(
+                    f"link {last.number} (job {last.job_id}) exited without writing a result"
+                )
+                return None
+
+    def _outcome(self, link: Link) -> str:
+        for event in reversed(self._run.log.read()):
+            if event["event"] == "link" and event["link"] == link.number:
+                return str(event.get("outcome", ""))
+        return ""
+
+    def _alive(self, link: Link) -> bool:
+        """Whether the link's job is pending or running; assumed while Slurm does not answer."""
+        try:
+            job = self._queued(link)
+        except SlurmSilentError as error:
+            self._show_state(f"Slurm does not answer at the moment ({error})")
+            return True
+        if job:
+            reason = f", {job.reason}" if job.state == "PENDING" else ""
+            state = f"{job.state.lower()}{reason}"
+            self._show_state(f"link {link.number} (job {link.job_id}): {state}")
+        return job is not None
+
+    def _queued(self, link: Link) -> QueuedJob | None:
+        """The link's job in the queue, None if it has ended."""
+        jobs = (job for job in self._slurm.jobs(link.name) if job.job_id == link.job_id)
+        return next((job for job in jobs if job.alive), None)
+
+    def _show_state(self, line: str) -> None:
+        if line != self._last_state:
+            self._show(line)
+        self._last_state = line
+
+    def _show_output(self) -> None:
+        """Show the complete lines that the links have printed since the last call."""
+        for link in self._chain.links():
+            shown = self._bytes_shown.get(link.number, 0)
+            try:
+                with self._run.link_log(link.number).open("rb") as file:
+                    file.seek(shown)
+                    text = file.read()
+            except OSError:
+                continue
+            complete = text[: text.rfind(b"\n") + 1]
+            self._bytes_shown[link.number] = shown + len(complete)
+            for line in complete.decode(errors="replace").splitlines():
+                self._show(line)

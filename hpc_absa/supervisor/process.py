@@ -1,0 +1,130 @@
+"""The launcher's process: its output, its exit, and what the exit shows about the ranks."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import re
+import signal
+import subprocess
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from hpc_absa.supervisor.launchers import Command
+
+PR_SET_PDEATHSIG = 1
+KILLED = re.compile(
+    r"process rank (?P<rank>\d+) with PID \d+ on node (?P<host>\S+) "
+    r"exited on signal (?P<signal>\d+)"
+)
+"""What Open MPI's mpirun prints for a rank that a signal ended."""
+
+
+@dataclass(frozen=True)
+class Exit:
+    """How the launcher's process ended."""
+
+    code: int
+    tail: tuple[str, ...]
+    """The last lines it printed."""
+    start_timed_out: bool = False
+    """Killed because its ranks had not connected to each other in time."""
+
+    def killed_rank(self) -> tuple[int, str, int] | None:
+        """Rank, host and signal of a rank that was killed, where the launcher printed it."""
+        match = KILLED.search(" ".join(" ".join(self.tail).split()))
+        if match is None:
+            return None
+        return int(match["rank"]), match["host"], int(match["signal"])
+
+    def fatal_signal(self) -> int | None:
+        """The signal that ended a rank, or the launcher itself; None where none did."""
+        if killed := self.killed_rank():
+            return killed[2]
+        if "KeyboardInterrupt" in self.tail:  # Ctrl-C while the interpreter was starting
+            return signal.SIGINT
+        return -self.code if self.code < 0 else None
+
+
+class LauncherProcess:
+    """A launcher in a separate session, so that Ctrl-C reaches only the supervisor."""
+
+    def __init__(
+        self, command: Command, log: Path, lock: int | None, show: Callable[[str], None]
+    ) -> None:
+        """Start `command`.
+
+        Args:
+            command: the launcher's.
+            log: receives everything the launcher and rank 0 print.
+            lock: descriptor of the run's lock, which the launcher holds if this process dies.
+            show: called with every line.
+        """
+        self._tail: deque[str] = deque(maxlen=60)
+        self._process = subprocess.Popen(
+            command.words,
+            env=os.environ | command.environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+            pass_fds=() if lock is None else (lock,),
+            preexec_fn=end_with_parent,
+        )
+        self._reader = threading.Thread(target=self._read, args=(log, show), name="output")
+        self._reader.start()
+
+    def wait(self, joined: Path, start_seconds: float, poll: Callable[[], None]) -> Exit:
+        """Return when the launcher and its output have ended.
+
+        Args:
+            joined: exists once the ranks have connected to each other.
+            start_seconds: the launcher is killed if that takes longer.
+            poll: called five times a second until then.
+        """
+        until = time.monotonic() + start_seconds
+        timed_out = False
+        while True:
+            try:
+                code = self._process.wait(timeout=0.2)
+                break
+            except subprocess.TimeoutExpired:
+                poll()
+                if not timed_out and time.monotonic() > until and not joined.exists():
+                    timed_out = True
+                    self.kill()
+        self._reader.join(timeout=10)
+        return Exit(code, tuple(self._tail), timed_out)
+
+    def kill(self) -> None:
+        """End all ranks now: SIGTERM to the launcher, which alone reaches other hosts; SIGKILL."""
+        with contextlib.suppress(ProcessLookupError):
+            self._process.terminate()
+            try:
+                self._process.wait(timeout=5)
+            except subprocess.TimeoutExpired:
+                os.killpg(self._process.pid, signal.SIGKILL)
+
+    def _read(self, log: Path, show: Callable[[str], None]) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            self._tail.append(line.rstrip("\n"))
+            # A full disk must not stop the reading: the ranks would block on a full pipe.
+            with contextlib.suppress(OSError), log.open("a", encoding="utf-8") as file:
+                file.write(line)
+            show(line.rstrip("\n"))
+
+
+_libc = ctypes.CDLL(None)
+
+
+def end_with_parent() -> None:
+    """In a child, before exec: request SIGTERM when the parent dies, even by SIGKILL."""
+    _libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

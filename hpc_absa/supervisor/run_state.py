@@ -1,0 +1,128 @@
+"""Reads and changes a run between launches: its next ranks, its end, its job file, cancelling."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from hpc_absa import config, schedules
+from hpc_absa.config import Job
+from hpc_absa.errors import UsageError
+from hpc_absa.rundir import RunDir
+from hpc_absa.rundir.events import Event
+from hpc_absa.rundir.lock import RunLock
+from hpc_absa.supervisor.chain import Chain
+from hpc_absa.supervisor.slurm import Slurm
+from hpc_absa.worldsize import ranks_for
+
+
+def next_ranks(job: Job, run: RunDir, limit: int) -> int:
+    """The number of ranks of the next phase, at most `limit`.
+
+    The trainer decides it and writes it to the checkpoint, together with the limit that it knew.
+    For another limit, and for checkpoints without these fields, it is computed from the saved
+    global batch. The event log is not used: after damage to the newest checkpoint it describes
+    steps that the next phase repeats.
+    """
+    saved = None
+    if run.checkpoint_files():
+        from hpc_absa.checkpoint import saved_phase  # h5py and numpy: not for the first launch
+
+        saved = saved_phase(run.checkpoints)
+    if saved and saved.next_ranks and saved.rank_limit == limit:
+        return max(saved.next_ranks, job.ranks.initial)  # the user may have raised it since
+    return ranks_for(job, saved.global_batch, limit) if saved else initial_ranks(job, limit)
+
+
+def initial_ranks(job: Job, limit: int) -> int:
+    """The number of ranks of a new run's first phase, at most `limit`."""
+    return ranks_for(job, schedules.build(job).initial().global_batch, limit)
+
+
+def finished(run: RunDir) -> Event | None:
+    """The `done` event of a run that is over."""
+    return run.log.last("done")
+
+
+class RestartCounter:
+    """Counts restarts since the last progress, which is a checkpoint of a later step."""
+
+    def __init__(self, run: RunDir) -> None:
+        self._run, self._best, self.count = run, _newest_step(run), 0
+
+    def add(self) -> int:
+        """Count one restart; returns the new count."""
+        reached = _newest_step(self._run)
+        self.count = 1 if reached > self._best else self.count + 1
+        self._best = max(self._best, reached)
+        return self.count
+
+
+def _newest_step(run: RunDir) -> int:
+    step = run.newest_step()
+    return -1 if step is None else step
+
+
+def write_job(job: Job, run: RunDir, allow_changed: tuple[str, ...]) -> None:
+    """Store the resolved job, and remove the stop request of an earlier command.
+
+    Raises:
+        UsageError: the saved checkpoints are of a job that differs in more than `allow_changed`.
+    """
+    if run.job.exists() and run.checkpoint_files():
+        saved = config.load(run.job, warn=False)
+        config.refuse_changes(saved, job, str(run.job), allow_changed)
+    run.write_job(config.dump(job))
+    run.stop_request.unlink(missing_ok=True)
+
+
+def clear(run: RunDir) -> None:
+    """Remove a run's files to start from the beginning.
+
+    Raises:
+        UsageError: the folder is not a run directory.
+        RunLockedError: a supervisor is running on it.
+    """
+    if not run.path.exists():
+        return
+    lock = RunLock(run)
+    if run.is_run:
+        lock.acquire()
+    try:
+        run.remove_files()
+    finally:
+        lock.release()
+
+
+def default_run_dir(job: Job) -> Path:
+    """`runs/NAME` under the current folder."""
+    return Path("runs") / job.name
+
+
+def cancel(path: Path, now: bool) -> Iterator[str]:
+    """Ask the run in `path` to save and stop; yields what was done, one line each.
+
+    Args:
+        path: the run directory.
+        now: end a running batch job at once, without waiting for it to save.
+
+    Raises:
+        UsageError: there is no run, or nothing to cancel.
+    """
+    run = RunDir(path)
+    if not run.job.exists():
+        raise UsageError(f"{path}: not a run directory (no job.toml)")
+    if finished(run):
+        raise UsageError(f"{path}: the run is done; there is nothing to cancel")
+    run.stop_request.touch()
+    if not run.chain.exists():
+        yield f"{path}: asked to save and stop (a running job sees it within a step)"
+        return
+    chain, slurm = Chain(run, config.load(run.job, warn=False).name), Slurm()
+    chain.cancel()
+    for job in (job for job in slurm.jobs(chain.prefix) if job.alive):
+        if now or job.state not in ("RUNNING", "COMPLETING"):
+            slurm.cancel(job.job_id)
+            yield f"job {job.job_id} ({job.name}): cancelled while {job.state.lower()}"
+        else:
+            yield f"job {job.job_id} ({job.name}): asked to save and exit"

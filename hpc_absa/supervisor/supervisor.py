@@ -1,0 +1,233 @@
+"""`hpc-absa run`: a job from its first phase to its last."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from types import FrameType
+
+from hpc_absa.config import Job
+from hpc_absa.errors import ExitStatus, HpcAbsaError, UsageError
+from hpc_absa.rundir import RunDir
+from hpc_absa.rundir.lock import RunLock
+from hpc_absa.supervisor import run_state
+from hpc_absa.supervisor.launchers import Command, command
+from hpc_absa.supervisor.process import Exit, LauncherProcess
+from hpc_absa.supervisor.resources import Resources, resources_of
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why the ranks ended before the end of their phase."""
+
+    reason: str
+    rank: int | None = None
+    host: str | None = None
+    exit_code: int | None = None
+    final: bool = False
+    """A restart would fail the same way."""
+
+
+class FinalError(HpcAbsaError):
+    """A configuration error; restarting would fail the same way."""
+
+    def __init__(self, failure: Failure) -> None:
+        super().__init__(failure.reason)
+        self.status = ExitStatus(failure.exit_code or ExitStatus.FAILED)
+
+
+class Supervisor:
+    """Launches phase after phase until the job is done, is stopped, or fails too often."""
+
+    def __init__(
+        self,
+        job: Job,
+        run: RunDir,
+        allow_changed: tuple[str, ...],
+        show: Callable[[str], None] = print,
+        resources: Resources | None = None,
+    ) -> None:
+        """`show` is called with every line for the user."""
+        self._job, self._run, self._allow, self._show = job, run, allow_changed, show
+        self._resources = resources or resources_of(job, self._on_host_change)
+        self._lock = RunLock(run)
+        self._process: LauncherProcess | None = None
+        self._ranks = 0
+        self._relaunching = False
+        """The ranks were asked to save and exit so that a returned host can be used."""
+        self.stopped_by: int | None = None
+        """The first signal that asked for a stop."""
+        self._signals = self._signals_handled = 0
+
+    def supervise(self) -> ExitStatus:
+        """Run the job to its end; returns the exit status of `hpc-absa run`."""
+        self._claim()
+        try:
+            for number in STOP_SIGNALS:
+                signal.signal(number, self._on_signal)
+            return self._supervise()
+        finally:
+            self._run.stop_request.unlink(missing_ok=True)
+            self._lock.release()
+
+    def launch_command(self, fresh: bool = False) -> Command:
+        """The command of the next phase, or of a new run's first one."""
+        available = self._resources.available()
+        initial = run_state.initial_ranks(self._job, available)
+        ranks = initial if fresh else self._next_ranks(available)
+        return command(self._resources.place(self._job, ranks), ranks, self._worker())
+
+    def _claim(self) -> None:
+        if find_spec("horovod") is None:
+            raise UsageError(
+                f"Horovod is not installed for {sys.executable}; launch/bootstrap.sh builds an "
+                "environment that has it"
+            )
+        self._run.create()
+        self._lock.acquire()
+        run_state.write_job(self._job, self._run, self._allow)
+        self._run.failure.unlink(missing_ok=True)
+
+    def _supervise(self) -> ExitStatus:
+        restarts, most_restarts = run_state.RestartCounter(self._run), self._job.launch.max_restarts
+        while True:
+            outcome = self._run_phase()
+            if outcome == "done":
+                return ExitStatus.OK
+            if self._relaunching and outcome == "stopped" and not self._signals:
+                continue
+            if self._signals or outcome == "stopped":
+                self._show("stopped, everything saved; run the same command to continue")
+                return ExitStatus.STOPPED
+            if outcome == "resize":
+                restarts.count = 0
+                maximum, available = self._resources.maximum(), self._resources.available()
+                if maximum > available and self._next_ranks(maximum) > available:
+                    return ExitStatus.OK  # the next batch job has as many
+                continue
+            assert isinstance(outcome, Failure)
+            if outcome.final:
+                raise FinalError(outcome)
+            self._report(outcome)
+            self._resources.report_failure(outcome.host)
+            if restarts.add() > most_restarts:
+                self._show(
+                    f"gave up after {most_restarts} restarts without progress; "
+                    f"logs are in {self._run.logs}"
+                )
+                return ExitStatus.FAILED
+            self._show(f"restart {restarts.count} of {most_restarts}")
+
+    def _run_phase(self) -> str | Failure:
+        """Launch ranks and wait for their end: done, resize, stopped, or why they failed."""
+        if self._relaunching and not self._signals:
+            self._run.stop_request.unlink(missing_ok=True)
+        self._relaunching = False
+        self._handle_signals()
+        events_before = len(self._run.log.read())
+        self._launch(events_before)
+        assert self._process is not None
+        with self._resources.watch(self._on_host_return):
+            ended = self._process.wait(
+                self._run.joined, self._job.launch.start_seconds, self._handle_signals
+            )
+        self._process = None
+        ends = [e for e in self._run.log.read()[events_before:] if e["event"] == "phase_end"]
+        outcome = str(ends[-1]["outcome"]) if ends else ""
+        if outcome in ("done", "resize", "stopped"):
+            self._run.failure.unlink(missing_ok=True)
+            self._resources.report_success()
+            return "stopped" if outcome == "resize" and self._stop_requested(ended) else outcome
+        if self._stop_requested(ended) and not self._run.failure.exists():
+            return "stopped"
+        return self._failure(ended)
+
+    def _launch(self, number: int) -> None:
+        self._ranks = self._next_ranks(self._resources.available())
+        job = self._resources.place(self._job, self._ranks)
+        start = command(job, self._ranks, self._worker())
+        places = [f"ranks on {job.launch.hosts}"] if job.launch.hosts else []
+        places += ["bound to cores"] if job.launch.bind == "core" else []
+        if places:
+            self._show(", ".join(places))
+        self._run.joined.unlink(missing_ok=True)
+        log = self._run.logs / f"world-{number:06d}-{self._job.launch.launcher}.log"
+        with log.open("a", encoding="utf-8") as file:
+            file.write(f"$ {start}\n")
+        self._process = LauncherProcess(start, log, self._lock.descriptor, self._show)
+        # While the ranks start: the next launch reads a checkpoint, and the import takes 0.2 s.
+        import hpc_absa.checkpoint  # noqa: F401
+
+    def _next_ranks(self, limit: int) -> int:
+        return run_state.next_ranks(self._job, self._run, limit)
+
+    def _worker(self) -> tuple[str, ...]:
+        words = [sys.executable, "-m", "hpc_absa", "train", str(self._run.job.resolve())]
+        words += ["--run-dir", str(self._run.path.resolve())]
+        if self._job.ranks.max != (maximum := self._resources.maximum()):
+            words += ["--set", f"ranks.max={maximum}"]
+        for key in self._allow:
+            words += ["--allow-changed", key]
+        return tuple(words)
+
+    def _stop_requested(self, ended: Exit) -> bool:
+        """Whether a stop was requested, also where it came before or after the ranks listen."""
+        if ended.fatal_signal() in STOP_SIGNALS and not ended.start_timed_out:
+            return True
+        return self._run.stop_request.exists() and not self._relaunching
+
+    def _failure(self, ended: Exit) -> Failure:
+        """From the file that the failed rank left, otherwise from the launcher's exit."""
+        try:
+            failure = Failure(**json.loads(self._run.failure.read_text(encoding="utf-8")))
+            self._run.failure.unlink()
+            return failure
+        except (OSError, ValueError):
+            pass
+        if ended.start_timed_out:
+            seconds = self._job.launch.start_seconds
+            return Failure(f"the ranks had not connected to each other after {seconds:g} s")
+        if killed := ended.killed_rank():
+            rank, host, number = killed
+            return Failure(f"killed by {signal.Signals(number).name}", rank, host, 128 + number)
+        if ended.code < 0:
+            name = signal.Signals(-ended.code).name
+            return Failure(f"the launcher was killed by {name}", exit_code=128 - ended.code)
+        line = next((line for line in reversed(ended.tail) if line.strip(" -")), "none")
+        return Failure(f"the launcher exited; its last line: {line}", exit_code=ended.code)
+
+    def _report(self, failure: Failure) -> None:
+        place = f"rank {failure.rank} on {failure.host}: " if failure.rank is not None else ""
+        self._show(f"failed: {place}{failure.reason}")
+        fields = asdict(failure)
+        del fields["final"]
+        self._run.log.append("failure", None, **fields)
+
+    def _on_host_change(self, host: str, action: str, reason: str) -> None:
+        self._show(f"host {host}: {action.replace('_', ' ')}, {reason}")
+        self._run.log.append("host", host=host, action=action, reason=reason)
+
+    def _on_host_return(self) -> None:
+        """Where the batch feeds more ranks now, have the running ones save and exit."""
+        if self._next_ranks(self._resources.available()) > self._ranks:
+            self._relaunching = True
+            self._run.stop_request.touch()
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self._signals += 1
+        self.stopped_by = self.stopped_by or number
+
+    def _handle_signals(self) -> None:
+        """After the first signal ask the ranks to save and stop; after the second end them."""
+        if self._signals == self._signals_handled:
+            return
+        self._signals_handled = self._signals
+        self._run.stop_request.touch()
+        if self._signals > 1 and self._process:
+            self._process.kill()

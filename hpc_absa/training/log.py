@@ -1,0 +1,92 @@
+"""Events for programs and lines for the console, written by rank 0."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, TextIO
+
+from hpc_absa.checkpoint import Published
+from hpc_absa.errors import RunDirError
+from hpc_absa.rundir import RunDir
+
+LINE_INTERVAL = 10.0
+"""Seconds between progress lines, where epochs take longer than that."""
+
+
+class EventLogger:
+    """Appends events and prints lines on rank 0; does nothing on other ranks."""
+
+    def __init__(self, run: RunDir, rank: int, console: TextIO) -> None:
+        """`console` is the launcher's output; the rank's log file gets the same lines."""
+        self._run, self._active, self._console = run, rank == 0, console
+        self._pending: list[tuple[str, int, dict[str, Any]]] = []
+        self._queued = self._written = 0  # events ever put into `_pending`, and taken out of it
+        self._last_line = time.monotonic()
+        self._phase = 1
+
+    def print(self, line: str) -> None:
+        """Print a line to the console and to the rank's log file."""
+        if not self._active:
+            return
+        self._last_line = time.monotonic()
+        for output in (self._console, sys.stdout):
+            with contextlib.suppress(OSError):  # a full disk or a closed console ends no run
+                print(line, file=output, flush=True)
+
+    def progress(self, line: str) -> None:
+        """Print `line` if nothing was printed for `LINE_INTERVAL`."""
+        if time.monotonic() - self._last_line >= LINE_INTERVAL:
+            self.print(line)
+
+    def emit(self, event: str, phase: int, **fields: Any) -> None:
+        """Append an event now."""
+        self._phase = phase
+        if self._active:
+            self._run.log.append(event, phase, **fields)
+
+    def emit_when_saved(self, event: str, phase: int, **fields: Any) -> None:
+        """Append an event once the next checkpoint is on disk: what is logged is never redone."""
+        if self._active:
+            self._pending.append((event, phase, {"time": time.time(), **fields}))
+            self._queued += 1
+
+    def save_failed(self, reason: str) -> None:
+        """A checkpoint could not be written, and training continues."""
+        self.print(f"warning: {reason}")
+        with contextlib.suppress(RunDirError):  # where the disk is full, the log may be as well
+            self.emit("save_failed", self._phase, reason=reason)
+
+    def on_saved(self, phase: int, step: int, samples: int) -> Callable[[Published], None]:
+        """What to call when the next checkpoint is on disk: writes the pending events.
+
+        If that save fails, they wait for the next one.
+        """
+        until = self._queued
+
+        def saved(published: Published) -> None:
+            while self._written < until:
+                event, event_phase, fields = self._pending[0]
+                self.emit(event, event_phase, **fields)
+                del self._pending[0]
+                self._written += 1
+            self.emit(
+                "checkpoint",
+                phase,
+                path=published.path.name,
+                bytes=published.bytes,
+                seconds=published.seconds,
+                step=step,
+                samples=samples,
+            )
+
+        return saved
+
+
+def duration(seconds: float) -> str:
+    """`h:mm:ss`, or `m:ss` below an hour."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,0 +1,219 @@
+"""`hpc-absa train`: the entry point of one rank, from connecting to its exit status."""
+
+from __future__ import annotations
+
+import faulthandler
+import gc
+import json
+import os
+import shlex
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TextIO
+
+from hpc_absa import config
+from hpc_absa.comm import Communicator, connect, raise_on_all_ranks
+from hpc_absa.config import Job
+from hpc_absa.errors import CollectiveError, ExitStatus
+from hpc_absa.records import PhaseOutcome
+from hpc_absa.rundir import RunDir
+from hpc_absa.rundir.lock import SUPERVISED, RunLock, host
+from hpc_absa.training.clock import Clock
+from hpc_absa.training.faults import StopRequest, Watchdog
+from hpc_absa.training.setup import build_trainer
+
+
+def main(
+    job_path: Path, run_path: Path, overrides: tuple[str, ...], allow_changed: tuple[str, ...]
+) -> int:
+    """Run one rank; returns the exit status of the process, or ends all ranks on an error."""
+    # Until this rank handles signals, Ctrl-C ends it like other signals, without a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    comm = connect()
+    gc.freeze()  # what the imports created stays
+    gc.enable()
+    console = _duplicate(sys.stdout)
+    run = RunDir(run_path)
+    lock = RunLock(run)
+    watchdog: Watchdog | None = None
+    try:
+        job = raise_on_all_ranks(comm, lambda: config.load(job_path, overrides))
+        raise_on_all_ranks(comm, lambda: _prepare(job, run, comm, lock))
+        clock = Clock()
+        clock.add("start", _seconds_since_start())
+        watchdog = Watchdog(
+            comm,
+            comm.allgather_object(host()),
+            clock,
+            job.launch.heartbeat_timeout,
+            job.launch.progress_timeout,
+            _on_hang(run, comm, console),
+        )
+        stop = StopRequest(comm, run.stop_request)
+        outcome = train(job, run, comm, clock, console, stop, allow_changed)
+        outcome = _last_request(outcome, run, comm, stop)
+        watchdog.close()
+    except CollectiveError as error:
+        if watchdog:
+            watchdog.close()
+        if comm.rank == 0:
+            _report(error, run, comm, console)
+        comm.close()
+        return _exit_status(error.status)
+    except BaseException as error:
+        _abort(error, run, comm, console)
+        raise AssertionError("abort does not return") from error
+    finally:
+        lock.release()
+    if comm.rank == 0 and outcome.kind != "done" and SUPERVISED not in os.environ:
+        command = _next_command(outcome, comm, job_path, run_path, overrides)
+        print(command, file=console, flush=True)
+    comm.close()
+    return _exit_status(ExitStatus.STOPPED if outcome.kind == "stopped" else ExitStatus.OK)
+
+
+def train(
+    job: Job,
+    run: RunDir,
+    comm: Communicator,
+    clock: Clock,
+    console: TextIO,
+    stop: StopRequest,
+    allow_changed: tuple[str, ...],
+) -> PhaseOutcome:
+    """Build the trainer and train (a collective)."""
+    with clock("start"):
+        trainer = build_trainer(job, run, comm, clock, stop, console, allow_changed)
+        _redirect_output(run, trainer.run.state.progress.phase, comm.rank)
+    try:
+        return trainer.train()
+    except CollectiveError:
+        trainer.run.wait_for_writes()
+        raise
+
+
+def _last_request(
+    outcome: PhaseOutcome, run: RunDir, comm: Communicator, stop: StopRequest
+) -> PhaseOutcome:
+    """Turn a resize into a stop if one was requested meanwhile (a collective).
+
+    All events are written by now, so from here on a signal ends this rank, which the launcher
+    reports to the supervisor.
+    """
+    requested = any(comm.allgather_object(stop.requested_here()))
+    stop.close()
+    if not requested or outcome.kind != "resize":
+        return outcome
+    if comm.rank == 0:
+        run.stop_request.touch()
+    return replace(outcome, kind="stopped")
+
+
+def _prepare(job: Job, run: RunDir, comm: Communicator, lock: RunLock) -> None:
+    """Rank 0 sets up the run directory, unless a supervisor has done so."""
+    if comm.rank != 0:
+        return
+    run.create()
+    run.joined.touch()
+    if SUPERVISED not in os.environ:
+        lock.acquire()
+        run.stop_request.unlink(missing_ok=True)
+        run.write_job(config.dump(job))
+
+
+def _next_command(
+    outcome: PhaseOutcome, comm: Communicator, job: Path, run: Path, overrides: tuple[str, ...]
+) -> str:
+    words = ["hpc-absa", "train", str(job), "--run-dir", str(run)]
+    for override in overrides:
+        words += ["--set", override]
+    command = shlex.join(words)
+    if outcome.kind == "stopped":
+        return f"stopped, everything saved; to continue: mpirun -np {comm.size} {command}"
+    return f"next phase: mpirun -np {outcome.next_ranks} {command}"
+
+
+def _exit_status(status: ExitStatus) -> int:
+    """0 under a supervisor: a launcher would print messages about any other."""
+    return int(ExitStatus.OK if SUPERVISED in os.environ else status)
+
+
+# Errors
+
+
+def _report(error: CollectiveError, run: RunDir, comm: Communicator, console: TextIO) -> None:
+    """Pass a user's error to the supervisor, or print it if there is none."""
+    if SUPERVISED in os.environ:
+        _write_failure(run, str(error), comm.rank, host(), error.status, final=True)
+    else:
+        print(f"hpc-absa: {error}", file=console, flush=True)
+
+
+def _abort(error: BaseException, run: RunDir, comm: Communicator, console: TextIO) -> None:
+    """Report an error of this rank, as the last thing that is printed, and end all ranks."""
+    traceback.print_exception(error, file=sys.stderr)
+    sys.stderr.flush()
+    reason = f"{type(error).__name__}: {error}".splitlines()[0]
+    _write_failure(run, reason, comm.rank, host(), ExitStatus.FAILED)
+    print(f"hpc-absa: rank {comm.rank} on {host()} failed: {reason}", file=console, flush=True)
+    comm.abort(ExitStatus.FAILED)
+
+
+def _on_hang(run: RunDir, comm: Communicator, console: TextIO) -> Callable[[str, int, str], None]:
+    """What the watchdog calls: report, log what each thread is doing, and end all ranks."""
+
+    def on_hang(reason: str, rank: int, where: str) -> None:
+        faulthandler.dump_traceback()
+        _write_failure(run, reason, rank, where, ExitStatus.FAILED)
+        print(f"hpc-absa: {reason}: all ranks are ended", file=console, flush=True)
+        comm.abort(ExitStatus.FAILED)
+
+    return on_hang
+
+
+def _write_failure(
+    run: RunDir, reason: str, rank: int, where: str, status: int, *, final: bool = False
+) -> None:
+    """Leave a file for the supervisor; that of the first rank to fail counts."""
+    record = {
+        "reason": reason,
+        "rank": rank,
+        "host": where,
+        "exit_code": int(status),
+        "final": final,
+    }
+    try:
+        with run.failure.open("x", encoding="utf-8") as file:
+            json.dump(record, file)
+    except OSError:
+        pass  # another rank was first, or the disk failed: the launcher's output remains
+
+
+# Output
+
+
+def _duplicate(stream: TextIO) -> TextIO:
+    """The launcher's end of `stream`, which remains when this rank's output goes to its log."""
+    return os.fdopen(os.dup(stream.fileno()), "w", buffering=1, encoding="utf-8")
+
+
+def _redirect_output(run: RunDir, phase: int, rank: int) -> None:
+    """Send this rank's standard output and error, also of native libraries, to its log file."""
+    log = run.rank_log(phase, rank)
+    descriptor = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+        os.dup2(descriptor, stream.fileno())
+    os.close(descriptor)
+
+
+def _seconds_since_start() -> float:
+    """Seconds since the process was started: interpreter, imports, MPI."""
+    import psutil
+
+    return max(0.0, time.time() - psutil.Process().create_time())

@@ -1,0 +1,467 @@
+"""The core of a run: everything this project exists for, usable from any training loop.
+
+A `Run` owns the order of samples, steps and boundaries, the schedule and its decisions, eigenvalue
+estimates, checkpoints, stop requests, events, and the decision to continue with more ranks. A
+training loop owns the model, the data, the loss and the optimizer, and calls the run:
+
+    run.begin_phase()
+    while (item := run.next()) is not None:
+        if isinstance(item, Step):
+            step = run.begin_step(item)
+            for k in step.microbatches:
+                with step.forward():
+                    loss = ...  # the mean over microbatch k
+                step.backward(loss, samples)
+            run.end_step(item, step.optimize())
+            continue
+        if run.needs_evaluation(item):
+            run.record_epoch(item, loss, accuracy)
+        estimate = run.estimate_eigenvalue(item)
+        if run.stopped:
+            continue
+        decision = run.decide(item, estimate)
+        if step := run.cut_step(item, decision):
+            ...  # take it, as above
+        run.apply(item, decision, estimate)
+    outcome = run.end()
+
+All ranks call the same methods in the same order. Nothing here depends on what a sample, a loss or
+a model looks like. `hpc_absa.training.trainer.Trainer` is the loop for job files.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from torch import Tensor
+
+from hpc_absa.checkpoint.async_checkpointer import AsyncCheckpointer, require_durable
+from hpc_absa.comm import Communicator, raise_on_all_ranks
+from hpc_absa.curvature.estimate import Estimate, Interrupted
+from hpc_absa.progress import Boundary, SampleStream, Step, decide
+from hpc_absa.records import Decision, Eigenvalue, Observation, PhaseOutcome
+from hpc_absa.rundir import RunDir
+from hpc_absa.rundir.events import Event
+from hpc_absa.rundir.lock import host
+from hpc_absa.schedules import Rule
+from hpc_absa.training.clock import Clock
+from hpc_absa.training.faults import StopRequest
+from hpc_absa.training.log import EventLogger, duration
+from hpc_absa.training.state import TrainState
+from hpc_absa.training.step import Flags, StepEngine, StepResult, TrainStep
+
+EVIDENCE = ("residual", "converged", "stopped_above_threshold", "seconds")
+"""Fields of an eigenvalue that a decision event has under the same names."""
+
+Estimator = Callable[[Tensor | None, float | None, Callable[[], bool]], Estimate]
+"""Estimates the top eigenvalue of the Hessian (a collective).
+
+Args: the eigenvector to start from, [P] or None; the threshold that the decision compares with, or
+None; a function that tells, equally on all ranks, whether to give up by raising `Interrupted`.
+"""
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What a run needs to know besides its components."""
+
+    seed: int
+    """Of the job."""
+    data_digest: str
+    """Identifies the data set in checkpoints."""
+    job: str
+    """The resolved job file, kept in checkpoints."""
+    save_seconds: float
+    """Longest time between checkpoints."""
+    rank_limit: int
+    """The largest number of ranks that a decision may choose."""
+    ranks_for: Callable[[int], int]
+    """The number of ranks for a global batch, at most `rank_limit`."""
+    resumed_from: str | None = None
+    """Name of the checkpoint that the state was restored from."""
+    previous_phase: Event | None = None
+    """`phase_end` event of the phase before a resize, to measure how long the resize took."""
+    environment: Mapping[str, Any] = field(default_factory=dict)
+    """Further fields of `phase_start` events."""
+
+
+class Run:
+    """One run on the present ranks, until it is done, stopped, or continues with more ranks."""
+
+    def __init__(
+        self,
+        comm: Communicator,
+        directory: RunDir,
+        stream: SampleStream,
+        rule: Rule,
+        state: TrainState,
+        engine: StepEngine,
+        estimator: Estimator,
+        checkpointer: AsyncCheckpointer,
+        stop: StopRequest,
+        clock: Clock,
+        log: EventLogger,
+        options: RunOptions,
+    ) -> None:
+        self.comm, self.directory, self.stream, self.rule = comm, directory, stream, rule
+        self.state, self.engine, self.clock, self.stop, self.log = state, engine, clock, stop, log
+        self._estimator, self._checkpointer, self._options = estimator, checkpointer, options
+        self._resumed_from, self._previous_phase = options.resumed_from, options.previous_phase
+        self._outcome: Literal["done", "resize", "stopped"] | None = None
+        self._flags = Flags()
+        self._next_ranks = options.ranks_for(state.progress.schedule.global_batch)
+        self._schedule_before = state.progress.schedule
+        self._last_save = time.monotonic()
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop was requested and everything is saved; `next` returns None then."""
+        return self._outcome == "stopped"
+
+    @property
+    def samples(self) -> int:
+        """Samples that optimizer steps have used."""
+        return self.state.progress.position.microbatch * self.stream.microbatch
+
+    @property
+    def epoch(self) -> float:
+        """Epochs visited."""
+        return self.samples / self.stream.samples
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the next step."""
+        return self.rule.lr(self.state.progress.schedule, self.epoch)
+
+    @property
+    def adversarial_fraction(self) -> float:
+        """Fraction of adversarial examples in each microbatch of the next step."""
+        return self.rule.adversarial_fraction(self.state.progress.schedule, self.epoch)
+
+    # Steps
+
+    def next(self) -> Boundary | Step | None:
+        """What to do next; None when this phase of the run ends."""
+        flags, self._flags = self._flags, Flags()
+        self._checkpointer.update(flags.written, flags.failed)
+        if self._outcome is None and flags.stop:
+            self.save()
+            self._outcome = "stopped"
+        elif self._outcome is None and flags.save:
+            self.save()
+        return None if self._outcome else self.state.progress.next(self.stream)
+
+    def begin_step(self, step: Step) -> TrainStep:
+        """Start an optimizer step: this rank's microbatches, the learning rate, the flags."""
+        state = self.state.progress.schedule
+        full = state.global_batch // self.stream.microbatch
+        after = Step(step.stop, step.stop + full)
+        due = time.monotonic() - self._last_save >= self._options.save_seconds
+        return self.engine.begin(
+            step,
+            divisor=full,
+            lr=self.lr,
+            steps_before=self.state.progress.position.step,
+            flags=Flags(
+                self.stop.requested_here(),
+                self.comm.rank == 0 and due,
+                *self._checkpointer.flags(),
+            ),
+            measure_squares=self.rule.wants_gradients(state),
+            upcoming=after if after.stop <= self.stream.microbatches else None,
+        )
+
+    def end_step(self, step: Step, result: StepResult) -> None:
+        """Record a finished step."""
+        progress = self.state.progress
+        schedule = progress.schedule
+        if result.squares:
+            schedule = self.rule.learn(schedule, result.squares)
+        self.state.progress = replace(
+            progress.after_step(step),
+            schedule=schedule,
+            epoch_loss=progress.epoch_loss + result.loss,
+            epoch_samples=progress.epoch_samples + result.samples,
+        )
+        self._flags = result.flags
+        if self._previous_phase:
+            self.log.emit(
+                "resize",
+                progress.phase,
+                from_ranks=self._previous_phase["ranks"],
+                to_ranks=self.comm.size,
+                seconds=time.time() - self._previous_phase["time"],
+            )
+            self._previous_phase = None
+        self.log.progress(self._progress_line(result.loss / max(result.samples, 1)))
+
+    # Boundaries
+
+    def needs_evaluation(self, boundary: Boundary) -> bool:
+        """Whether an epoch ends here that was not evaluated before a stop."""
+        return boundary.ends_epoch and self.state.progress.epoch < round(boundary.epoch)
+
+    def record_epoch(self, boundary: Boundary, loss: float, accuracy: float | None = None) -> None:
+        """Record the evaluation at the end of an epoch; without an accuracy where there is none."""
+        progress = self.state.progress
+        train_loss = progress.epoch_loss / max(progress.epoch_samples, 1)
+        epoch = round(boundary.epoch)
+        self.state.progress = replace(
+            progress, epoch=epoch, epoch_loss=0.0, epoch_samples=0, test_accuracy=accuracy
+        )
+        self.log.emit_when_saved(
+            "epoch",
+            progress.phase,
+            epoch=epoch,
+            step=progress.position.step,
+            samples=self.samples,
+            train_loss=train_loss,
+            test_accuracy=accuracy,
+            test_loss=loss,
+            lr=self.lr,
+            global_batch=progress.schedule.global_batch,
+            ranks=self.comm.size,
+            samples_per_second=self._samples_per_second(),
+        )
+        measured = f"loss {loss:.4g}" if accuracy is None else f"accuracy {accuracy:.2%}"
+        self.log.print(f"{self._progress_line(train_loss)} · test {measured}")
+
+    def estimate_eigenvalue(self, boundary: Boundary) -> Estimate | None:
+        """The top eigenvalue of the Hessian, if the schedule wants it for its decision here.
+
+        If a stop is requested meanwhile, the run is saved and `stopped` on return.
+        """
+        state, rule = self.state, self.rule
+        schedule = state.progress.schedule
+        if not boundary.decision_point or boundary.last or not rule.wants_eigenvalue(schedule):
+            return None
+        try:
+            with self.clock("hessian"):
+                estimate = self._estimator(
+                    state.eigenvector, rule.threshold(schedule), self.stop.requested
+                )
+        except Interrupted:
+            self.save()
+            self._outcome = "stopped"
+            return None
+        state.eigenvector = estimate.vector
+        state.progress = replace(state.progress, eigenvalue=estimate.eigenvalue.value)
+        return estimate
+
+    def decide(self, boundary: Boundary, estimate: Estimate | None) -> Decision:
+        """The schedule's decision, made by rank 0 and the same on all ranks.
+
+        Raises:
+            CollectiveError: a user-defined schedule failed.
+        """
+        comm, schedule = self.comm, self.state.progress.schedule
+        eigenvalue = estimate.eigenvalue if estimate else None
+        observation = Observation(boundary.epoch, boundary.decision_point, eigenvalue)
+        decision = raise_on_all_ranks(
+            comm,
+            lambda: decide(self.rule, schedule, boundary, observation) if comm.rank == 0 else None,
+        )
+        self._schedule_before = schedule
+        return comm.broadcast_object(decision)
+
+    def cut_step(self, boundary: Boundary, decision: Decision) -> Step | None:
+        """The step to take before `decision` applies, still with the old batch; None for none."""
+        return self.state.progress.cut_step(boundary, decision)
+
+    def apply(self, boundary: Boundary, decision: Decision, estimate: Estimate | None) -> None:
+        """Put a decision into effect, record and save it; after a growth a new phase begins."""
+        grows = decision.action == "grow"
+        self.state.progress = self.state.progress.after_boundary(decision)
+        if grows:
+            self._next_ranks = self._options.ranks_for(decision.state.global_batch)
+        if boundary.decision_point or grows:
+            self._record_decision(boundary, decision, estimate)
+        self.save()
+        if not grows:
+            return
+        if self._next_ranks > self.comm.size:
+            self._outcome = "resize"
+        else:
+            self._end_phase("in_place", self.comm.size, self.state.progress.phase - 1)
+            self.begin_phase()
+
+    def _record_decision(
+        self, boundary: Boundary, decision: Decision, estimate: Estimate | None
+    ) -> None:
+        before, progress = self._schedule_before, self.state.progress
+        grows, ranks = decision.action == "grow", self.comm.size
+        next_ranks = max(ranks, self._next_ranks) if grows else ranks
+        reason = decision.reason + (f", ranks {ranks} → {next_ranks}" * (next_ranks != ranks))
+        eigenvalue = estimate.eigenvalue if estimate else None
+        measured = self.rule.evidence(before)
+        self.log.emit_when_saved(
+            "decision",
+            progress.phase - grows,
+            epoch=boundary.epoch,
+            step=progress.position.step,
+            samples=self.samples,
+            **_evidence(eigenvalue),
+            reference=before.reference,
+            action=decision.action,
+            reason=reason,
+            batch=before.global_batch,
+            next_batch=decision.state.global_batch,
+            ranks=ranks,
+            next_ranks=next_ranks,
+            lr=before.lr,
+            next_lr=decision.state.lr,
+            **measured,
+        )
+        if eigenvalue or measured or grows:
+            self.log.print(f"decision at epoch {boundary.epoch:g} · {reason}")
+
+    # Phases
+
+    def begin_phase(self) -> None:
+        """Record the start of a phase."""
+        progress, environment = self.state.progress, self._options.environment
+        self.log.emit(
+            "phase_start",
+            progress.phase,
+            ranks=self.comm.size,
+            global_batch=progress.schedule.global_batch,
+            lr=self.lr,
+            resumed_from=self._resumed_from,
+            step=progress.position.step,
+            samples=self.samples,
+            epoch=self.epoch,
+            hosts=sorted(set(self.comm.allgather_object(host()))),
+            backend=self.comm.backend,
+            **environment,
+        )
+        words = [
+            f"phase {progress.phase}",
+            f"{_count(self.comm.size, 'rank')} ({self.comm.backend})",
+            f"batch {progress.schedule.global_batch}",
+            f"learning rate {self.lr:.4g}",
+        ]
+        if environment:
+            words.append(
+                f"{environment['threads_per_rank']} threads a rank on {environment['device']}"
+            )
+        if self._resumed_from:
+            words.append(f"from {self._resumed_from}")
+        self.log.print(" · ".join(words))
+        self._resumed_from = None
+        self._phase_step = progress.position.step
+        self._phase_samples, self._phase_begun = self.samples, time.monotonic()
+
+    def end(self) -> PhaseOutcome:
+        """End the phase; the state is on disk on return.
+
+        Raises:
+            CollectiveError: the state cannot be saved.
+        """
+        outcome = self._outcome or "done"
+        with self.clock("checkpoint"), self.stop.saving():
+            require_durable(self._checkpointer, self.save)
+        progress, resize = self.state.progress, outcome == "resize"
+        ranks = self._next_ranks if resize else self.comm.size
+        self._end_phase(outcome, ranks, progress.phase - resize)
+        if outcome == "done":
+            accuracy = progress.test_accuracy
+            self.log.emit(
+                "done",
+                progress.phase,
+                steps=progress.position.step,
+                epochs=progress.epoch,
+                test_accuracy=accuracy,
+            )
+            self.log.print(
+                f"done · {progress.position.step} steps · {progress.epoch} epochs"
+                + (f" · test accuracy {accuracy:.2%}" if accuracy is not None else "")
+            )
+        return PhaseOutcome(outcome, ranks, progress.phase)
+
+    def _end_phase(self, outcome: str, next_ranks: int, phase: int) -> None:
+        ranks = self.comm.allgather_object(self.clock.seconds())
+        self.clock.restart()
+        position = self.state.progress.position
+        self.log.emit(
+            "phase_end",
+            phase,
+            seconds={kind: sum(s[kind] for s in ranks) / len(ranks) for kind in ranks[0]},
+            outcome=outcome,
+            ranks=self.comm.size,
+            next_ranks=next_ranks,
+            step=position.step,
+            steps=position.step - self._phase_step,
+            samples=self.samples,
+            epoch=self.epoch,
+        )
+
+    # Checkpoints
+
+    def save(self) -> None:
+        """Start to save the present state (a collective)."""
+        self._last_save = time.monotonic()
+        self._flags = replace(self._flags, written=0, failed=0)  # of the save before this one
+        options, progress = self._options, self.state.progress
+        step = progress.position.step
+        with self.clock("checkpoint"), self.stop.saving():
+            scalars = self.state.scalars(
+                options.seed,
+                options.data_digest,
+                options.job,
+                world_size=self.comm.size,
+                global_batch=progress.schedule.global_batch,
+                samples=self.samples,
+                next_ranks=self._next_ranks,
+                rank_limit=options.rank_limit,
+            )
+            path = self.directory.checkpoint(step, progress.phase)
+            on_saved = self.log.on_saved(progress.phase, step, self.samples)
+            self._checkpointer.save(path, scalars, self.state.tensors(), on_saved)
+
+    def wait_for_writes(self) -> None:
+        """Return once this rank writes nothing any more; not a collective."""
+        self._checkpointer.wait()
+
+    # Progress lines
+
+    def _samples_per_second(self) -> float:
+        """Since the phase began."""
+        seconds = time.monotonic() - self._phase_begun
+        return (self.samples - self._phase_samples) / max(seconds, 1e-9)
+
+    def _progress_line(self, loss: float) -> str:
+        progress = self.state.progress
+        left = self.stream.microbatches * self.stream.microbatch - self.samples
+        rate = self._samples_per_second()
+        words = [
+            f"phase {progress.phase}",
+            f"epoch {self.epoch:.1f}/{self.stream.epochs}",
+            f"step {progress.position.step}",
+            f"{rate:.0f} samples/s",
+            f"loss {loss:.3f}",
+        ]
+        if progress.eigenvalue is not None:
+            words.append(f"λ {progress.eigenvalue:.4g}")
+        words.append(f"B {progress.schedule.global_batch}")
+        words.append(f"ranks {self.comm.size}")
+        words.append(f"{duration(left / rate) if rate else '?'} left")
+        return " · ".join(words)
+
+
+def _evidence(eigenvalue: Eigenvalue | None) -> dict[str, Any]:
+    """The fields of a decision event that describe the estimate."""
+    if eigenvalue is None:
+        fields: dict[str, Any] = {"eigenvalue": None, **dict.fromkeys(EVIDENCE)}
+        fields |= {"matvecs": 0, "hessian_samples": 0}
+    else:
+        fields = {"eigenvalue": eigenvalue.value}
+        fields |= {name: getattr(eigenvalue, name) for name in EVIDENCE}
+        fields |= {"matvecs": eigenvalue.matvecs, "hessian_samples": eigenvalue.samples}
+    return fields | {"settled": fields["stopped_above_threshold"]}  # its former name
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

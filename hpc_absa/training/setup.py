@@ -1,0 +1,336 @@
+"""Building what a rank trains with from a job file and the newest checkpoint."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from hpc_absa import config, summation, worldsize
+from hpc_absa.checkpoint import CheckpointManager, Content
+from hpc_absa.checkpoint.async_checkpointer import AsyncCheckpointer
+from hpc_absa.checkpoint.restore import newest_good
+from hpc_absa.comm import Communicator, raise_on_all_ranks
+from hpc_absa.config import Job
+from hpc_absa.curvature.estimate import estimate_eigenvalue
+from hpc_absa.data import order
+from hpc_absa.data.loader import Loader
+from hpc_absa.data.packed import PackedDataset
+from hpc_absa.data.prepare import packed_beside, prepare
+from hpc_absa.data.registry import augmented_by_default
+from hpc_absa.errors import CheckpointError, UsageError
+from hpc_absa.models import build as build_model
+from hpc_absa.models import build_loss
+from hpc_absa.plan import stream_of
+from hpc_absa.progress import Position, Progress, SampleStream
+from hpc_absa.rundir import RunDir
+from hpc_absa.rundir.events import Event
+from hpc_absa.rundir.paths import packed_name
+from hpc_absa.schedules import build as build_rule
+from hpc_absa.training.clock import Clock
+from hpc_absa.training.faults import StopRequest
+from hpc_absa.training.log import EventLogger
+from hpc_absa.training.optimizer import SGD
+from hpc_absa.training.reduction import OverlappedReduction, ReproducibleReduction
+from hpc_absa.training.run import Run, RunOptions
+from hpc_absa.training.state import TrainState
+from hpc_absa.training.step import StepEngine
+from hpc_absa.training.trainer import Adversary, Loss, Trainer
+
+HESSIAN_ORDER = 2**32 - 1
+"""The "epoch" whose order gives the Hessian sample: no epoch of a run."""
+
+
+def build_trainer(
+    job: Job,
+    directory: RunDir,
+    comm: Communicator,
+    clock: Clock,
+    stop: StopRequest,
+    console: TextIO,
+    allow_changed: tuple[str, ...],
+) -> Trainer:
+    """Everything that the job names, with the state of the newest good checkpoint (a collective).
+
+    Raises:
+        CollectiveError: on all ranks, for a user's error on any rank.
+    """
+    torch.set_num_threads(threads_per_rank(job, comm.local_size))
+    device = raise_on_all_ranks(comm, lambda: device_of(job, comm))
+    if device.type == "cuda":
+        clock.synchronize = torch.cuda.synchronize
+    if job.train.reproducible:
+        _make_reproducible(comm)
+    dataset = open_data(job, directory, comm)
+    stream = stream_of(job, len(dataset.train))
+    loader = build_loader(job, dataset, stream, device)
+    model, loss = raise_on_all_ranks(comm, lambda: build_model_and_loss(job, dataset, device))
+    rule = raise_on_all_ranks(comm, lambda: build_rule(job))
+    optimizer = SGD(parameter_groups(job, model), lr=job.train.lr, momentum=job.train.momentum)
+    state = TrainState(model, optimizer, Progress(Position(), rule.initial()))
+    manager = CheckpointManager(directory.checkpoints, job.checkpoint.keep)
+    resumed_from = _resume(job, dataset, manager, comm, state, allow_changed)
+    reduction = ReproducibleReduction if job.train.reproducible else OverlappedReduction
+    engine = StepEngine(
+        model,
+        optimizer,
+        reduction(model, comm),
+        seed=job.seed,
+        clock=clock,
+        max_grad_norm=job.train.max_grad_norm,
+    )
+    sample = hessian_sample(job, loader, stream, job.hessian.samples)
+
+    def estimator(start: Tensor | None, threshold: float | None, poll: Any) -> Any:
+        return estimate_eigenvalue(
+            model,
+            loss,
+            sample,
+            comm,
+            method=job.hessian.method,
+            samples=sample.size,
+            microbatch=stream.microbatch,
+            tol=job.hessian.tol,
+            max_iter=job.hessian.max_iter,
+            start=start,
+            threshold=threshold,
+            poll=poll,
+            reproducible=job.train.reproducible,
+        )
+
+    log = EventLogger(directory, comm.rank, console)
+    checkpointer = AsyncCheckpointer(
+        manager,
+        comm,
+        background=job.checkpoint.background,
+        shard_bytes=job.checkpoint.shard_bytes,
+        on_error=job.checkpoint.on_error,
+        warn=log.save_failed,
+    )
+    limit = worldsize.limit(job)
+    options = RunOptions(
+        seed=job.seed,
+        data_digest=dataset.digest,
+        job=config.dump(job),
+        save_seconds=job.checkpoint.every_seconds,
+        rank_limit=limit,
+        ranks_for=lambda batch: worldsize.ranks_for(job, batch, limit),
+        resumed_from=resumed_from,
+        previous_phase=_resized_from(directory),
+        environment={"threads_per_rank": torch.get_num_threads(), "device": str(device)},
+    )
+    run = Run(
+        comm,
+        directory,
+        stream,
+        rule,
+        state,
+        engine,
+        estimator,
+        checkpointer,
+        stop,
+        clock,
+        log,
+        options,
+    )
+    epsilon = getattr(job.schedule, "epsilon", None)
+    adversary = Adversary(epsilon * loader.pixel_scale, loader.pixel_range) if epsilon else None
+    return Trainer(run, loader, loss, adversary, bfloat16=job.train.precision == "bfloat16")
+
+
+# Parts
+
+
+@dataclass(frozen=True)
+class HessianSample:
+    """Training samples in a fixed order, without augmentation; a smaller sample is a prefix."""
+
+    loader: Loader
+    indices: NDArray[np.int64]
+    """[size], into the training set."""
+
+    @property
+    def size(self) -> int:
+        return len(self.indices)
+
+    def load(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Inputs and targets of positions `[start, stop)`."""
+        return self.loader.sample(self.indices[start:stop])
+
+
+def hessian_sample(job: Job, loader: Loader, stream: SampleStream, samples: int) -> HessianSample:
+    """The first `samples` of the fixed order, or all if there are fewer."""
+    indices = order.permutation(job.seed, HESSIAN_ORDER, stream.samples)
+    return HessianSample(loader, indices[:samples])
+
+
+def open_data(job: Job, directory: RunDir, comm: Communicator) -> PackedDataset:
+    """The packed data set, packed by rank 0 first if it does not exist (a collective)."""
+    packed = packed_path(job, directory)
+    if any(comm.allgather_object(not packed.exists())):
+        raise_on_all_ranks(comm, lambda: _open(job, packed) if comm.rank == 0 else None)
+    return raise_on_all_ranks(comm, lambda: _open(job, packed))
+
+
+def packed_path(job: Job, directory: RunDir) -> Path:
+    """Where the packed form of the job's data is: the root itself, beside it, or in the run."""
+    root = Path(job.data.root).expanduser()
+    if root.suffix == ".h5":
+        return root
+    if job.data.root and os.access(packed_beside(root).parent, os.W_OK):
+        return packed_beside(root)
+    return directory.data / packed_name(job.data.name)
+
+
+def _open(job: Job, packed: Path) -> PackedDataset:
+    if not packed.exists():
+        if job.data.root.endswith(".h5"):
+            raise UsageError(f"data.root = {job.data.root!r}: no such file")
+        packed.parent.mkdir(parents=True, exist_ok=True)
+    root = Path(job.data.root).expanduser() if job.data.root else None
+    dataset = prepare(job.data.name, root, job.data.arguments, packed)
+    if len(dataset.train) < job.train.microbatch:
+        raise UsageError(
+            f"train.microbatch = {job.train.microbatch}: expected at most the "
+            f"{len(dataset.train)} training samples of {job.data.name}"
+        )
+    return dataset
+
+
+def build_loader(
+    job: Job, dataset: PackedDataset, stream: SampleStream, device: torch.device
+) -> Loader:
+    """The loader, with the augmentation that the job or the data set's defaults choose."""
+    augmented = augmented_by_default(job.data.name)
+    padding, flip = job.data.padding, job.data.flip
+    if padding is None:
+        padding = dataset.image_size // 8 if augmented else 0
+    return Loader(
+        dataset,
+        stream,
+        job.seed,
+        padding=padding,
+        flip=augmented if flip is None else flip,
+        device=device,
+        channels_last=job.train.channels_last,
+    )
+
+
+def build_model_and_loss(
+    job: Job, dataset: PackedDataset, device: torch.device
+) -> tuple[nn.Module, Loss]:
+    """The job's model, with initial weights that depend on its seed alone, and its loss."""
+    torch.manual_seed(job.seed)
+    model = build_model(
+        job.model.name,
+        job.model.arguments,
+        dataset.channels,
+        dataset.image_size,
+        len(dataset.classes),
+    )
+    layout = torch.channels_last if job.train.channels_last else torch.preserve_format
+    smoothing = job.train.label_smoothing
+    loss = build_loss(job.train.loss, {"label_smoothing": smoothing} if smoothing else {})
+    return model.to(device, memory_format=layout), loss  # type: ignore[call-overload]
+
+
+def parameter_groups(job: Job, model: nn.Module) -> list[dict[str, Any]]:
+    """The parameters with their weight decay; those of normalizations and biases are vectors."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    skipped = [p for p in parameters if p.dim() < 2 and job.train.no_decay_norm_bias]
+    decayed = [p for p in parameters if p.dim() >= 2 or not job.train.no_decay_norm_bias]
+    groups = [(decayed, job.train.weight_decay), (skipped, 0.0)]
+    return [{"params": some, "weight_decay": decay} for some, decay in groups if some]
+
+
+def threads_per_rank(job: Job, local_size: int) -> int:
+    """CPU threads of this rank: the job's, or the cores of the host divided among its ranks.
+
+    A reproducible job uses one, because the order of a kernel's own sums depends on it.
+    """
+    if job.train.threads_per_rank:
+        return job.train.threads_per_rank
+    return 1 if job.train.reproducible else max(1, len(os.sched_getaffinity(0)) // local_size)
+
+
+def device_of(job: Job, comm: Communicator) -> torch.device:
+    """This rank's device: a GPU of its own if the job allows it and the host has GPUs."""
+    gpus = torch.cuda.device_count() if job.train.device != "cpu" else 0
+    if job.train.device == "cuda" and not gpus:
+        raise UsageError("train.device = 'cuda': no GPU here; expected a host with one GPU a rank")
+    if not gpus:
+        return torch.device("cpu")
+    if comm.local_size > gpus:
+        raise UsageError(
+            f"{comm.local_size} ranks on a host with {gpus} GPUs: expected one GPU a rank; "
+            "lower ranks.max, name more hosts, or set train.device = 'cpu'"
+        )
+    torch.cuda.set_device(comm.local_rank)
+    return torch.device("cuda", comm.local_rank)
+
+
+def _make_reproducible(comm: Communicator) -> None:
+    def check() -> None:
+        if not summation.fits(comm.size):
+            raise UsageError(
+                f"train.reproducible = true on {comm.size} ranks: "
+                f"expected a power of two up to {summation.LANES}"
+            )
+
+    raise_on_all_ranks(comm, check)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+
+
+# Resuming
+
+
+def _resume(
+    job: Job,
+    dataset: PackedDataset,
+    manager: CheckpointManager,
+    comm: Communicator,
+    state: TrainState,
+    allow_changed: tuple[str, ...],
+) -> str | None:
+    """Restore the newest good checkpoint into `state`; its name, None without any."""
+    restored = newest_good(manager, comm)
+    if restored is None:
+        return None
+    if comm.rank == 0:
+        for damaged in restored.damaged:
+            print(f"skipped a damaged checkpoint: {damaged}", flush=True)
+    path = restored.path
+
+    def accept() -> None:
+        _require_same_job(job, dataset, restored.content, str(path), allow_changed)
+        state.restore(restored.content, path.name)
+
+    raise_on_all_ranks(comm, accept)
+    return path.name
+
+
+def _require_same_job(
+    job: Job, dataset: PackedDataset, content: Content, path: str, allow_changed: tuple[str, ...]
+) -> None:
+    """Refuse a checkpoint from which this job could not continue with the same result."""
+    digest = content.groups["data"].attributes["digest"]
+    if digest != dataset.digest:
+        raise CheckpointError(f"{path}: of another data set: {digest}, not {dataset.digest}")
+    saved = config.parse(str(content.groups["job"].attributes["text"]), path, warn=False)
+    config.refuse_changes(saved, job, path, allow_changed)
+
+
+def _resized_from(directory: RunDir) -> Event | None:
+    """The `phase_end` event of the phase before, if that ended to continue with more ranks."""
+    last = directory.log.last("phase_end", "failure")
+    if last and last["event"] == "phase_end" and last.get("outcome") == "resize":
+        return last
+    return None

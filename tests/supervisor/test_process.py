@@ -1,0 +1,35 @@
+"""The end of a launcher's process."""
+
+import signal
+from pathlib import Path
+
+import pytest
+
+from hpc_absa.supervisor.launchers import Command
+from hpc_absa.supervisor.process import Exit, LauncherProcess
+
+KILLED = "mpirun noticed that process rank 1 with PID 4711 on node far exited on signal 15 (Term)."
+
+
+@pytest.mark.parametrize(
+    ("code", "tail", "number"),
+    [
+        (0, (), None),
+        (1, ("something else",), None),
+        (143, ("-----", KILLED[:60], KILLED[60:]), signal.SIGTERM),
+        (137, (KILLED.replace("15 (Term)", "9 (Killed)"),), signal.SIGKILL),
+        (-signal.SIGUSR1, (), signal.SIGUSR1),
+        (1, ("  File <frozen site>", "KeyboardInterrupt", "-----"), signal.SIGINT),
+    ],
+)
+def test_the_signal_that_ended_the_ranks(code, tail, number):
+    assert Exit(code, tail).fatal_signal() == number
+
+
+def test_a_full_disk_does_not_block_the_ranks(tmp_path):
+    """More lines than a pipe holds: if they were not read, the launcher would block."""
+    shown: list[str] = []
+    many = Command(("seq", "1", "30000"))
+    process = LauncherProcess(many, Path("/dev/full"), None, shown.append)
+    assert process.wait(tmp_path, 60, lambda: None).code == 0
+    assert len(shown) == 30000

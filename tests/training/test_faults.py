@@ -1,0 +1,181 @@
+"""Requests to stop, and hanging ranks, in one process with short intervals."""
+
+import os
+import signal
+import threading
+import time
+
+import pytest
+
+from hpc_absa.comm import SerialCommunicator
+from hpc_absa.errors import ExitStatus
+from hpc_absa.training import faults
+from hpc_absa.training.clock import Clock
+from hpc_absa.training.faults import StopRequest, Watchdog
+
+
+class Ranks(SerialCommunicator):
+    """One of two ranks. The test chooses the sum over ranks and whether heartbeats arrive."""
+
+    size = 2
+
+    def __init__(self, rank=0, other=0.0, heartbeats=True):
+        self.rank, self.other, self.heartbeats = rank, other, heartbeats
+
+    def allreduce_(self, tensor):
+        return tensor.add_(self.other)
+
+    def exchange_heartbeats(self):
+        return self.heartbeats
+
+
+@pytest.fixture(name="stop_request")
+def _stop_request(tmp_path):
+    """Makes stop requests, and restores the signal handlers."""
+    handlers = {number: signal.getsignal(number) for number in faults.SIGNALS}
+    made = []
+
+    def make(comm):
+        made.append(StopRequest(comm, tmp_path / "stop"))
+        return made[-1]
+
+    yield make
+    for request in made:
+        request.close()
+        request._saving = True  # its thread, which does not end, must not end the tests
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(name="exits")
+def _exits(monkeypatch):
+    """Statuses with which the watching thread would have ended the process."""
+    statuses = []
+
+    def block(status):
+        statuses.append(status)
+        threading.Event().wait()
+
+    monkeypatch.setattr(faults.os, "_exit", block)
+    return statuses
+
+
+@pytest.mark.parametrize("number", faults.SIGNALS)
+def test_a_signal_requests_a_stop(stop_request, number):
+    stop = stop_request(SerialCommunicator())
+    assert not stop.requested_here()
+    assert not stop.requested()
+    os.kill(os.getpid(), number)
+    assert stop.requested_here()
+    assert stop.requested()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_only_rank_0_looks_for_the_file(stop_request, tmp_path, rank):
+    stop = stop_request(Ranks(rank))
+    (tmp_path / "stop").touch()
+    assert stop.requested_here() == (rank == 0)
+
+
+def test_a_request_on_any_rank_counts_for_all_ranks(stop_request):
+    stop = stop_request(Ranks(other=1.0))
+    assert not stop.requested_here()
+    assert stop.requested()
+
+
+def test_items_are_passed_through_unchanged(stop_request):
+    assert list(stop_request(SerialCommunicator()).count_progress("abc")) == ["a", "b", "c"]
+
+
+def test_a_rank_that_was_asked_to_stop_and_makes_no_progress_exits(
+    stop_request, monkeypatch, exits, capsys
+):
+    monkeypatch.setattr(faults, "GRACE_SECONDS", 0.5)
+    stop = stop_request(SerialCommunicator())
+    os.kill(os.getpid(), signal.SIGTERM)
+    for _ in range(14):
+        time.sleep(0.05)
+        stop.requested_here()
+    assert not exits, "it makes progress"
+    with stop.saving():
+        time.sleep(0.8)
+    assert not exits, "it is saving"
+    deadline = time.monotonic() + 20
+    while not exits and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert exits == [ExitStatus.FAILED]
+    assert "asked to stop, and blocked in a collective" in capsys.readouterr().out
+
+
+def test_the_grace_period_is_three_of_the_longest_distances_between_progress(
+    stop_request, monkeypatch, exits
+):
+    monkeypatch.setattr(faults, "GRACE_SECONDS", 0.1)
+    stop = stop_request(SerialCommunicator())
+    for item in stop.count_progress(range(2)):
+        time.sleep(0.5 * (item == 0))
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.9)
+    assert not exits
+
+
+def hang(
+    monkeypatch, *, comm=None, clock=None, heartbeat_timeout=60.0, progress_timeout=60.0, wait=0.5
+):
+    """Reports of a watchdog within `wait` seconds, with a heartbeat each 20 ms."""
+    monkeypatch.setattr(faults, "HEARTBEAT_INTERVAL", 0.02)
+    reports, reported = [], threading.Event()
+
+    def on_hang(*report):
+        reports.append(report)
+        reported.set()
+
+    watchdog = Watchdog(
+        comm or Ranks(rank=1),
+        ["node-a", "node-b"],
+        clock or Clock(),
+        heartbeat_timeout,
+        progress_timeout,
+        on_hang,
+    )
+    reported.wait(wait)
+    watchdog.close()
+    return reports
+
+
+def test_a_rank_without_heartbeats_is_named_by_the_next_one(monkeypatch):
+    comm = Ranks(rank=1, heartbeats=False)
+    ((reason, rank, host),) = hang(monkeypatch, comm=comm, heartbeat_timeout=0.1, wait=20)
+    assert reason.startswith("rank 0 on node-a has not answered for ")
+    assert (rank, host) == (0, "node-a")
+
+
+@pytest.mark.parametrize(
+    ("kind", "work"), [("data", "reading"), ("comp", "computing"), ("adversarial", "computing")]
+)
+def test_a_rank_that_takes_too_long_for_a_microbatch_names_itself(monkeypatch, kind, work):
+    clock = Clock()
+    with clock(kind):
+        ((reason, rank, _),) = hang(monkeypatch, clock=clock, progress_timeout=0.1, wait=20)
+    assert reason.startswith(f"rank 1 on node-b has been {work} one microbatch for ")
+    assert rank == 1
+
+
+def test_a_rank_that_waits_for_others_is_not_hanging(monkeypatch):
+    clock = Clock()
+    with clock("comm"):
+        assert not hang(monkeypatch, clock=clock, progress_timeout=0.1)
+
+
+def test_ranks_that_were_suspended_together_are_not_hanging(monkeypatch):
+    monkeypatch.setattr(faults, "SUSPENDED_SECONDS", 0.0)
+    clock = Clock()
+    with clock("comp"):
+        reports = hang(
+            monkeypatch,
+            comm=Ranks(rank=1, heartbeats=False),
+            clock=clock,
+            heartbeat_timeout=0.1,
+            progress_timeout=0.1,
+        )
+    assert not reports

@@ -1,0 +1,51 @@
+"""One rank as a process of its own: exit status and output of `hpc-absa train`."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from hpc_absa.errors import ExitStatus
+from hpc_absa.rundir import RunDir
+from tests.training.runs import JOB
+
+ROOT = Path(__file__).parents[2]
+
+
+def train(folder, text=JOB):
+    """`hpc-absa train` of the job in `folder` on one rank, without a launcher."""
+    path = folder / "job.toml"
+    path.write_text(text)
+    return subprocess.run(
+        [sys.executable, "-m", "hpc_absa", "train", str(path), "--run-dir", str(folder / "run")],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+
+
+def test_a_phase_that_ends_for_more_ranks_prints_the_next_command(tmp_path):
+    done = train(tmp_path, JOB.replace("[ranks]\nmax = 1", "[ranks]\nmax = 3"))
+    assert done.returncode == ExitStatus.OK, done.stdout + done.stderr
+    job, run = tmp_path / "job.toml", RunDir(tmp_path / "run")
+    command = f"next phase: mpirun -np 2 hpc-absa train {job} --run-dir {run.path}"
+    assert done.stdout.splitlines()[-1] == command
+    assert "decision at epoch 1" in run.rank_log(1, 0).read_text()
+    assert run.job.exists()
+    assert not run.failure.exists()
+
+
+def test_a_user_defined_rule_that_fails_ends_the_run_with_one_line(tmp_path):
+    start, end = JOB.index("[schedule]"), JOB.index("[hessian]")
+    rule = """[schedule]
+method = "tests.schedules.test_own:Faulty"
+base_batch = 16
+answer = "raise"
+lr_answer = 0.1
+"""
+    done = train(tmp_path, JOB[:start] + rule + JOB[end:])
+    assert done.returncode == ExitStatus.USAGE, done.stdout + done.stderr
+    line = "schedule.method: tests.schedules.test_own:Faulty.decide failed: ZeroDivisionError"
+    assert done.stdout.count(line) == 1
+    assert "Traceback" not in done.stdout + done.stderr

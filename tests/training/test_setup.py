@@ -1,0 +1,122 @@
+"""What a job's options become: parameter groups, loss, memory format, number of threads."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from hpc_absa import config
+from hpc_absa.checkpoint.async_checkpointer import HostCopies
+from hpc_absa.data.prepare import prepare
+from hpc_absa.plan import stream_of
+from hpc_absa.progress import Position, Progress
+from hpc_absa.records import ScheduleState
+from hpc_absa.training.setup import (
+    build_loader,
+    build_model_and_loss,
+    hessian_sample,
+    parameter_groups,
+)
+from hpc_absa.training.state import TrainState
+
+JOB = """
+name = "a"
+data = { name = "digits" }
+model = { name = "digits-cnn", width = 4 }
+train = { epochs = 1, microbatch = 32, lr = 0.1, weight_decay = 0.01 }
+schedule = { method = "bl", base_batch = 32 }
+"""
+CPU = torch.device("cpu")
+LAYOUTS = ([], ["train.channels_last=true"])
+
+
+def job(*overrides):
+    return config.parse(JOB, "test", overrides)
+
+
+@pytest.fixture(name="dataset", scope="module")
+def _dataset(tmp_path_factory):
+    return prepare("digits", None, {}, tmp_path_factory.mktemp("data") / "digits.h5")
+
+
+def loader(settings, dataset):
+    return build_loader(settings, dataset, stream_of(settings, len(dataset.train)), CPU)
+
+
+def test_weight_decay_applies_to_all_parameters_or_excludes_vectors():
+    net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Linear(2, 3))
+    net[2].weight.requires_grad = False
+
+    def decay(*overrides):
+        return {
+            id(p): group["weight_decay"]
+            for group in parameter_groups(job(*overrides), net)
+            for p in group["params"]
+        }
+
+    named = dict(net.named_parameters())
+    trained = {id(p) for name, p in named.items() if name != "2.weight"}
+    assert decay() == dict.fromkeys(trained, 0.01)
+    excluded = decay("train.no_decay_norm_bias=true")
+    assert excluded.keys() == trained
+    assert {name for name, p in named.items() if excluded.get(id(p))} == {"0.weight"}
+
+
+def test_label_smoothing_is_passed_to_the_loss(dataset):
+    outputs, targets = torch.randn(6, 10), torch.arange(6)
+    for overrides, smoothing in (((), 0.0), (("train.label_smoothing=0.1",), 0.1)):
+        _, loss = build_model_and_loss(job(*overrides), dataset, CPU)
+        expected = nn.functional.cross_entropy(outputs, targets, label_smoothing=smoothing)
+        assert loss(outputs, targets) == expected
+
+
+def test_channels_last_is_the_layout_of_weights_and_images_and_changes_no_value(dataset):
+    nets, images = [], []
+    for overrides in LAYOUTS:
+        settings = job(*overrides)
+        nets.append(build_model_and_loss(settings, dataset, CPU)[0])
+        images.append(loader(settings, dataset).get(3).inputs)
+    last = torch.channels_last
+    assert images[1].is_contiguous(memory_format=last)
+    kernels = [net.features[3].weight for net in nets]
+    assert [k.is_contiguous(memory_format=last) for k in kernels] == [False, True]
+    assert torch.equal(*kernels)
+    assert torch.equal(*images)
+    torch.testing.assert_close(nets[0](images[0]), nets[1](images[1]))
+
+
+def test_a_checkpoint_can_be_restored_into_the_other_memory_format(dataset):
+    """The momentum has the layout of its parameter."""
+
+    def state(overrides):
+        net, _ = build_model_and_loss(job(*overrides), dataset, CPU)
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+        return TrainState(net, optimizer, Progress(Position(), ScheduleState(32, 0.1)))
+
+    before = state(LAYOUTS[1])
+    before.model(torch.randn(4, 1, 8, 8)).square().mean().backward()
+    before.optimizer.step()
+    content = before.scalars(0, "d", "t").with_arrays(HostCopies().take(before.tensors()))
+    assert all(isinstance(array, np.ndarray) for array in content.arrays().values())
+    for overrides in LAYOUTS:
+        after = state(overrides)
+        after.restore(content, "x")
+        for p, q in zip(before.model.parameters(), after.model.parameters(), strict=True):
+            ours = before.optimizer.state[p]["momentum_buffer"]
+            theirs = after.optimizer.state[q]["momentum_buffer"]
+            assert torch.equal(p, q)
+            assert torch.equal(ours, theirs)
+            assert theirs.stride() == q.stride()
+
+
+def test_a_smaller_hessian_sample_is_a_prefix_of_a_larger_one(dataset):
+    settings = job()
+    stream = stream_of(settings, len(dataset.train))
+    samples = [hessian_sample(settings, loader(settings, dataset), stream, n) for n in (20, 50)]
+    assert [sample.size for sample in samples] == [20, 50]
+    assert np.array_equal(samples[0].indices, samples[1].indices[:20])
+    inputs, targets = samples[0].load(5, 9)
+    assert targets.tolist() == dataset.train.labels[samples[1].indices[5:9]].tolist()
+    assert inputs.shape == (4, 1, 8, 8)
+    everything = hessian_sample(settings, loader(settings, dataset), stream, 10**6)
+    assert sorted(everything.indices) == list(range(stream.samples))

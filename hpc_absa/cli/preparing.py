@@ -14,6 +14,7 @@ from hpc_absa.cli.options import (
     MaxRanks,
     Overrides,
     RunFolder,
+    folder,
     print_json,
     print_line,
 )
@@ -92,7 +93,9 @@ def data(
         str | None,
         Argument(help=", ".join(DATASETS)),
     ] = None,
-    root: Annotated[Path | None, Option(help="Folder of the raw data set.")] = None,
+    root: Annotated[
+        Path | None, Option(parser=folder, metavar="D", help="Folder of the raw data set.")
+    ] = None,
     out: Annotated[Path | None, Option(help="Packed file; default ROOT.h5.")] = None,
     image_size: Annotated[
         int | None,
@@ -105,9 +108,11 @@ def data(
     Example: `hpc-absa data cifar10 --root ~/data/cifar10`
 
     In the job, `data.root` is either the folder or the packed file: the packed file next to a
-    folder is used instead of the folder.
+    folder is used instead of the folder. What was left out of the data set, and why, is printed
+    and kept in the file (`notes` of `--show`).
     """
     from hpc_absa.data import prepare
+    from hpc_absa.data.sources import decoded
 
     if show:
         print(json.dumps(prepare.describe(show), indent=2))
@@ -117,7 +122,9 @@ def data(
     packed = out or (prepare.packed_beside(root) if root else Path(f"{name}.h5"))
     arguments = {"image_size": image_size} if image_size else {}
     prepare.pack(name, root, arguments, packed, progress=True)
-    print_line(f"packed: {packed}; in the job: [data] name = {name!r}, root = {str(packed)!r}")
+    print_line(
+        f"packed: {decoded(packed)}; in the job: [data] name = {name!r}, root = {str(packed)!r}"
+    )
     return ExitStatus.OK
 
 

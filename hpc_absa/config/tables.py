@@ -30,9 +30,10 @@ class Data(OpenSection):
     """Folder of the data set, or its packed HDF5 file; empty for data that needs none (digits)."""
     padding: Count | None = None
     """Pixels of zero padding before the random crop; None takes an eighth of the image, 4 of 32 as
-    in He et al. 2016, and none for the 8×8 digits."""
+    in He et al. 2016, and none for the 8×8 digits and for user-defined data."""
     flip: bool | None = None
-    """Random horizontal flips; None means yes, except for digits, which have a direction."""
+    """Random horizontal flips; None means yes, except for digits and user-defined data, which may
+    have a direction."""
 
 
 class Model(OpenSection):

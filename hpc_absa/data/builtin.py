@@ -1,14 +1,18 @@
 """The built-in data sets (`registry.DATASETS`), one function each, all read from a local folder.
 
-Published releases are read by torchvision's classes, which compare checksums; images in folders
-are listed by torchvision and decoded by Pillow in several threads.
+Published releases are read by torchvision's classes, which compare checksums. Images in folders
+are listed and decoded as by torchvision's `ImageFolder`, in several threads; what becomes of each
+kind of file and image is in docs/data.md.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +20,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hpc_absa.data.order import permutation
-from hpc_absa.data.sources import Samples, Source
+from hpc_absa.data.sources import Samples, Source, decoded
 from hpc_absa.errors import HpcAbsaError, UsageError
 from hpc_absa.torchvision_import import torchvision
 
 _TEST_FOLDERS = ("test", "val", "valid", "validation")
 _BLOCK_PIXELS = 1 << 22  # decoded at a time: 4096 images of 32 × 32, 83 of 224 × 224
+
+_NOT_IMAGES = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}
+"""Formats that Pillow only identifies, or decodes with the help of other programs."""
+_EXIF_ORIENTATION = 0x0112
 
 Labelled = tuple[Sequence[Path], Sequence[int]]
 """Image files and the label of each."""
@@ -76,16 +84,17 @@ def tinyimagenet(root: Path, image_size: int = 64) -> Source:
     annotations = root / "val" / "val_annotations.txt"
     if not annotations.is_file():
         return imagefolder(root, image_size)
-    classes, train = _listing(root / "train")
+    notes: Counter[str] = Counter()
+    classes, train = _listing(root / "train", notes)
     label_of = {wnid: label for label, wnid in enumerate(classes)}
     files, labels = [], []
-    for line in annotations.read_text().splitlines():
+    for line in annotations.read_text("utf-8").splitlines():
         name, wnid, *_ = line.split("\t")
         if wnid not in label_of:
             raise UsageError(f"data.root: {annotations} has class {wnid}, train/ has no such class")
         files.append(root / "val" / "images" / name)
         labels.append(label_of[wnid])
-    return _from_files(train, (files, labels), classes, image_size)
+    return _from_files(train, (files, labels), classes, image_size, notes)
 
 
 def imagenet(root: Path, image_size: int = 224) -> Source:
@@ -94,7 +103,7 @@ def imagenet(root: Path, image_size: int = 224) -> Source:
 
 
 def imagefolder(root: Path, image_size: int | None = None) -> Source:
-    """`train/<class>/*` and `test/<class>/*` (or `val/`), any image format that Pillow reads.
+    """`train/<class>/**` and `test/<class>/**` (or `val/`), any image format that Pillow reads.
 
     Args:
         root: The folder with `train`.
@@ -112,14 +121,15 @@ def imagefolder(root: Path, image_size: int | None = None) -> Source:
                 f"data.root: no folder {folder}; expected {root}/train/<class>/*.jpg "
                 f"and {root}/test/<class>/*.jpg (or val/)"
             )
-    classes, train_files = _listing(train)
-    test_classes, test_files = _listing(test)
+    notes: Counter[str] = Counter()
+    classes, train_files = _listing(train, notes)
+    test_classes, test_files = _listing(test, notes)
     if classes != test_classes:
         odd = _some(sorted(set(classes) ^ set(test_classes)))
         raise UsageError(
             f"data.root: {train} and {test} have different classes ({odd} in one of them only)"
         )
-    return _from_files(train_files, test_files, classes, image_size)
+    return _from_files(train_files, test_files, classes, image_size, notes)
 
 
 def _cifar(root: Path, kind: str) -> Source:
@@ -153,38 +163,81 @@ def _published(dataset: Any, root: Path, **which: Any) -> Any:
         ) from error
 
 
-def _listing(folder: Path) -> tuple[list[str], Labelled]:
-    """Class names and labelled files, sorted as by torchvision's `ImageFolder`."""
-    try:
-        images = torchvision().datasets.ImageFolder(str(folder))
-    except FileNotFoundError as error:
-        empty = [entry.name for entry in sorted(folder.iterdir()) if _is_empty_class(entry)]
+def _listing(folder: Path, notes: Counter[str]) -> tuple[list[str], Labelled]:
+    """Class names and labelled files, in the order of torchvision's `ImageFolder`."""
+    classes: list[str] = []
+    empty: list[str] = []
+    files: list[Path] = []
+    labels: list[int] = []
+    for entry in sorted(folder.iterdir(), key=os.fsencode):
+        if entry.name.startswith("."):
+            notes["hidden files and folders, left out"] += 1
+        elif not entry.is_dir():
+            notes["files outside of the class folders, left out"] += 1
+        else:
+            images = _images(entry, notes)
+            if not images:
+                empty.append(decoded(Path(entry.name)))
+            files += images
+            labels += [len(classes)] * len(images)
+            classes.append(decoded(Path(entry.name)))
+    if empty or not classes:
         what = f"no images of class {_some(empty)}" if empty else "no class folders"
-        raise UsageError(f"data.root: {what} in {folder}; expected <class>/*.jpg there") from error
-    paths, labels = zip(*images.samples, strict=True)
-    return list(images.classes), ([Path(path) for path in paths], list(labels))
+        raise UsageError(f"data.root: {what} in {folder}; expected <class>/*.jpg there")
+    return classes, (files, labels)
 
 
-def _is_empty_class(folder: Path) -> bool:
-    extensions = torchvision().datasets.folder.IMG_EXTENSIONS
-    files = (name for *_, names in os.walk(folder) for name in names)
-    return folder.is_dir() and not any(name.lower().endswith(extensions) for name in files)
+def _images(folder: Path, notes: Counter[str]) -> list[Path]:
+    """The image files in a folder and those below it, sorted by folder and then by name."""
+    images = []
+    for parent, folders, names in os.walk(folder, onerror=_unreadable, followlinks=True):
+        hidden = [name for name in folders + names if name.startswith(".")]
+        notes.update(["hidden files and folders, left out"] * len(hidden))
+        folders[:] = [name for name in folders if name not in hidden]
+        for name in (name for name in names if not name.startswith(".")):
+            suffix = os.path.splitext(name)[1].lower()
+            if suffix in _suffixes():
+                images.append(Path(parent, name))
+            else:
+                kind = decoded(Path(suffix)) if suffix else "none"
+                notes[f"files left out, suffix {kind}"] += 1
+    return sorted(images, key=lambda path: (os.fsencode(path.parent), os.fsencode(path.name)))
+
+
+def _unreadable(error: OSError) -> None:
+    raise UsageError(f"data.root: {error.filename}: {error.strerror}") from error
+
+
+@cache
+def _suffixes() -> frozenset[str]:
+    """Suffixes of image files, in lower case."""
+    from PIL import Image
+
+    known = Image.registered_extensions()  # loads all formats
+    return frozenset(s for s, kind in known.items() if kind in Image.OPEN.keys() - _NOT_IMAGES)
 
 
 def _from_files(
-    train: Labelled, test: Labelled, classes: Sequence[str], image_size: int | None
+    train: Labelled,
+    test: Labelled,
+    classes: Sequence[str],
+    image_size: int | None,
+    notes: Counter[str],
 ) -> Source:
     """A source whose images are decoded while they are packed."""
     if image_size is not None and (not isinstance(image_size, int) or image_size < 1):
         raise UsageError(f"data.image_size: {image_size}, expected pixels, a whole number from 1")
     shape = decode(train[0][0], image_size).shape
-    return Source(
-        _samples(*train, shape, image_size), _samples(*test, shape, image_size), tuple(classes)
-    )
+    samples = [_samples(*part, shape, image_size, notes) for part in (train, test)]
+    return Source(samples[0], samples[1], classes, notes=notes)
 
 
 def _samples(
-    files: Sequence[Path], labels: Sequence[int], shape: tuple[int, ...], image_size: int | None
+    files: Sequence[Path],
+    labels: Sequence[int],
+    shape: tuple[int, ...],
+    image_size: int | None,
+    notes: Counter[str],
 ) -> Samples:
     count = max(1, _BLOCK_PIXELS // (shape[1] * shape[2]))
 
@@ -194,49 +247,80 @@ def _samples(
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
             for start in range(0, len(files), count):
                 group = files[start : start + count]
-                images = pool.map(lambda file: _decode_as(file, image_size, shape), group)
+                remarks: list[str] = []
+                images = pool.map(lambda file: decode(file, image_size, remarks), group)  # noqa: B023
                 block = np.empty((len(group), *shape), np.uint8)
                 for index, image in enumerate(images):
+                    if image.shape != shape:
+                        raise UsageError(
+                            f"{decoded(group[index])}: {image.shape[2]} × {image.shape[1]} pixels, "
+                            f"others {shape[2]} × {shape[1]}; set data.image_size to crop and "
+                            "resize all of them"
+                        )
                     block[index] = image
+                notes.update(remarks)
                 yield block
 
     return Samples(np.array(labels, np.int64), shape, np.dtype(np.uint8), blocks)
 
 
-def _decode_as(file: Path, image_size: int | None, shape: tuple[int, ...]) -> NDArray[np.uint8]:
-    image = decode(file, image_size)
-    if image.shape != shape:
-        raise UsageError(
-            f"{file}: {image.shape[2]} × {image.shape[1]} pixels, others {shape[2]} × "
-            f"{shape[1]}; set data.image_size to crop and resize all of them"
-        )
-    return image
-
-
-def decode(file: Path, image_size: int | None) -> NDArray[np.uint8]:
-    """One image as uint8 [3, H, W], RGB.
+def decode(
+    file: Path, image_size: int | None, remarks: list[str] | None = None
+) -> NDArray[np.uint8]:
+    """One image as uint8 [3, H, W], RGB: what Pillow's `convert("RGB")` gives.
 
     Args:
         file: In any format that Pillow reads.
         image_size: Crop to the largest centred square and resize (bilinear over the whole area)
             to so many pixels; None keeps the size.
+        remarks: Is extended by what the conversion left out.
 
     Raises:
+        UsageError: More than 8 bits per pixel in a mode that Pillow would clip.
         HpcAbsaError: Not an image, or truncated; names the file.
     """
     from PIL import Image, ImageOps
 
     try:
         with Image.open(file) as opened:
+            mode = opened.mode
+            if mode in ("I", "F") or mode.startswith("I;16"):
+                bits = 32 if mode in ("I", "F") else 16
+                raise UsageError(
+                    f"{decoded(file)}: pixels of {bits} bits (Pillow's mode {mode}), would be "
+                    "clipped to white; convert the images to 8 bits, or read them by a function "
+                    "(docs/data.md)"
+                )
             if image_size is not None:
                 # A JPEG can be decoded at a half, a quarter, ... of its size, in less time.
                 opened.draft("RGB", (image_size, image_size))
             image = opened.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise HpcAbsaError(f"{file}: unreadable image ({error}); replace or remove it") from error
+            if remarks is not None:
+                remarks += _left_out(opened)
+    except UsageError:
+        raise
+    except Exception as error:  # damaged files give errors of many types
+        raise HpcAbsaError(
+            f"{decoded(file)}: unreadable image ({error}); replace or remove it"
+        ) from error
     if image_size is not None and image.size != (image_size, image_size):
         image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.BILINEAR)
     return np.asarray(image).transpose(2, 0, 1)
+
+
+def _left_out(image: Any) -> list[str]:
+    """What `convert("RGB")` left out of an image that is still open."""
+    remarks = []
+    if image.has_transparency_data:
+        remarks.append("images with transparency, which was dropped")
+    if image.mode == "CMYK" and "icc_profile" in image.info:
+        remarks.append("CMYK images, converted without their colour profile")
+    with contextlib.suppress(Exception):  # damaged metadata, or a damaged second frame
+        if image.getexif().get(_EXIF_ORIENTATION, 1) != 1:
+            remarks.append("images with an EXIF orientation, which was not applied")
+        if getattr(image, "is_animated", False):
+            remarks.append("images of several frames, the first one used")
+    return remarks
 
 
 def _some(names: Sequence[str]) -> str:

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from hpc_absa.data.sources import Samples
+from hpc_absa.data.sources import Samples, Source
 from hpc_absa.errors import HpcAbsaError, UsageError
 
 FORMAT = "hpc-absa-data"
@@ -56,6 +58,8 @@ class PackedDataset:
     digest: str
     """SHA-256 over the content, in hexadecimal."""
     path: Path
+    notes: dict[str, int] = field(default_factory=dict)
+    """What was left out or converted when it was packed, and how often."""
 
     @property
     def is_image(self) -> bool:
@@ -88,7 +92,10 @@ def open_packed(path: Path) -> PackedDataset:
     if not path.is_file():
         raise UsageError(f"{path}: no packed data set here; make one with `hpc-absa data`")
     if not h5py.is_hdf5(path):
-        raise UsageError(f"{path}: not an HDF5 file, expected a data set packed by `hpc-absa data`")
+        raise UsageError(
+            f"{path}: not an HDF5 file, expected a data set packed by `hpc-absa data`; pack the "
+            "data into another file with --out, and give that as data.root"
+        )
     try:
         # No process writes a packed file in place, and many network file systems refuse locks.
         with h5py.File(path, "r", locking=False) as file:
@@ -104,6 +111,15 @@ def is_packed(path: Path) -> bool:
             return text(file.attrs.get("format", b"")) == FORMAT
     except Exception:  # h5py raises errors of many types for files that it cannot read
         return False
+
+
+def check_replaceable(path: Path) -> None:
+    """Raise UsageError where `path` is anything but a packed data set."""
+    if os.path.lexists(path) and not is_packed(path):
+        raise UsageError(
+            f"{path}: exists, and is not a data set packed by hpc-absa; "
+            "remove it, or name another file with --out"
+        )
 
 
 def check_content(dataset: PackedDataset) -> None:
@@ -125,7 +141,7 @@ def check_content(dataset: PackedDataset) -> None:
 def header(
     train: Split | Samples,
     test: Split | Samples,
-    classes: tuple[str, ...],
+    classes: Sequence[str],
     mean: NDArray[np.float64],
     std: NDArray[np.float64],
 ) -> bytes:
@@ -151,13 +167,17 @@ def one_line(error: BaseException) -> str:
 
 def _read(file: h5py.File, path: Path) -> PackedDataset:
     if text(file.attrs.get("format", b"")) != FORMAT:
-        raise UsageError(f"{path}: an HDF5 file, but not a data set packed by `hpc-absa data`")
+        raise UsageError(
+            f"{path}: an HDF5 file, but not a data set packed by `hpc-absa data`; pack the data "
+            "into another file with --out, and give that as data.root"
+        )
     version = int(file.attrs["format_version"])
     if version > FORMAT_VERSION:
         raise UsageError(
             f"{path}: packed in format version {version}, this hpc-absa reads up to "
             f"{FORMAT_VERSION}; update hpc-absa or pack it again"
         )
+    notes = json.loads(text(file.attrs["notes"])) if "notes" in file.attrs else None
     dataset = PackedDataset(
         name=text(file.attrs["name"]),
         arguments=json.loads(text(file.attrs["arguments"])),
@@ -168,9 +188,9 @@ def _read(file: h5py.File, path: Path) -> PackedDataset:
         std=np.asarray(file.attrs["std"], np.float64),
         digest=text(file.attrs["digest"]),
         path=path,
+        notes=notes or {},
     )
-    _check_shapes(dataset)
-    return dataset
+    return _checked(dataset, read_all=notes is None)
 
 
 def _mapped(dataset: h5py.Dataset, path: Path) -> NDArray[Any]:
@@ -183,18 +203,24 @@ def _mapped(dataset: h5py.Dataset, path: Path) -> NDArray[Any]:
     return mapped.view(np.ndarray)
 
 
-def _check_shapes(dataset: PackedDataset) -> None:
+def _checked(dataset: PackedDataset, read_all: bool) -> PackedDataset:
+    """After the checks of every source; `read_all`: also of values, in files that lack them."""
     for name, split in (("train", dataset.train), ("test", dataset.test)):
-        images, labels = split.images, split.labels
-        if labels.dtype != np.int64 or labels.shape != (len(images),):
+        if split.labels.dtype != np.int64 or split.images.dtype not in (np.uint8, np.float32):
             raise ValueError(
-                f"/{name}/labels is {labels.dtype} {list(labels.shape)}, "
-                f"expected int64 [{len(images)}]"
+                f"/{name} has labels {split.labels.dtype} and images {split.images.dtype}, "
+                "expected int64, and uint8 or float32"
             )
-        if images.shape[1:] != dataset.shape or images.dtype != dataset.train.images.dtype:
-            raise ValueError(
-                f"/{name}/images is {images.dtype} {list(images.shape)}, expected "
-                f"{dataset.train.images.dtype} [N, {', '.join(map(str, dataset.shape))}]"
-            )
-    if dataset.mean.shape != (dataset.channels,) or dataset.std.shape != (dataset.channels,):
-        raise ValueError(f"mean and std must have {dataset.channels} numbers, one for each channel")
+    train, test = (
+        Samples.from_arrays(split.images, split.labels, part)
+        for part, split in (("train", dataset.train), ("test", dataset.test))
+    )
+    try:
+        source = Source(train, test, dataset.classes, dataset.mean, dataset.std)
+        for samples in (source.train, source.test) if read_all and not dataset.is_image else ():
+            for _ in samples.blocks():
+                pass
+    except UsageError as error:
+        raise ValueError(str(error)) from error
+    assert source.std is not None
+    return replace(dataset, std=source.std)

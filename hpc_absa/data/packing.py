@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,13 @@ from hpc_absa.data.packed import (
     FORMAT,
     FORMAT_VERSION,
     PackedDataset,
+    check_replaceable,
     header,
     one_line,
     open_packed,
 )
-from hpc_absa.data.sources import Samples, Source
-from hpc_absa.errors import HpcAbsaError, UsageError
+from hpc_absa.data.sources import Source
+from hpc_absa.errors import HpcAbsaError
 from hpc_absa.hdf5 import DeferredErrorFile, reserve, write_at
 from hpc_absa.rundir.files import replacing
 
@@ -47,7 +48,7 @@ def write_packed(
     Images are written in blocks: memory use does not grow with the data set.
 
     Args:
-        path: Its folder is created where it does not exist; a file there is replaced.
+        path: Its folder is created where it does not exist; a packed file is replaced.
         source: What to pack.
         name: Of the source, kept in the file.
         arguments: Of the source, kept in the file as JSON.
@@ -55,7 +56,7 @@ def write_packed(
 
     Raises:
         HpcAbsaError: The disk is full or cannot be written; nothing is left behind.
-        UsageError: The source's images do not have the number, shape or type it declares.
+        UsageError: The source's images are not what it declares, or `path` is not a packed file.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -71,6 +72,7 @@ def write_packed(
                 layout["classes"] = _text(source.classes)
                 _write_arrays(file.fileno(), layout, source, progress)
             file.check()
+            check_replaceable(path)  # again, because packing takes long
     except OSError as error:
         raise HpcAbsaError(
             f"{path}: cannot be written ({one_line(error)}); the packed data set needs "
@@ -90,7 +92,7 @@ def _write_arrays(
         images_shape = (len(samples), *samples.shape)
         offset = reserve(layout.id, f"{part}/images", samples.dtype, images_shape)
         labels = reserve(layout.id, f"{part}/labels", samples.labels.dtype, (len(samples),))
-        for block in _checked(samples, part):
+        for block in samples.blocks():
             data = block.data.cast("B")
             write_at(descriptor, data, offset)
             offset += len(data)
@@ -107,25 +109,8 @@ def _write_arrays(
     mean = mean if source.mean is None else source.mean
     std = std if source.std is None else source.std
     digest.update(header(source.train, source.test, source.classes, mean, std))
-    layout.attrs.update(mean=mean, std=std, digest=_text(digest.hexdigest()))
-
-
-def _checked(samples: Samples, part: str) -> Iterator[NDArray[Any]]:
-    """The blocks, contiguous, after comparing them with what the source declares."""
-    seen = 0
-    for block in samples.blocks():
-        if block.shape[1:] != samples.shape or block.dtype != samples.dtype:
-            raise UsageError(
-                f"{part} images come as {block.dtype} {list(block.shape[1:])}, but the source "
-                f"declares {samples.dtype} {list(samples.shape)}"
-            )
-        seen += len(block)
-        if seen > len(samples):
-            break
-        yield np.ascontiguousarray(block)
-    if seen != len(samples):
-        counted = "more" if seen > len(samples) else seen
-        raise UsageError(f"the {part} set has {len(samples)} labels but {counted} images")
+    notes = json.dumps(dict(source.notes))
+    layout.attrs.update(mean=mean, std=std, digest=_text(digest.hexdigest()), notes=_text(notes))
 
 
 class _Moments:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from hpc_absa.data.packed import FORMAT_VERSION, PackedDataset, is_packed, open_packed
+from hpc_absa.data.packed import FORMAT_VERSION, PackedDataset, check_replaceable, open_packed
 from hpc_absa.data.packing import Progress, write_packed
 from hpc_absa.data.sources import load
-from hpc_absa.errors import UsageError
+from hpc_absa.errors import HpcAbsaError, UsageError
 
 
 def prepare(
@@ -32,11 +34,7 @@ def prepare(
     if not packed.exists():
         return pack(name, root, arguments, packed)
     dataset = open_packed(packed)
-    if (dataset.name, dataset.arguments) != (name, dict(arguments)):
-        raise UsageError(
-            f"{packed}: holds {_title(dataset.name, dataset.arguments)}, but the job asks for "
-            f"{_title(name, arguments)}; remove the file or name another one"
-        )
+    _check_same(dataset, name, arguments)
     return dataset
 
 
@@ -47,23 +45,39 @@ def pack(
     packed: Path,
     progress: bool = False,
 ) -> PackedDataset:
-    """Pack a source, replacing a packed data set once the new one is complete.
+    """Pack a source, replacing its former packed file once the new one is complete.
 
-    Arguments and errors as for `prepare`; `progress` shows a progress bar on standard error.
+    Prints what was left out on standard error. Arguments and errors as for `prepare`; `progress`
+    shows a progress bar there.
 
     Raises:
-        UsageError: `packed` is a file that is not a packed data set; nothing is read or written.
+        UsageError: `packed` is another file or another data set; nothing is read or written.
     """
-    if packed.exists() and not is_packed(packed):
-        raise UsageError(
-            f"{packed}: exists, and is not a data set packed by hpc-absa; "
-            "remove it, or name another file with --out"
-        )
+    packed = Path(os.path.realpath(packed))  # a symbolic link is kept, its target replaced
+    check_replaceable(packed)
+    if packed.exists():
+        try:
+            _check_same(open_packed(packed), name, arguments)
+        except UsageError:
+            raise
+        except HpcAbsaError:  # damaged, and packed again for that
+            pass
     source = load(name, root, arguments)
-    if not progress:
-        return write_packed(packed, source, name, dict(arguments))
-    with progress_bar(f"packing {name}") as advance:
-        return write_packed(packed, source, name, dict(arguments), advance)
+    bar = progress_bar(f"packing {name}") if progress else contextlib.nullcontext()
+    with bar as advance:
+        dataset = write_packed(packed, source, name, dict(arguments), advance)
+    with contextlib.suppress(OSError, ValueError):  # a closed standard error
+        for reason, count in sorted(dataset.notes.items()):
+            print(f"data: {reason}: {count}", file=sys.stderr)
+    return dataset
+
+
+def _check_same(dataset: PackedDataset, name: str, arguments: Mapping[str, Any]) -> None:
+    if (dataset.name, dataset.arguments) != (name, dict(arguments)):
+        raise UsageError(
+            f"{dataset.path}: holds {_title(dataset.name, dataset.arguments)}, expected "
+            f"{_title(name, arguments)}; remove the file or name another one"
+        )
 
 
 def packed_beside(root: Path) -> Path:
@@ -93,6 +107,7 @@ def describe(path: Path) -> dict[str, Any]:
         "classes": list(dataset.classes),
         "mean": dataset.mean.tolist(),
         "std": dataset.std.tolist(),
+        "notes": dataset.notes,
         "digest": dataset.digest,
         "bytes": path.stat().st_size,
     }

@@ -32,5 +32,8 @@ def known_size(name: str) -> int | None:
 
 
 def augmented_by_default(name: str) -> bool:
-    """Whether images of `[data] name` are cropped and flipped where the job does not say."""
-    return name not in DATASETS or DATASETS[name].augmented
+    """Whether images of `[data] name` are cropped and flipped where the job does not say.
+
+    User-defined data are not: a flip may change what an image means.
+    """
+    return name in DATASETS and DATASETS[name].augmented

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -16,20 +18,26 @@ from hpc_absa.data.registry import DATASETS
 from hpc_absa.errors import UsageError
 
 _BLOCK_BYTES = 1 << 24  # of an array at a time: large enough for the disk, small in memory
+_EXPECTED = (
+    "expected uint8 [N, C, H, W] for images or floating-point [N, F] or [N, C, ...] for other data"
+)
 
 
 @dataclass(frozen=True)
 class Samples:
-    """N training or test samples; images come in blocks, in the order of the labels."""
+    """N training or test samples; images come in blocks, in the order of the labels.
+
+    `Source` checks and converts them.
+    """
 
     labels: NDArray[np.int64]
-    """[N], from 0 up to the number of classes."""
+    """[N], from 0 up to the number of classes; integers of any width or booleans."""
     shape: tuple[int, ...]
     """Of one sample: (C, H, W) for images, (F,) or (C, ...) for other data."""
     dtype: np.dtype[Any]
-    """uint8 for images, float32 for other data."""
+    """uint8 for images, floating-point for other data, which is stored as float32."""
     blocks: Callable[[], Iterator[NDArray[Any]]]
-    """Yields arrays [k, *shape], k ≥ 1, N samples in total."""
+    """Yields arrays [k, *shape], N samples in total."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -44,25 +52,20 @@ class Samples:
         """Samples that are in memory.
 
         Args:
-            images: uint8 [N, C, H, W], or floating-point [N, F] or [N, C, ...], kept as float32.
+            images: uint8 [N, C, H, W], or floating-point [N, F] or [N, C, ...].
             labels: Integers [N].
             part: For error messages.
 
         Raises:
-            UsageError: Another type or shape.
+            UsageError: Not arrays, or of different lengths.
         """
-        pixels, classes = np.asarray(images), np.asarray(labels)
-        if np.issubdtype(pixels.dtype, np.floating) and pixels.ndim >= 2:
-            pixels = pixels.astype(np.float32, copy=False)
-        elif pixels.dtype != np.uint8 or pixels.ndim != 4:
+        pixels, classes = _array(images, f"{part} images"), _array(labels, f"{part} labels")
+        if pixels.ndim < 2:
+            raise UsageError(f"{part} images are {_type(pixels)}, {_EXPECTED}")
+        if classes.shape != pixels.shape[:1]:
             raise UsageError(
-                f"{part} images are {pixels.dtype} {list(pixels.shape)}, expected uint8 "
-                "[N, C, H, W] for images or float32 [N, F] or [N, C, ...] for other data"
-            )
-        if not np.issubdtype(classes.dtype, np.integer) or classes.shape != pixels.shape[:1]:
-            raise UsageError(
-                f"{part} labels are {classes.dtype} {list(classes.shape)}, expected "
-                f"integers [{len(pixels)}], one for each image"
+                f"{part} labels are {_type(classes)}, expected integers [{len(pixels)}], the "
+                "class index of each sample"
             )
 
         def blocks() -> Iterator[NDArray[Any]]:
@@ -70,49 +73,130 @@ class Samples:
             for start in range(0, len(pixels), step):
                 yield pixels[start : start + step]
 
-        return cls(classes.astype(np.int64), pixels.shape[1:], pixels.dtype, blocks)
+        return cls(classes, pixels.shape[1:], pixels.dtype, blocks)
+
+    def checked(self, part: str) -> Samples:
+        """The same with int64 labels and contiguous blocks of uint8 or float32.
+
+        Blocks are checked as they are read: number, shape, type, and no NaN or infinite values.
+
+        Raises:
+            UsageError: What cannot be converted without loss, here or from `blocks`.
+        """
+        labels = _array(self.labels, f"{part} labels")
+        if labels.dtype.kind not in "biu" or labels.ndim != 1:
+            raise UsageError(
+                f"{part} labels are {_type(labels)}, expected integers [N], the class index of "
+                "each sample"
+            )
+        shape, given = tuple(int(n) for n in self.shape), np.dtype(self.dtype)
+        declared = f"{given} {list(shape)}"
+        is_image = given == np.uint8 and len(shape) == 3
+        if prod(shape) == 0 or not shape or not (is_image or given.kind == "f"):
+            listed = ", ".join(map(str, (len(labels), *shape)))
+            raise UsageError(f"{part} images are {given} [{listed}], {_EXPECTED}")
+        if is_image and shape[2] in (1, 3, 4) and min(shape[:2]) > 4:
+            raise UsageError(
+                f"{part} images are {declared} each, which looks like [H, W, C], expected "
+                "[C, H, W]; use images.transpose(0, 3, 1, 2)"
+            )
+        dtype = np.dtype(np.uint8 if is_image else np.float32)
+
+        def blocks() -> Iterator[NDArray[Any]]:
+            seen = 0
+            for read in self.blocks():
+                block = _array(read, f"{part} images")
+                same_kind = block.dtype == dtype if is_image else block.dtype.kind == "f"
+                if block.shape[1:] != shape or not same_kind:
+                    raise UsageError(
+                        f"{part} images come as {block.dtype} {list(block.shape[1:])}, but the "
+                        f"source declares {declared}"
+                    )
+                with np.errstate(over="ignore"):  # becomes infinite, and is refused
+                    block = np.ascontiguousarray(block, dtype)
+                if not is_image and not (finite := np.isfinite(block)).all():
+                    first = seen + int(finite.reshape(len(block), -1).all(1).argmin())
+                    raise UsageError(
+                        f"{part} sample {first} has NaN or infinite values (as float32); remove "
+                        "the sample or replace them"
+                    )
+                seen += len(block)
+                if seen > len(labels):
+                    break
+                if len(block):
+                    yield block
+            if seen != len(labels):
+                counted = "more" if seen > len(labels) else seen
+                raise UsageError(f"the {part} set has {len(labels)} labels but {counted} images")
+
+        return Samples(labels.astype(np.int64), shape, dtype, blocks)
 
 
 @dataclass(frozen=True)
 class Source:
-    """A data set to be packed; a user-defined data function returns one."""
+    """A data set to be packed; a user-defined data function returns one.
+
+    Every way into the program ends here: arrays, blocks, folders and packed files.
+    """
 
     train: Samples
     test: Samples
-    classes: tuple[str, ...]
-    """Names, by label."""
+    classes: Sequence[str]
+    """Names, by label; stored as a tuple of str. Integers and numpy's types are converted."""
     mean: NDArray[np.float64] | None = None
     """[C], for normalisation; None: measured on the training pixels, 0 for float data."""
     std: NDArray[np.float64] | None = None
-    """[C] likewise; None: measured, 1 for float data."""
+    """[C] likewise; None: measured, 1 for float data. Constant channels are divided by 1."""
+    notes: Counter[str] = field(default_factory=Counter)
+    """What was left out or converted, and how often; complete once all blocks were read."""
 
     def __post_init__(self) -> None:
-        """Check everything that can be checked before an image is read.
+        """Check and convert everything that can be before an image is read.
 
         Raises:
-            UsageError: No samples, labels outside of the classes, or splits that differ in shape.
+            UsageError: No samples, labels outside of the classes, splits that differ in shape, or
+                values of a wrong type.
         """
-        for part, samples in (("train", self.train), ("test", self.test)):
+        train, test = self.train.checked("train"), self.test.checked("test")
+        classes = _class_names(self.classes)
+        for part, samples in (("train", train), ("test", test)):
             labels = samples.labels
             if len(labels) == 0:
                 raise UsageError(f"the {part} set is empty, expected at least one sample")
-            if labels.min() < 0 or labels.max() >= len(self.classes):
+            if labels.min() < 0 or labels.max() >= len(classes):
                 raise UsageError(
                     f"{part} labels are from {labels.min()} to {labels.max()}, "
-                    f"expected 0 to {len(self.classes) - 1} for {len(self.classes)} classes"
+                    f"expected 0 to {len(classes) - 1} for {len(classes)} classes"
                 )
-        train, test = self.train, self.test
         if (train.shape, train.dtype) != (test.shape, test.dtype):
             raise UsageError(
                 f"training samples are {train.dtype} {list(train.shape)} and test samples "
                 f"{test.dtype} {list(test.shape)}, expected the same"
             )
-        for key, values in (("mean", self.mean), ("std", self.std)):
-            if values is not None and np.shape(values) != train.shape[:1]:
-                raise UsageError(
-                    f"{key} has shape {list(np.shape(values))}, expected one number for each of "
-                    f"{train.shape[0]} channels"
-                )
+        absent = len(classes) - np.count_nonzero(np.bincount(train.labels, minlength=len(classes)))
+        if absent:
+            self.notes["classes without training samples"] = int(absent)
+        mean, std = (
+            None if value is None else _channels(key, value, train.shape[0])
+            for key, value in (("mean", self.mean), ("std", self.std))
+        )
+        if mean is not None and train.dtype == np.uint8 and (mean.min() < 0 or mean.max() > 1):
+            raise UsageError(
+                f"mean is {mean.tolist()}, expected 0 (black) to 1 (white) for images; divide "
+                "mean and std by 255"
+            )
+        if std is not None:
+            if std.min() < 0:
+                raise UsageError(f"std is {std.tolist()}, expected no negative numbers")
+            # What float32 cannot tell from a constant would be noise, or NaN, after the division.
+            center = np.zeros_like(std) if mean is None else np.abs(mean)
+            constant = std <= 10 * np.finfo(np.float32).eps * center
+            if constant.any():
+                self.notes["constant channels, divided by 1"] = int(constant.sum())
+            std = np.where(constant, 1.0, std)
+        checked = {"train": train, "test": test, "classes": classes, "mean": mean, "std": std}
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
 
     @property
     def nbytes(self) -> int:
@@ -126,7 +210,7 @@ class Source:
         train_labels: ArrayLike,
         test_images: ArrayLike,
         test_labels: ArrayLike,
-        classes: Sequence[str] | None = None,
+        classes: Sequence[Any] | None = None,
         mean: ArrayLike | None = None,
         std: ArrayLike | None = None,
     ) -> Source:
@@ -147,10 +231,61 @@ class Source:
         train = Samples.from_arrays(train_images, train_labels, "train")
         test = Samples.from_arrays(test_images, test_labels, "test")
         if classes is None:
-            highest = max(int(part.labels.max(initial=-1)) for part in (train, test))
-            classes = [str(label) for label in range(highest + 1)]
-        given = (None if value is None else np.asarray(value, np.float64) for value in (mean, std))
-        return cls(train, test, tuple(classes), *given)
+            both = (train.checked("train").labels, test.checked("test").labels)
+            classes = range(1 + max(int(labels.max(initial=-1)) for labels in both))
+        return cls(train, test, classes, mean, std)  # type: ignore[arg-type]  # converted there
+
+
+def decoded(name: str | bytes | Path) -> str:
+    """Text that can be stored and printed: from UTF-8, or else Latin-1, as in older file names."""
+    data = name.encode("utf-8", "surrogateescape") if isinstance(name, str) else os.fsencode(name)
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError:
+        return data.decode("latin-1")
+
+
+def _array(value: Any, title: str) -> NDArray[Any]:
+    if np.ma.is_masked(value):
+        raise UsageError(f"{title} are a masked array with masked values; fill or remove them")
+    try:
+        return np.asarray(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        # Lists of different lengths, or a tensor on a GPU or with gradients.
+        raise UsageError(f"{title} cannot be converted to a numpy array ({error})") from error
+
+
+def _type(array: NDArray[Any]) -> str:
+    return f"{array.dtype} {list(array.shape)}"
+
+
+def _class_names(classes: Any) -> tuple[str, ...]:
+    if isinstance(classes, (str, bytes, Set, Mapping)) or not isinstance(classes, Iterable):
+        raise UsageError(
+            f"classes is a {type(classes).__name__}, expected a list of names by label"
+        )
+    names = []
+    for label, name in enumerate(classes):
+        if isinstance(name, (str, bytes)):
+            names.append(decoded(name))
+        elif isinstance(name, (int, np.integer)):
+            names.append(str(int(name)))
+        else:
+            raise UsageError(f"classes[{label}] is a {type(name).__name__}, expected a string")
+    return tuple(names)
+
+
+def _channels(key: str, values: Any, channels: int) -> NDArray[np.float64]:
+    """`mean` or `std`, [C]."""
+    array = _array(values, key)
+    if array.shape != (channels,):
+        raise UsageError(
+            f"{key} has shape {list(array.shape)}, expected one number for each of "
+            f"{channels} channels"
+        )
+    if array.dtype.kind not in "iuf" or not np.isfinite(array).all():
+        raise UsageError(f"{key} is {array.tolist()}, expected finite numbers")
+    return array.astype(np.float64)
 
 
 def load(name: str, root: Path | None, arguments: Mapping[str, Any]) -> Source:

@@ -22,6 +22,8 @@ JOB = f"""
 name = "small"
 [data]
 name = "tests.training.runs:images"
+padding = 1
+flip = true
 [model]
 name = "digits-cnn"
 width = 2

@@ -70,6 +70,25 @@ def test_label_smoothing_is_passed_to_the_loss(dataset):
         assert loss(outputs, targets) == expected
 
 
+@pytest.mark.parametrize(
+    ("overrides", "changed"),
+    [
+        (["data.name=mine:images"], False),
+        (["data.name=mine:images", "data.flip=true"], True),
+        (["data.name=mine:images", "data.padding=1"], True),
+        (["data.name=imagefolder"], True),
+        (["data.name=imagefolder", "data.flip=false", "data.padding=0"], False),
+        (["data.name=digits"], False),
+    ],
+)
+def test_user_defined_images_are_augmented_only_where_the_job_asks_for_it(
+    dataset, overrides, changed
+):
+    reader = loader(job(*overrides), dataset)
+    microbatch = reader.get(0)
+    assert torch.equal(microbatch.inputs, reader.sample(microbatch.samples)[0]) != changed
+
+
 def test_channels_last_is_the_layout_of_weights_and_images_and_changes_no_value(dataset):
     nets, images = [], []
     for overrides in LAYOUTS:

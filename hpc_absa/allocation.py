@@ -20,7 +20,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from hpc_absa.config.file import RANK_VARIABLES
 from hpc_absa.errors import UsageError
+
+RANKS = "HPC_ABSA_RANKS"
+"""Set by our supervisor: the number of ranks that it asked its launcher for."""
 
 WORLD_SIZE_VARIABLES = (
     "OMPI_COMM_WORLD_SIZE",  # Open MPI's mpirun
@@ -69,6 +73,29 @@ def detect(environment: Mapping[str, str] | None = None) -> Allocation | None:
     return None
 
 
+def requested_ranks(environment: Mapping[str, str] | None = None) -> tuple[str, int] | None:
+    """How many ranks were asked for, and the variable that states it; None where none does.
+
+    The supervisor knows it best, then the launcher, then Slurm, whose steps also contain the
+    daemons of other launchers and shells.
+    """
+    variables = os.environ if environment is None else environment
+    names = [RANKS, *WORLD_SIZE_VARIABLES]
+    if "SLURM_STEP_ID" in variables:
+        names += ["SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"]
+    for name in names:
+        if variables.get(name, "").isdecimal():
+            return name, int(variables[name])
+    return None
+
+
+def launcher_rank(environment: Mapping[str, str] | None = None) -> int:
+    """This process's rank according to its launcher, 0 without one."""
+    variables = os.environ if environment is None else environment
+    values = (variables.get(name, "") for name in RANK_VARIABLES)
+    return next((int(value) for value in values if value.isdecimal()), 0)
+
+
 def counted(names: Iterable[str]) -> Hosts:
     """Hosts with a slot for each appearance of their name, in order of first appearance."""
     return list(Counter(name for name in names if name).items())
@@ -81,7 +108,7 @@ def read_lines(path: str, variable: str) -> list[str]:
         UsageError: it cannot be read.
     """
     try:
-        text = Path(path).expanduser().read_text(encoding="utf-8")
+        text = Path(os.path.expanduser(path)).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{variable} = {path!r}: cannot be read: {error}") from None
     lines = (line.partition("#")[0].strip() for line in text.splitlines())

@@ -103,8 +103,9 @@ def _derive(own: Job, job: Job, events: Sequence[Event]) -> Iterator[Replayed]:
     """Decide again at every boundary that the run recorded, by the schedule of `job`."""
     rule = build(job)
     progress = Progress(Position(), rule.initial())
-    decisions = {finite(e.get("epoch")): e for e in events if e["event"] == "decision"}
-    ends = {finite(e.get("epoch")) for e in events if e["event"] == "epoch"}
+    events = [e for e in events if math.isfinite(finite(e.get("epoch")))]
+    decisions = {finite(e["epoch"]): e for e in events if e["event"] == "decision"}
+    ends = {finite(e["epoch"]) for e in events if e["event"] == "epoch"}
     whole = max((finite(e.get("hessian_samples"), 0.0) for e in decisions.values()), default=0.0)
     for epoch in sorted(decisions.keys() | ends):
         event, eigenvalue, unknown = decisions.get(epoch), None, None
@@ -180,7 +181,7 @@ def _compared(
     value = finite(event.get("eigenvalue")) if event else math.nan
     return Replayed(
         epoch=epoch,
-        step=int(event["step"]) if event and event.get("step") is not None else None,
+        step=int(step) if event and math.isfinite(step := finite(event.get("step"))) else None,
         eigenvalue=value if math.isfinite(value) else None,
         reference=before.reference,
         action=made.action,

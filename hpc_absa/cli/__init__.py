@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
 
-from hpc_absa import __version__
+from hpc_absa import __version__, console
 from hpc_absa.cli import inspecting, preparing, running
 from hpc_absa.errors import ExitStatus, HpcAbsaError
 
@@ -58,22 +59,30 @@ _ClickError: Any = typer.BadParameter.__mro__[2]
 
 def main() -> None:
     """The console script: an error becomes one line and the exit status."""
+    console.prepare()
     try:
         status = app(standalone_mode=False)
     except HpcAbsaError as error:
-        print(f"hpc-absa: {error}", file=sys.stderr)
+        _print_error(f"hpc-absa: {error}")
         status = error.status
     except _ClickError as error:
         context = getattr(error, "ctx", None)
         hint = f" (see {context.command_path} --help)" if context else ""
-        print(f"hpc-absa: {error.format_message()}{hint}", file=sys.stderr)
+        _print_error(f"hpc-absa: {error.format_message()}{hint}")
         status = error.exit_code
     except (typer.Abort, KeyboardInterrupt):
         status = ExitStatus.STOPPED
     except BrokenPipeError:
-        sys.stderr.close()
         status = ExitStatus.FAILED
     except OSError as error:  # such as a full or read-only disk
-        print(f"hpc-absa: {error}", file=sys.stderr)
+        _print_error(f"hpc-absa: {error}")
         status = ExitStatus.FAILED
+    if not console.finish(sys.stdout):  # only where the output is the result
+        status = status or ExitStatus.FAILED
+    console.finish(sys.stderr)
     sys.exit(int(status or 0))
+
+
+def _print_error(line: str) -> None:
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr, flush=True)

@@ -8,6 +8,7 @@ from typing import Annotated
 from typer import Argument, Option
 
 from hpc_absa.cli.options import Directory, Json, print_json, print_line
+from hpc_absa.console import rich_console
 from hpc_absa.errors import ExitStatus
 
 
@@ -22,9 +23,7 @@ def status(directory: Directory, as_json: Json = False) -> int:
     if as_json:
         print_json(current.to_dict())
     else:
-        from rich.console import Console
-
-        run_status.render(current, Console())
+        run_status.render(current, rich_console())
     return ExitStatus.OK
 
 
@@ -80,10 +79,8 @@ def replay(
     if as_json:
         print_json({**own.to_dict(), "other": other.to_dict() if other else None})
     else:
-        from rich.console import Console
-
         for replayed in filter(None, (own, other)):
-            replaying.render(replayed, Console())
+            replaying.render(replayed, rich_console())
     return ExitStatus.FAILED if own.differing else ExitStatus.OK
 
 

@@ -18,6 +18,7 @@ from hpc_absa.cli.options import (
     print_json,
     print_line,
 )
+from hpc_absa.console import rich_console
 from hpc_absa.data.registry import DATASETS
 from hpc_absa.errors import ExitStatus, UsageError
 
@@ -69,7 +70,6 @@ def plan(
 
 
 def _print_plan(title: str, planned: Any) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(title=f"{title}: {planned.steps} SGD iterations", title_justify="left")
@@ -85,7 +85,7 @@ def _print_plan(title: str, planned: Any) -> None:
         node_hours = sum(phase.node_hours for phase in planned.phases)
         table.caption = f"{hours:.3g} hours of computing, {node_hours:.3g} node-hours"
         table.caption_justify = "left"
-    Console().print(table)
+    rich_console().print(table)
 
 
 def data(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, Option
 
+from hpc_absa import console
 from hpc_absa.cli.inspecting import write_report
 from hpc_absa.cli.options import (
     AllowChanged,
@@ -23,10 +24,11 @@ from hpc_absa.cli.options import (
     folder,
     print_line,
 )
-from hpc_absa.errors import ExitStatus
+from hpc_absa.errors import ExitStatus, HpcAbsaError
 
 if TYPE_CHECKING:
     from hpc_absa.report.tensorboard import TensorBoardLog
+    from hpc_absa.rundir import RunDir
 
 
 def run(
@@ -57,6 +59,7 @@ def run(
     after Ctrl-C, a crash or a reboot, give the same command again. Exit status: 0 done, 1 failed,
     2 wrong usage or job file, 75 stopped on request with everything saved.
     """
+    console.never_fail()
     from hpc_absa import config, worldsize
     from hpc_absa.report.tensorboard import TensorBoardLog
     from hpc_absa.rundir import RunDir
@@ -74,7 +77,7 @@ def run(
     loaded = config.load(job, (*(overrides or ()), *settings))
     directory = RunDir(run_dir or run_state.default_run_dir(loaded))
     allowed = tuple(allow_changed or ())
-    board = None
+    board = lines = None
     if loaded.launch.launcher == "slurm":
         follower = Follower(loaded, directory, allowed, print_line)
         if dry_run:
@@ -87,7 +90,8 @@ def run(
         ranks = loaded.ranks.model_copy(update={"max": worldsize.limit(loaded)})
         loaded = loaded.model_copy(update={"ranks": ranks})
         board = TensorBoardLog(directory)
-        supervisor = Supervisor(loaded, directory, allowed, _show_and_update(board))
+        lines = console.LineQueue(_show_and_update(board))
+        supervisor = Supervisor(loaded, directory, allowed, lines)
         if dry_run:
             print(supervisor.launch_command(fresh))
             return ExitStatus.OK
@@ -96,16 +100,17 @@ def run(
         run_state.clear(directory)
     if done := run_state.finished(directory):
         print_line(
-            f"{directory.path}: already done after {done['steps']} steps; "
+            f"{directory.path}: already done after {done.get('steps')} steps; "
             "--fresh starts again, --run-dir names another folder"
         )
         return ExitStatus.OK
-    status = start()
-    if board:
-        board.close()
-        # After a stop there may be only seconds left: `hpc-absa report` can write the page later.
-        if directory.events.exists() and status != ExitStatus.STOPPED:
-            write_report([directory.path], None)
+    try:
+        status = start()
+    finally:
+        if lines:
+            lines.close()
+    # After a stop there may be only seconds left: `hpc-absa report` can write the page later.
+    _write_figures(directory, board, page=board is not None and status != ExitStatus.STOPPED)
     return status
 
 
@@ -118,6 +123,17 @@ def _show_and_update(board: TensorBoardLog) -> Callable[[str], None]:
             board.update()
 
     return show_and_update
+
+
+def _write_figures(run: RunDir, board: TensorBoardLog | None, page: bool) -> None:
+    """Finish the TensorBoard files and write the page; the exit status is the run's alone."""
+    try:
+        if board:
+            board.close()
+        if page and run.events.exists():
+            write_report([run.path], None)
+    except (OSError, HpcAbsaError) as error:
+        print_line(f"warning: the report could not be written: {error}")
 
 
 def compare(
@@ -140,8 +156,7 @@ def compare(
 
     Exit status: 0 all cells done, 1 some failed (`--retry` runs them again), 75 stopped.
     """
-    from rich.console import Console
-
+    console.never_fail()
     from hpc_absa.study import tables
     from hpc_absa.study.runner import Progress, Runner
     from hpc_absa.study.sweep import StudyDir, load
@@ -155,7 +170,7 @@ def compare(
     else:
         status = Runner(
             study,
-            Progress(study, Console(stderr=True)),
+            Progress(study, console.rich_console(stderr=True)),
             side_by_side=side_by_side or loaded.side_by_side,
             retry=retry,
             allow_changed=tuple(allow_changed or ()),
@@ -177,6 +192,7 @@ def cancel(
     """
     from hpc_absa.supervisor.run_state import cancel as cancel_run
 
+    console.never_fail()
     for line in cancel_run(directory, now):
         print_line(line)
     return ExitStatus.OK
@@ -198,6 +214,7 @@ def train(
     checkpoint, trains until the job is done or a decision asks for more ranks, and prints the
     command of the next phase.
     """
+    console.never_fail()
     gc.disable()  # until all ranks are connected: imports leave no garbage, and this saves 0.3 s
     from hpc_absa.training import rank
 
@@ -222,10 +239,13 @@ def link(
     from hpc_absa.supervisor import run_state
     from hpc_absa.supervisor.link import LinkRun
 
+    console.never_fail()
     run = RunDir(directory)
     board = TensorBoardLog(run)
-    status = LinkRun(run, number, tuple(allow_changed or ()), _show_and_update(board)).work()
-    board.close()
-    if run_state.finished(run):
-        write_report([run.path], None)
+    lines = console.LineQueue(_show_and_update(board))
+    try:
+        status = LinkRun(run, number, tuple(allow_changed or ()), lines).work()
+    finally:
+        lines.close()
+    _write_figures(run, board, page=run_state.finished(run) is not None)
     return status

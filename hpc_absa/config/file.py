@@ -43,7 +43,7 @@ RENAMED = {
 RENAMED_VALUES: dict[str, dict[Any, Any]] = {"train.remainder": {"carry": False, "drop": True}}
 """New values by old ones, for the old keys whose values changed too."""
 
-_RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "SLURM_PROCID", "HOROVOD_RANK")
+RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "SLURM_PROCID", "HOROVOD_RANK")
 _warned: set[str] = set()
 
 
@@ -171,7 +171,7 @@ def _rename_keys(tables: dict[str, Any], origin: str, *, warn: bool) -> None:
                 raise UsageError(f"{origin}: {old} = {value!r}: expected {known}")
             value = values[value]
         table[new_name] = value
-        on_rank_0 = all(os.environ.get(variable, "0") == "0" for variable in _RANK_VARIABLES)
+        on_rank_0 = all(os.environ.get(variable, "0") == "0" for variable in RANK_VARIABLES)
         if warn and on_rank_0 and old not in _warned:
             _warned.add(old)
             print(

@@ -120,7 +120,7 @@ def progress_bar(title: str) -> Iterator[Progress]:
     from rich.console import Console
 
     columns = (
-        progress.TextColumn(title),
+        progress.TextColumn("{task.description}", markup=False),
         progress.BarColumn(),
         progress.MofNCompleteColumn(),
         progress.TextColumn("images"),

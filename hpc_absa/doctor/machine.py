@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
+import re
 import resource
+import shlex
 import shutil
 import socket
 import subprocess
@@ -23,6 +26,7 @@ from hpc_absa.errors import HpcAbsaError, UsageError
 from hpc_absa.rundir import RunDir
 from hpc_absa.rundir.lock import read_lock
 from hpc_absa.supervisor.batch import most_ranks
+from hpc_absa.supervisor.launchers import outside_settings
 from hpc_absa.supervisor.resources import agent_of, is_here
 from hpc_absa.supervisor.slurm import Slurm, SlurmSilentError
 
@@ -63,15 +67,23 @@ def require(check: str, condition: object, detail: str, fix: str) -> Finding:
 
 def check_machine(job: Job | None) -> Iterator[Finding]:
     """The environment of this shell, the limits of its processes, and the machine's settings."""
-    parameters = [f"{k}={v}" for k, v in sorted(os.environ.items()) if k.startswith("OMPI_MCA_")]
-    file = Path.home() / ".openmpi" / "mca-params.conf"
-    if file.exists() and file.read_text(errors="replace").strip():
-        parameters.append(str(file))
+    parameters = [setting for setting in outside_settings() if setting.startswith("OMPI_")]
+    file = Path(os.path.expanduser("~/.openmpi/mca-params.conf"))  # as it is without a home
+    with contextlib.suppress(OSError):
+        if file.read_text(errors="replace").strip():
+            parameters.append(str(file))
     yield require(
         "Open MPI's parameters",
         not parameters,
         f"set outside of the job: {', '.join(parameters) or 'none'}",
         "unset them (env -u NAME ...) or move the file away, unless your site requires them",
+    )
+    settings = [setting for setting in outside_settings() if setting.startswith("HOROVOD_")]
+    yield require(
+        "Horovod's settings",
+        not settings,
+        f"set outside of the job: {', '.join(settings) or 'none'}",
+        "unset them (env -u NAME ...), unless you want them for every run",
     )
     variables = [name for name in allocation.WORLD_SIZE_VARIABLES if name in os.environ]
     yield require(
@@ -254,7 +266,9 @@ def _slurm(job: Job | None) -> Iterator[Finding]:
             yield Finding("slurm client", "absent", "no sbatch on PATH")
         return
     try:
-        partition = slurm.partition(job.launch.slurm.partition if job else "")
+        partition = slurm.partition(
+            (job.launch.slurm.partition if job else "") or os.environ.get("SBATCH_PARTITION", "")
+        )
     except SlurmSilentError as error:
         if not needed and "configuration source" in str(error):
             yield Finding("slurm controller", "absent", "Slurm's client without a cluster")
@@ -279,7 +293,7 @@ def _slurm(job: Job | None) -> Iterator[Finding]:
     if setup_script := job.launch.slurm.setup_script:
         yield require(
             "slurm setup script",
-            Path(setup_script).expanduser().is_file(),
+            Path(os.path.expanduser(setup_script)).is_file(),
             f"launch.slurm.setup_script = {setup_script!r}",
             "create this file with your site's `module load` lines, or remove the key",
         )
@@ -312,16 +326,19 @@ def _host(host: str, agent: tuple[str, ...]) -> Iterator[Finding]:
     before = time.time()
     try:
         done = subprocess.run(
-            [*agent, host, f"date +%s.%N; test -x {sys.executable} && echo there"],
+            [*agent, host, f"date +%s.%N; test -x {shlex.quote(sys.executable)} && echo there"],
             stdin=subprocess.DEVNULL,
             capture_output=True,
-            text=True,
+            encoding="utf-8",
+            errors="replace",
             timeout=20,
             check=False,
         )
-        clock, *python = done.stdout.split()
+        lines = done.stdout.splitlines()  # possibly after a banner
+        clock = next(line for line in lines if re.fullmatch(r"\d+\.\d+", line.strip()))
+        python = "there" in lines
         skew = max(before - float(clock), float(clock) - time.time(), 0.0)
-    except (subprocess.TimeoutExpired, ValueError):
+    except (subprocess.TimeoutExpired, StopIteration):
         yield Finding(
             "hosts",
             "error",

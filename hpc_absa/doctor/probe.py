@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import re
 import sys
 from pathlib import Path
 from typing import Any
 
-LIBMPI = re.compile(r"(/\S*/libmpi(?:_cray|_gnu\S*|ch)?\.so[.\d]*)$", re.MULTILINE)
+LIBMPI = re.compile(r" (/.*/libmpi(?:_cray|_gnu\S*|ch)?\.so[.\d]*)$", re.MULTILINE)
 
 
 def main() -> None:
@@ -23,7 +24,7 @@ def main() -> None:
     if mpi4py := sys.modules.get("mpi4py"):
         mpi4py.rc.initialize = False
         probed["mpi4py.MPI"] = _import("mpi4py.MPI")
-    maps = Path("/proc/self/maps").read_text()
+    maps = os.fsdecode(Path("/proc/self/maps").read_bytes())
     probed["libmpi"] = sorted({str(Path(path).resolve()) for path in LIBMPI.findall(maps)})
     if torch := sys.modules.get("torch"):
         probed["cuda"] = torch.version.cuda

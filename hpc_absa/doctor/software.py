@@ -15,6 +15,7 @@ from typing import Any
 from hpc_absa.doctor.machine import Finding, require
 from hpc_absa.errors import UsageError
 from hpc_absa.supervisor.launchers import mpi_environment, program
+from hpc_absa.supervisor.process import PYTHON
 
 REBUILD = "launch/bootstrap.sh builds an environment in which the packages fit together"
 
@@ -31,9 +32,10 @@ def check_software() -> Iterator[Finding]:
 def probe() -> dict[str, Any]:
     """What `probe.py` printed; `crash` is how its process ended if it printed nothing."""
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "hpc_absa.doctor.probe"],
+        [*PYTHON, "-W", "ignore", "-m", "hpc_absa.doctor.probe"],
         capture_output=True,
-        text=True,
+        encoding="utf-8",
+        errors="replace",
         env=os.environ | mpi_environment(),
         check=False,
     )
@@ -102,7 +104,11 @@ def _torchvision() -> Finding:
 def check_gpu(probed: dict[str, Any]) -> Iterator[Finding]:
     """Whether torch and Horovod can use the GPUs that `nvidia-smi -L` lists."""
     tool = shutil.which("nvidia-smi")
-    listed = subprocess.run([tool, "-L"], capture_output=True, text=True) if tool else None
+    listed = (
+        subprocess.run([tool, "-L"], capture_output=True, encoding="utf-8", errors="replace")
+        if tool
+        else None
+    )
     gpus = sum(line.startswith("GPU ") for line in listed.stdout.splitlines()) if listed else 0
     if not gpus:
         yield Finding("gpu", "absent", "no GPU in this machine (nvidia-smi -L lists none)")
@@ -136,11 +142,12 @@ def _mpirun() -> Finding:
     )
     try:
         done = subprocess.run(
-            [mpirun, "--oversubscribe", "-np", "2", sys.executable, "-c", code],
+            [mpirun, "--oversubscribe", "-np", "2", *PYTHON, "-c", code],
             env=os.environ | mpi_environment(),
             stdin=subprocess.DEVNULL,
             capture_output=True,
-            text=True,
+            encoding="utf-8",
+            errors="replace",
             timeout=60,
             check=False,
         )

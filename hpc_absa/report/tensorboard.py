@@ -6,8 +6,10 @@ beginning, so that nothing is counted twice.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+from hpc_absa.report.timing import finite
 from hpc_absa.rundir import RunDir
 from hpc_absa.rundir.events import Event
 
@@ -58,15 +60,15 @@ class TensorBoardLog:
     def _write(self, event: Event) -> None:
         from tensorboard.compat.proto import event_pb2, summary_pb2
 
-        step, time = event.get("step", 0), event["time"]
+        step, time = int(finite(event.get("step"), 0.0)), finite(event.get("time"), 0.0)
         if event["event"] == "phase_start":
             # After a crash TensorBoard drops what the run lost: everything from this step on.
             start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
             self._writer.add_event(event_pb2.Event(wall_time=time, step=step, session_log=start))
         values = [
-            summary_pb2.Summary.Value(tag=tag, simple_value=event[field])
+            summary_pb2.Summary.Value(tag=tag, simple_value=value)
             for tag, field in SCALARS.get(event["event"], {}).items()
-            if event.get(field) is not None
+            if math.isfinite(value := finite(event.get(field)))
         ]
         if values:
             summary = summary_pb2.Summary(value=values)

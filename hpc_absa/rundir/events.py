@@ -113,7 +113,7 @@ def _parse(line: bytes) -> Event | None:
         return None
     if not isinstance(event, dict) or not isinstance(event.get("event"), str):
         return None
-    if not isinstance(event.get("phase"), int):
+    if type(event.get("phase")) is not int:  # True is an int as well
         return None
     for new, old in FORMER_NAMES.items():
         if old in event:
@@ -122,7 +122,7 @@ def _parse(line: bytes) -> Event | None:
 
 
 def _append(path: Path, line: bytes) -> None:
-    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
     try:
         size = os.fstat(descriptor).st_size
         if size and os.pread(descriptor, 1, size - 1) != b"\n":

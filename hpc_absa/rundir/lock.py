@@ -82,17 +82,23 @@ def process_is_alive(pid: int, started: float) -> bool:
 
 
 class RunLock:
-    """An advisory lock on `D/lock`."""
+    """An advisory lock on `D/lock`, or on another file of a run directory."""
 
-    def __init__(self, run: RunDir, on_lost: Callable[[str], None] | None = None) -> None:
+    def __init__(
+        self,
+        run: RunDir,
+        on_lost: Callable[[str], None] | None = None,
+        path: Path | None = None,
+    ) -> None:
         """The lock of `run`, not acquired.
 
         Args:
             run: the run directory.
+            path: the lock's file, by default `run.lock`.
             on_lost: called in a thread when another process has taken the lock over because this
                 one wrote no heartbeats (it was suspended for long); by default the process exits.
         """
-        self._path = run.lock
+        self._run, self._path = run.path, path or run.lock
         self._on_lost = on_lost or _exit
         self._descriptor: int | None = None
         self._released = threading.Event()
@@ -102,31 +108,35 @@ class RunLock:
         """For the launcher to inherit, so that the lock is held as long as the ranks run."""
         return self._descriptor
 
-    def acquire(self) -> None:
+    def acquire(self, wait: bool = False) -> None:
         """Take the lock and write this process into the file.
 
-        Waits up to `EXIT_TIMEOUT` for the ranks of a dead supervisor to exit, and up to
-        `HEARTBEAT_TIMEOUT` for a heartbeat of a holder on another host.
+        Waits up to `EXIT_TIMEOUT` for the ranks of a dead supervisor to exit, with `wait` also for
+        a holder that is alive, and up to `HEARTBEAT_TIMEOUT` for a heartbeat of a holder on
+        another host.
 
         Raises:
             RunLockedError: another process holds it; names host and process id.
         """
-        descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
-        begin, first = time.monotonic(), os.pread(descriptor, 4096, 0)
+        descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
+        begin = changed = time.monotonic()
+        first = os.pread(descriptor, 4096, 0)
         while (locked := _try_lock(descriptor)) is not True:
             text = os.pread(descriptor, 4096, 0)
             holder = _parse(text)
             live = holder.live if holder else None
-            waited = time.monotonic() - begin
+            now = time.monotonic()
+            if wait and text != first:  # a heartbeat
+                first, changed = text, now
             if locked is None and (holder is None or live is False):
                 break
-            if live or text != first or waited > EXIT_TIMEOUT:
+            if (live and not wait) or text != first or now - begin > EXIT_TIMEOUT:
                 os.close(descriptor)
                 raise RunLockedError(
-                    f"{self._path.parent}: in use by {_name(holder)}; stop that one, "
+                    f"{self._run}: in use by {_name(holder)}; stop that one, "
                     "or use another --run-dir"
                 )
-            if holder and live is None and waited > HEARTBEAT_TIMEOUT:
+            if holder and live is None and now - changed > HEARTBEAT_TIMEOUT:
                 os.close(descriptor)
                 descriptor = self._take_over()
                 break
@@ -149,8 +159,8 @@ class RunLock:
 
     def _take_over(self) -> int:
         """A new lock file in place of the dead holder's; of several processes the last one wins."""
-        temporary = self._path.with_name(f".lock.{host()}.{os.getpid()}")
-        descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+        temporary = self._path.with_name(f".{self._path.name}.{host()}.{os.getpid()}")
+        descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
         _try_lock(descriptor)
         os.replace(temporary, self._path)
         return descriptor
@@ -168,7 +178,7 @@ class RunLock:
                     return
                 if not os.path.samestat(os.stat(self._path), os.fstat(descriptor)):
                     self._on_lost(
-                        f"{self._path.parent}: taken over by {_name(read_lock(self._path))}, "
+                        f"{self._run}: taken over by {_name(read_lock(self._path))}, "
                         "which received no heartbeats from this one"
                     )
                     return

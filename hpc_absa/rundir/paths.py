@@ -33,6 +33,7 @@ OWN_FILES = {
         r"link-\d+\.log",
         r"failure\.json",
         r"joined",
+        r"\.?ranks\.lock(\..*)?",
     ),
     "chain": (r"\d+\.(sh|json)", r"owner", r"cancelled", r"lock", r"\..*\.(tmp|json\.\d+)"),
     "tensorboard": (r"events\.out\.tfevents\..*",),
@@ -114,6 +115,11 @@ class RunDir:
         return self.path / "lock"
 
     @property
+    def ranks_lock(self) -> Path:
+        """Held by rank 0: also under one supervisor, only one set of ranks may train here."""
+        return self.logs / "ranks.lock"
+
+    @property
     def stop_request(self) -> Path:
         """If it exists, the ranks save and stop: launchers differ in the signals they forward."""
         return self.path / "stop"
@@ -166,7 +172,7 @@ class RunDir:
                     return True
         except OSError:
             pass
-        return any("time" in event for event in self.log.read())
+        return bool(self.log.read())
 
     def require_own_job(self) -> None:
         """Refuse to replace a `job.toml` that we have not written.

@@ -93,7 +93,8 @@ class GNS(GrowingSchedule):
         if noise is None and signal is None and "noise_scale" not in event:
             return _noise_state(state)
         # Events have null for what is not finite.
-        known = [math.nan if value is None else float(value) for value in (noise, signal)]
+        numbers = [v if isinstance(v, int | float) else math.nan for v in (noise, signal)]
+        known = list(map(float, numbers))
         return replace(_noise_state(state), noise=known[0], signal=known[1], steps=1)
 
     def _decide_growth(self, state: ScheduleState, seen: Observation) -> Decision:

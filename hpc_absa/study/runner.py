@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -21,8 +20,8 @@ from hpc_absa.rundir import RunDir
 from hpc_absa.rundir.lock import RunLock
 from hpc_absa.study import tables
 from hpc_absa.study.sweep import Cell, Failure, StudyDir
-from hpc_absa.supervisor.process import end_with_parent
-from hpc_absa.supervisor.supervisor import STOP_SIGNALS
+from hpc_absa.supervisor.process import PYTHON, end_with_parent
+from hpc_absa.supervisor.supervisor import STOP_SIGNALS, on_stop
 
 POLL_SECONDS = 0.25
 """Between checks of the running cells."""
@@ -34,7 +33,7 @@ class Progress:
     def __init__(self, study: StudyDir, console: Console) -> None:
         self._study, self._console = study, console
         self._bars = bars.Progress(
-            bars.TextColumn("{task.description}"),
+            bars.TextColumn("{task.description}", markup=False),
             bars.BarColumn(),
             bars.TextColumn("{task.completed:.1f} of {task.total:g} epochs"),
             bars.TimeElapsedColumn(),
@@ -135,7 +134,7 @@ class Runner:
         side_by_side: int,
         retry: bool,
         allow_changed: tuple[str, ...] = (),
-        program: tuple[str, ...] = (sys.executable, "-m", "hpc_absa"),
+        program: tuple[str, ...] = (*PYTHON, "-m", "hpc_absa"),
     ) -> None:
         """Nothing is started here.
 
@@ -166,7 +165,8 @@ class Runner:
         self._study.path.mkdir(parents=True, exist_ok=True)
         lock = RunLock(RunDir(self._study.path))
         lock.acquire()
-        handlers = {number: signal.signal(number, self._on_signal) for number in STOP_SIGNALS}
+        handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+        on_stop(self._on_signal)
         try:
             self._study.prepare(self._allow_changed)
             tables.write(self._study)
@@ -232,6 +232,8 @@ class Runner:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         """The cells save and stop at the first signal, and are ended at the second."""
+        if number == signal.SIGHUP and self._stops:
+            return
         self._stops += 1
         for process in self._running:
             if process.popen.poll() is None:

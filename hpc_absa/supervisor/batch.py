@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import shlex
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from hpc_absa.config import Job
 from hpc_absa.rundir import RunDir
+from hpc_absa.supervisor.process import PYTHON
 from hpc_absa.supervisor.slurm import Partition
 
 
@@ -72,14 +73,14 @@ def script(
         "constraint": options.constraint,
         "time": options.time,
         "signal": f"B:USR1@{options.signal_seconds}",
-        "output": run.link_log(number).resolve(),
+        "output": str(run.link_log(number).resolve()).replace("%", "%%"),
         "open-mode": "append",
     }
     lines = [
         "#!/bin/bash",
         f"# Link {number} of the chain of batch jobs that trains {job.name!r}.",
         *(
-            f"#SBATCH --{key}={value}"
+            f"#SBATCH --{key}={shlex.quote(str(value))}"
             for key, value in directives.items()
             if value not in ("", None)
         ),
@@ -87,9 +88,9 @@ def script(
         *(f"#SBATCH {line}" for line in options.sbatch),
     ]
     if options.setup_script:
-        setup_script = Path(options.setup_script).expanduser().resolve()
+        setup_script = Path(os.path.expanduser(options.setup_script)).resolve()
         lines.append(f"source {shlex.quote(str(setup_script))}")
-    words = [sys.executable, "-m", "hpc_absa", "link", str(run.path.resolve()), str(number)]
+    words = [*PYTHON, "-m", "hpc_absa", "link", str(run.path.resolve()), str(number)]
     for key in allow:
         words += ["--allow-changed", key]
     return "\n".join([*lines, f"exec {shlex.join(words)}"]) + "\n"

@@ -14,7 +14,7 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -78,6 +78,7 @@ class Chain:
 
         Raises:
             UsageError: Slurm refuses it.
+            SubmissionError: it may be submitted, and is not in the queue.
             SlurmSilentError: slurmctld does not answer; it is safe to try again.
         """
         self._run.chain.mkdir(exist_ok=True)
@@ -89,7 +90,7 @@ class Chain:
             write_atomic(self._run.link_script(number), script, durable=True)
             name = self.name(number)
             queued = [job.job_id for job in slurm.jobs(name) if job.name == name and job.alive]
-            job_id = queued[0] if queued else slurm.submit(self.submission(number))
+            job_id = queued[0] if queued else slurm.submit(self.submission(number), name, script)
             return self.record(Link(number, name, job_id, nodes, ranks, time.time()))
 
     def record(self, link: Link) -> Link:
@@ -140,6 +141,14 @@ def _read(path: Path) -> Link | None:
         return None
 
 
+def link_events(events: Iterable[Event]) -> Iterator[Event]:
+    """The `link` events that have a number and an action."""
+    for event in events:
+        number, action = event.get("link"), event.get("action")
+        if event["event"] == "link" and isinstance(number, int) and isinstance(action, str):
+            yield event
+
+
 @dataclass(frozen=True)
 class LinkStatus:
     """One link as `hpc-absa status` shows it."""
@@ -169,9 +178,8 @@ def chain_status(run: RunDir, job_name: str, events: Sequence[Event]) -> tuple[L
     except HpcAbsaError:
         queue = None
     states = {link.number: "submitted" for link in links}
-    for event in events:
-        if event["event"] == "link":
-            states[event["link"]] = str(event.get("outcome") or event["action"])
+    for event in link_events(events):
+        states[event["link"]] = str(event.get("outcome") or event["action"])
     statuses = []
     for link in links:
         job = (queue or {}).get(link.job_id)

@@ -6,6 +6,8 @@ host that sees the run directory, follows the chain again.
 
 from __future__ import annotations
 
+import os
+import shlex
 import signal
 import time
 from collections.abc import Callable
@@ -15,9 +17,9 @@ from hpc_absa.errors import ExitStatus, UsageError
 from hpc_absa.rundir import RunDir
 from hpc_absa.supervisor import run_state
 from hpc_absa.supervisor.batch import Size, most_ranks, script, size_of
-from hpc_absa.supervisor.chain import Chain, Link
+from hpc_absa.supervisor.chain import Chain, Link, link_events
 from hpc_absa.supervisor.slurm import QueuedJob, Slurm, SlurmSilentError, retry_while_silent
-from hpc_absa.supervisor.supervisor import STOP_SIGNALS
+from hpc_absa.supervisor.supervisor import on_stop
 
 INTERVAL = 2.0
 """Seconds between reads of the run directory."""
@@ -47,15 +49,14 @@ class Follower:
     def dry_run(self) -> str:
         """The next link's submission and script, as they would be executed."""
         number, size = self._next()
-        return f"{' '.join(self._chain.submission(number))}\n{self._script(number, size)}"
+        return f"{shlex.join(self._chain.submission(number))}\n{self._script(number, size)}"
 
     def follow(self) -> ExitStatus:
         """Submit the next link if none is pending or running, then watch until the chain ends."""
         restarts, most_restarts = run_state.RestartCounter(self._run), self._job.launch.max_restarts
         self._start()
         try:
-            for number in STOP_SIGNALS:
-                signal.signal(number, signal.default_int_handler)
+            on_stop(signal.default_int_handler)
             while (status := self._watch()) is None:
                 if restarts.add() > most_restarts:
                     self._show(f"gave up after {most_restarts} jobs that ended without progress")
@@ -104,7 +105,8 @@ class Follower:
 
     def _next(self) -> tuple[int, Size]:
         """Number and size of the next link."""
-        partition = self._slurm.partition(self._job.launch.slurm.partition)
+        default = os.environ.get("SBATCH_PARTITION", "")
+        partition = self._slurm.partition(self._job.launch.slurm.partition or default)
         limit = most_ranks(self._job, partition)
         if limit < self._job.ranks.initial:
             raise UsageError(
@@ -154,10 +156,8 @@ class Follower:
                 return None
 
     def _outcome(self, link: Link) -> str:
-        for event in reversed(self._run.log.read()):
-            if event["event"] == "link" and event["link"] == link.number:
-                return str(event.get("outcome", ""))
-        return ""
+        events = [e for e in link_events(self._run.log.read()) if e["link"] == link.number]
+        return str(events[-1].get("outcome", "")) if events else ""
 
     def _alive(self, link: Link) -> bool:
         """Whether the link's job is pending or running; assumed while Slurm does not answer."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -29,6 +30,12 @@ within half a minute; Open MPI's defaults are 300, 20 and 9."""
 
 PASSED_ON = ("PYTHONPATH", "OMP_NUM_THREADS", "HDF5_USE_FILE_LOCKING", "TORCH_HOME")
 """Variables that ranks on other hosts get as well; `launch.extra = ["-x", NAME]` adds others."""
+
+
+BUILD_SETTING = re.compile(
+    r"HOROVOD_(WITH|WITHOUT|GPU|CPU|NCCL|CUDA|ROCM|MPI|MPICXX|BUILD|CMAKE|ALLOW|JOBS)(_|$)"
+)
+"""Variables that only the compilation of Horovod reads."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +66,8 @@ def command(job: Job, ranks: int, worker: tuple[str, ...]) -> Command:
             f"launch.launcher = {job.launch.launcher!r}: expected mpirun, horovodrun or srun"
         )
     words, environment = build(job, ranks)
-    environment |= network_environment(job.launch.interface) | {SUPERVISED: "1"}
+    environment |= network_environment(job.launch.interface)
+    environment |= {SUPERVISED: "1", allocation.RANKS: str(ranks)}
     return Command((*words, *job.launch.extra, *worker), environment)
 
 
@@ -78,6 +86,12 @@ def mpi_environment() -> dict[str, str]:
     if os.geteuid() == 0:
         environment |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     return environment
+
+
+def outside_settings() -> list[str]:
+    """Settings of Open MPI and Horovod in this environment, which reach the ranks, by name."""
+    names = sorted(n for n in os.environ if n.startswith(("OMPI_MCA_", "HOROVOD_")))
+    return [f"{name}={os.environ[name]}" for name in names if not BUILD_SETTING.match(name)]
 
 
 def network_environment(interface: str) -> dict[str, str]:
@@ -116,7 +130,12 @@ def _remote_options(job: Job) -> list[str]:
     if job.launch.rsh_agent:
         words += ["--mca", "plm_rsh_agent", job.launch.rsh_agent]
     passed_on = [name for name in PASSED_ON if name in os.environ]
-    for name in (SUPERVISED, *passed_on, *network_environment(job.launch.interface)):
+    for name in (
+        SUPERVISED,
+        allocation.RANKS,
+        *passed_on,
+        *network_environment(job.launch.interface),
+    ):
         words += ["-x", name]
     return words
 

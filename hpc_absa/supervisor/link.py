@@ -12,10 +12,16 @@ from hpc_absa.errors import ExitStatus, HpcAbsaError, RunLockedError, UsageError
 from hpc_absa.rundir import RunDir
 from hpc_absa.rundir.lock import RunLock
 from hpc_absa.supervisor.batch import Size, most_ranks, script, size_of
-from hpc_absa.supervisor.chain import Chain, Link
+from hpc_absa.supervisor.chain import Chain, Link, link_events
 from hpc_absa.supervisor.resources import BatchJobTasks
 from hpc_absa.supervisor.run_state import finished, next_ranks
-from hpc_absa.supervisor.slurm import Partition, Slurm, SlurmSilentError, retry_while_silent
+from hpc_absa.supervisor.slurm import (
+    Partition,
+    Slurm,
+    SlurmSilentError,
+    SubmissionError,
+    retry_while_silent,
+)
 from hpc_absa.supervisor.supervisor import Supervisor
 
 SLURM_SECONDS = 1800.0
@@ -122,10 +128,10 @@ class LinkRun:
             return status
         if self._chain.cancelled:
             return self._end("cancelled")
-        if stopped_by in (signal.SIGTERM, signal.SIGINT) and not self._preempted():
+        if stopped_by in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP) and not self._preempted():
             return self._end("terminated", reason="Slurm or a user ends the job")
         end = self._run.log.last("phase_end")
-        resize = end is not None and end["outcome"] == "resize"
+        resize = end is not None and end.get("outcome") == "resize"
         if not resize and stopped_by is None:
             return self._end("stopped", reason="asked to by a file")
         return self._submit_next("resize" if resize else "time", self._partition())
@@ -140,6 +146,9 @@ class LinkRun:
             size = size_of(self._job, ranks, partition)
             try:
                 link = self._submit(size)
+            except SubmissionError as error:
+                self._end("failed", reason=str(error))
+                raise
             except UsageError as error:
                 if ranks <= current:
                     self._end("failed", reason=str(error))
@@ -173,10 +182,16 @@ class LinkRun:
 
     def _limit(self, partition: Partition) -> int:
         """Ranks that one job of the partition can have, fewer than Slurm refused within a day."""
+
+        def is_recent(seconds: object) -> bool:
+            return isinstance(seconds, int | float) and seconds > time.time() - REFUSAL_SECONDS
+
         refused = [
-            int(event["ranks"]) - 1
-            for event in self._run.log.read()
-            if event.get("action") == "refused" and event["time"] > time.time() - REFUSAL_SECONDS
+            event["ranks"] - 1
+            for event in link_events(self._run.log.read())
+            if event["action"] == "refused"
+            and isinstance(event.get("ranks"), int)
+            and is_recent(event.get("time"))
         ]
         return max(1, min([most_ranks(self._job, partition), *refused]))
 
@@ -199,9 +214,9 @@ class LinkRun:
     def _no_progress(self) -> bool:
         """Whether this link and the ones before it took no step until their time limits."""
         steps = [
-            event["step"]
-            for event in self._run.log.read()
-            if event["event"] == "link" and event["action"] == "ended"
+            event.get("step")
+            for event in link_events(self._run.log.read())
+            if event["action"] == "ended"
         ]
         recent = steps[-MOST_IDLE_LINKS:]
         return len(recent) == MOST_IDLE_LINKS and set(recent) == {self._step()}

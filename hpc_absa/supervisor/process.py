@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections import deque
@@ -16,6 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hpc_absa.supervisor.launchers import Command
+
+PYTHON = (sys.executable, "-P")
+"""This interpreter, without the current folder on its path: a `random.py` there is not ours. The
+modules that a job names are found in the current folder last (`plugins.py`)."""
 
 PR_SET_PDEATHSIG = 1
 KILLED = re.compile(
@@ -72,7 +77,7 @@ class LauncherProcess:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            text=True,
+            encoding="utf-8",
             errors="replace",
             start_new_session=True,
             pass_fds=() if lock is None else (lock,),
@@ -119,7 +124,8 @@ class LauncherProcess:
             # A full disk must not stop the reading: the ranks would block on a full pipe.
             with contextlib.suppress(OSError), log.open("a", encoding="utf-8") as file:
                 file.write(line)
-            show(line.rstrip("\n"))
+            with contextlib.suppress(Exception):  # nor must a console that was closed
+                show(line.rstrip("\n"))
 
 
 _libc = ctypes.CDLL(None)

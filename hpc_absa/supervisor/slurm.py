@@ -22,6 +22,9 @@ ENDED = {
 }
 """Final states of a job. In all others it is pending or running."""
 
+NODE = re.compile(r"(\S+)\s+(\d+)\+?")
+"""A line of `sinfo -o "%T %c"`."""
+
 UNUSABLE = ("down", "drain", "drng", "fail", "maint", "unk", "inval", "future", "perfctrs", "power")
 """Beginnings of the states in which sinfo shows nodes that no job can have now."""
 
@@ -32,8 +35,28 @@ SILENT = re.compile(
 )
 """Error messages that mean that slurmctld does not answer, rather than that it refuses."""
 
-INHERITED = re.compile(r"(SLURM|SBATCH|PMI|PMIX|OMPI|PRTE|OPAL|ORTE|HPC_ABSA)_")
-"""Variables of the current job's ranks and steps, which the next job must not inherit."""
+INHERITED = re.compile(
+    r"SLURM_(?!(CONF|CONF_SERVER|JWT|CLUSTERS|EXIT_ERROR|TIME_FORMAT|UMASK)$)"
+    r"|(PMI|PMIX|PRTE|OPAL|ORTE|HPC_ABSA)_"
+    r"|OMPI_(?!MCA_)|OMPI_MCA_(orte|ess|pmix|initial|shmem_RUNTIME)"
+    r"|SBATCH_(WAIT|ARRAY_INX)$"
+)
+"""Variables of the current job, its steps and its ranks, which the next job must not inherit. What
+a user or a site has set for all jobs is passed on: `SLURM_CONF`, `SBATCH_ACCOUNT`, `OMPI_MCA_*`."""
+
+DIRECTIVE = re.compile(r"^#SBATCH\s+--?([A-Za-z-]+)", re.MULTILINE)
+VARIABLE_OF = {
+    **{"time": "TIMELIMIT", "t": "TIMELIMIT", "mem": "MEM_PER_NODE", "A": "ACCOUNT"},
+    **{"p": "PARTITION", "q": "QOS", "C": "CONSTRAINT", "requeue": "NO_REQUEUE"},
+}
+"""`SBATCH_...` variables that are not named like their options."""
+
+JOB_ID = re.compile(r"(?:Submitted batch job )?(\d+)(?:;\S+)?")
+"""The line with which sbatch answers; sites print others before and after it."""
+
+
+class SubmissionError(HpcAbsaError):
+    """It is not known whether a job was submitted: another one must not be."""
 
 
 class SlurmSilentError(HpcAbsaError):
@@ -87,25 +110,45 @@ class Slurm:
                 "or choose another --launcher"
             )
 
-    def submit(self, words: tuple[str, ...]) -> str:
+    def submit(self, words: tuple[str, ...], name: str, script: str) -> str:
         """Submit a batch script with the words of `submission`; returns the job's id.
+
+        Args:
+            words: sbatch and its arguments.
+            name: of the job, to look for it where sbatch does not print its id.
+            script: the text; its options count more than the `SBATCH_...` of this environment.
 
         Raises:
             UsageError: Slurm refuses the job; has Slurm's message.
+            SubmissionError: sbatch ended without an error, and the job is not in the queue.
             SlurmSilentError: slurmctld does not answer; the job may or may not be submitted.
         """
+        options = DIRECTIVE.findall(script)
+        stated = {f"SBATCH_{VARIABLE_OF.get(o, o.upper().replace('-', '_'))}" for o in options}
         environment = {
             key: value
             for key, value in os.environ.items()
-            if key == "SLURM_CONF" or not INHERITED.match(key)
+            if not INHERITED.match(key) and key not in stated
         }
-        return self._run(words, environment).split(";")[0]
+        output = self._run(words, environment)
+        answers = (JOB_ID.fullmatch(line.strip()) for line in output.splitlines())
+        ids = {answer[1] for answer in answers if answer}
+        if len(ids) != 1:
+            ids = {job.job_id for job in self.jobs(name) if job.name == name and job.alive}
+        if len(ids) != 1:
+            raise SubmissionError(
+                f"sbatch: expected one line with a job id, got {output[:200]!r}; look for a job "
+                f"{name} with squeue --me"
+            )
+        return ids.pop()
 
     def jobs(self, prefix: str) -> list[QueuedJob]:
         """This user's jobs whose name begins with `prefix`, including those that just ended."""
         words = ("squeue", "-h", "-a", "-t", "all", "-u", str(os.geteuid()), "-o", "%A|%j|%T|%r")
         rows = [line.split("|") for line in self._run(words).splitlines() if line.count("|") >= 3]
-        return [QueuedJob(*row[:4]) for row in rows if row[1].startswith(prefix)]
+        return [
+            QueuedJob(*row[:4]) for row in rows if row[0].isdecimal() and row[1].startswith(prefix)
+        ]
 
     def cancel(self, job_id: str) -> None:
         """End a job, or remove it from the queue; a job that has ended is not an error."""
@@ -142,7 +185,8 @@ class Slurm:
             raise UsageError(f"{what}: expected one of {names}")
         name, most = fields["PartitionName"], fields.get("MaxNodes", "")
         lines = self._run(("sinfo", "-h", "-N", "-p", name, "-o", "%T %c")).splitlines()
-        nodes = [(state, int(cpus.rstrip("+"))) for state, cpus in map(str.split, lines)]
+        matches = [match for line in lines if (match := NODE.fullmatch(line.strip()))]
+        nodes = [(match[1], int(match[2])) for match in matches]
         usable = [cpus for state, cpus in nodes if not state.startswith(UNUSABLE)]
         return Partition(
             name,
@@ -153,7 +197,12 @@ class Slurm:
     def _run(self, words: tuple[str, ...], environment: Mapping[str, str] | None = None) -> str:
         try:
             done = subprocess.run(
-                words, env=environment, capture_output=True, text=True, timeout=self._seconds
+                words,
+                env=environment,
+                capture_output=True,
+                encoding="utf-8",
+                errors="replace",
+                timeout=self._seconds,
             )
         except subprocess.TimeoutExpired:
             raise SlurmSilentError(f"{words[0]}: no answer within {self._seconds} s") from None

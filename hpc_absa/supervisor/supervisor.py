@@ -15,11 +15,18 @@ from hpc_absa.errors import ExitStatus, HpcAbsaError, UsageError
 from hpc_absa.rundir import RunDir
 from hpc_absa.rundir.lock import RunLock
 from hpc_absa.supervisor import run_state
-from hpc_absa.supervisor.launchers import Command, command
-from hpc_absa.supervisor.process import Exit, LauncherProcess
+from hpc_absa.supervisor.launchers import Command, command, outside_settings
+from hpc_absa.supervisor.process import PYTHON, Exit, LauncherProcess
 from hpc_absa.supervisor.resources import Resources, resources_of
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+
+
+def on_stop(handler: Callable[[int, FrameType | None], None]) -> None:
+    """Handle the signals that ask for a stop; SIGHUP (a lost terminal) not under nohup."""
+    for number in STOP_SIGNALS:
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 @dataclass(frozen=True)
@@ -69,8 +76,7 @@ class Supervisor:
         """Run the job to its end; returns the exit status of `hpc-absa run`."""
         self._claim()
         try:
-            for number in STOP_SIGNALS:
-                signal.signal(number, self._on_signal)
+            on_stop(self._on_signal)
             return self._supervise()
         finally:
             self._run.stop_request.unlink(missing_ok=True)
@@ -139,7 +145,7 @@ class Supervisor:
             )
         self._process = None
         ends = [e for e in self._run.log.read()[events_before:] if e["event"] == "phase_end"]
-        outcome = str(ends[-1]["outcome"]) if ends else ""
+        outcome = str(ends[-1].get("outcome")) if ends else ""
         if outcome in ("done", "resize", "stopped"):
             self._run.failure.unlink(missing_ok=True)
             self._resources.report_success()
@@ -168,7 +174,7 @@ class Supervisor:
         return run_state.next_ranks(self._job, self._run, limit)
 
     def _worker(self) -> tuple[str, ...]:
-        words = [sys.executable, "-m", "hpc_absa", "train", str(self._run.job.resolve())]
+        words = [*PYTHON, "-m", "hpc_absa", "train", str(self._run.job.resolve())]
         words += ["--run-dir", str(self._run.path.resolve())]
         if self._job.ranks.max != (maximum := self._resources.maximum()):
             words += ["--set", f"ranks.max={maximum}"]
@@ -192,7 +198,8 @@ class Supervisor:
             pass
         if ended.start_timed_out:
             seconds = self._job.launch.start_seconds
-            return Failure(f"the ranks had not connected to each other after {seconds:g} s")
+            reason = f"the ranks had not connected to each other after {seconds:g} s"
+            return Failure(reason + _outside_settings())
         if killed := ended.killed_rank():
             rank, host, number = killed
             return Failure(f"killed by {signal.Signals(number).name}", rank, host, 128 + number)
@@ -200,7 +207,8 @@ class Supervisor:
             name = signal.Signals(-ended.code).name
             return Failure(f"the launcher was killed by {name}", exit_code=128 - ended.code)
         line = next((line for line in reversed(ended.tail) if line.strip(" -")), "none")
-        return Failure(f"the launcher exited; its last line: {line}", exit_code=ended.code)
+        reason = f"the launcher exited; its last line: {line}"
+        return Failure(reason + _outside_settings(), exit_code=ended.code)
 
     def _report(self, failure: Failure) -> None:
         place = f"rank {failure.rank} on {failure.host}: " if failure.rank is not None else ""
@@ -220,6 +228,8 @@ class Supervisor:
             self._run.stop_request.touch()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGHUP and self.stopped_by:
+            return  # a lost terminal sends several; none is a second Ctrl-C
         self._signals += 1
         self.stopped_by = self.stopped_by or number
 
@@ -231,3 +241,9 @@ class Supervisor:
         self._run.stop_request.touch()
         if self._signals > 1 and self._process:
             self._process.kill()
+
+
+def _outside_settings() -> str:
+    """The end of a reason for which such settings may be the cause."""
+    settings = outside_settings()
+    return f" (set outside of the job: {', '.join(settings)})" if settings else ""

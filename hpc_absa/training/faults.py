@@ -24,7 +24,7 @@ from hpc_absa.comm import Communicator
 from hpc_absa.errors import ExitStatus
 from hpc_absa.training.clock import Clock
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 
 GRACE_SECONDS = 5.0
 """A rank that was asked to stop exits by itself after so long without progress. Where progress
@@ -69,7 +69,10 @@ class StopRequest:
         self._wakeup, self._wakeup_writer = socket.socketpair()
         self._wakeup_writer.setblocking(False)
         signal.set_wakeup_fd(self._wakeup_writer.fileno(), warn_on_full_buffer=False)
-        for number in SIGNALS:
+        self._signals = [  # under nohup, SIGHUP stays ignored
+            n for n in SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN
+        ]
+        for number in self._signals:
             signal.signal(number, self._on_signal)
         threading.Thread(target=self._watch, name="stop-watch", daemon=True).start()
 
@@ -102,7 +105,7 @@ class StopRequest:
     def close(self) -> None:
         """Restore the default handlers: from here on a signal ends this process."""
         signal.set_wakeup_fd(-1)
-        for number in SIGNALS:
+        for number in self._signals:
             signal.signal(number, signal.SIG_DFL)
 
     def _progress(self) -> None:

@@ -32,9 +32,8 @@ class EventLogger:
         if not self._active:
             return
         self._last_line = time.monotonic()
-        for output in (self._console, sys.stdout):
-            with contextlib.suppress(OSError):  # a full disk or a closed console ends no run
-                print(line, file=output, flush=True)
+        for output in (self._console, sys.stdout):  # neither raises: `console.never_fail`
+            print(line, file=output, flush=True)
 
     def progress(self, line: str) -> None:
         """Print `line` if nothing was printed for `LINE_INTERVAL`."""

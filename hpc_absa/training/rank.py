@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import faulthandler
 import gc
+import io
 import json
 import os
 import shlex
@@ -17,9 +18,11 @@ from pathlib import Path
 from typing import TextIO
 
 from hpc_absa import config
+from hpc_absa.allocation import launcher_rank, requested_ranks
 from hpc_absa.comm import Communicator, connect, raise_on_all_ranks
 from hpc_absa.config import Job
-from hpc_absa.errors import CollectiveError, ExitStatus
+from hpc_absa.console import tolerant
+from hpc_absa.errors import CollectiveError, ExitStatus, UsageError
 from hpc_absa.records import PhaseOutcome
 from hpc_absa.rundir import RunDir
 from hpc_absa.rundir.lock import SUPERVISED, RunLock, host
@@ -39,11 +42,12 @@ def main(
     gc.enable()
     console = _duplicate(sys.stdout)
     run = RunDir(run_path)
-    lock = RunLock(run)
+    locks = RunLock(run), RunLock(run, path=run.ranks_lock)
     watchdog: Watchdog | None = None
     try:
+        raise_on_all_ranks(comm, lambda: _require_all_ranks(comm))
         job = raise_on_all_ranks(comm, lambda: config.load(job_path, overrides))
-        raise_on_all_ranks(comm, lambda: _prepare(job, run, comm, lock))
+        raise_on_all_ranks(comm, lambda: _prepare(job, run, comm, *locks))
         clock = Clock()
         clock.add("start", _seconds_since_start())
         watchdog = Watchdog(
@@ -69,7 +73,8 @@ def main(
         _abort(error, run, comm, console)
         raise AssertionError("abort does not return") from error
     finally:
-        lock.release()
+        for lock in locks:
+            lock.release()
     if comm.rank == 0 and outcome.kind != "done" and SUPERVISED not in os.environ:
         command = _next_command(outcome, comm, job_path, run_path, overrides)
         print(command, file=console, flush=True)
@@ -114,7 +119,20 @@ def _last_request(
     return replace(outcome, kind="stopped")
 
 
-def _prepare(job: Job, run: RunDir, comm: Communicator, lock: RunLock) -> None:
+def _require_all_ranks(comm: Communicator) -> None:
+    """Refuse to train as one of several MPI worlds that a launcher started in place of one."""
+    requested = requested_ranks()
+    if requested and requested[1] != comm.size:
+        name, ranks = requested
+        raise UsageError(
+            f"{name} is {ranks}, but MPI_COMM_WORLD has size {comm.size}: the ranks have not "
+            "connected; "
+            "use the mpirun of the MPI that Horovod was built with, srun --mpi=pmix or pmi2, "
+            f"or unset {name} if another launcher left it"
+        )
+
+
+def _prepare(job: Job, run: RunDir, comm: Communicator, lock: RunLock, ranks_lock: RunLock) -> None:
     """Rank 0 sets up the run directory, unless a supervisor has done so."""
     if comm.rank != 0:
         return
@@ -124,6 +142,7 @@ def _prepare(job: Job, run: RunDir, comm: Communicator, lock: RunLock) -> None:
         lock.acquire()
         run.stop_request.unlink(missing_ok=True)
         run.write_job(config.dump(job))
+    ranks_lock.acquire(wait=SUPERVISED in os.environ)
 
 
 def _next_command(
@@ -150,7 +169,7 @@ def _report(error: CollectiveError, run: RunDir, comm: Communicator, console: Te
     """Pass a user's error to the supervisor, or print it if there is none."""
     if SUPERVISED in os.environ:
         _write_failure(run, str(error), comm.rank, host(), error.status, final=True)
-    else:
+    elif launcher_rank() == 0:  # not once for each of many worlds of one rank
         print(f"hpc-absa: {error}", file=console, flush=True)
 
 
@@ -199,16 +218,18 @@ def _write_failure(
 
 def _duplicate(stream: TextIO) -> TextIO:
     """The launcher's end of `stream`, which remains when this rank's output goes to its log."""
-    return os.fdopen(os.dup(stream.fileno()), "w", buffering=1, encoding="utf-8")
+    encoding = "utf-8" if SUPERVISED in os.environ else stream.encoding
+    return tolerant(os.dup(stream.fileno()), encoding)
 
 
 def _redirect_output(run: RunDir, phase: int, rank: int) -> None:
     """Send this rank's standard output and error, also of native libraries, to its log file."""
     log = run.rank_log(phase, rank)
-    descriptor = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    descriptor = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
     for stream in (sys.stdout, sys.stderr):
-        stream.flush()
         os.dup2(descriptor, stream.fileno())
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8")
     os.close(descriptor)
 
 

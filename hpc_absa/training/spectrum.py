@@ -15,6 +15,7 @@ from hpc_absa.checkpoint import Content
 from hpc_absa.checkpoint.restore import load
 from hpc_absa.comm import Communicator, connect, raise_on_all_ranks
 from hpc_absa.config import Job
+from hpc_absa.console import rich_console
 from hpc_absa.curvature import export, plot
 from hpc_absa.curvature import spectrum as curvature
 from hpc_absa.errors import CollectiveError
@@ -55,7 +56,7 @@ def spectrum(
         else:
             print(export.heading(result))
             for table in export.tables(result):
-                Console().print(table)
+                rich_console().print(table)
         if out:
             tables, figure = Path(f"{out}.h5"), Path(f"{out}.png")
             export.save(result, tables)

@@ -70,7 +70,7 @@ def mounted(folder, size):
 @pytest.fixture(autouse=True)
 def _clean(monkeypatch):
     for name in list(os.environ):
-        if name.startswith(("OMPI_MCA_", "SLURM", "PBS_", "LSB_")):
+        if name.startswith(("OMPI_MCA_", "HOROVOD_", "SLURM", "PBS_", "LSB_")):
             monkeypatch.delenv(name)
 
 
@@ -128,6 +128,10 @@ def test_open_mpi_parameters_outside_of_the_job(monkeypatch, tmp_path):
 
 
 def test_launcher_variables_in_the_shell(monkeypatch):
+    monkeypatch.setenv("HOROVOD_CYCLE_TIME", "5")
+    monkeypatch.setenv("HOROVOD_GPU_OPERATIONS", "NCCL")  # read only while Horovod is compiled
+    assert_only(check_machine(JOB), "Horovod's settings", "HOROVOD_CYCLE_TIME=5")
+    monkeypatch.delenv("HOROVOD_CYCLE_TIME")
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
     assert_only(check_machine(JOB), "launcher's variables", "OMPI_COMM_WORLD_SIZE")
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -202,6 +203,28 @@ def test_held_lock_with_an_unreadable_file_is_respected(run, start, left, monkey
     run.lock.write_text(left)
     with pytest.raises(RunLockedError, match="in use by process"):
         RunLock(run).acquire()
+
+
+def test_the_lock_of_ranks_is_another_one_and_is_waited_for(run, start):
+    run.create()
+    start()
+    first, second = (RunLock(run, path=run.ranks_lock) for _ in range(2))
+    first.acquire()
+    with pytest.raises(RunLockedError, match=re.escape(f"{run.path}: in use by process")):
+        second.acquire()
+    threading.Timer(0.5, first.release).start()
+    second.acquire(wait=True)
+    second.release()
+
+
+def test_waiting_for_a_holder_that_lives_has_a_timeout(run, monkeypatch):
+    run.create()
+    monkeypatch.setattr(locks, "EXIT_TIMEOUT", 0.5)
+    first = RunLock(run, path=run.ranks_lock)
+    first.acquire()
+    with pytest.raises(RunLockedError):
+        RunLock(run, path=run.ranks_lock).acquire(wait=True)
+    first.release()
 
 
 def test_child_process_does_not_inherit_the_lock(run):

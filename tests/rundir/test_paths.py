@@ -4,10 +4,12 @@ import os
 
 import pytest
 
+from hpc_absa.checkpoint.manager import verify
 from hpc_absa.errors import RunLockedError, UsageError
 from hpc_absa.rundir import RunDir
 from hpc_absa.rundir.lock import RunLock
 from hpc_absa.rundir.paths import MARK
+from hpc_absa.status import newest_checkpoint
 from hpc_absa.supervisor.run_state import clear
 
 
@@ -100,3 +102,18 @@ def test_a_run_of_an_earlier_version_is_a_run(tmp_path):
     run.job.write_text("name = 'x'\n")  # without the mark
     clear(run)
     assert content(run.path) == ["lock"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["step-best.h5", "step-last.h5", "best.h5", "step-9.h5", "step-0000000009-phase-001.h5.bak"],
+)
+def test_a_users_own_checkpoints_are_not_ours(tmp_path, name):
+    run = RunDir(tmp_path).create()
+    ours = run.checkpoint(3, 1)
+    for path in (ours, run.checkpoints / name):
+        path.write_bytes(b"")
+    assert run.checkpoint_files() == [ours]
+    assert run.newest_step() == 3
+    assert [verified.path for verified in verify(run.checkpoints)] == [ours]
+    assert newest_checkpoint(run, 0.0).name == ours.name

@@ -1,12 +1,16 @@
 """launch/bootstrap.sh with stand-ins for the tools it finds; nothing is downloaded or compiled."""
 
+import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from hpc_absa.doctor.probe import LIBMPI
 
 ROOT = Path(__file__).parents[2]
 BOOTSTRAP = ROOT / "launch/bootstrap.sh"
@@ -116,6 +120,54 @@ def test_an_unknown_option_is_wrong_usage():
 
 def test_into_current_needs_an_environment():
     assert "needs an active virtual or conda environment" in only_line(bootstrap("--into-current"))
+
+
+# ---- users' folders and settings ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("home", ["", "/proc/nowhere"])
+def test_without_a_home_that_can_be_written_wheels_are_kept_beside_the_environment(home):
+    code = f"PREFIX=/x/.venv; {'' if home else 'unset HOME;'} cache_folder"
+    done = shell(code, HOME=home, XDG_CACHE_HOME="")
+    assert (done.stdout, done.stderr) == ("/x/.venv-cache", "")
+
+
+def test_a_cache_that_is_named_is_used():
+    assert shell("cache_folder", HPC_ABSA_CACHE="/x/y z").stdout == "/x/y z"
+
+
+def test_pip_installs_into_the_environment_whatever_the_user_has_set(tmp_path):
+    """The environment's Python writes pip's settings to a file, and fails."""
+    venv = fake_environment(tmp_path / "v")
+    shows = f"env | grep ^PIP_ >{tmp_path}/shown; exit 1"
+    choose = f'case $1 in -|-c) exec {sys.executable} "$@";; esac'
+    script(venv / "bin/python", f"{choose}; {shows}")
+    pip = {"PIP_USER": 1, "PIP_TARGET": "/x"}
+    done = bootstrap("--into-current", VIRTUAL_ENV=venv, HPC_ABSA_MPI="package", **pip)
+    assert done.returncode == 1
+    log = (tmp_path / "shown").read_text()
+    assert "PIP_USER=0" in log
+    assert "PIP_TARGET" not in log
+
+
+def test_compilers_of_a_folder_with_a_space_print_paths_without_one(tmp_path):
+    prefix = tmp_path / "a é b"
+    (prefix / "bin").mkdir(parents=True)
+    script(prefix / "bin/mpicxx", f'echo "-I{prefix}/include $1"')
+    code = f"PREFIX='{prefix}'; PATH=$(mpi_without_spaces):$PATH; mpicxx -showme"
+    done = shell(code, TMPDIR="/tmp")
+    assert re.fullmatch(r"-I\S+/mpi/prefix/include -showme\n", done.stdout), done
+
+
+@pytest.mark.parametrize("folder", ["a b", "é", "plain"])
+def test_the_loaded_mpi_is_known_in_any_folder(monkeypatch, folder):
+    maps = f"7f00-7f01 r-xp 00000000 fe:01 131 {'':20} /x/{folder}/lib/libmpi.so.40\n".encode()
+    monkeypatch.setattr(Path, "read_bytes", lambda path: maps + b"7f02 r-xp 0 fe:01 7 /\xff.so\n")
+    spec = importlib.util.spec_from_file_location("selfcheck", ROOT / "launch/selfcheck.py")
+    selfcheck = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(selfcheck)
+    assert selfcheck.loaded_libmpi() == [f"/x/{folder}/lib/libmpi.so.40"]
+    assert LIBMPI.findall(os.fsdecode(maps)) == [f"/x/{folder}/lib/libmpi.so.40"]
 
 
 # ---- which MPI ----------------------------------------------------------------------------------

@@ -68,3 +68,28 @@ def test_srun_starts_the_ranks(cluster, tmp_path):
     assert chain.events("done"), output
     assert chain.events("phase_start")[1]["backend"] == "Horovod over MPI"
     assert np.array_equal(final_weights(alone(tmp_path).path), final_weights(chain.run.path))
+
+
+def test_srun_without_an_mpi_plugin_is_refused(cluster, tmp_path):
+    """Each task would be a complete run of one rank, all in one run directory.
+
+    Open MPI ends a task that srun started without a plugin; other libraries run it alone, as it
+    is when the step's number is not set.
+    """
+    script = tmp_path / "job.sh"
+    script.write_text('#!/bin/sh\nhpc-absa run "$@" --launcher srun\necho "exit status $?"\n')
+    chain, output = submit(
+        cluster,
+        tmp_path,
+        script,
+        *("--nodes=1", "--ntasks=2", "--cpus-per-task=1"),
+        arguments=(
+            "--set",
+            'launch.extra=["--mpi=none", "env", "-u", "SLURM_STEP_ID"]',
+            "--set",
+            "ranks.initial=2",
+        ),
+    )
+    assert "HPC_ABSA_RANKS is 2, but MPI_COMM_WORLD has size 1" in output
+    assert "exit status 2" in output
+    assert chain.events("phase_start") == []

@@ -257,3 +257,14 @@ def test_a_second_job_of_a_link_exits_at_once(cluster, tmp_path):
         in (tmp_path / "twin").read_text()
     )
     assert chain.finish()[0] == 0
+
+
+@pytest.mark.parametrize("name", ["two words", "50%j", "it's #1 é"])
+def test_a_run_can_be_in_any_folder(cluster, tmp_path, name):
+    """Slurm splits #SBATCH lines at spaces, replaces %j, and ends them at #."""
+    (tmp_path / name).mkdir()
+    chain = ChainRun(cluster, tmp_path / name, "train.epochs=1", most=1)
+    code, output = chain.start().finish()
+    assert code == 0, output
+    assert "phase 1" in chain.run.link_log(1).read_text(encoding="utf-8")
+    assert [path.name for path in tmp_path.iterdir()] == [name]

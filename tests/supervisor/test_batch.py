@@ -1,5 +1,6 @@
 """How large a batch job is, and its script."""
 
+import shlex
 import sys
 
 import pytest
@@ -36,6 +37,18 @@ def test_nodes_hold_the_ranks_and_no_more(settings, ranks, size):
 )
 def test_the_partition_bounds_the_ranks(settings, most):
     assert most_ranks(digits("train.threads_per_rank=1", *settings), PARTITION) == most
+
+
+@pytest.mark.parametrize("folder", ["two words", "100%j", "it's é", "a#b"])
+def test_any_folder_can_hold_a_run(tmp_path, folder):
+    """Slurm replaces %j by the job's id, and splits the line at spaces as a shell does."""
+    run = RunDir(tmp_path / folder)
+    text = script(digits(), run, 1, "digits-abc-1", Size(1, 1, 1, 1, None), ())
+    (line,) = [line for line in text.splitlines() if line.startswith("#SBATCH --output=")]
+    (word,) = shlex.split(line.removeprefix("#SBATCH "))
+    assert word.removeprefix("--output=").replace("%%", "\0").count("%") == 0
+    assert word == f"--output={run.link_log(1)}".replace("%", "%%")
+    assert shlex.split(text.splitlines()[-1])[-2:] == [str(run.path), "1"]
 
 
 def test_the_script(tmp_path):
@@ -75,6 +88,6 @@ def test_the_script(tmp_path):
 #SBATCH --exclusive
 #SBATCH --mail-type=END
 source '{site}'
-exec {sys.executable} -m hpc_absa link {run.path} 3 --allow-changed train.lr
+exec {sys.executable} -P -m hpc_absa link {run.path} 3 --allow-changed train.lr
 """
     )

@@ -76,7 +76,8 @@ def test_ranks_on_other_hosts_get_the_environment(programs, monkeypatch):
     command = launchers.command(job, 4, WORKER)
     line = " ".join(command.words)
     assert " -H a:2,b:2 --mca oob_tcp_keepalive_time 10 " in line
-    assert " --mca plm_rsh_agent ssh -F x -x HPC_ABSA_SUPERVISED -x PYTHONPATH" in line
+    passed_on = "-x HPC_ABSA_SUPERVISED -x HPC_ABSA_RANKS -x PYTHONPATH"
+    assert f" --mca plm_rsh_agent ssh -F x {passed_on}" in line
     assert " -x NCCL_SOCKET_IFNAME " in line
     assert command.environment["OMPI_MCA_btl_tcp_if_include"] == "ib0"
     assert command.environment["HPC_ABSA_SUPERVISED"] == "1"

@@ -25,6 +25,7 @@ from hpc_absa.curvature.operator import (
     Interrupted,
     Loss,
     evaluation_mode,
+    uses_batch_statistics,
 )
 from hpc_absa.records import Eigenvalue
 
@@ -127,8 +128,11 @@ def estimate_eigenvalue(
     begin = time.perf_counter()
     keep_samples = 3 * microbatch // 2 if keep_samples is None else keep_samples
     coarse_samples = max(COARSE_SAMPLES, samples // COARSE_FRACTION)
+    batch_statistics = uses_batch_statistics(model)
+    if batch_statistics:  # the Hessian then depends on the microbatch: it is that of training
+        coarse_samples = max(coarse_samples, microbatch)
     coarse_microbatch = min(microbatch, coarse_samples)
-    if next(model.parameters()).device.type == "cpu":
+    if next(model.parameters()).device.type == "cpu" and not batch_statistics:
         microbatch = min(microbatch, CPU_MICROBATCH)
         coarse_microbatch = min(coarse_microbatch, COARSE_SAMPLES)
 

@@ -10,21 +10,32 @@ derivative. Functions not known here run unchanged. For measurements see `docs/c
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import copy
+import random
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map
+
+from hpc_absa.curvature.twice import Exchange
 
 Tensors = Mapping[str, Tensor]
 """What a model runs on: parameters and buffers by name."""
+
+
+class Arguments(NamedTuple):
+    """Inputs of a model that is called as `model(*args, **kwargs)`."""
+
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = {}
 
 
 def arranged(tensor: Tensor) -> Tensor:
@@ -34,27 +45,38 @@ def arranged(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def leaf(parameter: Tensor) -> Tensor:
+def leaf(parameter: Tensor, plan: Plan) -> Tensor:
     """A copy of `parameter` to differentiate by, without its hooks."""
-    return _copy(parameter).requires_grad_()
+    tensor = parameter.detach()
+    if plan.channels_last:
+        tensor = arranged(tensor)
+    return tensor.clone(memory_format=torch.preserve_format).requires_grad_()
 
 
-def _copy(tensor: Tensor) -> Tensor:
-    return arranged(tensor.detach()).clone(memory_format=torch.preserve_format)
+def copied(inputs: Any) -> Any:
+    """A copy that a model or a loss can change in place; memory formats are kept."""
+    return tree_map(
+        lambda x: x.detach().clone() if isinstance(x, Tensor) else copy.deepcopy(x), inputs
+    )
 
 
-def forward(model: nn.Module, inputs: Any, leaves: Tensors, plan: Plan | None) -> Any:
+def forward(model: nn.Module, inputs: Any, leaves: Tensors, plan: Plan) -> Any:
     """`model(inputs)` with `leaves` in place of their parameters; the others are constants.
 
     The model runs on copies: no parameter hook fires, and what a module writes to a buffer or to
-    its inputs is discarded.
+    its inputs is discarded. Random numbers are the same in every call.
 
     Raises:
         PlanMismatchError: the model does not call what it called when the plan was made.
     """
     tensors = _tensors(model, leaves)
-    with _replaced(plan, tensors):
-        return _call(model, tensors, inputs)
+    if not plan.accelerate:
+        with Exchange():
+            return _call(model, tensors, inputs)
+    with _Replace(plan, tensors) as mode:
+        outputs = _call(model, tensors, inputs)
+    mode.require_completed(outputs)
+    return outputs
 
 
 def _tensors(model: nn.Module, leaves: Tensors) -> Tensors:
@@ -63,7 +85,15 @@ def _tensors(model: nn.Module, leaves: Tensors) -> Tensors:
 
 
 def _call(model: nn.Module, tensors: Tensors, inputs: Any) -> Any:
-    return functional_call(model, dict(tensors), (tree_map_only(Tensor, _copy, inputs),))
+    random.seed(0)
+    np.random.seed(0)
+    torch.default_generator.manual_seed(0)
+    devices = {t.device.index for t in tensors.values() if t.device.type == "cuda"}
+    for index in devices:
+        torch.cuda.default_generators[index].manual_seed(0)
+    inputs = copied(inputs)
+    args, kwargs = inputs if isinstance(inputs, Arguments) else ((inputs,), {})
+    return functional_call(model, dict(tensors), args, dict(kwargs))
 
 
 @dataclass(frozen=True)
@@ -89,36 +119,47 @@ class Normalization:
 
 @dataclass(frozen=True)
 class Plan:
-    """The normalization to fold into each convolution, by the order in which these are called."""
+    """What is replaced in a model."""
 
-    folds: dict[int, Normalization] = field(default_factory=dict)
+    folds: Mapping[int, Normalization] = field(default_factory=dict)
+    """The normalization to fold into each convolution, by the order in which these are called."""
+    channels_last: bool = False
+    """Convolutions run in channels-last layout. The model's inputs keep the sample's layout."""
+    accelerate: bool = True
+    """False: only functions without a (right) second derivative are replaced."""
+
+
+PLAIN = Plan(accelerate=False)
 
 
 class PlanMismatchError(Exception):
     """The model does not call what it called when the plan was made."""
 
 
-def plan(model: nn.Module, inputs: Any) -> Plan | None:
-    """Find what can be replaced in `model` by running it on `inputs`.
+def make_plan(model: nn.Module, inputs: Any) -> tuple[Plan, Any]:
+    """Find what can be replaced in `model` by running it on `inputs`; also returns its outputs.
 
-    With the replacements the model must give the same output up to rounding. If it does not even
-    without folding, the result is None.
+    With the replacements the model must give the same output up to rounding, and must not fail,
+    as models do that use `.view` on a channels-last output.
     """
     tensors = _tensors(model, {})
     with torch.no_grad(), _Watch(tensors) as watch:
         expected = _call(model, tensors, inputs)
-    candidates = {
+    folds = {
         call: uses[0] for call, uses in watch.uses.items() if len(uses) == 1 and uses[0] is not None
     }
-    for folds in (candidates, {}):
-        try:
-            with torch.no_grad():
-                outputs = forward(model, inputs, {}, Plan(folds))
-        except PlanMismatchError:
-            continue
-        if _same(outputs, expected):
-            return Plan(folds)
-    return None
+    layouts = (True, False) if watch.convolves_images else (False,)
+    for channels_last in layouts:
+        for plan in (Plan(folds, channels_last), *([Plan({}, channels_last)] if folds else [])):
+            try:
+                with torch.no_grad():
+                    leaves = {n: leaf(p, plan) for n, p in model.named_parameters()}
+                    outputs = forward(model, inputs, leaves, plan)
+                if _same(outputs, expected):
+                    return plan, expected
+            except Exception:  # the model runs without replacements, so these are the reason
+                continue
+    return PLAIN, expected
 
 
 def _same(outputs: Any, expected: Any) -> bool:
@@ -129,7 +170,8 @@ def _same(outputs: Any, expected: Any) -> bool:
         if isinstance(b, Tensor) and b.is_floating_point()
     ]
     return bool(pairs) and all(
-        bool(
+        torch.equal(a.isnan(), b.isnan())
+        and bool(
             torch.linalg.vector_norm((a - b).nan_to_num())
             <= 1e-4 * torch.linalg.vector_norm(b.nan_to_num()) + 1e-30
         )
@@ -167,7 +209,7 @@ class _ConvolutionCall(NamedTuple):
         """Batched, and without padding by name."""
         return not isinstance(self.padding, str) and self.input.dim() == self.weight.dim()
 
-    def run(self) -> Tensor:
+    def run(self, channels_last: bool) -> Tensor:
         """The convolution, with the cheap second derivative."""
         n = self.weight.dim() - 2
         stride, padding, dilation = (
@@ -175,7 +217,8 @@ class _ConvolutionCall(NamedTuple):
             for value in (self.stride, self.padding, self.dilation)
         )
         geometry = _Geometry(stride, padding, dilation, self.groups)
-        return _Convolution.apply(self.input, self.weight, self.bias, geometry)
+        x = arranged(self.input) if channels_last else self.input
+        return _Convolution.apply(x, self.weight, self.bias, geometry)
 
 
 class _NormalizationCall(NamedTuple):
@@ -201,12 +244,23 @@ class _NormalizationCall(NamedTuple):
         return Normalization(weight, bias, mean, var, self.eps)
 
 
+def _arguments(values: Iterable[Any]) -> Iterator[Any]:
+    """Also those inside lists and dicts."""
+    for value in values:
+        if isinstance(value, list | tuple):
+            yield from _arguments(value)
+        elif isinstance(value, dict):
+            yield from _arguments(value.values())
+        else:
+            yield value
+
+
 class _Watch(TorchFunctionMode):
     """Records what uses the output of each convolution: a normalization, or None for others."""
 
     def __init__(self, tensors: Tensors) -> None:
         super().__init__()
-        self.tensors, self.count = tensors, 0
+        self.tensors, self.count, self.convolves_images = tensors, 0, False
         self.outputs: dict[int, tuple[int, Tensor]] = {}
         self.uses: dict[int, list[Normalization | None]] = {}
 
@@ -214,7 +268,7 @@ class _Watch(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        for argument in tree_leaves((args, kwargs)):
+        for argument in _arguments((args, kwargs)):
             if id(argument) in self.outputs and func not in _QUERIES:
                 use = None
                 if func is F.batch_norm:
@@ -225,43 +279,51 @@ class _Watch(TorchFunctionMode):
             if _ConvolutionCall(*args, **kwargs).supported:
                 self.outputs[id(output)] = self.count, output
             self.count += 1
+            self.convolves_images |= func is F.conv2d
         return output
 
 
-@contextmanager
-def _replaced(plan: Plan | None, tensors: Tensors) -> Iterator[None]:
-    """Replace functions as planned; `tensors` are those the model runs on."""
-    if plan is None:
-        yield
-        return
-    with _Replace(plan, tensors) as mode:
-        yield
-    if mode.folded:
-        raise PlanMismatchError
+@dataclass
+class _Folded:
+    """A convolution's output that already contains the normalization that is called next."""
+
+    output: Tensor
+    normalization: Normalization
+    placeholder: Tensor
+    """What the model receives as the convolution's output: NaN, so that a use that is not seen
+    here never gives a number."""
+    used: bool = False
 
 
-class _Replace(TorchFunctionMode):
+class _Replace(Exchange):
     """Calls a replacement for each torch function that has one."""
 
     def __init__(self, plan: Plan, tensors: Tensors) -> None:
         super().__init__()
-        self.plan, self.tensors, self.count = plan, tensors, 0
-        self.folded: dict[int, tuple[Tensor, Normalization]] = {}
-        """Outputs of convolutions that already contain the normalization that is called next."""
+        self.plan, self.tensors, self.count, self.mismatch = plan, tensors, 0, False
+        self.folded: dict[int, _Folded] = {}
+        """By the id of the placeholder."""
+
+    def require_completed(self, outputs: Any) -> None:
+        """The model has used each placeholder exactly once, by its normalization."""
+        leaked = any(id(output) in self.folded for output in tree_leaves(outputs))
+        if self.mismatch or leaked or not all(folded.used for folded in self.folded.values()):
+            raise PlanMismatchError
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
         if self.folded and func not in _QUERIES:
-            for argument in tree_leaves((args, kwargs)):
-                if id(argument) in self.folded:
-                    output, planned = self.folded.pop(id(argument))
-                    if func is F.batch_norm:
-                        call = _NormalizationCall(*args, **kwargs)
-                        if call.by_name(self.tensors) == planned:
-                            return output
-                    raise PlanMismatchError
+            for argument in _arguments((args, kwargs)):
+                if (folded := self.folded.get(id(argument))) is not None:
+                    if func is not F.batch_norm or folded.used:
+                        self._fail()
+                    call = _NormalizationCall(*args, **kwargs)
+                    if call.by_name(self.tensors) != folded.normalization:
+                        self._fail()
+                    folded.used = True
+                    return folded.output
         if func in _CONVOLUTIONS:
             return self._convolution(func, _ConvolutionCall(*args, **kwargs))
         if func is F.batch_norm:
@@ -271,23 +333,28 @@ class _Replace(TorchFunctionMode):
                 shape = (1, -1, *[1] * (call.input.dim() - 2))
                 scale, shift = (t.view(shape) for t in normalization.affine(self.tensors))
                 return torch.addcmul(shift, call.input, scale)
-        return func(*args, **kwargs)
+        return super().__torch_function__(func, types, args, kwargs)
+
+    def _fail(self) -> None:
+        self.mismatch = True  # also if the model catches the exception
+        raise PlanMismatchError
 
     def _convolution(self, func: Any, call: _ConvolutionCall) -> Any:
         fold = self.plan.folds.get(self.count)
         self.count += 1
         if not call.supported:
             if fold is not None:
-                raise PlanMismatchError
+                self._fail()
             return func(*call)
         if fold is None:
-            return call.run()
+            return call.run(self.plan.channels_last)
         scale, shift = fold.affine(self.tensors)
         weight = call.weight * scale.view(-1, *[1] * (call.weight.dim() - 1))
         bias = shift if call.bias is None else shift + scale * call.bias
-        output = call._replace(weight=weight, bias=bias).run()
-        self.folded[id(output)] = output, fold
-        return output
+        output = call._replace(weight=weight, bias=bias).run(self.plan.channels_last)
+        placeholder = output.new_full((), torch.nan).expand(output.shape)
+        self.folded[id(placeholder)] = _Folded(output, fold, placeholder)
+        return placeholder
 
 
 class _Geometry(NamedTuple):

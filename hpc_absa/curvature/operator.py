@@ -9,6 +9,7 @@ Shapes:
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -19,14 +20,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from hpc_absa import summation
 from hpc_absa.comm import Communicator
-from hpc_absa.curvature import fast
+from hpc_absa.curvature import fast, twice
+from hpc_absa.curvature.loss import Loss as Loss
+from hpc_absa.curvature.loss import check_mean, mean_and_denominator
+from hpc_absa.curvature.twice import CurvatureError, Exchange
 from hpc_absa.worldsize import share
-
-Loss = Callable[[Any, Any], Tensor]
-"""`loss_fn(outputs, targets)`, a mean over the microbatch."""
 
 Matrix = Literal["hessian", "gauss-newton"]
 
@@ -46,20 +49,24 @@ class HessianSample(Protocol):
     def load(self, start: int, stop: int) -> tuple[Any, Any]:
         """Inputs and targets of samples [start, stop), without augmentation, on the model's device.
 
-        The model is called as `model(inputs)`, the loss as `loss_fn(outputs, targets)`.
+        The model is called as `model(inputs)`, and as `model(*args, **kwargs)` for inputs of the
+        type `fast.Arguments`; the loss as `loss_fn(outputs, targets)`. Both get copies.
         """
         ...
 
 
 class HessianOperator:
-    """`v ↦ H v` with `H = Σ_m (n_m / N) ∇²L_m`, where L_m is the mean loss of microbatch m.
+    """`v ↦ H v` with `H = Σ_m (d_m / Σ d) ∇²L_m`, where L_m is the mean loss of microbatch m.
+
+    For a mean over samples `d_m = n_m`; for others see `hpc_absa.curvature.loss`. The first product
+    checks that the loss is such a mean.
 
     Each rank differentiates its share of the microbatches and adds them in float64; one allreduce
     adds the ranks' sums. All methods are collectives. Use it inside `evaluation_mode(model)`.
 
     Args:
         model: any module; parameters that do not require grad are constants.
-        loss_fn: mean loss of a microbatch.
+        loss_fn: mean loss of a microbatch, or `(sum, denominator)`.
         sample: the data.
         comm: communicator.
         samples: N, the first samples of `sample`.
@@ -76,6 +83,7 @@ class HessianOperator:
     Raises:
         Interrupted: by a product, when `poll` returned True.
         ValueError: an argument is out of range.
+        CurvatureError: on all ranks, for a model or loss whose Hessian cannot be computed.
     """
 
     def __init__(
@@ -107,6 +115,7 @@ class HessianOperator:
         self.samples, self.microbatch = samples, microbatch
         self.keep_graphs, self.accelerate, self.matrix = keep_graphs, accelerate, matrix
         self.reproducible, self.poll = reproducible, poll
+        twice.require_supported(model)
         trainable = trainable_parameters(model)
         self.parameters = {n: p for n, p in trainable.items() if names is None or n in names}
         if not self.parameters:
@@ -114,21 +123,36 @@ class HessianOperator:
                 f"names: expected some of the trainable {list(trainable)}, got {names}"
             )
         self.size = sum(p.numel() for p in self.parameters.values())
-        like = next(iter(self.parameters.values()))
-        self.device, self.dtype = like.device, like.dtype
-        starts = range(0, samples, microbatch)
-        self.weights = [min(microbatch, samples - start) / samples for start in starts]
-        """[M], n_m / N."""
+        parameters = list(self.parameters.values())
+        self.device, self.dtype = parameters[0].device, parameters[0].dtype
+        for parameter in parameters:
+            self.dtype = torch.promote_types(self.dtype, parameter.dtype)
+        self.bounds = _bounds(samples, microbatch, uses_batch_statistics(model))
+        """[M], first sample of each microbatch and the one after its last."""
+        self.denominators = [float(stop - start) for start, stop in self.bounds]
+        """[M], d_m; those of a mean over samples until the first product."""
         self.gradients = self.matvecs = 0
-        microbatches = range(len(starts))
+        microbatches = range(len(self.bounds))
         self._lanes = (
             summation.lanes(microbatches, comm.rank, comm.size)
             if reproducible
             else [share(microbatches, comm.rank, comm.size)]
         )
         self._graphs: dict[int, _Graph] = {}
+        self._denominators: dict[int, float] = {}
+        """d_m of this rank's microbatches."""
+        self._plain: set[int] = set()
+        """Microbatches on which the model does not do what was planned."""
+        self._checked: set[int] = set()
+        """Microbatches whose loss is known to be a mean."""
         self.plan: fast.Plan | None = None
         """Made on the first microbatch; operators of the same model can share it."""
+
+    @property
+    def weights(self) -> list[float]:
+        """[M], d_m / Σ d."""
+        total = sum(self.denominators)
+        return [d / total for d in self.denominators]
 
     @property
     def samples_processed(self) -> int:
@@ -165,31 +189,47 @@ class HessianOperator:
 
     def loss(self, offset: Tensor | None = None) -> float:
         """The mean loss of the sample at the parameters plus `offset` [P]."""
-        losses = torch.zeros(len(self.weights), dtype=torch.float64)
+        sums = torch.zeros(2, len(self.bounds), dtype=torch.float64)
         shift = self._shaped(torch.zeros(self.size) if offset is None else offset)
         moved = zip(self.parameters.items(), shift, strict=True)
         leaves = {name: (p + s).detach() for (name, p), s in moved}
         with torch.no_grad():
             for index in (index for lane in self._lanes for index in lane):
                 inputs, targets = self._load(index)
-                outputs = fast.forward(self.model, inputs, leaves, None)
-                losses[index] = float(self.loss_fn(outputs, targets)) * self.weights[index]
-        return float(self.comm.broadcast_(self.comm.allreduce_(losses)).sum())
+                outputs = fast.forward(self.model, inputs, leaves, fast.PLAIN)
+                mean, denominator = self._mean(index, outputs, targets)
+                if denominator:
+                    sums[0, index], sums[1, index] = float(mean) * denominator, denominator
+        total, denominator = self.comm.broadcast_(self.comm.allreduce_(sums)).sum(1).tolist()
+        return total / denominator if denominator else math.nan
 
     def close(self) -> None:
         """Free the kept graphs."""
         self._graphs.clear()
 
     def _weighted_sum(self, term: Callable[[int], Tensor]) -> Tensor:
-        """`Σ_m (n_m / N) term(m)` over all ranks, [P]."""
-        tree = summation.Tree()
+        """`Σ_m (d_m / Σ d) term(m)` over all ranks, [P].
+
+        The denominators d_m are summed with it. NaN in place of one means that its rank cannot
+        differentiate the model.
+        """
+        self._prepare()
+        tree, error = summation.Tree(), None
         for lane in self._lanes:
             if not lane:
                 tree.add(None)
                 continue
             part = self._zeros()
             for index in lane:
-                part.add_(term(index), alpha=self.weights[index])
+                try:
+                    value = term(index)
+                except CurvatureError as caught:
+                    part[self.size + index], error = math.nan, caught
+                    continue
+                denominator = self._denominators[index]
+                part[self.size + index] = denominator
+                if denominator:
+                    part[: self.size].add_(value, alpha=denominator / self.samples)
             tree.add(part)
         total = tree.total()
         if total is None:
@@ -198,39 +238,81 @@ class HessianOperator:
             self.comm.allreduce_recursive_doubling_(total)
         else:
             self.comm.allreduce_(total)
-        return total.to(self.dtype)
+        self.denominators = total[self.size :].tolist()
+        if math.isnan(sum(self.denominators)):
+            messages = self.comm.allgather_object(error and str(error))
+            raise CurvatureError(next(m for m in messages if m)) from error
+        scale = sum(self.denominators) / self.samples
+        if scale != 1:
+            total /= scale
+        return total[: self.size].to(self.dtype)
 
     def _load(self, index: int) -> tuple[Any, Any]:
-        start = index * self.microbatch
-        return self.sample.load(start, min(start + self.microbatch, self.samples))
+        return self.sample.load(*self.bounds[index])
+
+    def _mean(self, index: int, outputs: Any, targets: Any) -> tuple[Tensor, float]:
+        start, stop = self.bounds[index]
+        with Exchange():
+            return mean_and_denominator(self.loss_fn, outputs, fast.copied(targets), stop - start)
+
+    def _prepare(self) -> None:
+        """Make the plan on the first microbatch, which is the same on all ranks."""
+        if self.plan is not None:
+            return
+        inputs, _ = self._load(0)
+        self.plan = fast.make_plan(self.model, inputs)[0] if self.accelerate else fast.PLAIN
 
     def _graph(self, index: int) -> _Graph:
         if index in self._graphs:
             return self._graphs[index]
+        assert self.plan is not None
         inputs, targets = self._load(index)
-        if self.accelerate and self.plan is None:
-            self.plan = fast.plan(self.model, inputs)
-            self.accelerate = self.plan is not None
-        differentiate = _hessian if self.matrix == "hessian" else _gauss_newton
-        leaves = {name: fast.leaf(p) for name, p in self.parameters.items()}
-        try:
-            outputs = fast.forward(self.model, inputs, leaves, self.plan)
-        except fast.PlanMismatchError:
-            self.plan = fast.Plan()
-            outputs = fast.forward(self.model, inputs, leaves, self.plan)
-        graph = differentiate(self.loss_fn, outputs, targets, tuple(leaves.values()))
+        graph = None
+        if self.plan.accelerate and index not in self._plain:
+            try:
+                graph = self._differentiated(index, inputs, targets, self.plan)
+            except CurvatureError:
+                raise
+            except Exception:  # also one that the model raises only with the replacements
+                graph = None
+        if graph is None:
+            self._plain.add(index)
+            graph = self._differentiated(index, inputs, targets, fast.PLAIN)
+            assert graph is not None
         if len(self._graphs) < self.keep_graphs:
             self._graphs[index] = graph
         return graph
 
+    def _differentiated(
+        self, index: int, inputs: Any, targets: Any, plan: fast.Plan
+    ) -> _Graph | None:
+        """None if the loss is not finite because of the plan."""
+        leaves = {name: fast.leaf(p, plan) for name, p in self.parameters.items()}
+        outputs = fast.forward(self.model, inputs, leaves, plan)
+        if index not in self._checked:
+            start, stop = self.bounds[index]
+            check_mean(self.loss_fn, outputs, targets, stop - start)
+            self._checked.add(index)
+
+        def mean(outputs: Any) -> Tensor:
+            loss, self._denominators[index] = self._mean(index, outputs, targets)
+            return loss
+
+        differentiate = _hessian if self.matrix == "hessian" else _gauss_newton
+        graph = differentiate(mean, outputs, tuple(leaves.values()))
+        return graph if graph.finite or plan is fast.PLAIN or not plan.folds else None
+
     def _zeros(self) -> Tensor:
-        return torch.zeros(self.size, dtype=torch.float64, device=self.device)
+        """[P + M], for the sum and the denominators."""
+        size = self.size + len(self.bounds)
+        return torch.zeros(size, dtype=torch.float64, device=self.device)
 
     def _shaped(self, vector: Tensor) -> list[Tensor]:
         parameters = self.parameters.values()
         pieces = vector.to(self.device, self.dtype).split([p.numel() for p in parameters])
         return [
-            fast.arranged(piece.view_as(p)) for piece, p in zip(pieces, parameters, strict=True)
+            fast.arranged(piece.view_as(p).to(p))
+            for piece, p in zip(pieces, parameters, strict=True)
         ]
 
 
@@ -241,33 +323,60 @@ class _Graph:
     gradient: Sequence[Tensor]
     product: Callable[[Sequence[Tensor], bool], Tensor]
     """`(v, keep) ↦ H_m v`, [P]; unless `keep`, the autograd graph is freed."""
+    finite: bool
+    """The loss is finite."""
 
 
-def _hessian(loss_fn: Loss, outputs: Any, targets: Any, leaves: Sequence[Tensor]) -> _Graph:
+def _hessian(mean: Callable[[Any], Tensor], outputs: Any, leaves: Sequence[Tensor]) -> _Graph:
     """`v ↦ ∇(∇L · v)`."""
-    loss = loss_fn(outputs, targets)
-    gradient = torch.autograd.grad(loss, leaves, create_graph=True, materialize_grads=True)
-    return _Graph(gradient, lambda v, keep: _flatten(_vjp(gradient, leaves, v, keep)))
+    loss = mean(outputs)
+    with twice.named_errors(loss):
+        gradient = _gradients(loss, leaves)
+    twice.require_twice_differentiable(loss, gradient)
+
+    def product(v: Sequence[Tensor], keep: bool) -> Tensor:
+        with twice.named_errors(loss):
+            return _flatten(_vjp(gradient, leaves, v, keep))
+
+    return _Graph(gradient, product, bool(loss.isfinite()))
 
 
-def _gauss_newton(loss_fn: Loss, outputs: Any, targets: Any, leaves: Sequence[Tensor]) -> _Graph:
+def _gauss_newton(mean: Callable[[Any], Tensor], outputs: Any, leaves: Sequence[Tensor]) -> _Graph:
     """`v ↦ Jᵀ H_f J v`: J the Jacobian of the outputs f, H_f the Hessian of the loss by f.
 
     Positive semidefinite for convex losses: the Hessian without the outputs' own curvature
     (Schraudolph 2002, section 3). `J v` is the derivative of `Jᵀ u` by u, multiplied with v.
     """
     if not isinstance(outputs, Tensor):
-        raise TypeError(f"model: expected one tensor of outputs, got {type(outputs).__name__}")
+        raise CurvatureError(
+            f"model: expected one tensor of outputs, got {type(outputs).__name__}; the "
+            "Gauss-Newton matrix needs the loss as a function of one tensor"
+        )
     detached = outputs.detach().requires_grad_()
-    (slope,) = torch.autograd.grad(loss_fn(detached, targets), detached, create_graph=True)
+    loss = mean(detached)
+    (slope,) = _gradients(loss, (detached,))
+    if not outputs.requires_grad:
+        zeros = [torch.zeros_like(leaf) for leaf in leaves]
+        return _Graph(zeros, lambda v, keep: _flatten(zeros), bool(loss.isfinite()))
     u = slope.detach().clone().requires_grad_()
-    pulled = torch.autograd.grad(outputs, leaves, u, create_graph=True, materialize_grads=True)
+    with twice.named_errors(outputs):
+        pulled = torch.autograd.grad(outputs, leaves, u, create_graph=True, materialize_grads=True)
+    twice.require_twice_differentiable(loss, [slope])
+    twice.require_twice_differentiable(outputs, pulled)
 
     def product(v: Sequence[Tensor], keep: bool) -> Tensor:
-        tangent = _vjp(pulled, (u,), v)
-        return _flatten(_vjp((outputs,), leaves, _vjp((slope,), (detached,), tangent), keep))
+        with twice.named_errors(outputs):
+            tangent = _vjp(pulled, (u,), v)
+            return _flatten(_vjp((outputs,), leaves, _vjp((slope,), (detached,), tangent), keep))
 
-    return _Graph([p.detach() for p in pulled], product)
+    return _Graph([p.detach() for p in pulled], product, bool(loss.isfinite()))
+
+
+def _gradients(loss: Tensor, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Differentiable; zero if the loss does not depend on the inputs."""
+    if not loss.requires_grad:
+        return [torch.zeros_like(i) for i in inputs]
+    return torch.autograd.grad(loss, inputs, create_graph=True, materialize_grads=True)
 
 
 def _vjp(
@@ -285,7 +394,22 @@ def _vjp(
 
 
 def _flatten(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.cat([t.detach().reshape(-1) for t in tensors])
+    return torch.cat([t.detach().reshape(-1).to(tensors[0].device) for t in tensors])
+
+
+def _bounds(samples: int, microbatch: int, equal: bool) -> list[tuple[int, int]]:
+    """Full microbatches and the rest, or `equal` ones, up to one sample."""
+    count = -(-samples // microbatch)
+    if equal:
+        return [(samples * m // count, samples * (m + 1) // count) for m in range(count)]
+    return [(m * microbatch, min((m + 1) * microbatch, samples)) for m in range(count)]
+
+
+def uses_batch_statistics(model: nn.Module) -> bool:
+    """A sample's output depends on its microbatch in evaluation mode as well."""
+    return any(
+        isinstance(module, _BatchNorm) and module.running_mean is None for module in model.modules()
+    )
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -298,18 +422,26 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Evaluation mode; on exit the training flags and all random states are restored bit for bit.
 
     Random states are those of Python, NumPy and torch. Parameters, buffers and `.grad` need no
-    restoring, because `fast.forward` runs the model on copies.
+    restoring, because `fast.forward` runs the model on copies. Attributes that modules set while
+    they run, as weight normalization does, are restored.
 
     Attention uses the only kernel that can be differentiated twice. Recurrent layers do not use
-    cuDNN, which cannot differentiate them in evaluation mode.
+    cuDNN, which cannot differentiate them in evaluation mode. Activation checkpointing and
+    `torch.compile` are disabled (`twice.plain_autograd`).
     """
     flags = [(module, module.training) for module in model.modules()]
+    attributes = [
+        (vars(module), dict(vars(module)))
+        for module in model.modules()
+        if not isinstance(module, torch.jit.ScriptModule)
+    ]
     python, numpy_ = random.getstate(), np.random.get_state()
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=devices))
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.enter_context(torch.enable_grad())
+        stack.enter_context(twice.plain_autograd())
         if any(isinstance(module, nn.RNNBase) for module in model.modules()):
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         try:
@@ -317,7 +449,36 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
                 module.training = False
             yield
         finally:
+            for present, before in attributes:
+                for key in present.keys() - before.keys():
+                    del present[key]
+                present.update(before)
             for module, training in flags:
                 module.training = training
             random.setstate(python)
             np.random.set_state(numpy_)
+
+
+class FunctionModel(nn.Module):
+    """A function `function(parameters, inputs)` as a model.
+
+    Args:
+        function: any function of torch tensors.
+        parameters: tensors in a nested list, tuple or dict. Floating point ones are parameters, in
+            this order, others are constants.
+    """
+
+    def __init__(self, function: Callable[[Any, Any], Any], parameters: Any) -> None:
+        super().__init__()
+        tensors, self._structure = tree_flatten(parameters)
+        self._function = function
+        self._count = len(tensors)
+        for index, tensor in enumerate(tensors):
+            if tensor.is_floating_point() or tensor.is_complex():
+                self.register_parameter(f"parameter{index}", nn.Parameter(tensor.detach()))
+            else:
+                self.register_buffer(f"parameter{index}", tensor)
+
+    def forward(self, inputs: Any) -> Any:
+        tensors = [getattr(self, f"parameter{index}") for index in range(self._count)]
+        return self._function(tree_unflatten(tensors, self._structure), inputs)

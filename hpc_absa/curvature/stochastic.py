@@ -95,7 +95,8 @@ def hutchpp_trace(
 
     `tr H = tr(QᵀHQ) + tr((I − QQᵀ) H (I − QQᵀ))`, Q an orthonormal basis of HS for random signs
     S [P, matvecs / 3]. The first term is exact, the second is Hutchinson's estimator. HS, HQ and
-    the estimator take a third of the products each.
+    the estimator take a third of the products each. With P ≤ `matvecs` the trace is computed
+    exactly, from the diagonal.
 
     Args:
         matvec: the operator.
@@ -106,7 +107,9 @@ def hutchpp_trace(
     """
     if matvecs < 6:
         raise ValueError(f"matvecs: expected 6 or more (a third of them sketch), got {matvecs}")
-    third = min(matvecs // 3, like.numel())
+    if like.numel() <= matvecs:
+        return _exact_trace(matvec, like, broadcast)
+    third = matvecs // 3
     space = Subspace(like, third, broadcast)
     count = 0
     for index in range(third):
@@ -119,14 +122,21 @@ def hutchpp_trace(
         if not space.add(direction, image):
             return Trace(math.nan, math.nan, count)
     rest = []
-    if len(space) < like.numel():
-        for index in range(matvecs - 2 * third):
-            probe = random_signs(like, seed + 10_000 + index)
-            probe = space.project_out(space.project_out(probe))
-            rest.append(float(broadcast(dots(probe[None], matvec(probe)))[0]))
-    mean = float(np.mean(rest)) if rest else 0.0
-    error = float(np.std(rest, ddof=1) / math.sqrt(len(rest))) if len(rest) > 1 else 0.0
-    return Trace(float(np.trace(space.T)) + mean, error, count + len(rest))
+    for index in range(matvecs - 2 * third):
+        probe = random_signs(like, seed + 10_000 + index)
+        probe = space.project_out(space.project_out(probe))
+        rest.append(float(broadcast(dots(probe[None], matvec(probe)))[0]))
+    error = float(np.std(rest, ddof=1) / math.sqrt(len(rest)))
+    return Trace(float(np.trace(space.T)) + float(np.mean(rest)), error, count + len(rest))
+
+
+def _exact_trace(matvec: Matvec, like: Tensor, broadcast: Broadcast) -> Trace:
+    total = torch.zeros(1, dtype=torch.float64)
+    for index in range(like.numel()):
+        unit = torch.zeros_like(like)
+        unit[index] = 1
+        total += float(matvec(unit)[index])
+    return Trace(float(broadcast(total)[0]), 0.0, like.numel())
 
 
 def spectral_density(

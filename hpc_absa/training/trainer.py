@@ -106,15 +106,15 @@ class Trainer:
         if not count or not self.adversary:
             return inputs
         with self.run.clock("adversarial"), self.autocast(inputs):
-            moved = fgsm.perturb(
+            return fgsm.perturb(
                 self.model,
                 self.loss,
-                inputs[:count],
-                targets[:count],
+                inputs,
+                targets,
                 self.adversary.step,
                 self.adversary.valid,
+                count,
             )
-            return torch.cat([moved, inputs[count:]])
 
     def evaluate(self) -> Evaluation:
         """Accuracy and loss on the test set."""

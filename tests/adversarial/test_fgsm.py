@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from hpc_absa.adversarial.fgsm import perturb
 
@@ -127,3 +128,95 @@ def test_a_failing_loss_restores_the_training_flags(model, pixels, targets):
 
 def test_a_step_of_zero_changes_nothing(model, pixels, targets):
     torch.testing.assert_close(attack(model, pixels, targets, epsilon=0.0), (pixels - MEAN) / STD)
+
+
+def reference(model, inputs, targets, count):
+    """The first inputs moved along the gradient of the whole batch."""
+    inputs = inputs.clone().requires_grad_()
+    model.eval()
+    F.cross_entropy(model(inputs), targets).backward()
+    moved = (inputs + EPSILON / STD * inputs.grad.sign()).clamp(*VALID).detach()
+    return torch.cat([moved[:count], inputs[count:].detach()])
+
+
+def test_a_part_of_the_batch(model, pixels, targets):
+    inputs = (pixels - MEAN) / STD
+    moved = perturb(model, F.cross_entropy, inputs, targets, EPSILON / STD, VALID, 12)
+    torch.testing.assert_close(moved, reference(model, inputs, targets, 12))
+
+
+class Seen(nn.Module):
+    """Records the size and layout of its inputs, and changes them in place."""
+
+    def __init__(self, *layers):
+        super().__init__()
+        self.body, self.inputs = nn.Sequential(*layers), []
+
+    def forward(self, x):
+        self.inputs.append((len(x), x.stride()))
+        return self.body(x.mul_(2))
+
+
+@pytest.mark.parametrize("batch_statistics", [False, True])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_the_model_sees_what_training_gives_it(pixels, targets, batch_statistics, memory_format):
+    norm = nn.BatchNorm2d(4, track_running_stats=not batch_statistics)
+    model = Seen(nn.Conv2d(3, 4, 3), norm, nn.Tanh(), nn.Flatten(), nn.Linear(144, 4))
+    inputs = ((pixels - MEAN) / STD).contiguous(memory_format=memory_format)
+    before = inputs.clone()
+    moved = perturb(model, F.cross_entropy, inputs, targets, EPSILON / STD, VALID, 12)
+    assert model.inputs == [(32 if batch_statistics else 12, inputs.stride())]
+    assert torch.equal(inputs, before)
+    plain = nn.Sequential(*model.body)
+    torch.testing.assert_close(moved, reference(Doubled(plain), inputs, targets, 12))
+
+
+class Doubled(nn.Module):
+    """`model(2 x)`."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return self.model(2 * x)
+
+
+@pytest.mark.parametrize("count", [1, 12])
+def test_a_model_of_one_batch_size(pixels, targets, count):
+    """It takes the whole batch only; a single sample is never given alone."""
+
+    class Fixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(192, 4)
+
+        def forward(self, x):
+            return self.head(x.view(32, -1))
+
+    inputs, model = (pixels - MEAN) / STD, Fixed()
+    moved = perturb(model, F.cross_entropy, inputs, targets, EPSILON / STD, VALID, count)
+    torch.testing.assert_close(moved, reference(model, inputs, targets, count))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_activation_checkpointing(model, pixels, targets, reentrant):
+    class Checkpointed(nn.Module):
+        def forward(self, x):
+            return checkpoint(model, x, use_reentrant=reentrant)
+
+    wrapper = Checkpointed()
+    wrapper.inner = model
+    inputs = (pixels - MEAN) / STD
+    moved = perturb(wrapper, F.cross_entropy, inputs, targets, EPSILON / STD, VALID)
+    torch.testing.assert_close(moved, reference(model, inputs, targets, 32))
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_loss_with_its_denominator(model, pixels, targets):
+    def loss(outputs, targets):
+        return F.cross_entropy(outputs, targets, reduction="sum"), len(targets)
+
+    torch.testing.assert_close(
+        attack(model, pixels, targets, loss=loss), attack(model, pixels, targets)
+    )

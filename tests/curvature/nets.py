@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from contextlib import ExitStack
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -65,12 +68,41 @@ def _mlp() -> nn.Module:
     return net
 
 
+class Recurrent(nn.Module):
+    """An LSTM over the columns of what a convolution returns, taken with `.view`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3, stride=2), nn.BatchNorm2d(4)
+        self.rnn, self.head = nn.LSTM(9, 3, batch_first=True), nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.norm(self.conv(x))).view(len(x), 4, 9)
+        return self.head(self.rnn(x)[0][:, -1])
+
+
+class WeightedLoss:
+    """Cross entropy with class weights, divided by the weights of the targets."""
+
+    weight = torch.tensor([0.2, 1.0, 3.0])
+
+    def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(outputs, targets, weight=self.weight.to(outputs))
+
+    def denominator(self, targets: Tensor) -> Tensor:
+        return self.weight[targets].sum()
+
+
 def build(kind: str, samples: int = 24, dtype: torch.dtype = torch.float64) -> tuple:
-    """(model in training mode, loss, sample) of a kind: conv, attention or mlp; seeded."""
+    """(model in training mode, loss, sample), seeded.
+
+    Kinds: conv, attention, mlp, recurrent, and weighted, which is mlp with class weights.
+    """
     generator = torch.Generator().manual_seed(3)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(5)
-        model = {"conv": ConvNet, "attention": Attention, "mlp": _mlp}[kind]()
+        models = {"conv": ConvNet, "attention": Attention, "recurrent": Recurrent}
+        model = models.get(kind, _mlp)()
         for module in model.modules():
             if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
                 module.running_mean.normal_(0, 0.3)
@@ -79,10 +111,11 @@ def build(kind: str, samples: int = 24, dtype: torch.dtype = torch.float64) -> t
         inputs = torch.randint(0, 7, (samples, 5), generator=generator)
         targets = torch.randint(0, 7, (samples,), generator=generator)
     else:
-        shape = (samples, 3, 8, 8) if kind == "conv" else (samples, 6)
+        shape = (samples, 3, 8, 8) if kind in ("conv", "recurrent") else (samples, 6)
         inputs = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
         targets = torch.randint(0, 3, (samples,), generator=generator)
-    return model.to(dtype), nn.functional.cross_entropy, Samples(inputs, targets)
+    loss = WeightedLoss() if kind == "weighted" else nn.functional.cross_entropy
+    return model.to(dtype), loss, Samples(inputs, targets)
 
 
 def dense(model: nn.Module, loss_fn: Callable, sample: Samples, samples: int) -> Tensor:
@@ -107,3 +140,42 @@ def dense(model: nn.Module, loss_fn: Callable, sample: Samples, samples: int) ->
             return torch.func.jacrev(torch.func.grad(loss))(flat)
     finally:
         model.train(training)
+
+
+def autograd_hessian(
+    model: nn.Module, loss_fn: Callable, sample: Samples, samples: int, exchanged: bool = False
+) -> Tensor:
+    """The Hessian [P, P] by double backward on the model's own parameters, on one batch.
+
+    With `exchanged`, hardsigmoid is a piecewise linear function and nothing is checkpointed.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    flags = [(module, module.training) for module in model.modules()]
+    inputs, targets = sample.load(0, samples)
+
+    def flat(tensors: list[Tensor]) -> Tensor:
+        return torch.cat([t.reshape(-1) for t in tensors])
+
+    def gradient(value: Tensor, create_graph: bool) -> Tensor:
+        if not value.requires_grad:
+            return flat([torch.zeros_like(p) for p in parameters])
+        options = {"create_graph": create_graph, "retain_graph": True, "materialize_grads": True}
+        return flat(torch.autograd.grad(value, parameters, **options))
+
+    def hardsigmoid(x: Tensor, inplace: bool = False) -> Tensor:
+        return (x / 6 + 0.5).clamp(0, 1)
+
+    model.eval()
+    with ExitStack() as stack:
+        if exchanged:
+            run = mock.patch(
+                "torch.utils.checkpoint.checkpoint", lambda f, *x, use_reentrant: f(*x)
+            )
+            stack.enter_context(run)
+            stack.enter_context(mock.patch.object(nn.functional, "hardsigmoid", hardsigmoid))
+        try:
+            first = gradient(loss_fn(model(copy.deepcopy(inputs)), targets), True)
+            return torch.stack([gradient(entry, False) for entry in first]).detach()
+        finally:
+            for module, training in flags:
+                module.training = training

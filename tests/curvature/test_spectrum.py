@@ -144,6 +144,23 @@ def test_trace_is_exact_where_the_sketch_spans_the_range():
     assert trace.value == pytest.approx(float(matrix.trace()))
 
 
+@pytest.mark.parametrize("size", [1, 2, 3, 6, 9])
+@pytest.mark.parametrize("seed", range(8))
+def test_trace_of_a_small_operator_is_exact(size, seed):
+    """Random signs of few elements are often linearly dependent."""
+    values = np.random.default_rng(seed).normal(size=size)
+    matvec, matrix, start = operator(values.tolist(), seed)
+    trace = hutchpp_trace(matvec, start, matvecs=9, seed=seed)
+    assert trace.value == pytest.approx(float(matrix.trace()), rel=1e-6, abs=1e-6)
+    assert trace.error == 0
+    assert trace.matvecs == size
+
+
+def test_trace_of_a_small_operator_that_is_not_finite():
+    trace = hutchpp_trace(lambda v: v * torch.nan, torch.zeros(3), matvecs=9)
+    assert np.isnan(trace.value)
+
+
 @settings(max_examples=40)
 @given(st.lists(VALUES, min_size=2, max_size=30), st.integers(0, 99), st.floats(-60, 60))
 def test_bounds_of_the_share_hold_for_any_spectrum(values, seed, limit):

@@ -13,6 +13,9 @@ from hpc_absa.records import Eigenvalue, GradientSquares, Observation, ScheduleS
 from hpc_absa.schedules import Rule, build
 from hpc_absa.worldsize import ranks_for
 
+MAX_BOUNDARIES = 100_000
+"""Boundaries with a decision that can change something, after which a plan is refused: 5 s."""
+
 
 @dataclass(frozen=True)
 class PlannedPhase:
@@ -83,7 +86,7 @@ def plan(job: Job, samples: int, limit: int) -> dict[str, Plan]:
         limit: the largest number of ranks.
 
     Raises:
-        UsageError: a user-defined schedule cannot be loaded, or fails.
+        UsageError: no step can be taken, or a user-defined schedule cannot be loaded or fails.
     """
     rule = build(job)
     earliest, measured = _walk(job, rule, samples, limit, growing=True)
@@ -123,6 +126,7 @@ def _walk(job: Job, rule: Rule, samples: int, limit: int, *, growing: bool) -> t
     """
     stream = stream_of(job, samples)
     progress = Progress(Position(), rule.initial())
+    stream.require_step(progress.schedule.global_batch)
     phases: list[PlannedPhase] = []
     begin = progress.position
     measured = False
@@ -145,7 +149,19 @@ def _walk(job: Job, rule: Rule, samples: int, limit: int, *, growing: bool) -> t
             )
         begin = position
 
+    walked = 0
     while (item := progress.next(stream)) is not None:
+        if not isinstance(item, Step):
+            unchanged = _after_unchanged(rule, stream, progress, growing)
+            if unchanged is not progress:
+                progress = unchanged
+                continue
+            if (walked := walked + 1) > MAX_BOUNDARIES:
+                raise UsageError(
+                    f"train.epochs = {job.train.epochs}: more than {MAX_BOUNDARIES} boundaries at "
+                    f"which schedule.method = {job.schedule.method!r} can change the batch; plan "
+                    "with fewer epochs, or implement Rule.unchanged"
+                )
         if isinstance(item, Step):
             # Steps up to the next boundary do not differ: take them together.
             ahead = stream.boundary(progress.position.boundary).microbatch - item.start
@@ -169,6 +185,29 @@ def _walk(job: Job, rule: Rule, samples: int, limit: int, *, growing: bool) -> t
         progress = progress.after_boundary(decision)
     end_phase()
     return Plan(progress.position.step, tuple(phases)), measured
+
+
+def _after_unchanged(
+    rule: Rule, stream: SampleStream, progress: Progress, growing: bool
+) -> Progress:
+    """After the steps and boundaries at which nothing changes; the same object without any."""
+    position, state = progress.position, progress.schedule
+    here = stream.boundary(position.boundary)
+    points, until = rule.unchanged(state, here.epoch, growing)
+    before = stream.decision_points(position.boundary)
+    next_change = stream.boundary_after(before + points, until)
+    if next_change <= position.boundary:
+        return progress
+    per_step = state.global_batch // stream.microbatch
+    steps = (stream.boundary(next_change).microbatch - position.microbatch) // per_step
+    passed = stream.decision_points(next_change) - before
+    return replace(
+        progress,
+        position=Position(
+            position.microbatch + steps * per_step, position.step + steps, next_change
+        ),
+        schedule=rule.after_unchanged(state, passed),
+    )
 
 
 def _measure(

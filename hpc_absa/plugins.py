@@ -6,11 +6,13 @@ import difflib
 import importlib
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Mapping
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from hpc_absa.errors import UsageError
+from hpc_absa.errors import HpcAbsaError, UsageError
 
 
 def is_reference(name: str) -> bool:
@@ -67,7 +69,7 @@ def call(
 
     Raises:
         UsageError: An argument that the function does not take (the message lists those it does),
-            or a missing one.
+            or a missing one; or the function itself failed, if it is not one of this package.
     """
     try:
         parameters = inspect.signature(function).parameters
@@ -89,7 +91,43 @@ def call(
     for name, p in named.items():
         if name not in given and p.default is p.empty:
             raise UsageError(f"{key}.{name}: {title} needs this argument, and it is not given")
-    return function(**given)
+    if not is_reference(title) and str(getattr(function, "__module__", "")).startswith("hpc_absa"):
+        return function(**given)
+    with user_code(f"{key}: {title}"):
+        return function(**given)
+
+
+@contextmanager
+def user_code(what: str, hint: str = "") -> Iterator[None]:
+    """Turn what a user's code raises into one line.
+
+    Raises:
+        UsageError: `what` failed, with the error and the place in the user's code.
+    """
+    try:
+        yield
+    except HpcAbsaError:
+        raise
+    except Exception as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        # TorchScript names the cause in the last line
+        line = lines[-1 if "TorchScript" in lines[0] else 0] if lines else ""
+        message = f"{type(error).__name__}: {line}" if line else type(error).__name__
+        place = _place(error)
+        raise UsageError(
+            f"{what} failed: {message}"
+            + (f" ({place})" if place else "")
+            + (f"; {hint}" if hint else "")
+        ) from error
+
+
+def _place(error: BaseException) -> str:
+    """The innermost line that is neither ours nor a library's."""
+    ours = str(Path(__file__).parent)
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if not frame.filename.startswith((ours, sys.prefix, sys.base_prefix, "<")):
+            return f"{frame.filename}:{frame.lineno}"
+    return ""
 
 
 def valid_ones(names: Iterable[str]) -> str:

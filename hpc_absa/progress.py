@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from hpc_absa.errors import UsageError
 from hpc_absa.records import Decision, Observation, ScheduleState
 from hpc_absa.schedules import Rule
 
@@ -102,17 +103,54 @@ class SampleStream:
     def num_boundaries(self) -> int:
         return self._boundaries_until(self.epochs * self.samples)
 
+    def require_step(self, global_batch: int) -> None:
+        """Refuse a batch of which the stream does not fill one step.
+
+        Raises:
+            UsageError: no step could be taken.
+        """
+        if global_batch // self.microbatch > self.microbatches:
+            raise UsageError(
+                f"a global batch of {global_batch} samples: expected at most the "
+                f"{self.microbatches * self.microbatch} samples in train.epochs = {self.epochs} "
+                f"epochs of {self.samples}, or no step can be taken; lower schedule.base_batch "
+                "(bl and fb: schedule.max_batch) or raise train.epochs"
+            )
+
     def boundary(self, index: int) -> Boundary:
         """The boundary `index`, from 0, in the order of the stream."""
-        end = self.epochs * self.samples
-        visited = bisect_left(range(end + 1), index + 1, key=self._boundaries_until)
+        visited = self._visited(index)
         return Boundary(
             self._microbatches_until(visited),
             visited / self.samples,
             ends_epoch=visited % self.samples == 0,
             decision_point=visited % self.every == 0,
-            last=visited == end,
+            last=visited == self.epochs * self.samples,
         )
+
+    def decision_points(self, boundaries: int) -> int:
+        """Decision points among the first `boundaries` boundaries."""
+        return self._visited(boundaries - 1) // self.every if boundaries else 0
+
+    def boundary_after(self, points: float, epoch: float) -> int:
+        """Index of the first boundary at or after `epoch`, or of the decision point after `points`.
+
+        The one that comes first; at most the last boundary.
+        """
+        last = self.num_boundaries - 1
+        if epoch < self.epochs:
+            last = self._boundaries_until(math.ceil(epoch * self.samples) - 1)
+        if points < last:
+            last = min(last, self._boundaries_until((int(points) + 1) * self.every) - 1)
+        return last
+
+    def _visited(self, index: int) -> int:
+        """Nominal samples before the boundary `index`."""
+        # Boundaries repeat after a period; the whole stream can be too long for a `range`.
+        period = math.lcm(self.samples, self.every)
+        periods, rest = divmod(index, self._boundaries_until(period))
+        within = range(min(period, self.epochs * self.samples) + 1)
+        return periods * period + bisect_left(within, rest + 1, key=self._boundaries_until)
 
     def segments(self, microbatch: int) -> tuple[Segment, ...]:
         """The samples of one microbatch: more than one segment if an epoch ends in it.

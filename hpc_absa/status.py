@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hpc_absa.report import format as fmt
-from hpc_absa.report.history import History, load
+from hpc_absa.report.history import History, load, nonfinite_loss
 from hpc_absa.report.timing import attempts, finite
 from hpc_absa.rundir import RunDir
 from hpc_absa.rundir.events import Event
@@ -114,6 +114,8 @@ def status(path: Path, now: float | None = None) -> Status:
     state, explanation = _state(history, lock, chain, now)
     if state == "running" and run.stop_request.exists():
         explanation += " It was asked to stop, and is saving."
+    if sentence := nonfinite_loss(history.kept):
+        explanation += f" {sentence}"
     age = now - history.last_event
     epoch = history.epochs_visited if history.phases else math.nan
     failures = [event for event in events if event["event"] == "failure"]
@@ -167,6 +169,8 @@ def _state(
     history: History, lock: LockHolder | None, chain: Sequence[LinkStatus], now: float
 ) -> tuple[State, str]:
     ending = _ending(history.events)
+    if ending == "nonfinite_loss" and not (lock and lock.live):
+        return "failed", "Ended because of its loss."
     if ending == "done":
         return "done", "The job is done."
     if chain:
@@ -201,10 +205,12 @@ def _state(
 
 
 def _ending(events: Sequence[Event]) -> str:
-    """How the log ends: `done`, `failure`, `stopped`, `resize`, else `open`; "" before a start."""
+    """How the log ends: an event or an outcome, else `open`; "" before a start."""
     for event in reversed(events):
         if event["event"] in ("done", "failure"):
             return str(event["event"])
+        if event["event"] == "nonfinite_loss" and event.get("action") == "stop":
+            return "nonfinite_loss"
         if event["event"] == "phase_end" and event.get("outcome") in ("stopped", "resize"):
             return str(event["outcome"])
         if event["event"] in ("phase_start", "phase_end", "epoch", "decision", "resize"):

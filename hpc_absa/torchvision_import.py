@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Sequence
 from functools import cache
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from types import ModuleType
 from typing import Any
 
@@ -39,6 +42,41 @@ def torchvision() -> ModuleType:
         del sys.modules[name]  # of the import that failed halfway
     _declare_operators()
     return importlib.import_module("torchvision")
+
+
+def prepare_torchvision() -> None:
+    """Make `import torchvision` in a user's module do the same."""
+    if "torchvision" not in sys.modules and not any(isinstance(f, _Finder) for f in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())
+
+
+class _Finder(MetaPathFinder):
+    """Finds torchvision only, with another loader."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != "torchvision":
+            return None
+        spec = PathFinder.find_spec(fullname, path)
+        if spec is not None and spec.origin and isinstance(spec.loader, SourceFileLoader):
+            spec.loader = _Loader(fullname, spec.origin)
+        return spec
+
+
+class _Loader(SourceFileLoader):
+    """Executes the package a second time, with the operators declared, if that is what it lacks."""
+
+    def exec_module(self, module: ModuleType) -> None:
+        try:
+            super().exec_module(module)
+        except RuntimeError as error:
+            if "torchvision::" not in str(error):
+                raise
+            for key in [key for key in sys.modules if key.startswith("torchvision.")]:
+                del sys.modules[key]
+            _declare_operators()
+            super().exec_module(module)
 
 
 def _declare_operators() -> None:

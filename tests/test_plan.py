@@ -1,5 +1,8 @@
 """The planner: published counts, and the same steps as a slow simulation of each one."""
 
+import math
+import time
+from dataclasses import replace
 from fractions import Fraction
 
 import pytest
@@ -9,9 +12,9 @@ from hypothesis import strategies as st
 from hpc_absa import config
 from hpc_absa.errors import UsageError
 from hpc_absa.plan import plan, timed, training_samples
-from hpc_absa.records import Eigenvalue, GradientSquares, Observation
+from hpc_absa.records import Decision, Eigenvalue, GradientSquares, Observation, ScheduleState
 from hpc_absa.report.published import PUBLISHED_ACCURACY
-from hpc_absa.schedules import build
+from hpc_absa.schedules import Rule, build
 from hpc_absa.study import sweep
 from tests import job_files
 from tests.job_files import JOB_FILES, SWEEP_FILES
@@ -204,6 +207,73 @@ def test_the_size_of_digits_is_that_of_scikit_learn(tmp_path):
 def test_a_user_defined_data_set_needs_its_size():
     with pytest.raises(UsageError, match=r"data\.name = 'my\.own:data': .* --samples N"):
         training_samples(job("data.name=my.own:data"))
+
+
+# Long runs
+
+LONG = pytest.mark.parametrize("epochs", ["1e6", "1000000000"])
+
+
+@LONG
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("schedule.method=bl",),
+        ("schedule.method=gg", "schedule.max_batch=1024"),
+        ("schedule.method=abs", "schedule.max_batch=1024"),
+        ("schedule.method=absa", "schedule.max_batch=1024", "schedule.kappa=5000000"),
+        ("schedule.method=absa-tuned", "schedule.max_batch=640", "hessian.every=12345"),
+        ("schedule.method=gns", "schedule.base_batch=256", "schedule.max_batch=1024"),
+    ],
+    ids=lambda overrides: overrides[0].partition("=")[2],
+)
+def test_a_run_until_the_time_limit_is_planned_in_a_moment(overrides, epochs):
+    """All phases but the last are those of a shorter run, and the last has all other steps."""
+    began = time.process_time()
+    plans = plan(job(*overrides, f"train.epochs={epochs}"), 50_000, 8)
+    assert time.process_time() - began < 0.5
+    for name, shorter in plan(job(*overrides, "train.epochs=500"), 50_000, 8).items():
+        assert plans[name].phases[: len(shorter.phases) - 1] == shorter.phases[:-1]
+        microbatches = sum(p.steps * p.global_batch // 128 for p in plans[name].phases)
+        cut = 8 * len(plans[name].phases)
+        assert abs(microbatches - int(float(epochs)) * 50_000 // 128) < cut
+
+
+class Doubling(Rule):
+    """Doubles the batch once, at epoch 700,000; `known` whether the planner is informed of it."""
+
+    def __init__(self, base_batch, known):
+        self.start, self.known = ScheduleState(base_batch, 0.1), known
+
+    def initial(self):
+        return self.start
+
+    def decide(self, state, seen):
+        if seen.epoch < 700_000 or state.global_batch > self.start.global_batch:
+            return Decision("continue", "", state)
+        return Decision("grow", "", replace(state, global_batch=2 * state.global_batch))
+
+    def unchanged(self, state, epoch, growing):
+        if not self.known:
+            return super().unchanged(state, epoch, growing)
+        return math.inf, 700_000 if state.global_batch == self.start.global_batch else math.inf
+
+
+DOUBLING = ("schedule.method=tests.test_plan:Doubling", "train.epochs=1e6", "train.milestones=[]")
+
+
+def test_a_user_defined_rule_can_make_its_long_runs_fast_to_plan():
+    began = time.process_time()
+    planned = plan_of(*DOUBLING, "schedule.known=true")
+    assert time.process_time() - began < 0.5
+    assert phases(planned)[0] == (700_000 * 50_000 // 128, 128)
+    assert planned.phases[1].global_batch == 256
+
+
+def test_a_user_defined_rule_that_does_not_is_refused_and_not_walked_for_ever(monkeypatch):
+    monkeypatch.setattr("hpc_absa.plan.MAX_BOUNDARIES", 100)
+    with pytest.raises(UsageError, match=r"more than 100 boundaries .* implement Rule\.unchanged"):
+        plan_of(*DOUBLING, "schedule.known=false")
 
 
 # Against a simulation

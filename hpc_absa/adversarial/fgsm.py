@@ -68,6 +68,7 @@ def _gradient(model: nn.Module, loss: Loss, inputs: Tensor, targets: Any) -> Ten
             parameter.requires_grad_(False)
         with torch.enable_grad():
             x = inputs.detach().requires_grad_()
+            # a clone, which the model may change in place
             value = loss(model(x.clone()), targets)
             (value[0] if isinstance(value, tuple) else value).backward()
     finally:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
@@ -21,6 +21,9 @@ from hpc_absa.cli.options import (
 from hpc_absa.console import rich_console
 from hpc_absa.data.registry import DATASETS
 from hpc_absa.errors import ExitStatus, UsageError
+
+if TYPE_CHECKING:
+    from hpc_absa.config import Job
 
 
 def plan(
@@ -47,6 +50,7 @@ def plan(
     from hpc_absa import plan as planner
 
     loaded = config.load(job, tuple(overrides or ()))
+    _require_names(loaded)
     count = samples or planner.training_samples(loaded)
     limit = (
         max_ranks or loaded.ranks.max or loaded.schedule.largest_batch // loaded.train.microbatch
@@ -67,6 +71,21 @@ def plan(
     for name, planned in plans.items():
         _print_plan(loaded.name if name == "plan" else f"{loaded.name}, {name} growth", planned)
     return ExitStatus.OK
+
+
+def _require_names(job: Job) -> None:
+    """Whether the user's code that the job names exists; only where torch is installed."""
+    import importlib.util
+
+    from hpc_absa import plugins
+    from hpc_absa.torchvision_import import prepare_torchvision
+
+    prepare_torchvision()
+    names = {"data.name": job.data.name, "model.name": job.model.name, "train.loss": job.train.loss}
+    if importlib.util.find_spec("torch") is not None:
+        for key, name in names.items():
+            if plugins.is_reference(name):
+                plugins.resolve(name, key)
 
 
 def _print_plan(title: str, planned: Any) -> None:
@@ -138,7 +157,8 @@ def doctor(
 ) -> int:
     """Check the installation and this machine, and show how to fix each error.
 
-    With a job file, also check what the job needs: hosts, slots, cores, Slurm.
+    With a job file, also check what the job needs: hosts, slots, cores, Slurm, and one microbatch
+    through its model, loss and data.
     Example: `hpc-absa doctor jobs/digits.toml`
 
     With `--json`: `errors`, their number, and `findings`, each with `check`, `status` (ok, absent

@@ -24,6 +24,7 @@ WITHOUT_EFFECT = (
     "checkpoint",
     "launch",
     "train.device",
+    "train.on_nonfinite_loss",
     "train.threads_per_rank",
 )
 """Parts of a job that do not change its result, beyond the order of summation."""

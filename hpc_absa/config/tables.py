@@ -62,6 +62,8 @@ class Train(TrainSettings):
     microbatch may contain samples of two epochs, and none is left out."""
     loss: str = "cross_entropy"
     """`cross_entropy`, or `package.module:function` of (outputs, targets) returning the mean."""
+    on_nonfinite_loss: Literal["stop", "continue"] = "stop"
+    """Whether a loss that is infinite or NaN ends the run with an error."""
     threads_per_rank: PositiveInt | None = None
     """CPU threads of one rank; None divides the cores of a host among its ranks."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 _WEYL = 0x9E3779B97F4A7C15  # odd, 2^64 / golden ratio: successive counters are far apart
 _MASK = (1 << 64) - 1
 _ORDER_STREAM = 0x6F72646572  # "order": never the same numbers as an augmentation's stream
+_MODEL_STREAM = 0x6D6F64656C  # "model"
 
 
 def permutation(seed: int, epoch: int, samples: int) -> NDArray[np.int64]:
@@ -49,6 +50,17 @@ def uniform(
     epochs = np.asarray(epoch).astype(np.uint64)
     hashes = _hash(_key(seed, stream), epochs, np.asarray(samples).astype(np.uint64))
     return (hashes >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def microbatch_seed(seed: int, index: int) -> int:
+    """A seed for the random generators of a forward pass, such as dropout's.
+
+    Args:
+        seed: The job's seed.
+        index: Of the microbatch in the stream.
+    """
+    counter = np.array([index], dtype=np.uint64)
+    return int(_hash(_key(seed, _MODEL_STREAM), np.uint64(0), counter)[0] >> np.uint64(1))
 
 
 def _key(seed: int, stream: int) -> NDArray[np.uint64]:

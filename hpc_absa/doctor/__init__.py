@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from hpc_absa.config import Job
 from hpc_absa.doctor.machine import Finding, check_cluster, check_machine, check_run_dir
-from hpc_absa.doctor.software import check_software
+from hpc_absa.doctor.software import check_rehearsal, check_software
 from hpc_absa.rundir import RunDir
 
 __all__ = ["Finding", "run_checks"]
@@ -23,3 +23,5 @@ def run_checks(run: RunDir, job: Job | None = None) -> Iterator[Finding]:
     yield from check_run_dir(run)
     yield from check_cluster(job)
     yield from check_software()
+    if job is not None:
+        yield check_rehearsal(job)

@@ -12,11 +12,15 @@ from collections.abc import Iterator
 from importlib import metadata
 from typing import Any
 
+from hpc_absa import config
+from hpc_absa.config import Job
 from hpc_absa.doctor.machine import Finding, require
 from hpc_absa.errors import UsageError
 from hpc_absa.supervisor.launchers import mpi_environment, program
 from hpc_absa.supervisor.process import PYTHON
 
+REHEARSAL_SECONDS = 600
+"""Longest time that a rehearsal takes, with building the data set."""
 REBUILD = "launch/bootstrap.sh builds an environment in which the packages fit together"
 
 
@@ -45,6 +49,36 @@ def probe() -> dict[str, Any]:
     except (ValueError, IndexError):
         last = (done.stderr.strip().splitlines() or ["no output"])[-1]
         return {"crash": f"exit status {done.returncode}, {last}"}
+
+
+def check_rehearsal(job: Job) -> Finding:
+    """Whether the job's model, loss and data do what a run needs: `training.rehearsal`."""
+    name = "rehearsal"
+    command = [sys.executable, "-W", "ignore", "-m", "hpc_absa.doctor.rehearsal"]
+    try:
+        done = subprocess.run(
+            command,
+            input=config.dump(job),
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=REHEARSAL_SECONDS,
+            check=False,
+        )
+        result = json.loads(done.stdout.splitlines()[-1])
+    except subprocess.TimeoutExpired:
+        detail = f"one microbatch has taken more than {REHEARSAL_SECONDS} s"
+        return Finding(name, "error", detail, "lower train.microbatch, or use a smaller model")
+    except (ValueError, IndexError):
+        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        detail = f"it ended its process: exit status {done.returncode}, {last}"
+        return Finding(name, "error", detail, "run the builder of data and model in Python alone")
+    if "absent" in result:
+        return Finding(name, "absent", result["absent"])
+    if "error" in result:
+        return Finding(name, "error", result["error"], "change the job, or the code that it names")
+    detail = f"one microbatch of {job.model.name} took {result['seconds']:.1f} s"
+    return Finding(name, "ok", detail)
 
 
 def check_packages(probed: dict[str, Any]) -> Iterator[Finding]:

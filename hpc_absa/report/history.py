@@ -194,7 +194,7 @@ def load(path: Path) -> History:
         paused=sum(part.paused for part in parts),
         first_event=times[0] if times else math.nan,
         last_event=max(times, default=math.nan),
-        missing=tuple(_missing(run, job, epochs, phases, done)),
+        missing=tuple(_missing(run, job, kept, epochs, phases, done)),
     )
 
 
@@ -339,9 +339,18 @@ def _spans(kept: Sequence[Event], name: str) -> tuple[Span, ...]:
     return tuple(spans)
 
 
+def nonfinite_loss(events: Sequence[Event]) -> str:
+    """A sentence about a loss that is infinite or NaN; empty where there is none."""
+    first = next((event for event in events if event["event"] == "nonfinite_loss"), None)
+    if first is None:
+        return ""
+    return f"The loss is not finite since step {finite(first.get('step')):.0f}."
+
+
 def _missing(
     run: RunDir,
     job: Mapping[str, Any],
+    kept: Sequence[Event],
     epochs: Sequence[Epoch],
     phases: Sequence[Phase],
     done: Event | None,
@@ -359,6 +368,8 @@ def _missing(
         )
     if not run.log.read():
         return [*sentences, "No event has been written: the run never started."]
+    if sentence := nonfinite_loss(kept):
+        sentences.append(sentence)
     if not phases:
         sentences.append("No phase has started.")
     elif not epochs:

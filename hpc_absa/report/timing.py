@@ -28,6 +28,7 @@ CATEGORIES: Mapping[str, str] = {
     "eval": "evaluating",
     "checkpoint": "checkpointing",
     "start": "starting",
+    "rehearsal": "rehearsing",
     "resize": "resizing",
     "lost": "lost to failures",
     "other": "other",
@@ -45,7 +46,7 @@ KINDS: Mapping[str, tuple[str, ...]] = {
     "saving": ("checkpoint",),
     "evaluating": ("eval",),
     "waiting for data": ("data",),
-    "starting": ("start", "resize"),
+    "starting": ("start", "rehearsal", "resize"),
     "lost": ("lost",),
     "other": ("other", "unmeasured"),
 }

@@ -49,6 +49,22 @@ class ABS(GrowingSchedule):
             return None
         return state.reference / self.alpha
 
+    def _points_without_growth(self, state: ScheduleState, growing: bool) -> float:
+        """Those before the next estimate, or without growth those before κ."""
+        count, every = state.patience_count, self.estimate_every
+        if state.reference is None:
+            return 0
+        last = self.kappa
+        if growing:
+            early = state.global_batch == self.base_batch
+            last = min(last, (count // every + 1) * every if early else count + 1)
+        return max(0, last - count - 1)
+
+    def after_unchanged(self, state: ScheduleState, points: int) -> ScheduleState:
+        if not self.can_grow(state):
+            return state
+        return replace(state, patience_count=state.patience_count + points)
+
     def _decide_growth(self, state: ScheduleState, seen: Observation) -> Decision:
         eigenvalue, reference = seen.eigenvalue, state.reference
         state = replace(state, patience_count=state.patience_count + 1)

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, PositiveInt, PrivateAttr, model_validator
+from pydantic import BeforeValidator, Field, PositiveInt, PrivateAttr, model_validator
 
 from hpc_absa.records import Decision, Observation, ScheduleState
 from hpc_absa.schedules.rule import Rule
@@ -48,11 +48,15 @@ class MultiStepLR:
         )
 
 
+def _whole(value: Any) -> Any:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 class TrainSettings(Section):
     """The training settings that schedules depend on."""
 
-    epochs: PositiveInt
-    """Passes over the training set."""
+    epochs: Annotated[PositiveInt, BeforeValidator(_whole)]
+    """Passes over the training set; also as `1e6`, which TOML reads as a float."""
     microbatch: PositiveInt
     """Samples of one forward and backward pass on one rank; batch-norm statistics are over it."""
     lr: Positive
@@ -163,6 +167,11 @@ class BuiltInSchedule(Schedule):
         done = (epoch - self.warmup_epochs) / (self._train.epochs - self.warmup_epochs)
         return state.lr * (1 + math.cos(math.pi * min(done, 1.0))) / 2
 
+    def unchanged(self, state: ScheduleState, epoch: float, growing: bool) -> tuple[float, float]:
+        """Nothing changes before the next milestone."""
+        left = self._train.milestones[state.milestones_passed :]
+        return math.inf, left[0] if left else math.inf
+
     def _warmup_start(self) -> float:
         return 0.1 if self.warmup_from is None else self.warmup_from
 
@@ -175,6 +184,16 @@ class GrowingSchedule(BuiltInSchedule):
 
     def can_grow(self, state: ScheduleState) -> bool:
         return state.global_batch < self.largest_batch
+
+    def unchanged(self, state: ScheduleState, epoch: float, growing: bool) -> tuple[float, float]:
+        points, until = super().unchanged(state, epoch, growing)
+        return (
+            self._points_without_growth(state, growing) if self.can_grow(state) else points
+        ), until
+
+    def _points_without_growth(self, state: ScheduleState, growing: bool) -> float:
+        """The next decision points below the maximum at which the batch cannot grow."""
+        return 0
 
     def next_batch(self, state: ScheduleState) -> int:
         """`min(β·B, B_max)`."""

@@ -97,6 +97,9 @@ class GNS(GrowingSchedule):
         known = list(map(float, numbers))
         return replace(_noise_state(state), noise=known[0], signal=known[1], steps=1)
 
+    def _points_without_growth(self, state: ScheduleState, growing: bool) -> float:
+        return 0 if growing else math.inf
+
     def _decide_growth(self, state: ScheduleState, seen: Observation) -> Decision:
         known = _noise_state(state)
         fresh = replace(known, noise=0.0, signal=0.0, steps=0)

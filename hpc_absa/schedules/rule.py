@@ -53,6 +53,23 @@ class Rule(ABC):
         """The state in which a recorded decision was made, from its event (with `evidence`)."""
         return state
 
+    def unchanged(self, state: ScheduleState, epoch: float, growing: bool) -> tuple[float, float]:
+        """How many decision points, and until which epoch, nothing changes; for the planner.
+
+        Decisions at the next so many decision points that come before that epoch leave batch and
+        learning rate as they are. (0, `epoch`) claims nothing.
+
+        Args:
+            state: at `epoch`.
+            epoch: of the next boundary.
+            growing: whether measurements make the batch grow whenever they can, or never.
+        """
+        return 0, epoch
+
+    def after_unchanged(self, state: ScheduleState, points: int) -> ScheduleState:
+        """The state after so many of the decision points that `unchanged` counts."""
+        return state
+
     def lr(self, state: ScheduleState, epoch: float) -> float:
         """Learning rate of a step that begins `epoch` epochs into the run."""
         return state.lr

@@ -76,6 +76,13 @@ class UserDefined(Schedule, OpenSection):
     def recall(self, state: ScheduleState, event: Mapping[str, Any]) -> ScheduleState:
         return self._call("recall", state, event)
 
+    def unchanged(self, state: ScheduleState, epoch: float, growing: bool) -> tuple[float, float]:
+        points, until = self._call("unchanged", state, epoch, growing)
+        return points, until
+
+    def after_unchanged(self, state: ScheduleState, points: int) -> ScheduleState:
+        return self._call("after_unchanged", state, points)
+
     def lr(self, state: ScheduleState, epoch: float) -> float:
         return float(self._call("lr", state, epoch))
 
@@ -89,7 +96,7 @@ class UserDefined(Schedule, OpenSection):
         except Exception as error:
             raise UsageError(f"{place} failed: {type(error).__name__}: {error}") from error
         match method:
-            case "initial" | "learn" | "recall":
+            case "initial" | "learn" | "recall" | "after_unchanged":
                 problem = self._state_problem(answer)
             case "decide":
                 problem = self._decision_problem(arguments[0], answer)

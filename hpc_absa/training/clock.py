@@ -6,7 +6,18 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-KINDS = ("comp", "adversarial", "comm", "hessian", "data", "eval", "checkpoint", "start", "other")
+KINDS = (
+    "comp",
+    "adversarial",
+    "comm",
+    "hessian",
+    "data",
+    "eval",
+    "checkpoint",
+    "start",
+    "rehearsal",
+    "other",
+)
 
 
 class Clock:

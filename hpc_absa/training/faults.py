@@ -36,7 +36,12 @@ HEARTBEAT_INTERVAL = 1.0
 SUSPENDED_SECONDS = 5 * HEARTBEAT_INTERVAL
 """A watchdog thread that did not run for so long was suspended, as all ranks may have been."""
 
-MICROBATCH_WORK = {"data": "reading", "comp": "computing", "adversarial": "computing"}
+MICROBATCH_WORK = {
+    "data": "reading",
+    "comp": "computing",
+    "adversarial": "computing",
+    "rehearsal": "computing",
+}
 """Kinds of the clock that are work on one microbatch and wait for no other rank."""
 
 T = TypeVar("T")

@@ -53,6 +53,10 @@ class Reduction(Protocol):
         """
         ...
 
+    def sum_lanes(self, lanes: list[Tensor]) -> Tensor:
+        """Sum small tensors of equal shape, one for each lane of this rank, over all ranks."""
+        ...
+
 
 class OverlappedReduction:
     """Horovod's ring-allreduce, overlapped with the backward pass.
@@ -67,7 +71,10 @@ class OverlappedReduction:
         self._comm = comm
         self._buckets = _buckets([p for p in model.parameters() if p.requires_grad])
         self._handles: dict[int, Any] = {}
-        self._missing: list[int] = []
+        self._accumulated: set[Tensor] = set()
+        self._missing = [0] * len(self._buckets)
+        self._repeated = False
+        self._observed = False
         self._last = False
         if comm.size > 1:
             for index, bucket in enumerate(self._buckets):
@@ -83,11 +90,16 @@ class OverlappedReduction:
             bucket.sums.zero_()
             for parameter, gradient in zip(bucket.parameters, bucket.gradients, strict=True):
                 parameter.grad = gradient
-        self._missing = [len(bucket.parameters) for bucket in self._buckets]
 
     @contextmanager
     def backward(self, *, last: bool) -> Iterator[None]:
-        self._last = last
+        """A backward pass within another one, as of reentrant activation checkpointing, can add to
+        a gradient more than once. Which addition is the last one is then unknown, so the first
+        step observes and sends all buckets in `finish`, and such a model continues to do so.
+        """
+        self._accumulated = set()
+        self._missing = [len(bucket.parameters) for bucket in self._buckets]
+        self._last = last and self._observed and not self._repeated
         try:
             yield
         finally:
@@ -106,14 +118,26 @@ class OverlappedReduction:
             self._comm.wait(bucket_handle)
         self._handles.clear()
         self._comm.wait(handle)
+        self._observed = True
         return both[: len(sums)], both[len(sums) :]
+
+    def sum_lanes(self, lanes: list[Tensor]) -> Tensor:
+        return self._comm.allreduce_(torch.stack(lanes).sum(dim=0))
 
     def _hook(self, index: int) -> Any:
         def on_gradient(parameter: Tensor) -> None:
-            if self._last:
-                self._missing[index] -= 1
-                if not self._missing[index]:
-                    self._send(index)
+            if parameter in self._accumulated:
+                self._repeated = True
+                if index in self._handles:
+                    raise RuntimeError(
+                        "a backward pass added to a gradient again after it was sent, as in no "
+                        "step before; activation checkpointing with use_reentrant=False does not"
+                    )
+                return
+            self._accumulated.add(parameter)
+            self._missing[index] -= 1
+            if self._last and not self._repeated and not self._missing[index]:
+                self._send(index)
 
         return on_gradient
 
@@ -192,7 +216,7 @@ class ReproducibleReduction:
         total = self._tree.total()
         if total is None:
             count = sum(parameter.numel() for parameter in self._parameters)
-            total = torch.zeros(count + len(sums), device=sums.device)
+            total = sums.new_zeros(count + len(sums))
         total = self._comm.allreduce_recursive_doubling_(torch.cat([total, flags]))
         start = 0
         for parameter in self._parameters:
@@ -201,12 +225,18 @@ class ReproducibleReduction:
             start = stop
         return total[start : start + len(sums)], total[start + len(sums) :]
 
+    def sum_lanes(self, lanes: list[Tensor]) -> Tensor:
+        tree = summation.Tree()
+        for lane in lanes:
+            tree.add(lane)
+        total = tree.total()
+        assert total is not None
+        return self._comm.allreduce_recursive_doubling_(total)
+
     def _take_gradients(self, sums: Tensor) -> Tensor:
         """The gradients and `sums` as one flat tensor; the gradients are then None."""
         parts = [
-            torch.zeros(p.numel(), device=sums.device)
-            if p.grad is None
-            else p.grad.float().reshape(-1)
+            sums.new_zeros(p.numel()) if p.grad is None else p.grad.to(sums.dtype).reshape(-1)
             for p in self._parameters
         ]
         for parameter in self._parameters:
@@ -214,35 +244,45 @@ class ReproducibleReduction:
         return torch.cat([*parts, sums])
 
 
-class MicrobatchNorms:
-    """Squared norms of the gradients of single microbatches, before they are added up.
+class GradientHooks:
+    """What single backward passes compute: which gradients, and optionally their squared norm.
 
     The unit is the microbatch and not the rank, so the sum over all of them does not depend on the
-    number of ranks, up to the order of summation. Inactive hooks cost next to nothing.
+    number of ranks, up to the order of summation.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.active = False
-        """Whether the following backward passes are measured."""
-        self._squares: list[Tensor] | None = None
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.register_hook(self._on_gradient)
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.used = [0.0] * len(self.parameters)
+        """Backward passes that computed a gradient of each parameter."""
+        self._gradients: dict[int, Tensor] | None = None
+        for index, parameter in enumerate(self.parameters):
+            parameter.register_hook(self._hook(index))
 
     @contextmanager
-    def collecting(self, total: Tensor) -> Iterator[None]:
+    def measuring(self, total: Tensor | None) -> Iterator[None]:
         """Within, one backward pass adds its gradient's squared norm to `total`, a scalar."""
-        if not self.active:
+        if total is None:
             yield
             return
-        self._squares = []
+        self._gradients = {}
         try:
             yield
-            if self._squares:
-                total += torch.stack(self._squares).sum()
+            if self._gradients:
+                norms = [torch.linalg.vector_norm(g) ** 2 for g in self._gradients.values()]
+                total += torch.stack(norms).sum()
         finally:
-            self._squares = None
+            self._gradients = None
 
-    def _on_gradient(self, gradient: Tensor) -> None:
-        if self._squares is not None:  # not in a Hessian-vector product
-            self._squares.append(torch.linalg.vector_norm(gradient.detach().float()) ** 2)
+    def _hook(self, index: int) -> Any:
+        def on_gradient(gradient: Tensor) -> None:
+            self.used[index] += 1
+            if self._gradients is None:
+                return
+            gradient = gradient.detach()
+            if gradient.dtype != torch.float64:
+                gradient = gradient.float()
+            known = self._gradients.get(index)  # from a backward pass within this one
+            self._gradients[index] = gradient if known is None else known + gradient
+
+        return on_gradient

@@ -31,26 +31,27 @@ a model looks like. `hpc_absa.training.trainer.Trainer` is the loop for job file
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from hpc_absa.checkpoint.async_checkpointer import AsyncCheckpointer, require_durable
 from hpc_absa.comm import Communicator, raise_on_all_ranks
 from hpc_absa.curvature.estimate import Estimate, Interrupted
+from hpc_absa.errors import CollectiveError, ExitStatus
 from hpc_absa.progress import Boundary, SampleStream, Step, decide
 from hpc_absa.records import Decision, Eigenvalue, Observation, PhaseOutcome
 from hpc_absa.rundir import RunDir
 from hpc_absa.rundir.events import Event
 from hpc_absa.rundir.lock import host
 from hpc_absa.schedules import Rule
-from hpc_absa.training.clock import Clock
 from hpc_absa.training.faults import StopRequest
 from hpc_absa.training.log import EventLogger, duration
-from hpc_absa.training.state import TrainState
+from hpc_absa.training.state import TrainState, require_equal
 from hpc_absa.training.step import Flags, StepEngine, StepResult, TrainStep
 
 EVIDENCE = ("residual", "converged", "stopped_above_threshold", "seconds")
@@ -80,6 +81,8 @@ class RunOptions:
     """The largest number of ranks that a decision may choose."""
     ranks_for: Callable[[int], int]
     """The number of ranks for a global batch, at most `rank_limit`."""
+    on_nonfinite_loss: Literal["stop", "continue"] = "stop"
+    """Whether a loss that is infinite or NaN ends the run."""
     resumed_from: str | None = None
     """Name of the checkpoint that the state was restored from."""
     previous_phase: Event | None = None
@@ -93,6 +96,7 @@ class Run:
 
     def __init__(
         self,
+        *,
         comm: Communicator,
         directory: RunDir,
         stream: SampleStream,
@@ -102,24 +106,53 @@ class Run:
         estimator: Estimator,
         checkpointer: AsyncCheckpointer,
         stop: StopRequest,
-        clock: Clock,
         log: EventLogger,
         options: RunOptions,
     ) -> None:
+        """
+        Args:
+            comm: all ranks.
+            directory: of the run's files.
+            stream: the microbatches of all epochs.
+            rule: the schedule.
+            state: model, optimizer and progress, new or restored.
+            engine: takes the steps, with the model and optimizer of `state`.
+            estimator: of the top eigenvalue.
+            checkpointer: writes the checkpoints.
+            stop: requests to stop.
+            log: events and console lines.
+            options: everything else.
+
+        Raises:
+            CollectiveError: the stream has too few samples for one step.
+        """
         self.comm, self.directory, self.stream, self.rule = comm, directory, stream, rule
-        self.state, self.engine, self.clock, self.stop, self.log = state, engine, clock, stop, log
-        self._estimator, self._checkpointer, self._options = estimator, checkpointer, options
+        self.state, self.engine, self.stop, self.log = state, engine, stop, log
+        self.clock = engine.clock
+        self._estimator, self._checkpointer, self.options = estimator, checkpointer, options
         self._resumed_from, self._previous_phase = options.resumed_from, options.previous_phase
         self._outcome: Literal["done", "resize", "stopped"] | None = None
         self._flags = Flags()
         self._next_ranks = options.ranks_for(state.progress.schedule.global_batch)
         self._schedule_before = state.progress.schedule
         self._last_save = time.monotonic()
+        self._nonfinite_step: int | None = None
+        if not state.progress.position.step:
+            raise_on_all_ranks(
+                comm, lambda: stream.require_step(state.progress.schedule.global_batch)
+            )
 
     @property
     def stopped(self) -> bool:
         """Whether a stop was requested and everything is saved; `next` returns None then."""
         return self._outcome == "stopped"
+
+    @property
+    def steps_left(self) -> bool:
+        """Whether the stream has another full step."""
+        progress = self.state.progress
+        full = progress.schedule.global_batch // self.stream.microbatch
+        return progress.position.microbatch + full <= self.stream.microbatches
 
     @property
     def samples(self) -> int:
@@ -159,12 +192,11 @@ class Run:
         state = self.state.progress.schedule
         full = state.global_batch // self.stream.microbatch
         after = Step(step.stop, step.stop + full)
-        due = time.monotonic() - self._last_save >= self._options.save_seconds
+        due = time.monotonic() - self._last_save >= self.options.save_seconds
         return self.engine.begin(
             step,
             divisor=full,
             lr=self.lr,
-            steps_before=self.state.progress.position.step,
             flags=Flags(
                 self.stop.requested_here(),
                 self.comm.rank == 0 and due,
@@ -175,7 +207,12 @@ class Run:
         )
 
     def end_step(self, step: Step, result: StepResult) -> None:
-        """Record a finished step."""
+        """Record a finished step.
+
+        Raises:
+            CollectiveError: the loss is not finite, and the job stops then.
+        """
+        self._require_finite("loss", result.loss, self.state.progress.position.step + 1)
         progress = self.state.progress
         schedule = progress.schedule
         if result.squares:
@@ -205,8 +242,14 @@ class Run:
         return boundary.ends_epoch and self.state.progress.epoch < round(boundary.epoch)
 
     def record_epoch(self, boundary: Boundary, loss: float, accuracy: float | None = None) -> None:
-        """Record the evaluation at the end of an epoch; without an accuracy where there is none."""
+        """Record the evaluation at the end of an epoch; without an accuracy where there is none.
+
+        Raises:
+            CollectiveError: the last step made the weights infinite or NaN, and the job stops then.
+        """
         progress = self.state.progress
+        if not math.isfinite(loss) and not _finite(self.state.model):
+            self._require_finite("test loss", loss, progress.position.step)
         train_loss = progress.epoch_loss / max(progress.epoch_samples, 1)
         epoch = round(boundary.epoch)
         self.state.progress = replace(
@@ -228,6 +271,31 @@ class Run:
         )
         measured = f"loss {loss:.4g}" if accuracy is None else f"accuracy {accuracy:.2%}"
         self.log.print(f"{self._progress_line(train_loss)} · test {measured}")
+
+    def _require_finite(self, what: str, loss: float, step: int) -> None:
+        if math.isfinite(loss) or self._nonfinite_step is not None:
+            return
+        self._nonfinite_step = step
+        action = self.options.on_nonfinite_loss
+        self.log.emit(
+            "nonfinite_loss",
+            self.state.progress.phase,
+            step=step,
+            epoch=self.epoch,
+            lr=self.lr,
+            action=action,
+        )
+        reason = (
+            f"the {what} is not finite at step {step} (epoch {self.epoch:.2f}, learning rate "
+            f"{self.lr:.4g})"
+        )
+        if action == "stop":
+            raise CollectiveError(
+                f"{reason}: lower train.lr, set train.max_grad_norm, or check data and loss "
+                "(train.on_nonfinite_loss = 'continue' trains on)",
+                ExitStatus.FAILED,
+            )
+        self.log.print(f"warning: {reason}; training continues")
 
     def estimate_eigenvalue(self, boundary: Boundary) -> Estimate | None:
         """The top eigenvalue of the Hessian, if the schedule wants it for its decision here.
@@ -276,7 +344,7 @@ class Run:
         grows = decision.action == "grow"
         self.state.progress = self.state.progress.after_boundary(decision)
         if grows:
-            self._next_ranks = self._options.ranks_for(decision.state.global_batch)
+            self._next_ranks = self.options.ranks_for(decision.state.global_batch)
         if boundary.decision_point or grows:
             self._record_decision(boundary, decision, estimate)
         self.save()
@@ -322,7 +390,7 @@ class Run:
 
     def begin_phase(self) -> None:
         """Record the start of a phase."""
-        progress, environment = self.state.progress, self._options.environment
+        progress, environment = self.state.progress, self.options.environment
         self.log.emit(
             "phase_start",
             progress.phase,
@@ -367,7 +435,7 @@ class Run:
         ranks = self._next_ranks if resize else self.comm.size
         self._end_phase(outcome, ranks, progress.phase - resize)
         if outcome == "done":
-            accuracy = progress.test_accuracy
+            accuracy, step = progress.test_accuracy, self._nonfinite_step
             self.log.emit(
                 "done",
                 progress.phase,
@@ -378,6 +446,7 @@ class Run:
             self.log.print(
                 f"done · {progress.position.step} steps · {progress.epoch} epochs"
                 + (f" · test accuracy {accuracy:.2%}" if accuracy is not None else "")
+                + (f" · loss not finite since step {step}" if step is not None else "")
             )
         return PhaseOutcome(outcome, ranks, progress.phase)
 
@@ -401,12 +470,19 @@ class Run:
     # Checkpoints
 
     def save(self) -> None:
-        """Start to save the present state (a collective)."""
+        """Start to save the present state (a collective).
+
+        Raises:
+            CollectiveError: ranks have different states, or a save failed and the job stops then.
+        """
         self._last_save = time.monotonic()
         self._flags = replace(self._flags, written=0, failed=0)  # of the save before this one
-        options, progress = self._options, self.state.progress
+        options, progress = self.options, self.state.progress
         step = progress.position.step
+        self.engine.buffers.restore()
         with self.clock("checkpoint"), self.stop.saving():
+            tensors = self.state.tensors()
+            require_equal(tensors, self.comm)
             scalars = self.state.scalars(
                 options.seed,
                 options.data_digest,
@@ -419,7 +495,7 @@ class Run:
             )
             path = self.directory.checkpoint(step, progress.phase)
             on_saved = self.log.on_saved(progress.phase, step, self.samples)
-            self._checkpointer.save(path, scalars, self.state.tensors(), on_saved)
+            self._checkpointer.save(path, scalars, tensors, on_saved)
 
     def wait_for_writes(self) -> None:
         """Return once this rank writes nothing any more; not a collective."""
@@ -461,6 +537,10 @@ def _evidence(eigenvalue: Eigenvalue | None) -> dict[str, Any]:
         fields |= {name: getattr(eigenvalue, name) for name in EVIDENCE}
         fields |= {"matvecs": eigenvalue.matvecs, "hessian_samples": eigenvalue.samples}
     return fields | {"settled": fields["stopped_above_threshold"]}  # its former name
+
+
+def _finite(model: nn.Module) -> bool:
+    return all(bool(parameter.isfinite().all()) for parameter in model.parameters())
 
 
 def _count(number: int, noun: str) -> str:

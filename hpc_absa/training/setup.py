@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -11,8 +12,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
-from hpc_absa import config, summation, worldsize
+from hpc_absa import config, plugins, summation, worldsize
 from hpc_absa.checkpoint import CheckpointManager, Content
 from hpc_absa.checkpoint.async_checkpointer import AsyncCheckpointer
 from hpc_absa.checkpoint.restore import newest_good
@@ -33,6 +35,7 @@ from hpc_absa.rundir import RunDir
 from hpc_absa.rundir.events import Event
 from hpc_absa.rundir.paths import packed_name
 from hpc_absa.schedules import build as build_rule
+from hpc_absa.torchvision_import import prepare_torchvision
 from hpc_absa.training.clock import Clock
 from hpc_absa.training.faults import StopRequest
 from hpc_absa.training.log import EventLogger
@@ -61,6 +64,7 @@ def build_trainer(
     Raises:
         CollectiveError: on all ranks, for a user's error on any rank.
     """
+    prepare_torchvision()
     torch.set_num_threads(threads_per_rank(job, comm.local_size))
     device = raise_on_all_ranks(comm, lambda: device_of(job, comm))
     if device.type == "cuda":
@@ -121,27 +125,35 @@ def build_trainer(
         save_seconds=job.checkpoint.every_seconds,
         rank_limit=limit,
         ranks_for=lambda batch: worldsize.ranks_for(job, batch, limit),
+        on_nonfinite_loss=job.train.on_nonfinite_loss,
         resumed_from=resumed_from,
         previous_phase=_resized_from(directory),
         environment={"threads_per_rank": torch.get_num_threads(), "device": str(device)},
     )
     run = Run(
-        comm,
-        directory,
-        stream,
-        rule,
-        state,
-        engine,
-        estimator,
-        checkpointer,
-        stop,
-        clock,
-        log,
-        options,
+        comm=comm,
+        directory=directory,
+        stream=stream,
+        rule=rule,
+        state=state,
+        engine=engine,
+        estimator=estimator,
+        checkpointer=checkpointer,
+        stop=stop,
+        log=log,
+        options=options,
     )
     epsilon = getattr(job.schedule, "epsilon", None)
     adversary = Adversary(epsilon * loader.pixel_scale, loader.pixel_range) if epsilon else None
-    return Trainer(run, loader, loss, adversary, bfloat16=job.train.precision == "bfloat16")
+    return Trainer(
+        run,
+        loader,
+        loss,
+        adversary,
+        bfloat16=job.train.precision == "bfloat16",
+        reproducible=job.train.reproducible,
+        names=(f"model.name = {job.model.name!r}", f"train.loss = {job.train.loss!r}"),
+    )
 
 
 # Parts
@@ -194,7 +206,9 @@ def _open(job: Job, packed: Path) -> PackedDataset:
             raise UsageError(f"data.root = {job.data.root!r}: no such file")
         packed.parent.mkdir(parents=True, exist_ok=True)
     root = Path(job.data.root).expanduser() if job.data.root else None
-    dataset = prepare(job.data.name, root, job.data.arguments, packed)
+    own = plugins.is_reference(job.data.name)
+    with plugins.user_code(f"data.name = {job.data.name!r}") if own else nullcontext():
+        dataset = prepare(job.data.name, root, job.data.arguments, packed)
     if len(dataset.train) < job.train.microbatch:
         raise UsageError(
             f"train.microbatch = {job.train.microbatch}: expected at most the "
@@ -234,6 +248,13 @@ def build_model_and_loss(
         dataset.image_size,
         len(dataset.classes),
     )
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, UninitializedParameter):
+            raise UsageError(
+                f"model.name = {job.model.name!r}: the parameter {name} of a lazy layer has no "
+                "shape yet: give the number of its inputs, or call the model once where it is built"
+            )
+    model.train()
     layout = torch.channels_last if job.train.channels_last else torch.preserve_format
     smoothing = job.train.label_smoothing
     loss = build_loss(job.train.loss, {"label_smoothing": smoothing} if smoothing else {})

@@ -21,6 +21,7 @@ from hpc_absa.curvature import spectrum as curvature
 from hpc_absa.errors import CollectiveError
 from hpc_absa.plan import stream_of
 from hpc_absa.rundir import RunDir
+from hpc_absa.torchvision_import import prepare_torchvision
 from hpc_absa.training.setup import (
     build_loader,
     build_model_and_loss,
@@ -68,6 +69,7 @@ def spectrum(
 def _spectrum(
     comm: Communicator, checkpoint: Path, root: str | None, samples: int, **settings: Any
 ) -> curvature.Spectrum:
+    prepare_torchvision()
     content = load(checkpoint, comm)
     job = raise_on_all_ranks(comm, lambda: _job(content, checkpoint, root))
     torch.set_num_threads(threads_per_rank(job, comm.local_size))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 
 from hpc_absa import __version__
 from hpc_absa.checkpoint import Content, Group, Key, Scalar
-from hpc_absa.errors import CheckpointError
+from hpc_absa.comm import Communicator
+from hpc_absa.errors import CheckpointError, CollectiveError, ExitStatus
 from hpc_absa.progress import Position, Progress
 from hpc_absa.records import ScheduleState
 
@@ -22,6 +24,13 @@ OPTIMIZER_NAMES = {"momentum_buffer": "momentum"}
 
 FORMER_SCHEDULE_NAMES = {"patience_count": "waited"}
 """Attributes of `/schedule` with a new name; written under both for one release."""
+
+
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Integers by their size in bytes."""
+
+COLUMNS = 4096
+"""Of the sums in `digest`."""
 
 
 @dataclass
@@ -120,6 +129,40 @@ class TrainState:
                 self.optimizer.state[parameters[name]][keys.get(key, key)] = value
 
 
+def require_equal(tensors: Mapping[Key, Tensor], comm: Communicator) -> None:
+    """Compare the state of all ranks by digests (a collective); nothing to do on one rank.
+
+    Raises:
+        CollectiveError: on all ranks, with the first tensor that differs.
+    """
+    if comm.size == 1:
+        return
+    digests = {key: digest(tensor) for key, tensor in tensors.items()}
+    if len(set(comm.allgather_object(zlib.crc32(repr(digests).encode())))) == 1:
+        return
+    ranks = comm.allgather_object(digests)
+    for rank, other in enumerate(ranks):
+        for key in sorted(other.keys() | ranks[0].keys()):
+            if other.get(key) != ranks[0].get(key):
+                raise CollectiveError(
+                    f"{'/'.join(key)} differs between rank 0 and rank {rank}: the model's own code "
+                    "changes it depending on the rank; nothing was saved",
+                    ExitStatus.FAILED,
+                )
+
+
+def digest(tensor: Tensor) -> int:
+    """CRC-32 of the bytes; on a GPU of sums over columns of them, which are computed there."""
+    tensor = tensor.detach()
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
+    flat = tensor.contiguous().view(-1).view(BITS[tensor.element_size()])
+    rows = len(flat) // COLUMNS if flat.is_cuda else 0
+    columns = flat[: rows * COLUMNS].view(rows, COLUMNS).sum(dim=0, dtype=torch.int64)
+    rest = zlib.crc32(flat[rows * COLUMNS :].cpu().numpy().data)
+    return zlib.crc32(columns.cpu().numpy().data, rest) if rows else rest
+
+
 def load_model(model: nn.Module, arrays: Mapping[str, np.ndarray], origin: str) -> None:
     """Copy saved parameters and buffers into `model`; errors as `TrainState.restore`."""
     state = model.state_dict()
@@ -133,9 +176,14 @@ def load_model(model: nn.Module, arrays: Mapping[str, np.ndarray], origin: str) 
                 f"{origin}: of another model: {name} has shape {list(shape)}, "
                 f"the model's has {list(tensor.shape)}"
             )
+    modules = dict(model.named_modules())
     with torch.no_grad():
         for name, tensor in state.items():
-            tensor.copy_(_like(tensor, arrays[name]))
+            path, _, last = name.rpartition(".")
+            if last == "_extra_state":
+                modules[path].set_extra_state(_like(tensor, arrays[name]))
+            else:
+                tensor.copy_(_like(tensor, arrays[name]))
 
 
 def _schedule_state(kind: type[ScheduleState], saved: Mapping[str, Any]) -> ScheduleState:
@@ -147,6 +195,12 @@ def _schedule_state(kind: type[ScheduleState], saved: Mapping[str, Any]) -> Sche
 def _group(values: Mapping[str, Any]) -> Group:
     """HDF5 attributes have no None: such values are left out."""
     return Group({key: value for key, value in values.items() if value is not None})
+
+
+def to_array(tensor: Tensor) -> np.ndarray:
+    """A copy as a checkpoint has it: bfloat16 as its bits."""
+    copied = tensor.detach().cpu().clone()
+    return (copied.view(torch.uint16) if copied.dtype == torch.bfloat16 else copied).numpy()
 
 
 def _like(tensor: Tensor, array: np.ndarray) -> Tensor:

@@ -17,11 +17,12 @@ from dataclasses import astuple, dataclass
 import torch
 from torch import Tensor, nn
 
+from hpc_absa.data import order
 from hpc_absa.progress import Step
 from hpc_absa.records import GradientSquares
-from hpc_absa.training.batchnorm import RunningStatistics
+from hpc_absa.training.buffers import Collected, ModelBuffers
 from hpc_absa.training.clock import Clock
-from hpc_absa.training.reduction import MicrobatchNorms, Reduction
+from hpc_absa.training.reduction import GradientHooks, Reduction
 
 
 @dataclass(frozen=True)
@@ -47,25 +48,21 @@ class Flags:
 
 
 class StepSums:
-    """What a step sums beside the gradients: named views of one flat float32 tensor."""
+    """What a step sums beside the gradients: named views of one flat tensor."""
 
-    def __init__(self, statistics: int, device: torch.device) -> None:
-        """`statistics` is the number of values of `RunningStatistics`."""
-        self.flat = torch.zeros(statistics + 3, device=device)
-        self._split(statistics)
-
-    @classmethod
-    def unpack(cls, flat: Tensor) -> StepSums:
-        sums = cls.__new__(cls)
-        sums.flat = flat
-        sums._split(len(flat) - 3)
-        return sums
-
-    def _split(self, statistics: int) -> None:
-        self.statistics = self.flat[:statistics]
-        """Statistics of batch norm."""
-        self.gradient_square, self.loss, self.samples = self.flat[statistics:].unbind()
+    def __init__(self, flat: Tensor, buffers: int) -> None:
+        """`flat` is [S + P + 3], with the S values of `buffers` and P parameters."""
+        self.flat = flat
+        self.buffers = Collected(flat[:buffers])
+        self.used = flat[buffers:-3]
+        """[P], microbatches with a gradient of each parameter."""
+        self.gradient_square, self.loss, self.samples = flat[-3:].unbind()
         """Squared norms of microbatch gradients, losses times samples, samples; scalars."""
+
+    def numbers(self) -> tuple[list[float], float, float, float]:
+        """`used`, `gradient_square`, `loss` and `samples`, in one transfer from the device."""
+        *used, square, loss, samples = self.flat[-len(self.used) - 3 :].tolist()
+        return used, square, loss, samples
 
 
 @dataclass(frozen=True)
@@ -93,7 +90,7 @@ class StepEngine:
         clock: Clock,
         max_grad_norm: float | None = None,
     ) -> None:
-        """Replaces the running statistics of batch norm, and registers hooks on parameters.
+        """Replaces running statistics, and registers hooks on normalizations and parameters.
 
         Args:
             model: on its device, with its initial or restored weights.
@@ -105,9 +102,12 @@ class StepEngine:
         """
         self.model, self.optimizer, self.reduction = model, optimizer, reduction
         self.seed, self.clock, self.max_grad_norm = seed, clock, max_grad_norm
-        self.statistics = RunningStatistics(model)
-        self.norms = MicrobatchNorms(model)
+        self.buffers = ModelBuffers(model)
+        self.hooks = GradientHooks(model)
         self.device = next(model.parameters()).device
+        double = any(p.dtype == torch.float64 for p in model.parameters())
+        self.dtype = torch.float64 if double else torch.float32
+        """Of sums."""
 
     def begin(
         self,
@@ -115,7 +115,6 @@ class StepEngine:
         *,
         divisor: int,
         lr: float,
-        steps_before: int,
         flags: Flags,
         measure_squares: bool = False,
         upcoming: Step | None = None,
@@ -127,14 +126,13 @@ class StepEngine:
             divisor: the M of a full step, by which the sum of gradients is divided, so that a step
                 that was cut gives every sample the weight it has in a full one.
             lr: learning rate.
-            steps_before: steps taken before.
             flags: this rank's.
             measure_squares: measure the squared norms of gradients.
             upcoming: the step after it, if it is known.
         """
         ahead = self.lanes(upcoming.microbatches) if upcoming else []
         following = next((k for lane in ahead for k in lane), None)
-        return TrainStep(self, step, divisor, lr, steps_before, flags, measure_squares, following)
+        return TrainStep(self, step, divisor, lr, flags, measure_squares, following)
 
     def lanes(self, microbatches: range) -> list[range]:
         """This rank's microbatches."""
@@ -150,20 +148,18 @@ class TrainStep:
         step: Step,
         divisor: int,
         lr: float,
-        steps_before: int,
         flags: Flags,
         measure_squares: bool,
         following: int | None,
     ) -> None:
         self._engine, self._step, self._divisor = engine, step, divisor
-        self._lr, self._steps_before = lr, steps_before
-        self._flags, self._measure_squares = flags, measure_squares
+        self._lr, self._flags, self._measure_squares = lr, flags, measure_squares
         self._lanes = engine.lanes(step.microbatches)
         self._mine = [k for lane in self._lanes for k in lane]
         self._after = dict(zip(self._mine, [*self._mine[1:], following], strict=False))
         self._total, self._lane = self._new_sums(), self._new_sums()
+        self._changed: list[Collected] = []  # one for each lane
         self._last = False
-        engine.norms.active = measure_squares
         engine.reduction.begin()
 
     @property
@@ -174,20 +170,30 @@ class TrainStep:
         """
         for lane in self._lanes:
             self._lane = self._new_sums()
+            hooks = self._engine.hooks
+            hooks.used = [0.0] * len(hooks.parameters)
             for k in lane:
-                torch.manual_seed(_microbatch_seed(self._engine.seed, k))
+                self._seed_generators(k)
                 self._last = k == self._mine[-1]
                 yield k
+            self._lane.used += torch.tensor(hooks.used, device=self._engine.device)
             self._engine.reduction.end_lane(self._lane.flat)
             self._total.flat += self._lane.flat
+            self._changed.append(self._lane.buffers)
+
+    def _seed_generators(self, k: int) -> None:
+        seed = order.microbatch_seed(self._engine.seed, k)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed takes 0.5 ms
+        if self._engine.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
 
     def following(self, k: int) -> int | None:
         """The microbatch that this rank computes after `k`, also in the next step, if known."""
         return self._after[k]
 
     def forward(self) -> AbstractContextManager[None]:
-        """Encloses the one forward pass of a microbatch that trains: statistics are collected."""
-        return self._engine.statistics.collecting(self._lane.statistics)
+        """Encloses the one forward pass of a microbatch that trains: its buffers are collected."""
+        return self._engine.buffers.collecting(self._lane.buffers)
 
     def backward(self, loss: Tensor, samples: int) -> None:
         """Accumulate the gradient of a microbatch.
@@ -197,22 +203,27 @@ class TrainStep:
             samples: how many it is a mean over.
         """
         engine, lane = self._engine, self._lane
-        last, square = self._last, lane.gradient_square
-        with engine.reduction.backward(last=last), engine.norms.collecting(square):
+        square = lane.gradient_square if self._measure_squares else None
+        with engine.reduction.backward(last=self._last), engine.hooks.measuring(square):
             (loss / self._divisor).backward()
         lane.loss += loss.detach() * samples
         lane.samples += samples
 
     def optimize(self) -> StepResult:
-        """Sum over all ranks, and update statistics and parameters."""
+        """Sum over all ranks, and update buffers and parameters."""
         engine, count = self._engine, len(self._step.microbatches)
         with engine.clock("comm"):
             flat, flags = engine.reduction.finish(self._total.flat, self._flags.pack(engine.device))
-            sums = StepSums.unpack(flat)
-            square, loss, samples = flat[-3:].tolist()
+            used, square, loss, samples = StepSums(flat, engine.buffers.size).numbers()
+            buffers = flat[: engine.buffers.size]
+            changed = engine.buffers.changed(buffers)
+            values = self._sum_values(changed) if changed else None
         with engine.clock("comp"):
+            for parameter, microbatches in zip(engine.hooks.parameters, used, strict=True):
+                if not microbatches:  # as in PyTorch, neither momentum nor weight decay applies
+                    parameter.grad = None
             squares = self._squares(square, count) if self._measure_squares else None
-            engine.statistics.update(sums.statistics, count, self._steps_before)
+            engine.buffers.update(buffers, count, changed, values)
             if engine.max_grad_norm is not None:
                 torch.nn.utils.clip_grad_norm_(engine.model.parameters(), engine.max_grad_norm)
             for group in engine.optimizer.param_groups:
@@ -221,7 +232,17 @@ class TrainStep:
         return StepResult(loss, round(samples), Flags.unpack(flags), squares)
 
     def _new_sums(self) -> StepSums:
-        return StepSums(self._engine.statistics.size, self._engine.device)
+        engine = self._engine
+        size = engine.buffers.size + len(engine.hooks.parameters) + 3
+        flat = torch.zeros(size, dtype=engine.dtype, device=engine.device)
+        return StepSums(flat, engine.buffers.size)
+
+    def _sum_values(self, changed: list[int]) -> Tensor:
+        """The sums over all ranks of the values of changed buffers."""
+        engine = self._engine
+        return engine.reduction.sum_lanes(
+            [engine.buffers.values(lane, changed) for lane in self._changed]
+        )
 
     def _squares(self, sum_of_squares: float, microbatches: int) -> GradientSquares:
         """From the reduced gradients, which are sums over microbatches divided by the divisor."""
@@ -229,11 +250,3 @@ class TrainStep:
         norm = float(torch.nn.utils.get_total_norm(gradients)) * self._divisor / microbatches
         each = sum_of_squares * self._divisor**2 / microbatches
         return GradientSquares(microbatches, each, norm**2)
-
-
-def _microbatch_seed(seed: int, index: int) -> int:
-    """A seed for one microbatch, mixed (the finalizer of SplitMix64) as neighbours differ by 1."""
-    mask = (1 << 64) - 1
-    z = (seed * 0x9E3779B97F4A7C15 + index + 1) * 0xBF58476D1CE4E5B9 & mask
-    z = (z ^ (z >> 30)) * 0x94D049BB133111EB & mask
-    return (z ^ (z >> 31)) & 0x7FFF_FFFF

@@ -15,6 +15,7 @@ from hpc_absa.data.loader import Loader, Microbatch
 from hpc_absa.progress import Step
 from hpc_absa.records import PhaseOutcome
 from hpc_absa.training.evaluate import Evaluation, evaluate
+from hpc_absa.training.rehearsal import rehearse
 from hpc_absa.training.run import Run
 
 EVALUATION_BATCH = 256
@@ -45,6 +46,8 @@ class Trainer:
         adversary: Adversary | None = None,
         *,
         bfloat16: bool = False,
+        reproducible: bool = False,
+        names: tuple[str, str] = ("the model", "the loss"),
     ) -> None:
         """
         Args:
@@ -54,9 +57,11 @@ class Trainer:
             adversary: for schedules with adversarial examples.
             bfloat16: forward passes in bfloat16 where PyTorch considers that safe; weights,
                 gradients, statistics of batch norm and the loss stay float32.
+            reproducible: as in the job.
+            names: of model and loss, for messages.
         """
         self.run, self.loader, self.loss, self.adversary = run, loader, loss, adversary
-        self.bfloat16 = bfloat16
+        self.bfloat16, self.reproducible, self.names = bfloat16, reproducible, names
 
     @property
     def model(self) -> nn.Module:
@@ -65,6 +70,8 @@ class Trainer:
     def train(self) -> PhaseOutcome:
         run = self.run
         run.begin_phase()
+        if run.steps_left:
+            rehearse(self)
         while (item := run.next()) is not None:
             if isinstance(item, Step):
                 self.train_step(item)

@@ -28,7 +28,8 @@ from hpc_absa.data.loader import Loader, Microbatch
 from hpc_absa.models import small
 from hpc_absa.training import setup, trainer
 from hpc_absa.training.reduction import OverlappedReduction, ReproducibleReduction
-from hpc_absa.training.step import StepEngine, TrainStep
+from hpc_absa.training.run import Run
+from hpc_absa.training.step import TrainStep
 
 FOLDER, HOLD = "HPC_ABSA_WATCHED", "HPC_ABSA_HOLD"
 HOLD_SECONDS = 60.0
@@ -60,7 +61,7 @@ class Watcher:
     def attach(self) -> None:
         """Wrap the functions in which the moments begin; building the model is the first."""
         self._moment("start")
-        StepEngine.begin = self._beginning(StepEngine.begin)  # type: ignore[method-assign]
+        Run.begin_step = self._beginning(Run.begin_step)  # type: ignore[method-assign]
         Loader.get = self._loading(Loader.get)  # type: ignore[method-assign]
         for kind in (ReproducibleReduction, OverlappedReduction):
             kind.finish = self._finishing(kind.finish)  # type: ignore[attr-defined]
@@ -80,10 +81,10 @@ class Watcher:
         return announced
 
     def _beginning(self, begin: Callable[..., TrainStep]) -> Callable[..., TrainStep]:
-        def watched(*args: Any, steps_before: int, **kwargs: Any) -> TrainStep:
+        def watched(run: Run, *args: Any) -> TrainStep:
             self._moment("step")
-            self._step, self._visits = steps_before + 1, []
-            return begin(*args, steps_before=steps_before, **kwargs)
+            self._step, self._visits = run.state.progress.position.step + 1, []
+            return begin(run, *args)
 
         return watched
 

@@ -5,12 +5,13 @@ from itertools import chain
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from hpc_absa.comm import SerialCommunicator
 from hpc_absa.summation import LANES
 from hpc_absa.training import reduction
 from hpc_absa.training.reduction import (
-    MicrobatchNorms,
+    GradientHooks,
     OverlappedReduction,
     ReproducibleReduction,
 )
@@ -119,15 +120,70 @@ def test_norms_of_microbatches_ignore_other_backward_passes():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3))
     inputs = torch.randn(4, 5)
-    norms = MicrobatchNorms(net)
-    norms.active = True
+    hooks = GradientHooks(net)
     total = torch.zeros(())
     torch.autograd.grad(net(inputs).square().mean(), list(net.parameters()))
     assert total == 0
-    with norms.collecting(total):
+    with hooks.measuring(total):
         net(inputs).square().mean().backward()
     squares = sum(p.grad.square().sum() for p in net.parameters())
     torch.testing.assert_close(total, squares)
     before = total.clone()
-    net(inputs).square().mean().backward()
+    with hooks.measuring(None):
+        net(inputs).square().mean().backward()
     assert total == before
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_norms_are_of_whole_gradients_with_activation_checkpointing(reentrant):
+    """The reentrant kind adds to the gradient of a shared layer in two backward passes."""
+
+    def gradient(through):
+        torch.manual_seed(0)
+        layer = nn.Linear(5, 5)
+        hooks, total = GradientHooks(layer), torch.zeros(())
+        inputs = torch.randn(4, 5, requires_grad=True)
+        with hooks.measuring(total):
+            through(layer, through(layer, inputs)).square().mean().backward()
+        return total, sum(p.grad.square().sum() for p in layer.parameters())
+
+    squares, expected = gradient(lambda layer, x: checkpoint(layer, x, use_reentrant=reentrant))
+    torch.testing.assert_close(squares, expected)
+
+
+class Sending(SerialCommunicator):
+    """Two ranks of which the other one has no gradient; notes when a message is sent."""
+
+    size = 2
+
+    def __init__(self):
+        self.sent = []
+
+    def allreduce_async_(self, tensor, name):
+        self.sent.append((name, tensor.clone()))
+        return tensor
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_gradient_is_sent_once_and_complete(reentrant):
+    torch.manual_seed(0)
+    layer = nn.Linear(5, 5)
+    net = nn.Sequential(layer, nn.Linear(5, 5))
+    comm = Sending()
+    overlapped = OverlappedReduction(net, comm)
+    early = []
+    for _ in range(3):
+        overlapped.begin()
+        inputs = torch.randn(4, 5, requires_grad=True)
+        with overlapped.backward(last=True):
+            x = checkpoint(layer, inputs, use_reentrant=reentrant)
+            checkpoint(layer, net[1](x), use_reentrant=reentrant).square().mean().backward()
+        early.append(len(comm.sent))
+        overlapped.finish(torch.zeros(1), torch.zeros(1))
+        sent = {name: tensor for name, tensor in comm.sent if name.startswith("gradients")}
+        assert len(sent) == len(comm.sent) - 1 == len(overlapped._buckets)
+        for index, bucket in enumerate(overlapped._buckets):
+            assert torch.equal(sent[f"gradients.{index}"], bucket.sums)
+        comm.sent.clear()
+    # After the first step the plain kind is sent within the backward pass.
+    assert early == ([0, 0, 0] if reentrant else [0, 1, 1])

@@ -75,15 +75,16 @@ def begin(folder, stop, estimator=estimator):
     if restored:
         state.restore(restored.content, restored.path.name)
     log = EventLogger(directory, comm.rank, io.StringIO())
+    reduction = OverlappedReduction(model, comm)
     return Run(
-        comm,
-        directory,
-        STREAM,
-        rule,
-        state,
-        StepEngine(model, optimizer, OverlappedReduction(model, comm), seed=SEED, clock=clock),
-        estimator,
-        AsyncCheckpointer(
+        comm=comm,
+        directory=directory,
+        stream=STREAM,
+        rule=rule,
+        state=state,
+        engine=StepEngine(model, optimizer, reduction, seed=SEED, clock=clock),
+        estimator=estimator,
+        checkpointer=AsyncCheckpointer(
             manager,
             comm,
             background=True,
@@ -91,10 +92,9 @@ def begin(folder, stop, estimator=estimator):
             on_error="stop",
             warn=log.save_failed,
         ),
-        stop,
-        clock,
-        log,
-        RunOptions(
+        stop=stop,
+        log=log,
+        options=RunOptions(
             seed=SEED,
             data_digest="synthetic",
             job="",

@@ -50,7 +50,6 @@ def take_step(
         Step(start, start + len(batches)),
         divisor=divisor or len(batches),
         lr=0.1,
-        steps_before=0,
         flags=flags,
         measure_squares=measure_squares,
     )
@@ -101,6 +100,44 @@ def test_dropout_depends_on_the_seed_and_on_the_index_of_the_microbatch():
 
 
 @REDUCTIONS
+def test_weight_decay_and_momentum_skip_a_parameter_without_a_gradient(reduction):
+    """As in PyTorch, whose optimizers skip a gradient that is None."""
+
+    class Skipping(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.skipped = nn.Linear(5, 3), nn.Linear(5, 3)
+            self.skip = False
+
+        def forward(self, x):
+            return self.used(x) if self.skip else self.used(x) + self.skipped(x)
+
+    torch.manual_seed(0)
+    ours = Skipping()
+    theirs = copy.deepcopy(ours)
+    engine = StepEngine(
+        ours,
+        torch.optim.SGD(ours.parameters(), lr=1.0, momentum=0.9, weight_decay=0.1),
+        reduction(ours, SerialCommunicator()),
+        seed=0,
+        clock=Clock(),
+    )
+    optimizer = torch.optim.SGD(theirs.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
+    for index, (inputs, targets) in enumerate(microbatches(3)):
+        ours.skip = theirs.skip = index == 1
+        step = engine.begin(Step(index, index + 1), divisor=1, lr=0.1, flags=Flags())
+        for _ in step.microbatches:
+            with step.forward():
+                loss = nn.functional.cross_entropy(ours(inputs), targets)
+            step.backward(loss, samples=4)
+        step.optimize()
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(theirs(inputs), targets).backward()
+        optimizer.step()
+    torch.testing.assert_close(ours.state_dict(), theirs.state_dict())
+
+
+@REDUCTIONS
 def test_flags_are_summed_with_the_step_and_unused_parameters_do_not_change(reduction):
     net = model()
     net.unused = nn.Parameter(torch.ones(2))
@@ -112,15 +149,13 @@ def test_flags_are_summed_with_the_step_and_unused_parameters_do_not_change(redu
 def test_flags_and_sums_are_unpacked_as_they_were_packed():
     flags = Flags(stop=1, save=2, written=3, failed=4)
     assert Flags.unpack(flags.pack(torch.device("cpu"))) == flags
-    sums = StepSums(2, torch.device("cpu"))
-    sums.statistics += torch.tensor([1.0, 2.0])
+    sums = StepSums(torch.zeros(6), 2)
+    sums.buffers.flat += torch.tensor([1.0, 2.0])
+    sums.used += 9
     sums.gradient_square += 3
     sums.loss += 4
     sums.samples += 5
-    assert sums.flat.tolist() == [1, 2, 3, 4, 5]
-    unpacked = StepSums.unpack(sums.flat)
-    assert unpacked.statistics.tolist() == [1, 2]
-    assert (unpacked.gradient_square, unpacked.loss, unpacked.samples) == (3, 4, 5)
+    assert sums.flat.tolist() == [1, 2, 9, 3, 4, 5]
 
 
 @pytest.mark.parametrize("ahead", [Step(6, 12), None])
@@ -136,9 +171,7 @@ def test_the_microbatch_after_each_one_is_known_also_in_the_next_step(ahead):
         seed=0,
         clock=Clock(),
     )
-    step = engine.begin(
-        Step(0, 6), divisor=6, lr=0.1, steps_before=0, flags=Flags(), upcoming=ahead
-    )
+    step = engine.begin(Step(0, 6), divisor=6, lr=0.1, flags=Flags(), upcoming=ahead)
     following = {k: step.following(k) for k in step.microbatches}
     assert following == {0: 1, 1: 2, 2: 6 if ahead else None}
 

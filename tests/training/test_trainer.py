@@ -336,7 +336,7 @@ class OneStep:
 
     def begin_step(self, step):
         count = len(step.microbatches)
-        return self.engine.begin(step, divisor=count, lr=0.1, steps_before=0, flags=Flags())
+        return self.engine.begin(step, divisor=count, lr=0.1, flags=Flags())
 
     def end_step(self, step, result):
         self.result = result

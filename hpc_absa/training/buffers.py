@@ -1,0 +1,368 @@
+"""Buffers of a model that are equal on all ranks and at any number of ranks.
+
+A forward pass changes buffers: running statistics of normalizations, vectors of spectral norm,
+moving averages, counters. PyTorch's own update puts each rank's microbatches into that rank's
+buffers, so that ranks drift apart and the result depends on their number. Here every microbatch of
+a step starts from the values that the buffers had before the step, and after the step they have
+
+- floating-point buffers: the mean over the step's microbatches of what each one left there,
+- integers and flags: the same mean, rounded away from the value before the step.
+
+With one microbatch per step this is PyTorch's own result. For the running statistics of batch norm
+it is `running ← (1 − m)·running + m·mean`, with the momentum m and the mean of the statistics of
+the microbatches. A layer that a forward pass calls twice updates twice; one that it does not call,
+or that is in evaluation mode, does not. Forward passes outside of `collecting` leave no trace:
+evaluation, adversarial examples, and what activation checkpointing computes again in the backward
+pass. A buffer whose shape changes (a cache that grows) is left as it is.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+ALWAYS_COMPARED = 1 << 16
+"""Elements up to which a buffer is compared by value after each forward pass. Of larger ones only
+the first pass is compared, then PyTorch's count of their changes, which `.data` circumvents."""
+
+Values = dict[int, Tensor]
+"""Sums of the values of changed buffers, float64, by their index."""
+
+
+@dataclass
+class Buffer:
+    """A buffer without a special rule, which may be registered in several places."""
+
+    places: list[tuple[nn.Module, str]]
+    current: Tensor
+    start: Tensor
+    """A copy of its value before the step."""
+    version: int
+
+    def value(self) -> Tensor:
+        module, name = self.places[0]
+        tensor: Tensor = getattr(module, name)
+        return tensor.detach()
+
+    def changed(self, by_value: bool) -> bool:
+        module, name = self.places[0]
+        now = getattr(module, name)
+        if now is not self.current or _version(now) != self.version:
+            return True
+        return by_value and not torch.equal(now, self.start)
+
+    def set(self, value: Tensor) -> None:
+        """Replace the tensor: the graph of a forward pass may need the old one."""
+        self.current = value
+        for module, name in self.places:
+            setattr(module, name, value)
+        self.version = _version(value)
+
+
+@dataclass
+class Layer:
+    """A normalization with PyTorch's own forward pass, whose statistics are averaged."""
+
+    module: Any
+    saved: tuple[Any, ...] | None = None
+    """Its buffers and momentum during a call in training mode."""
+    statistics: Tensor | None = None
+    """[2, features], of this microbatch: `Σᵢ (1 − m)^(c−1−i) sᵢ` over its c calls."""
+    weight: float = 0.0
+    """`Σᵢ (1 − m)^i`, the weight of `statistics` in units of m."""
+    calls: int = 0
+
+
+@dataclass
+class Collected:
+    """What a group of microbatches of one rank changed; sums over them."""
+
+    flat: Tensor
+    """[size], added up over all microbatches with the gradients."""
+    values: Values = field(default_factory=dict)
+
+
+class ModelBuffers:
+    """The buffers of `model`, which must be on its device and have its initial values.
+
+    Normalizations with float32 statistics keep them in one flat tensor, and hooks collect the
+    statistics of each call. All other buffers are compared before and after a forward pass.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._device = next(model.parameters()).device
+        self._layers = [Layer(module) for module in _standard_layers(model)]
+        self._sizes = [layer.module.num_features for layer in self._layers]
+        self._features = torch.tensor(
+            [size for size in self._sizes for _ in range(2)], dtype=torch.int64, device=self._device
+        )
+        self._running = torch.zeros(2 * sum(self._sizes), device=self._device)
+        self._counters = torch.zeros(len(self._layers), dtype=torch.int64, device=self._device)
+        self._momenta: tuple[float | None, ...] | None = None
+        self._momentum = self._running
+        self._collecting = False
+        self._adopt_layers()
+        self._others = self._other_buffers()
+        self._compare_all = True
+        self.size = self._running.numel() + 2 * len(self._layers) + len(self._others)
+        """Values that a step sums with its gradients."""
+
+    @contextmanager
+    def collecting(self, collected: Collected) -> Iterator[None]:
+        """Within, one training forward pass adds its microbatch's changes to `collected`."""
+        self.restore()
+        for layer in self._layers:
+            layer.statistics, layer.weight, layer.calls = None, 0.0, 0
+        self._collecting = True
+        try:
+            yield
+        finally:
+            self._collecting = False
+        self._add_layers(collected.flat)
+        self._add_others(collected)
+
+    def restore(self) -> None:
+        """Undo what forward passes outside of `collecting` changed."""
+        for buffer in self._changed():
+            if buffer.value().shape == buffer.start.shape:
+                buffer.set(buffer.start.clone())
+            else:
+                self._accept(buffer)
+
+    def changed(self, total: Tensor) -> list[int]:
+        """Indices of the buffers whose values `update` needs, from the sums of all ranks."""
+        if not self._others:
+            return []
+        counts = total[-len(self._others) :].tolist()
+        return [index for index, count in enumerate(counts) if count]
+
+    def values(self, collected: Collected, changed: list[int]) -> Tensor:
+        """The sums of the values of these buffers as one flat tensor, float64."""
+        return torch.cat(
+            [
+                collected.values[index]
+                if index in collected.values
+                else torch.zeros_like(_as_float64(self._others[index].start))
+                for index in changed
+            ]
+        )
+
+    def update(
+        self, total: Tensor, microbatches: int, changed: list[int], values: Tensor | None
+    ) -> None:
+        """Set the buffers once, after a step.
+
+        Args:
+            total: [size], the sum over all microbatches of a step, all ranks together.
+            microbatches: how many they were.
+            changed: indices of changed buffers.
+            values: the sum of their `values` over all ranks.
+        """
+        self.restore()
+        if self._layers:
+            self._update_layers(total, microbatches)
+        if values is None:
+            return
+        counts = total[-len(self._others) :].tolist()
+        starts = [_as_float64(self._others[index].start) for index in changed]
+        parts = values.split([len(start) for start in starts])
+        for index, start, part in zip(changed, starts, parts, strict=True):
+            unchanged = microbatches - round(counts[index])
+            mean = (part + unchanged * start if unchanged else part) / microbatches
+            buffer = self._others[index]
+            buffer.start = _from_float64(mean, start, buffer.start)
+            buffer.set(buffer.start.clone())
+
+    # Normalizations
+
+    def _adopt_layers(self) -> None:
+        """Make the layers' buffers views of the flat tensors, and register the hooks."""
+        pairs = self._running.split([size for size in self._sizes for _ in range(2)])
+        for index, layer in enumerate(self._layers):
+            module = layer.module
+            for name, view in zip(
+                ("running_mean", "running_var"), pairs[2 * index :], strict=False
+            ):
+                view.copy_(module._buffers[name])
+                module._buffers[name] = view
+            if module._buffers.get("num_batches_tracked") is not None:
+                self._counters[index] = module.num_batches_tracked
+                module._buffers["num_batches_tracked"] = self._counters[index]
+            module.register_forward_pre_hook(self._before_call(layer))
+            module.register_forward_hook(self._after_call(layer), always_call=True)
+
+    def _before_call(self, layer: Layer) -> Any:
+        scratch = torch.zeros((), dtype=torch.int64, device=self._device)
+
+        def before(module: Any, inputs: Any) -> None:
+            if not module.training:
+                return
+            buffers = module._buffers
+            layer.saved = (dict(buffers), module.momentum)
+            buffers["running_mean"], buffers["running_var"] = torch.zeros(
+                2, module.num_features, device=self._device
+            ).unbind()
+            if buffers.get("num_batches_tracked") is not None:
+                buffers["num_batches_tracked"] = scratch
+            module.momentum = 1.0  # the buffers become the statistics of this call
+
+        return before
+
+    def _after_call(self, layer: Layer) -> Any:
+        def after(module: Any, inputs: Any, outputs: Any) -> None:
+            if layer.saved is None:
+                return
+            buffers = module._buffers
+            statistics = torch.cat([buffers["running_mean"], buffers["running_var"]])
+            saved, module.momentum = layer.saved
+            buffers.update(saved)
+            layer.saved = None
+            if not self._collecting:
+                return
+            layer.calls += isinstance(module, _BatchNorm)  # instance norm does not count
+            kept = 1.0 if module.momentum is None else 1.0 - module.momentum
+            if layer.statistics is not None:
+                statistics = statistics + kept * layer.statistics
+            layer.statistics, layer.weight = statistics, 1.0 + kept * layer.weight
+
+        return after
+
+    def _add_layers(self, flat: Tensor) -> None:
+        if not self._layers:
+            return
+        for index, layer in enumerate(self._layers):
+            if layer.statistics is not None and layer.module.momentum is None:
+                calls = int(self._counters[index]) + layer.calls  # the mean over all of them
+                layer.statistics, layer.weight = layer.statistics / calls, layer.weight / calls
+        size = self._running.numel()
+        flat[:size] += torch.cat(
+            [
+                torch.zeros(2 * features, device=self._device)
+                if layer.statistics is None
+                else layer.statistics
+                for layer, features in zip(self._layers, self._sizes, strict=True)
+            ]
+        )
+        numbers = [layer.weight for layer in self._layers] + [layer.calls for layer in self._layers]
+        flat[size : size + len(numbers)] += torch.tensor(numbers, device=self._device)
+
+    def _update_layers(self, total: Tensor, microbatches: int) -> None:
+        size, count = self._running.numel(), len(self._layers)
+        means = total[: size + 2 * count].to(self._running.dtype) / microbatches
+        weights, calls = means[size : size + count], means[size + count :]
+        weight = weights.repeat_interleave(2).repeat_interleave(self._features)
+        updated = self._running.lerp(means[:size] / weight, self._momentum_of_elements() * weight)
+        self._running.copy_(torch.where(weight > 0, updated, self._running))
+        self._counters += calls.ceil().to(torch.int64)
+
+    def _momentum_of_elements(self) -> Tensor:
+        """One for each element of the flat tensor; with `momentum=None` it is in the weight."""
+        momenta = tuple(layer.module.momentum for layer in self._layers)
+        if momenta != self._momenta:
+            values = [1.0 if m is None else m for m in momenta for _ in range(2)]
+            tensor = torch.tensor(values, device=self._device)
+            self._momenta, self._momentum = momenta, tensor.repeat_interleave(self._features)
+        return self._momentum
+
+    # Other buffers
+
+    def _other_buffers(self) -> list[Buffer]:
+        layers = {id(layer.module) for layer in self._layers}
+        places: dict[int, list[tuple[nn.Module, str]]] = {}
+        tensors: dict[int, Tensor] = {}
+        for module in self.model.modules():
+            if id(module) in layers:
+                continue
+            for name, tensor in module.named_buffers(recurse=False, remove_duplicate=False):
+                places.setdefault(id(tensor), []).append((module, name))
+                tensors[id(tensor)] = tensor
+        return [
+            Buffer(places[key], tensor, tensor.detach().clone(), _version(tensor))
+            for key, tensor in tensors.items()
+        ]
+
+    def _changed(self) -> Iterator[Buffer]:
+        for buffer in self._others:
+            by_value = self._compare_all or buffer.start.numel() <= ALWAYS_COMPARED
+            if buffer.changed(by_value):
+                yield buffer
+
+    def _add_others(self, collected: Collected) -> None:
+        counts = collected.flat[len(collected.flat) - len(self._others) :]
+        indices = {id(buffer): index for index, buffer in enumerate(self._others)}
+        for buffer in self._changed():
+            index, value = indices[id(buffer)], buffer.value()
+            if value.shape != buffer.start.shape:
+                self._accept(buffer)
+                continue
+            value = _as_float64(value)
+            known = collected.values.get(index)
+            collected.values[index] = value if known is None else known + value
+            counts[index] += 1
+            buffer.set(buffer.start.clone())
+        self._compare_all = False
+
+    def _accept(self, buffer: Buffer) -> None:
+        value = buffer.value()
+        buffer.current = getattr(*buffer.places[0])
+        buffer.version = _version(buffer.current)
+        buffer.start = value.clone()
+
+
+def _standard_layers(model: nn.Module) -> list[Any]:
+    """Normalizations whose forward pass is PyTorch's own and whose statistics are float32."""
+    compiled = {
+        id(inner)
+        for module in model.modules()
+        if type(module).__name__ == "OptimizedModule"
+        or getattr(module, "_compiled_call_impl", None) is not None
+        for inner in module.modules()
+    }
+    owners = Counter(
+        id(tensor)
+        for module in model.modules()
+        for _, tensor in module.named_buffers(recurse=False, remove_duplicate=False)
+    )
+    return [
+        module
+        for module in model.modules()
+        if isinstance(module, _NormBase)
+        and type(module).forward in (_BatchNorm.forward, _InstanceNorm.forward)
+        and "forward" not in vars(module)
+        and id(module) not in compiled
+        and not (isinstance(module, _InstanceNorm) and module.momentum is None)
+        and all(
+            tensor is not None and tensor.dtype == torch.float32 and owners[id(tensor)] == 1
+            for tensor in (module.running_mean, module.running_var)
+        )
+    ]
+
+
+def _version(tensor: Tensor) -> int:
+    """How often the tensor was changed, but by `.data`; not counted for inference tensors."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def _as_float64(tensor: Tensor) -> Tensor:
+    """A flat copy; sums of equal numbers in it are exact."""
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
+    return tensor.detach().to(torch.float64, copy=True).reshape(-1)
+
+
+def _from_float64(mean: Tensor, start: Tensor, like: Tensor) -> Tensor:
+    if like.is_complex():
+        return torch.view_as_complex(mean.view(*like.shape, 2)).to(like.dtype)
+    if not like.is_floating_point():
+        difference = mean - start
+        mean = start + difference.sign() * difference.abs().ceil()
+    return mean.view(like.shape).to(like.dtype)

@@ -1,0 +1,153 @@
+"""Buffers: PyTorch's own results on one rank, and equal on all ranks."""
+
+import pytest
+import torch
+from torch import nn
+
+from hpc_absa.comm import SerialCommunicator
+from hpc_absa.progress import Step
+from hpc_absa.training.buffers import Collected, ModelBuffers
+from hpc_absa.training.clock import Clock
+from hpc_absa.training.reduction import OverlappedReduction, ReproducibleReduction
+from hpc_absa.training.step import Flags, StepEngine, _microbatch_seed
+from tests.training import random_models
+
+
+def net(momentum=0.1):
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3, momentum=momentum), nn.Flatten(), nn.Linear(108, 2)
+    )
+
+
+def microbatches(count):
+    torch.manual_seed(1)
+    return [torch.randn(8, 1, 8, 8) * (1 + k) + k for k in range(count)]
+
+
+def collected(model, buffers, inputs):
+    """What forward passes of `model` on these microbatches change."""
+    lane = Collected(torch.zeros(buffers.size))
+    for microbatch in inputs:
+        with buffers.collecting(lane):
+            model(microbatch)
+    return lane
+
+
+def update(buffers, lanes, microbatches):
+    """As after a step: the lanes are those of all ranks."""
+    total = sum(lane.flat for lane in lanes)
+    changed = buffers.changed(total)
+    values = sum(buffers.values(lane, changed) for lane in lanes) if changed else None
+    buffers.update(total, microbatches, changed, values)
+
+
+@pytest.mark.parametrize("momentum", [0.1, 0.5, None])
+def test_with_one_microbatch_per_step_the_update_is_that_of_pytorch(momentum):
+    ours, theirs = net(momentum), net(momentum)
+    statistics = ModelBuffers(ours)
+    for inputs in microbatches(4):
+        update(statistics, [collected(ours, statistics, [inputs])], 1)
+        theirs(inputs)
+    torch.testing.assert_close(ours[1].running_mean, theirs[1].running_mean)
+    torch.testing.assert_close(ours[1].running_var, theirs[1].running_var)
+    assert ours[1].num_batches_tracked == theirs[1].num_batches_tracked == 4
+
+
+def test_statistics_do_not_depend_on_which_rank_computed_a_microbatch():
+    inputs = microbatches(4)
+    one_rank, two_ranks = net(), [net(), net()]
+    statistics = ModelBuffers(one_rank)
+    update(statistics, [collected(one_rank, statistics, inputs)], 4)
+    ranks = [ModelBuffers(model) for model in two_ranks]
+    sums = [
+        collected(model, rank, inputs[2 * index : 2 * index + 2])
+        for index, (model, rank) in enumerate(zip(two_ranks, ranks, strict=True))
+    ]
+    for model, rank in zip(two_ranks, ranks, strict=True):
+        update(rank, sums, 4)
+        torch.testing.assert_close(model[1].running_mean, one_rank[1].running_mean)
+        torch.testing.assert_close(model[1].running_var, one_rank[1].running_var)
+
+
+def test_a_forward_pass_outside_a_step_uses_the_running_statistics_and_keeps_them():
+    model = net()
+    statistics = ModelBuffers(model)
+    collected(model, statistics, microbatches(1))
+    before = model[1].running_mean.clone()
+    assert torch.equal(before, torch.zeros(3)), "collecting must not change the running mean"
+    model.eval()(microbatches(1)[0])
+    assert torch.equal(model[1].running_mean, before)
+    assert model[1].momentum == 0.1
+
+
+def test_a_loaded_state_dict_reaches_the_flat_statistics():
+    model = net()
+    statistics = ModelBuffers(model)
+    model.load_state_dict({k: torch.full_like(v, 3) for k, v in model.state_dict().items()})
+    inputs = microbatches(1)[0]
+    theirs = net()
+    theirs.load_state_dict(model.state_dict())
+    update(statistics, [collected(model, statistics, [inputs])], 1)
+    theirs(inputs)
+    torch.testing.assert_close(model.state_dict(), theirs.state_dict())
+
+
+def test_a_model_without_batch_norm_has_no_statistics():
+    statistics = ModelBuffers(nn.Linear(2, 2))
+    assert statistics.size == 0
+    update(statistics, [Collected(torch.zeros(0))], 3)
+
+
+# Random models, against a plain loop of PyTorch
+
+
+def ours(model, steps, lr, comm=None, reduction=OverlappedReduction):
+    """The same steps with the engine, on the ranks of `comm`."""
+    engine = StepEngine(
+        model,
+        torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9),
+        reduction(model, comm or SerialCommunicator()),
+        seed=0,
+        clock=Clock(),
+    )
+    index = 0
+    for batches in steps:
+        step = engine.begin(
+            Step(index, index + len(batches)),
+            divisor=len(batches),
+            lr=lr,
+            flags=Flags(),
+        )
+        for k in step.microbatches:
+            inputs, targets = batches[k - index]
+            with step.forward():
+                loss = nn.functional.cross_entropy(model(inputs), targets)
+            step.backward(loss, samples=len(targets))
+        step.optimize()
+        index += len(batches)
+    return model
+
+
+def require_same_as_plain_loop(names, seed, per_step, dtype, reduction=OverlappedReduction):
+    model, plain = (random_models.build(seed, names).to(dtype) for _ in range(2))
+    steps = random_models.data(4, per_step, dtype=dtype)
+    ours(model, steps, 0.05, reduction=reduction)
+    random_models.plain_loop(plain, steps, 0.05, lambda k: _microbatch_seed(0, k))
+    tolerance = {"rtol": 1e-9, "atol": 1e-12} if dtype == torch.float64 else {}
+    if dtype == torch.float32:
+        tolerance = {"rtol": 1e-3, "atol": 1e-5}
+    torch.testing.assert_close(model.state_dict(), plain.state_dict(), **tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("per_step", [1, 3])
+@pytest.mark.parametrize("name", random_models.LAYERS)
+def test_each_layer_ends_as_in_a_plain_loop(name, per_step, dtype):
+    require_same_as_plain_loop(["conv", name, "conv"], 1, per_step, dtype)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_random_models_end_as_in_a_plain_loop(seed):
+    reduction = (OverlappedReduction, ReproducibleReduction)[seed % 2]
+    require_same_as_plain_loop(None, seed, 1 + seed % 3, torch.float64, reduction)

@@ -37,6 +37,11 @@ class RunLockedError(HpcAbsaError):
     """Another supervisor or training process uses this run directory."""
 
 
+def first_line(error: BaseException) -> str:
+    """Of its message, without the trace that HDF5 adds; its type if there is no message."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 class CollectiveError(HpcAbsaError):
     """A user's error that all ranks raise together, so that each can exit by itself."""
 

@@ -64,8 +64,8 @@ def call(
         function: What `resolve` returned, or a built-in one.
         key: For error messages: `"model"`.
         arguments: From the job file; each must be a parameter of `function`.
-        offered: Passed where the signature takes them and `arguments` does not have them.
-        title: The function's name in messages; `__name__` where empty.
+        offered: Passed if the signature takes them and `arguments` does not have them.
+        title: The function's name in messages; `__name__` if empty.
 
     Raises:
         UsageError: An argument that the function does not take (the message lists those it does),
@@ -84,8 +84,8 @@ def call(
     title = title or getattr(function, "__name__", repr(function))
     for name in arguments:
         if name not in named and not takes_any:
-            valid = named.keys() - offered.keys()
-            raise UsageError(f"{key}.{name}: {title} has no such argument; {valid_ones(valid)}")
+            valid = valid_ones(named.keys() - offered.keys())
+            raise UsageError(f"{key}.{name}: {title} has no such argument; {valid}")
     given = {name: value for name, value in offered.items() if name in named or takes_any}
     given.update(arguments)
     for name, p in named.items():

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +34,6 @@ CHANGEABLE = ("schedule", "train.lr", "train.lr_decay", "train.milestones")
 
 @dataclass(frozen=True)
 class Replayed:
-    """A decision as derived, and as recorded."""
-
     epoch: float
     step: int | None
     """None where the run recorded no decision here."""
@@ -55,15 +53,12 @@ class Replayed:
 
 @dataclass(frozen=True)
 class Replay:
-    """All decisions under one set of parameters."""
-
     changes: tuple[str, ...]
     """`key=value`; none for the run's own parameters."""
     decisions: tuple[Replayed, ...]
 
     @property
     def differing(self) -> tuple[Replayed, ...]:
-        """Decisions that differ from the recorded ones."""
         return tuple(decision for decision in self.decisions if not decision.same)
 
     @property
@@ -153,7 +148,7 @@ def _evidence(
     if threshold is not None and threshold <= above:
         return eigenvalue, None
     what = "its value" if threshold is None else f"whether it is above {threshold:.4g}"
-    plain = Eigenvalue(**{**asdict(eigenvalue), "stopped_above_threshold": False})
+    plain = replace(eigenvalue, stopped_above_threshold=False)
     return plain, f"λ is above {above:.4g}; {what} was not estimated"
 
 
@@ -171,7 +166,7 @@ def _lower_bound(own: Job, event: Event, eigenvalue: Eigenvalue, whole: float) -
 def _compared(
     epoch: float, event: Event | None, before: ScheduleState, made: Decision, unknown: str | None
 ) -> Replayed:
-    derived = {
+    derived: dict[str, Any] = {
         "reference": before.reference,
         "action": made.action,
         "next_batch": made.state.global_batch,
@@ -183,10 +178,7 @@ def _compared(
         epoch=epoch,
         step=int(step) if event and math.isfinite(step := finite(event.get("step"))) else None,
         eigenvalue=value if math.isfinite(value) else None,
-        reference=before.reference,
-        action=made.action,
-        next_batch=made.state.global_batch,
-        next_lr=made.state.lr,
+        **derived,
         reason=made.reason,
         recorded=recorded,
         same=recorded is not None and all(_equal(derived[n], recorded[n]) for n in derived),
@@ -195,14 +187,13 @@ def _compared(
 
 
 def _equal(derived: Any, recorded: Any) -> bool:
-    """Numbers up to what another machine's arithmetic may differ by."""
+    """Numbers up to the rounding errors of another machine."""
     if isinstance(derived, float) and isinstance(recorded, int | float):
         return math.isclose(derived, recorded, rel_tol=1e-12)
     return bool(derived == recorded)
 
 
 def render(replay: Replay, console: Console) -> None:
-    """Print the decisions as a table."""
     title = ", ".join(replay.changes) or "the run's own parameters"
     table = Table(title=title, title_justify="left")
     for name in ("epoch", "λ", "compared with", "batch", "recorded"):
@@ -224,15 +215,11 @@ def render(replay: Replay, console: Console) -> None:
 
 
 def summary(replay: Replay) -> str:
-    """How the replay compares with the recorded decisions, in a sentence or two."""
-    count, first = (
-        text.plural(len(replay.decisions), "decision"),
-        next(iter(replay.differing), None),
-    )
-    if first is None:
+    count, differing = text.plural(len(replay.decisions), "decision"), replay.differing
+    if not differing:
         return f"{count}, all as recorded."
-    summary = f"{count}, {len(replay.differing)} different from the recorded ones, first at epoch "
-    summary += f"{text.epoch(first.epoch)}: {_difference(first)}."
+    summary = f"{count}, {len(differing)} different from the recorded ones, first at epoch "
+    summary += f"{text.epoch(differing[0].epoch)}: {_difference(differing[0])}."
     if replay.changes:
         summary += " A run with these parameters would have had other eigenvalues from there on."
     return summary

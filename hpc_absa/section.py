@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Strings = Annotated[tuple[str, ...], Field(strict=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
@@ -16,7 +17,8 @@ class Section(BaseModel):
     """A frozen table; unknown keys are errors."""
 
     # Strict: `true` is not a number and "3" is not an integer, although Python could convert them.
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    # Deferred: the validator of a whole job is compiled once, at its first use.
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, defer_build=True)
 
 
 class OpenSection(Section):

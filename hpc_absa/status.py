@@ -19,9 +19,9 @@ from rich.text import Text
 
 from hpc_absa.report import format as fmt
 from hpc_absa.report.history import History, load, nonfinite_loss
-from hpc_absa.report.timing import attempts, finite
+from hpc_absa.report.timing import attempts, finite, latest
 from hpc_absa.rundir import RunDir
-from hpc_absa.rundir.events import Event
+from hpc_absa.rundir.events import Event, nan_as_none
 from hpc_absa.rundir.lock import LockHolder, host, read_lock
 from hpc_absa.supervisor.chain import LinkStatus, chain_status
 
@@ -49,8 +49,6 @@ class CheckpointFile:
 
 @dataclass(frozen=True)
 class Status:
-    """Where a run stands; None for what its files do not contain."""
-
     path: str
     name: str
     schedule: str
@@ -92,8 +90,7 @@ class Status:
     next_command: str | None
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON: plain values, null for what is unknown or not finite."""
-        return {key: _plain(value) for key, value in asdict(self).items()}
+        return nan_as_none(asdict(self))
 
 
 def status(path: Path, now: float | None = None) -> Status:
@@ -104,7 +101,7 @@ def status(path: Path, now: float | None = None) -> Status:
         now: Unix seconds that ages are relative to; by default the present.
 
     Raises:
-        UsageError: `path` is no folder, or has neither `job.toml` nor `events.jsonl`.
+        UsageError: `path` is not a run directory.
     """
     history = load(path)
     run, events, kept = RunDir(history.path), history.events, history.kept
@@ -118,6 +115,7 @@ def status(path: Path, now: float | None = None) -> Status:
         explanation += f" {sentence}"
     age = now - history.last_event
     epoch = history.epochs_visited if history.phases else math.nan
+    last = history.decisions[-1] if history.decisions else None
     failures = [event for event in events if event["event"] == "failure"]
     seconds_left = _seconds_left(kept, history.epochs_wanted - epoch)
     return Status(
@@ -126,21 +124,21 @@ def status(path: Path, now: float | None = None) -> Status:
         schedule=history.method,
         state=state,
         explanation=explanation,
-        phase=_int(_latest(events, "phase")),
+        phase=_int(latest(events, "phase")),
         epoch=_known(epoch),
         epochs=_known(history.epochs_wanted),
-        step=_int(_latest(kept, "step", "steps")),
-        samples=_int(_latest(kept, "samples")),
-        ranks=_int(_latest(kept, "ranks")),
+        step=_int(latest(kept, "step", "steps")),
+        samples=_int(latest(kept, "samples")),
+        ranks=_int(latest(kept, "ranks")),
         next_ranks=_next_ranks(kept),
-        global_batch=_int(_latest(kept, "global_batch")),
-        lr=_known(_latest(kept, "lr")),
-        eigenvalue=_known(_latest(kept, "eigenvalue")),
-        reference=_known(_latest(kept, "reference")),
-        last_decision=_last_decision(history),
+        global_batch=_int(latest(kept, "global_batch")),
+        lr=_known(latest(kept, "lr")),
+        eigenvalue=_known(latest(kept, "eigenvalue")),
+        reference=_known(latest(kept, "reference")),
+        last_decision=last.reason or last.action if last else None,
         test_accuracy=_known(history.test_accuracy),
-        train_loss=_known(_latest(kept, "train_loss")),
-        checkpoint=newest_checkpoint(run, now),
+        train_loss=_known(latest(kept, "train_loss")),
+        checkpoint=_newest_checkpoint(run, now),
         failures=len(failures),
         last_failure=_failure(failures[-1]) if failures else None,
         seconds_used=history.wall + (max(0.0, age) if state == "running" and events else 0.0),
@@ -154,8 +152,7 @@ def status(path: Path, now: float | None = None) -> Status:
     )
 
 
-def newest_checkpoint(run: RunDir, now: float) -> CheckpointFile | None:
-    """The last checkpoint by name."""
+def _newest_checkpoint(run: RunDir, now: float) -> CheckpointFile | None:
     for path in reversed(run.checkpoint_files()):
         try:
             stat = path.stat()
@@ -219,12 +216,8 @@ def _ending(events: Sequence[Event]) -> str:
 
 
 def _next_ranks(kept: Sequence[Event]) -> int | None:
-    for event in reversed(kept):
-        if event["event"] == "phase_start":
-            return None
-        if event["event"] == "phase_end":
-            return _int(finite(event.get("next_ranks")))
-    return None
+    limits = (e for e in reversed(kept) if e["event"] in ("phase_start", "phase_end"))
+    return _int(finite(next(limits, {}).get("next_ranks")))  # only a phase_end has the field
 
 
 def _seconds_left(kept: Sequence[Event], epochs_left: float) -> float | None:
@@ -250,23 +243,11 @@ def _next_command(state: State, run: RunDir) -> str | None:
 
 
 def _failure(event: Event) -> str:
-    where = [f"rank {event['rank']}"] if event.get("rank") is not None else []
-    where += [f"on {event['host']}"] if event.get("host") else []
-    where += [f"exit code {event['exit_code']}"] if event.get("exit_code") is not None else []
+    titles = {"rank": "rank", "host": "on", "exit_code": "exit code"}
+    known = {key: event.get(key) for key in titles if event.get(key) not in (None, "")}
+    where = [f"{titles[key]} {value}" for key, value in known.items()]
     reason = str(event.get("reason") or "no reason given")
     return f"{reason} ({', '.join(where)})" if where else reason
-
-
-def _last_decision(history: History) -> str | None:
-    if not history.decisions:
-        return None
-    return history.decisions[-1].reason or history.decisions[-1].action
-
-
-def _latest(events: Sequence[Event], *names: str) -> float:
-    """The last finite value of these fields in any event; NaN without any."""
-    values = (finite(event.get(name)) for event in reversed(events) for name in names)
-    return next((value for value in values if math.isfinite(value)), math.nan)
 
 
 def _known(value: float) -> float | None:
@@ -277,18 +258,8 @@ def _int(value: float) -> int | None:
     return int(value) if math.isfinite(value) else None
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, float):
-        return _known(value)
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return value
-
-
 def render(now: Status, console: Console) -> None:
-    """Print it on a terminal."""
-    head = Text.assemble((now.name, "bold"), "  ", (now.state, STATE_STYLES[now.state]))
-    console.print(head)
+    console.print(Text.assemble((now.name, "bold"), "  ", (now.state, STATE_STYLES[now.state])))
     console.print(Text(now.explanation, style="dim"))
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="dim", no_wrap=True)
@@ -305,7 +276,8 @@ def render(now: Status, console: Console) -> None:
 
 def _lines(now: Status) -> dict[str, str]:
     """Title and text of each line; empty or a dash for what is unknown."""
-    epoch, ranks, eigenvalue = fmt.epoch(now.epoch), fmt.count(now.ranks), ""
+    epoch, ranks = fmt.epoch(now.epoch), fmt.count(now.ranks)
+    eigenvalue = checkpoint = left = spent = ""
     if now.epoch is not None and now.epochs:
         epoch += f" of {fmt.epoch(now.epochs)}"
     if now.ranks is not None and now.next_ranks not in (None, now.ranks) and now.state != "done":
@@ -313,17 +285,13 @@ def _lines(now: Status) -> dict[str, str]:
     if now.eigenvalue is not None:
         eigenvalue = f"λ {fmt.number(now.eigenvalue)}"
         eigenvalue += "" if now.reference is None else f", reference {fmt.number(now.reference)}"
-    checkpoint, left, spent = "", "", ""
-    if now.checkpoint:
-        file = now.checkpoint
+    if file := now.checkpoint:
         checkpoint = f"{file.name}, {fmt.size(file.bytes)}, {_ago(file.age_seconds)}"
     if now.seconds_left is not None and now.state != "done":
         left = f"about {fmt.duration(now.seconds_left)} at the present speed"
     if now.rank_seconds_of_largest > 0:
-        spent = (
-            f"{now.rank_seconds:.0f} "
-            f"({now.rank_seconds_of_largest:.0f} with the largest number of ranks throughout)"
-        )
+        largest = f"{now.rank_seconds_of_largest:.0f} with the largest number of ranks throughout"
+        spent = f"{now.rank_seconds:.0f} ({largest})"
     return {
         "schedule": now.schedule,
         "phase": "" if now.phase is None else str(now.phase),

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from hpc_absa import config
 from hpc_absa.errors import UsageError
-from hpc_absa.plan import plan, timed, training_samples
+from hpc_absa.plan import plan, stream_of, timed, training_samples
 from hpc_absa.records import Decision, Eigenvalue, GradientSquares, Observation, ScheduleState
 from hpc_absa.report.published import PUBLISHED_ACCURACY
 from hpc_absa.schedules import Rule, build
@@ -347,7 +347,10 @@ def tasks(draw):
         overrides.append(f"schedule.kappa={draw(st.integers(1, 4))}")
         overrides.append(f"schedule.beta={draw(st.integers(2, 3))}")
         overrides.append(f"schedule.alpha={draw(st.sampled_from([1.5, 2.0, 5.0]))}")
-    return job(*overrides), samples
+    loaded = job(*overrides)
+    first = build(loaded).initial().global_batch // b
+    assume(first <= stream_of(loaded, samples).microbatches)
+    return loaded, samples
 
 
 @given(tasks())

@@ -76,7 +76,6 @@ class PendingSave:
 
     @property
     def writes(self) -> list[Future[Any]]:
-        """This rank's."""
         return [write for write in (self.shard, self.publishing) if write]
 
 
@@ -163,8 +162,7 @@ class AsyncCheckpointer:
     def update(self, written: int, failed: int) -> None:
         """Act on the number of ranks with each flag set, which is the same on all ranks.
 
-        Raises:
-            CollectiveError: as `save`.
+        Raises as `save`.
         """
         pending = self._pending
         if failed:
@@ -175,8 +173,7 @@ class AsyncCheckpointer:
     def settle(self) -> bool:
         """Wait until no save is in progress; whether the last one, if any, is on disk.
 
-        Raises:
-            CollectiveError: as `save`.
+        Raises as `save`.
         """
         pending = self._pending
         if pending is None:

@@ -6,6 +6,7 @@ import bisect
 import errno
 import itertools
 import os
+import shutil
 import threading
 import zlib
 from collections.abc import Mapping
@@ -21,14 +22,14 @@ from hpc_absa.checkpoint import integrity
 from hpc_absa.checkpoint.format import (
     SHARD,
     Content,
-    Fingerprint,
     Key,
     Outline,
     Place,
     Written,
+    fingerprint,
     raw,
 )
-from hpc_absa.errors import CheckpointError
+from hpc_absa.errors import CheckpointError, first_line
 from hpc_absa.rundir.files import replacing, sync
 from hpc_absa.rundir.paths import CHECKPOINT_NAME
 
@@ -38,7 +39,7 @@ SHARD_SUFFIX = ".shard"
 
 @dataclass(frozen=True)
 class Image:
-    """A file in memory, verified."""
+    """A verified file in memory."""
 
     outline: Outline
     bytes: np.ndarray
@@ -59,12 +60,8 @@ def write(path: Path, content: Content, shards: tuple[Written, ...] = ()) -> Wri
     """Publish `content` at `path`, complete and verified, or not at all.
 
     A temporary file in the same folder, fsync, comparison with memory, rename, fsync of the folder:
-    after a crash at any moment `path` is absent, the previous file, or this one.
-
-    Args:
-        path: the file.
-        content: what it contains; must not change meanwhile.
-        shards: durable files with further arrays, to which this file links.
+    after a crash at any moment `path` is absent, the previous file, or this one. `content` must not
+    change meanwhile; the new file links to `shards`, durable files with further arrays.
 
     Raises:
         CheckpointError: names path and cause (full disk, no permission, ...); nothing remains.
@@ -75,10 +72,12 @@ def write(path: Path, content: Content, shards: tuple[Written, ...] = ()) -> Wri
             # waits for it, two compute the digest and then compare.
             block = integrity.block_size(content.nbytes())
             places = layout.lay_out(temporary, content, shards, block)
-            _fill(temporary, content, places)
+            with temporary.open("r+b") as file:
+                for key, array in content.arrays().items():
+                    hdf5.write_at(file.fileno(), raw(array), places[key].start)
             syncing = pool.submit(sync, temporary)
             arrays = content.arrays()
-            own = dict(zip(arrays, pool.map(Fingerprint.of, arrays.values()), strict=True))
+            own = dict(zip(arrays, pool.map(fingerprint, arrays.values()), strict=True))
             linked = {key: of for shard in shards for key, of in shard.fingerprints.items()}
             digest = content.digest({**linked, **own})
             layout.set_digest(temporary, digest)
@@ -121,7 +120,7 @@ def load(path: Path) -> Image:
     except CheckpointError:
         raise
     except Exception as error:  # h5py has no common class of errors
-        raise CheckpointError(f"{path}: damaged: {_first_line(error)}") from None
+        raise CheckpointError(f"{path}: damaged: {first_line(error)}") from None
     attributes, named = outline.scalars.attributes, CHECKPOINT_NAME.fullmatch(path.name)
     if SHARD in attributes and path.suffix != SHARD_SUFFIX:
         raise CheckpointError(f"{path}: damaged: a shard under the name of a checkpoint")
@@ -134,11 +133,7 @@ def load(path: Path) -> Image:
 
 
 def load_shard(path: Path, digest: str) -> Image:
-    """A shard, verified to be the one with this digest.
-
-    Raises:
-        CheckpointError: it is missing, damaged, or another one.
-    """
+    """A shard, verified to be the one with this digest; raises a CheckpointError."""
     if not path.exists():
         raise CheckpointError(f"{path}: missing, a shard of its checkpoint")
     image = load(path)
@@ -147,12 +142,6 @@ def load_shard(path: Path, digest: str) -> Image:
             f"{path}: damaged: its content has digest {image.outline.digest}, not {digest}"
         )
     return image
-
-
-def _fill(path: Path, content: Content, places: Mapping[Key, Place]) -> None:
-    with path.open("r+b") as file:
-        for key, array in content.arrays().items():
-            hdf5.write_at(file.fileno(), raw(array), places[key].start)
 
 
 def _compare(
@@ -182,12 +171,9 @@ def _compare(
 
 
 def _contains(chunk: memoryview, start: int, arrays: list[tuple[int, memoryview]]) -> bool:
-    """Whether a file's bytes from `start` on are those of the arrays there.
+    """Whether the file's bytes from `start` on are those of the arrays there.
 
-    Args:
-        chunk: the file's bytes.
-        start: their offset in it.
-        arrays: offset and bytes of all arrays, by offset.
+    `arrays` has the offset and the bytes of every array, sorted by offset.
     """
     stop = start + len(chunk)
     first = max(0, bisect.bisect_right(arrays, start, key=lambda each: each[0]) - 1)
@@ -202,12 +188,8 @@ def _contains(chunk: memoryview, start: int, arrays: list[tuple[int, memoryview]
 
 def _cause(path: Path, error: Exception) -> str:
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        free = os.statvfs(path.parent).f_bavail * os.statvfs(path.parent).f_frsize
+        free = shutil.disk_usage(path.parent).free
         return f"no space left on the device ({free / 1e6:.0f} MB free)"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return _first_line(error)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
+    return first_line(error)

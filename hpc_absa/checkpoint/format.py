@@ -47,25 +47,18 @@ class Group:
     arrays: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Fingerprint:
-    """What the digest needs of an array, which may be in another file."""
+Fingerprint = tuple[str, bytes]
+"""What the digest needs of an array, which may be in another file."""
 
-    dtype: str
-    """numpy's `dtype.str`."""
-    shape: tuple[int, ...]
-    sha256: bytes
-    """SHA-256 of its bytes in C order."""
 
-    @classmethod
-    def of(cls, array: np.ndarray) -> Fingerprint:
-        return cls(array.dtype.str, array.shape, hashlib.sha256(raw(array)).digest())
+def fingerprint(array: np.ndarray) -> Fingerprint:
+    """Its type and shape, and the SHA-256 of its bytes in C order."""
+    kind = f"array {array.dtype.str} {list(array.shape)}"
+    return kind, hashlib.sha256(raw(array)).digest()
 
 
 @dataclass(frozen=True)
 class Content:
-    """Everything in one checkpoint."""
-
     attributes: Mapping[str, Scalar]
     """Root attributes: epoch, step, samples, world_size, global_batch, ..."""
     groups: Mapping[str, Group]
@@ -99,12 +92,10 @@ class Content:
         The hash runs over one record for each group, attribute and array, sorted by name: path,
         kind and value with their lengths, so that no two contents have the same byte stream. An
         array's value is the SHA-256 of its bytes, so that ranks can hash a part each.
-
-        Args:
-            fingerprints: of all arrays, if they are known or in other files.
+        `fingerprints` are those of all arrays, if they are known or in other files.
         """
         if fingerprints is None:
-            fingerprints = {key: Fingerprint.of(array) for key, array in self.arrays().items()}
+            fingerprints = {key: fingerprint(array) for key, array in self.arrays().items()}
         hasher = hashlib.sha256()
         _hash_attributes(hasher, "/", self.attributes)
         for name in sorted(self.groups):
@@ -112,9 +103,7 @@ class Content:
             _hash_attributes(hasher, f"/{name}", self.groups[name].attributes)
             for group, key in sorted(fingerprints):
                 if group == name:
-                    array = fingerprints[group, key]
-                    kind = f"array {array.dtype} {list(array.shape)}"
-                    _hash(hasher, f"/{name}/{key}", kind, array.sha256)
+                    _hash(hasher, f"/{name}/{key}", *fingerprints[group, key])
         return f"sha256:{hasher.hexdigest()}"
 
 
@@ -132,8 +121,6 @@ class Written:
 
 @dataclass(frozen=True)
 class Place:
-    """Where the bytes of an array are in a file."""
-
     dtype: str
     shape: tuple[int, ...]
     start: int
@@ -162,11 +149,8 @@ def lay_out(
 ) -> dict[Key, Place]:
     """Create the file with everything but the arrays' bytes; returns where those belong.
 
-    Args:
-        path: the file.
-        content: what it contains.
-        shards: further files with arrays, to which it links.
-        block: bytes to leave free at the beginning (HDF5's user block).
+    It links to the arrays in `shards`. `block` bytes at its beginning stay free (HDF5's user
+    block).
     """
     with _open_to_write(path, "w", userblock_size=block) as file:
         file.attrs.update(format=FORMAT, format_version=FORMAT_VERSION, created=time.time())
@@ -191,7 +175,6 @@ def lay_out(
 
 
 def set_digest(path: Path, digest: str) -> None:
-    """Write the digest into a file that contains everything else."""
     with _open_to_write(path, "r+") as file:
         file.attrs["digest"] = digest
 

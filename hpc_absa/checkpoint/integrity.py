@@ -34,21 +34,12 @@ class NotACheckpointError(CheckpointError):
 
 def block_size(content: int) -> int:
     """Bytes to leave free at the beginning of a file with about `content` further bytes."""
-    chunks = content // CHUNK + 8
-    size = SMALLEST_BLOCK
-    while size < 128 + 9 * chunks:
-        size *= 2
-    return size
+    needed = 128 + 9 * (content // CHUNK + 8)
+    return max(SMALLEST_BLOCK, 1 << (needed - 1).bit_length())
 
 
 def seal(path: Path, block: int, checksums: list[int]) -> int:
-    """Write the first `block` bytes; returns the file's size.
-
-    Args:
-        path: the file.
-        block: bytes that were left free.
-        checksums: CRC-32 of each chunk.
-    """
+    """Write the first `block` bytes, with the CRC-32 of each chunk; returns the file's size."""
     size = path.stat().st_size
     with path.open("r+b") as file:
         file.write(_block(block, size, checksums))
@@ -81,20 +72,15 @@ def read_chunk(descriptor: int, start: int, into: memoryview) -> memoryview:
     return into[:filled]
 
 
-def _require_magic(path: Path, start: bytes) -> None:
-    if start.startswith(MAGIC):
-        return
-    if start.startswith(HDF5_MAGIC):
-        raise NotACheckpointError(f"{path}: an HDF5 file, but not a checkpoint of hpc-absa")
-    if path.suffix == ".h5":
-        raise _damaged(path, "it does not begin as a checkpoint")
-    raise NotACheckpointError(f"{path}: not a checkpoint")
-
-
 def _read(path: Path, descriptor: int) -> np.ndarray:
     """The whole file, compared with its first block."""
     start, size = os.pread(descriptor, SMALLEST_BLOCK, 0), os.fstat(descriptor).st_size
-    _require_magic(path, start)
+    if start.startswith(HDF5_MAGIC):
+        raise NotACheckpointError(f"{path}: an HDF5 file, but not a checkpoint of hpc-absa")
+    if not start.startswith(MAGIC) and path.suffix != ".h5":
+        raise NotACheckpointError(f"{path}: not a checkpoint")
+    if not start.startswith(MAGIC):
+        raise _damaged(path, "it does not begin as a checkpoint")
     head = _HEAD.match(start)
     if head and int(head[2]) != size:
         raise _damaged(path, f"it has {size} bytes, not the {int(head[2])} written")
@@ -113,23 +99,15 @@ def _read(path: Path, descriptor: int) -> np.ndarray:
             last = at + len(chunk) - 1
             raise _damaged(path, f"bytes {at} to {last} of {size} do not match their checksum")
     if first != _block(block, size, checksums):
-        raise _damaged(
-            path, f"its first {block} bytes, or its length of {size}, are not as written"
-        )
+        what = f"its first {block} bytes, or its length of {size}, are not as written"
+        raise _damaged(path, what)
     return file
 
 
 def _block(block: int, size: int, checksums: list[int]) -> bytes:
-    """The block of a file of `size` bytes with these checksums."""
-    lines = [
-        MAGIC.decode().strip(),
-        f"block {block}",
-        f"bytes {size}",
-        f"crc32 of each {CHUNK}",
-        " ".join(f"{checksum:08x}" for checksum in checksums),
-        "",
-    ]
-    return "\n".join(lines).encode().ljust(block, b"\0")
+    text = f"block {block}\nbytes {size}\ncrc32 of each {CHUNK}\n"
+    text += " ".join(f"{checksum:08x}" for checksum in checksums) + "\n"
+    return (MAGIC + text.encode()).ljust(block, b"\0")
 
 
 def _damaged(path: Path, what: str) -> CheckpointError:

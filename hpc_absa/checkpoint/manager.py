@@ -1,4 +1,4 @@
-"""The checkpoints of one run: publish, list, keep a few, verify."""
+"""The checkpoints of one run: publish, keep a few, verify."""
 
 from __future__ import annotations
 
@@ -29,8 +29,6 @@ SMALL_ARRAY = 1 << 16
 
 @dataclass(frozen=True)
 class Published:
-    """A checkpoint that is on disk."""
-
     path: Path
     bytes: int
     """Of all its files."""
@@ -48,12 +46,7 @@ class CheckpointManager:
         self._damaged: set[Path] = set()
 
     def publish(self, path: Path, content: Content, shards: tuple[Written, ...] = ()) -> Published:
-        """Write and verify a checkpoint, and then remove the oldest.
-
-        Args:
-            path: its file, in the folder.
-            content: what is in the file itself.
-            shards: written before.
+        """Write and verify a checkpoint, whose `shards` were written before; remove the oldest.
 
         Raises:
             CheckpointError: names path and cause; all older checkpoints are unchanged.
@@ -103,15 +96,11 @@ class CheckpointManager:
                     shard.unlink(missing_ok=True)
 
     def _outdated(self, newest: Path) -> list[Path]:
-        """Checkpoints older than those to keep."""
         older = [path for path in checkpoint_files(self.folder) if path.name < newest.name]
         good = [*(path for path in older if path not in self._damaged), newest]
         if len(good) < self._keep:
             return []
         return [path for path in older if path.name < good[-self._keep].name]
-
-
-# Shards
 
 
 def shard_count(nbytes: int, ranks: int, shard_bytes: int) -> int:
@@ -138,9 +127,6 @@ def assign_shards(sizes: Mapping[Key, int], shards: int) -> list[list[Key]]:
             shares[smallest].append(key)
             filled[smallest] += sizes[key]
     return shares
-
-
-# Reading
 
 
 @dataclass(frozen=True)
@@ -179,8 +165,6 @@ def saved_phase(folder: Path) -> SavedPhase | None:
 
 @dataclass(frozen=True)
 class Verification:
-    """The result of `hpc-absa verify` for one checkpoint."""
-
     path: Path
     exit_status: ExitStatus
     error: str | None = None
@@ -192,12 +176,10 @@ class Verification:
 
 def verify(path: Path) -> list[Verification]:
     """Verify one file, or all checkpoints of a folder or run directory, oldest first."""
-    if not path.is_dir():
-        return [_verify(path)]
-    run = RunDir(path)
+    files, run = [path], RunDir(path)
     if run.checkpoints.is_dir():
         files = run.checkpoint_files()
-    else:
+    elif path.is_dir():
         others = (file for file in path.glob("*.h5") if not file.name.startswith("."))
         files = checkpoint_files(path) or sorted(others)
     if not files:
@@ -209,7 +191,6 @@ def _verify(path: Path) -> Verification:
     try:
         file.read(path)
     except CheckpointError as error:
-        not_ours = isinstance(error, NotACheckpointError)
-        status = ExitStatus.USAGE if not_ours else ExitStatus.FAILED
+        status = ExitStatus.USAGE if isinstance(error, NotACheckpointError) else error.status
         return Verification(path, status, str(error).removeprefix(f"{path}: "))
     return Verification(path, ExitStatus.OK)

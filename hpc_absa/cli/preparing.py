@@ -50,8 +50,8 @@ def plan(
     from hpc_absa import plan as planner
 
     loaded = config.load(job, tuple(overrides or ()))
-    _require_names(loaded)
     count = samples or planner.training_samples(loaded)
+    _require_names(loaded)
     limit = (
         max_ranks or loaded.ranks.max or loaded.schedule.largest_batch // loaded.train.microbatch
     )

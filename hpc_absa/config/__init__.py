@@ -7,6 +7,7 @@ from hpc_absa.config.file import (
     from_tables,
     load,
     parse,
+    read,
     refuse_changes,
 )
 from hpc_absa.config.tables import Checkpoint, Data, Hessian, Job, Launch, Model, Ranks, Train
@@ -29,5 +30,6 @@ __all__ = [
     "from_tables",
     "load",
     "parse",
+    "read",
     "refuse_changes",
 ]

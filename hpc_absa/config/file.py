@@ -59,20 +59,27 @@ def load(path: Path, overrides: tuple[str, ...] = (), *, warn: bool = True) -> J
     Raises:
         UsageError: one line that names file, key, value and what was expected.
     """
+    return from_tables(read(path), str(path), overrides, warn=warn)
+
+
+def read(path: Path, kind: str = "a job file") -> dict[str, Any]:
+    """The tables of a TOML file, not validated."""
     try:
-        text = path.read_text(encoding="utf-8")
+        return _tables(path.read_text(encoding="utf-8"), str(path))
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: cannot be read as a job file: {error}") from None
-    return parse(text, str(path), overrides, warn=warn)
+        raise UsageError(f"{path}: cannot be read as {kind}: {error}") from None
 
 
 def parse(text: str, origin: str, overrides: tuple[str, ...] = (), *, warn: bool = True) -> Job:
     """As `load`, from a job file's text; `origin` names it in errors."""
+    return from_tables(_tables(text, origin), origin, overrides, warn=warn)
+
+
+def _tables(text: str, origin: str) -> dict[str, Any]:
     try:
-        tables = tomllib.loads(text)
+        return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise UsageError(f"{origin}: not valid TOML: {error}") from None
-    return from_tables(tables, origin, overrides, warn=warn)
 
 
 def from_tables(

@@ -12,9 +12,8 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
 from hpc_absa.schedules import AnySchedule, TrainSettings, class_of
-from hpc_absa.section import Count, NonNegative, OpenSection, Positive, Section
+from hpc_absa.section import Count, NonNegative, OpenSection, Positive, Section, Strings
 
-Strings = Annotated[tuple[str, ...], Field(strict=False)]
 NoSpaces = Annotated[str, Field(pattern=r"^\S*$")]
 """A string that goes into a batch script as one argument."""
 

@@ -28,15 +28,12 @@ def augment(
     not depend on the other images of its batch, on the rank, or on the calls before.
 
     Args:
-        images: uint8 [b, C, H, W] in host memory; not changed.
-        seed: The job's seed.
+        images: uint8 [b, C, H, W] in host memory; not changed, and returned without padding, flip.
+        seed: The job's.
         epochs: [b], the epoch that each image belongs to.
         samples: [b], each image's index in the training set.
         padding: p ≥ 0, in pixels; 0 means no crop.
         flip: Whether to mirror.
-
-    Returns:
-        uint8 [b, C, H, W]; `images` itself without padding and flip.
     """
     if padding == 0 and not flip:
         return images
@@ -76,13 +73,10 @@ def normalise(
     its place in the batch (with a fused multiply-add in some lanes of a vector it would).
 
     Args:
-        images: [b, C, ...], any device.
+        images: [b, C, ...], any device; the result is float32.
         mean: [C] on that device, in pixel units (0 black, 1 white).
         std: [C] likewise.
         channels_last: Store [b, C, H, W] as NHWC in memory.
-
-    Returns:
-        float32 [b, C, ...].
     """
     channels = (1, -1, *(1,) * (images.dim() - 2))
     unit = 255.0 if images.dtype == torch.uint8 else 1.0

@@ -144,9 +144,8 @@ def _cifar(root: Path, kind: str) -> Source:
         )
     train, test = (_published(dataset, base, train=train) for train in (True, False))
     # uint8 [N, H, W, C] to [N, C, H, W], without a copy.
-    images = [np.asarray(part.data).transpose(0, 3, 1, 2) for part in (train, test)]
-    labels = [np.array(part.targets) for part in (train, test)]
-    return Source.from_arrays(images[0], labels[0], images[1], labels[1], classes=train.classes)
+    images, test_images = (part.data.transpose(0, 3, 1, 2) for part in (train, test))
+    return Source.from_arrays(images, train.targets, test_images, test.targets, train.classes)
 
 
 def _published(dataset: Any, root: Path, **which: Any) -> Any:
@@ -175,12 +174,12 @@ def _listing(folder: Path, notes: Counter[str]) -> tuple[list[str], Labelled]:
         elif not entry.is_dir():
             notes["files outside of the class folders, left out"] += 1
         else:
-            images = _images(entry, notes)
+            images, name = _images(entry, notes), decoded(entry.name)
             if not images:
-                empty.append(decoded(Path(entry.name)))
+                empty.append(name)
             files += images
             labels += [len(classes)] * len(images)
-            classes.append(decoded(Path(entry.name)))
+            classes.append(name)
     if empty or not classes:
         what = f"no images of class {_some(empty)}" if empty else "no class folders"
         raise UsageError(f"data.root: {what} in {folder}; expected <class>/*.jpg there")
@@ -210,7 +209,6 @@ def _unreadable(error: OSError) -> None:
 
 @cache
 def _suffixes() -> frozenset[str]:
-    """Suffixes of image files, in lower case."""
     from PIL import Image
 
     known = Image.registered_extensions()  # loads all formats

@@ -31,8 +31,6 @@ class Stream(Protocol):
 
 @dataclass(frozen=True)
 class Microbatch:
-    """The samples of one forward and backward pass on one rank."""
-
     inputs: torch.Tensor
     """float32 [b, C, H, W], augmented and normalised, on the device."""
     targets: torch.Tensor
@@ -57,8 +55,7 @@ class Loader:
         device: torch.device,
         channels_last: bool = False,
     ) -> None:
-        """Nothing is read yet.
-
+        """
         Args:
             dataset: Training and test set.
             stream: Which positions of an epoch's order a microbatch has.
@@ -82,9 +79,8 @@ class Loader:
     def get(self, k: int, then: int | None = None) -> Microbatch:
         """Microbatch k; begins to prepare microbatch `then` in a background thread.
 
-        A microbatch that was announced as `then` in the call before is taken from that thread, any
-        other one is computed now. An error while preparing is raised where the microbatch is asked
-        for.
+        A microbatch that was `then` in the previous call is taken from that thread, any other one
+        is computed now. An error of the thread is raised by the call for its microbatch.
         """
         prepared = self._prepared.pop(k, None)
         for unused in self._prepared.values():
@@ -100,13 +96,8 @@ class Loader:
     def evaluation(self, rank: int, size: int, batch: int) -> Iterator[Pair]:
         """This rank's part of the test set, not augmented; all parts have every image once.
 
-        Whole batches are distributed, so that a batch, and every bit of a loss computed from it,
-        does not depend on the number of ranks. Some ranks may get one batch fewer, or none.
-
-        Args:
-            rank: From 0.
-            size: Number of ranks.
-            batch: Images in a batch; the test set's last one may have fewer.
+        Whole batches of `batch` images are distributed, so that a batch, and every bit of a loss
+        computed from it, does not depend on the number of ranks. Ranks may get different numbers.
         """
         test = self.dataset.test
         for start in range(rank * batch, len(test), size * batch):

@@ -17,15 +17,9 @@ _MODEL_STREAM = 0x6D6F64656C  # "model"
 
 
 def permutation(seed: int, epoch: int, samples: int) -> NDArray[np.int64]:
-    """The order in which `epoch` visits the samples 0 … `samples` − 1, each exactly once.
+    """The order [samples] in which `epoch`, from 0, visits the samples 0 … `samples` − 1.
 
-    Args:
-        seed: The job's seed; any integer, taken modulo 2^64.
-        epoch: From 0.
-        samples: Number of training samples.
-
-    Returns:
-        Array [samples]: the sample index at each position of the epoch's order.
+    `seed` is any integer, taken modulo 2^64.
     """
     hashes = _hash(_key(seed, _ORDER_STREAM), np.uint64(epoch), np.arange(samples, dtype=np.uint64))
     # The mix is a bijection of distinct counters, so no two hashes are equal and any sorting
@@ -36,16 +30,13 @@ def permutation(seed: int, epoch: int, samples: int) -> NDArray[np.int64]:
 def uniform(
     seed: int, epoch: int | NDArray[np.int64], samples: NDArray[np.int64], stream: int
 ) -> NDArray[np.float64]:
-    """A random number in [0, 1) for each sample, independent of the other samples of the call.
+    """Random numbers [b] in [0, 1) of 53 bits, each a function of its own sample's index.
 
     Args:
         seed: The job's seed.
-        epoch: One for all samples, or an array [b] with each sample's own.
+        epoch: One for all samples, or one for each, [b].
         samples: Sample indices [b].
         stream: Distinguishes the uses of random numbers for one sample within an epoch.
-
-    Returns:
-        Array [b], with 53 random bits each.
     """
     epochs = np.asarray(epoch).astype(np.uint64)
     hashes = _hash(_key(seed, stream), epochs, np.asarray(samples).astype(np.uint64))

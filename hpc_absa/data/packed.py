@@ -8,7 +8,6 @@ was read. `packing.py` writes the file.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -21,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hpc_absa.data.sources import Samples, Source
-from hpc_absa.errors import HpcAbsaError, UsageError
+from hpc_absa.errors import HpcAbsaError, UsageError, first_line
 
 FORMAT = "hpc-absa-data"
 FORMAT_VERSION = 1
@@ -101,11 +100,10 @@ def open_packed(path: Path) -> PackedDataset:
         with h5py.File(path, "r", locking=False) as file:
             return _read(file, path)
     except (OSError, KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
-        raise HpcAbsaError(f"{path}: damaged ({one_line(error)}); pack it again") from error
+        raise HpcAbsaError(f"{path}: damaged ({first_line(error)}); pack it again") from error
 
 
 def is_packed(path: Path) -> bool:
-    """Whether the file is a packed data set, perhaps a damaged one."""
     try:
         with h5py.File(path, "r", locking=False) as file:
             return text(file.attrs.get("format", b"")) == FORMAT
@@ -114,28 +112,12 @@ def is_packed(path: Path) -> bool:
 
 
 def check_replaceable(path: Path) -> None:
-    """Raise UsageError where `path` is anything but a packed data set."""
+    """Raise a UsageError if `path` exists and is not a packed data set."""
     if os.path.lexists(path) and not is_packed(path):
         raise UsageError(
             f"{path}: exists, and is not a data set packed by hpc-absa; "
             "remove it, or name another file with --out"
         )
-
-
-def check_content(dataset: PackedDataset) -> None:
-    """Read the whole data set and compare it with its digest.
-
-    Raises:
-        HpcAbsaError: The content is not what was packed.
-    """
-    digest = hashlib.sha256()
-    for split in (dataset.train, dataset.test):
-        for start in range(0, len(split), 4096):
-            digest.update(split.images[start : start + 4096].data)
-        digest.update(split.labels.data)
-    digest.update(header(dataset.train, dataset.test, dataset.classes, dataset.mean, dataset.std))
-    if digest.hexdigest() != dataset.digest:
-        raise HpcAbsaError(f"{dataset.path}: damaged (content and digest differ); pack it again")
 
 
 def header(
@@ -156,13 +138,8 @@ def header(
 
 
 def text(value: Any) -> str:
-    """A string of HDF5, which are bytes where their length is fixed."""
+    """A string of HDF5, which is bytes if its length is fixed."""
     return value.decode("utf-8") if isinstance(value, bytes) else str(value)
-
-
-def one_line(error: BaseException) -> str:
-    """The first line of an error's message, without HDF5's trace."""
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def _read(file: h5py.File, path: Path) -> PackedDataset:

@@ -18,11 +18,10 @@ from hpc_absa.data.packed import (
     PackedDataset,
     check_replaceable,
     header,
-    one_line,
     open_packed,
 )
 from hpc_absa.data.sources import Source
-from hpc_absa.errors import HpcAbsaError
+from hpc_absa.errors import HpcAbsaError, first_line
 from hpc_absa.hdf5 import DeferredErrorFile, reserve, write_at
 from hpc_absa.rundir.files import replacing
 
@@ -45,14 +44,8 @@ def write_packed(
 ) -> PackedDataset:
     """Pack `source` into `path`, which appears complete or not at all; returns it opened.
 
-    Images are written in blocks: memory use does not grow with the data set.
-
-    Args:
-        path: Its folder is created where it does not exist; a packed file is replaced.
-        source: What to pack.
-        name: Of the source, kept in the file.
-        arguments: Of the source, kept in the file as JSON.
-        progress: Called after every block.
+    Images are written in blocks: memory use does not grow with the data set. The file contains
+    `name` and `arguments` of the source. An older packed file is replaced.
 
     Raises:
         HpcAbsaError: The disk is full or cannot be written; nothing is left behind.
@@ -75,7 +68,7 @@ def write_packed(
             check_replaceable(path)  # again, because packing takes long
     except OSError as error:
         raise HpcAbsaError(
-            f"{path}: cannot be written ({one_line(error)}); the packed data set needs "
+            f"{path}: cannot be written ({first_line(error)}); the packed data set needs "
             f"{source.nbytes / 1e6:.1f} MB there"
         ) from error
     return open_packed(path)
@@ -122,7 +115,7 @@ class _Moments:
         self.squares = [0] * channels
 
     def add(self, block: NDArray[np.uint8]) -> None:
-        """Images [k, C, H, W]."""
+        """Add images [k, C, H, W]."""
         self.count += block[:, 0].size
         for channel in range(block.shape[1]):
             counts = np.bincount(block[:, channel].ravel(), minlength=256)

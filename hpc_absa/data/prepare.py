@@ -19,13 +19,7 @@ from hpc_absa.errors import HpcAbsaError, UsageError
 def prepare(
     name: str, root: Path | None, arguments: Mapping[str, Any], packed: Path
 ) -> PackedDataset:
-    """Open `packed`, packing it first where it does not exist.
-
-    Args:
-        name: Of the source (`registry.DATASETS`, or `"package.module:function"`).
-        root: Folder of the raw data; not read where `packed` exists.
-        arguments: The source's own, from the `[data]` table.
-        packed: The packed file.
+    """Open the file `packed`; if there is none, pack the source first (`sources.load`).
 
     Raises:
         UsageError: `packed` holds another data set than the job names, or see `sources.load`.
@@ -47,8 +41,7 @@ def pack(
 ) -> PackedDataset:
     """Pack a source, replacing its former packed file once the new one is complete.
 
-    Prints what was left out on standard error. Arguments and errors as for `prepare`; `progress`
-    shows a progress bar there.
+    Prints what was left out, and with `progress` a progress bar, on standard error.
 
     Raises:
         UsageError: `packed` is another file or another data set; nothing is read or written.
@@ -81,11 +74,7 @@ def _check_same(dataset: PackedDataset, name: str, arguments: Mapping[str, Any])
 
 
 def packed_beside(root: Path) -> Path:
-    """The default packed file of the data set in the folder `root`: `ROOT.h5`.
-
-    Raises:
-        UsageError: The folder has no name, as `/`.
-    """
+    """The default packed file of the data set in the folder `root`: `ROOT.h5`."""
     root = Path(os.path.abspath(root.expanduser()))
     if not root.name:
         raise UsageError(f"{root}: expected the folder of a data set; or name the packed file")
@@ -93,7 +82,6 @@ def packed_beside(root: Path) -> Path:
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """What a packed file holds, for JSON; errors as `open_packed`."""
     dataset = open_packed(path)
     return {
         "path": str(path),

@@ -44,20 +44,14 @@ class Samples:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all images."""
         return len(self) * prod(self.shape) * self.dtype.itemsize
 
     @classmethod
     def from_arrays(cls, images: ArrayLike, labels: ArrayLike, part: str = "train") -> Samples:
-        """Samples that are in memory.
-
-        Args:
-            images: uint8 [N, C, H, W], or floating-point [N, F] or [N, C, ...].
-            labels: Integers [N].
-            part: For error messages.
+        """Samples in memory: images uint8 [N, C, H, W] or float [N, F] or [N, C, ...], labels [N].
 
         Raises:
-            UsageError: Not arrays, or of different lengths.
+            UsageError: Not arrays, or of different lengths; `part` names them.
         """
         pixels, classes = _array(images, f"{part} images"), _array(labels, f"{part} labels")
         if pixels.ndim < 2:
@@ -194,13 +188,11 @@ class Source:
             if constant.any():
                 self.notes["constant channels, divided by 1"] = int(constant.sum())
             std = np.where(constant, 1.0, std)
-        checked = {"train": train, "test": test, "classes": classes, "mean": mean, "std": std}
-        for name, value in checked.items():
-            object.__setattr__(self, name, value)
+        # The class is frozen; this is how its own fields are set.
+        vars(self).update(train=train, test=test, classes=classes, mean=mean, std=std)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all images, training and test."""
         return self.train.nbytes + self.test.nbytes
 
     @classmethod
@@ -221,7 +213,7 @@ class Source:
             train_labels: Integers [N], from 0.
             test_images: As `train_images`.
             test_labels: As `train_labels`.
-            classes: Names by label; `"0"`, `"1"`, … where None.
+            classes: Names by label; `"0"`, `"1"`, … if None.
             mean: See `Source.mean`.
             std: See `Source.std`.
 
@@ -264,19 +256,14 @@ def _class_names(classes: Any) -> tuple[str, ...]:
         raise UsageError(
             f"classes is a {type(classes).__name__}, expected a list of names by label"
         )
-    names = []
+    classes = list(classes)
     for label, name in enumerate(classes):
-        if isinstance(name, (str, bytes)):
-            names.append(decoded(name))
-        elif isinstance(name, (int, np.integer)):
-            names.append(str(int(name)))
-        else:
+        if not isinstance(name, (str, bytes, int, np.integer)):
             raise UsageError(f"classes[{label}] is a {type(name).__name__}, expected a string")
-    return tuple(names)
+    return tuple(decoded(n) if isinstance(n, (str, bytes)) else str(int(n)) for n in classes)
 
 
 def _channels(key: str, values: Any, channels: int) -> NDArray[np.float64]:
-    """`mean` or `std`, [C]."""
     array = _array(values, key)
     if array.shape != (channels,):
         raise UsageError(
@@ -291,16 +278,13 @@ def _channels(key: str, values: Any, channels: int) -> NDArray[np.float64]:
 def load(name: str, root: Path | None, arguments: Mapping[str, Any]) -> Source:
     """The source that `[data] name` refers to; reads labels and file names, images only later.
 
-    A user-defined function is called with `root` if its signature takes it, and with `arguments`;
-    it returns a `Source`.
-
     Args:
-        name: One of `registry.DATASETS` or `"package.module:function"`.
-        root: Folder of the raw data; None for data sets that need none.
+        name: One of `registry.DATASETS`, or `"package.module:function"`, which returns a `Source`.
+        root: Folder of the raw data, passed if the function takes it; None if there is none.
         arguments: The table's other entries.
 
     Raises:
-        UsageError: Unknown name, missing root, arguments that do not fit, or data that do not.
+        UsageError: Unknown name, missing root, arguments or data that do not fit.
     """
     if plugins.is_reference(name):
         function = plugins.resolve(name, "data.name")

@@ -28,13 +28,12 @@ def build(
             `"package.module:function"`, called with `arguments` and with those of `channels`,
             `image_size` and `classes` that its signature takes.
         arguments: The rest of the job's `[model]` table.
-        channels: Of the input [b, C, H, W]; the number of features where inputs are vectors.
+        channels: Of the input [b, C, H, W]; the number of features if inputs are vectors.
         image_size: H = W in pixels.
         classes: Outputs.
 
     Raises:
-        UsageError: Unknown name (with similar ones), or an argument that the model does not have
-            (with those it has).
+        UsageError: Unknown name, or an argument that the model does not have.
     """
     offered = {"channels": channels, "image_size": image_size, "classes": classes}
     if plugins.is_reference(name):
@@ -61,7 +60,6 @@ def build(
 
 
 def builtin_models() -> dict[str, Callable[..., nn.Module]]:
-    """By name: called with their own arguments, and `channels`, `image_size`, `classes`."""
     from hpc_absa.models import resnet, small, squeezenext
 
     return {
@@ -122,7 +120,15 @@ def build_loss(name: str, arguments: Mapping[str, Any] | None = None) -> Loss:
         target = plugins.resolve(name, "loss.name")
         if inspect.isclass(target):
             return plugins.call(target, "loss", given, {})
-        _check_loss_arguments(target, given)
+        try:
+            inspect.signature(target).bind(None, None, **given)
+        except ValueError:  # some functions written in C have no signature
+            pass
+        except TypeError as error:
+            raise UsageError(
+                f"loss: {getattr(target, '__name__', target)} cannot be called with outputs, "
+                f"targets and {list(given) or 'no arguments'}: {error}"
+            ) from error
         return partial(target, **given)
     if name != "cross_entropy":
         raise UsageError(
@@ -138,17 +144,3 @@ def _cross_entropy(label_smoothing: float = 0.0) -> Loss:
     if not 0.0 <= label_smoothing < 1.0:
         raise UsageError(f"loss.label_smoothing: {label_smoothing}, expected from 0 to below 1")
     return partial(functional.cross_entropy, label_smoothing=label_smoothing)
-
-
-def _check_loss_arguments(function: Callable[..., Any], arguments: dict[str, Any]) -> None:
-    try:
-        signature = inspect.signature(function)
-    except ValueError:  # some functions written in C have none
-        return
-    try:
-        signature.bind(None, None, **arguments)
-    except TypeError as error:
-        raise UsageError(
-            f"loss: {getattr(function, '__name__', function)} cannot be called with outputs, "
-            f"targets and {list(arguments) or 'no arguments'}: {error}"
-        ) from error

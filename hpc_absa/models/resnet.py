@@ -96,12 +96,8 @@ class ResNet(nn.Module):
         super().__init__()
         self.conv = _conv3x3(channels, widths[0])
         self.bn = nn.BatchNorm2d(widths[0])
-        self.blocks = nn.Sequential(
-            *(
-                BasicBlock(inputs, width, stride, shortcut)
-                for inputs, width, stride, _ in stages(widths[0], blocks, widths)
-            )
-        )
+        sizes = stages(widths[0], blocks, widths)
+        self.blocks = nn.Sequential(*(BasicBlock(i, o, s, shortcut) for i, o, s, _ in sizes))
         self.classifier = nn.Linear(widths[-1], classes)
         _initialise(self)
 
@@ -127,14 +123,9 @@ def resnet18_cifar(
 
 
 class WideResNet(nn.Module):
-    """WRN-`depth`-`widen`: three stages of pre-activated blocks.
+    """WRN-`depth`-`widen`: 6n + 4 layers in three stages of 16, 32 and 64 · `widen` channels.
 
-    Args:
-        channels: Of the images.
-        classes: Outputs.
-        depth: 6n + 4 layers: 10, 16, 22, 28, 40, ...
-        widen: Factor on the stages' 16, 32 and 64 channels.
-        dropout: Probability, between the convolutions of a block.
+    `dropout` is a probability, between the two convolutions of a block.
     """
 
     def __init__(
@@ -149,12 +140,8 @@ class WideResNet(nn.Module):
         super().__init__()
         blocks, widths = [(depth - 4) // 6] * 3, [widen * width for width in (16, 32, 64)]
         self.conv = _conv3x3(channels, 16)
-        self.blocks = nn.Sequential(
-            *(
-                PreactivatedBlock(inputs, width, stride, dropout)
-                for inputs, width, stride, _ in stages(16, blocks, widths)
-            )
-        )
+        sizes = stages(16, blocks, widths)
+        self.blocks = nn.Sequential(*(PreactivatedBlock(i, o, s, dropout) for i, o, s, _ in sizes))
         self.bn = nn.BatchNorm2d(widths[-1])
         self.classifier = nn.Linear(widths[-1], classes)
         _initialise(self)

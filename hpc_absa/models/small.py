@@ -15,12 +15,8 @@ class DigitsCNN(nn.Module):
     """Three convolutions with batch norm, averaged over the image, and one linear layer.
 
     SiLU and not ReLU, so that the loss has a Hessian everywhere. Some 25,000 weights at `width` 16,
-    for images of 4 × 4 pixels or more.
-
-    Args:
-        channels: Of the images.
-        classes: Outputs.
-        width: Channels of the first convolution; the others have two and four times as many.
+    for images of 4 × 4 pixels or more. `width` is the number of channels of the first convolution;
+    the others have two and four times as many.
     """
 
     def __init__(self, channels: int, classes: int, width: int = 16) -> None:
@@ -48,21 +44,12 @@ class C1(nn.Module):
         super().__init__()
         layers: list[nn.Module] = []
         for inputs in (channels, 64):
-            layers += [
-                nn.Conv2d(inputs, 64, kernel_size=5, padding=2),
-                nn.ReLU(),
-                nn.BatchNorm2d(64),
-                nn.MaxPool2d(3, stride=2, padding=1),
-            ]
+            layers += [nn.Conv2d(inputs, 64, kernel_size=5, padding=2), nn.ReLU()]
+            layers += [nn.BatchNorm2d(64), nn.MaxPool2d(3, stride=2, padding=1)]
         self.features = nn.Sequential(*layers, nn.Flatten())
         side = (image_size + 3) // 4  # two poolings, each rounding up
-        self.classifier = nn.Sequential(
-            nn.Linear(64 * side * side, 384),
-            nn.ReLU(),
-            nn.Linear(384, 192),
-            nn.ReLU(),
-            nn.Linear(192, classes),
-        )
+        hidden = [nn.Linear(64 * side * side, 384), nn.ReLU(), nn.Linear(384, 192), nn.ReLU()]
+        self.classifier = nn.Sequential(*hidden, nn.Linear(192, classes))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.classifier(self.features(x))

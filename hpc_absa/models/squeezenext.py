@@ -41,21 +41,13 @@ class SqueezeNextBlock(nn.Module):
 class SqueezeNext(nn.Module):
     """`widen`-SqNxt-23: a stem, four stages of blocks, a 1 × 1 bottleneck, a linear layer.
 
-    The stem is 3 × 3 without stride in place of ImageNet's 7 × 7.
-
-    Args:
-        channels: Of the images.
-        classes: Outputs.
-        widen: Factor on the stages' 32, 64, 128 and 256 channels (the paper: 0.5 to 2).
-        blocks: In each of the four stages; the paper's variants are permutations of this.
+    The stem is 3 × 3 without stride in place of ImageNet's 7 × 7. `widen` multiplies the stages'
+    32, 64, 128 and 256 channels (the paper: 0.5 to 2). The paper's variants are permutations of
+    `blocks`, the number in each stage.
     """
 
     def __init__(
-        self,
-        channels: int,
-        classes: int,
-        widen: float = 1.0,
-        blocks: Sequence[int] = (6, 6, 8, 1),
+        self, channels: int, classes: int, widen: float = 1.0, blocks: Sequence[int] = (6, 6, 8, 1)
     ) -> None:
         if widen <= 0:
             raise UsageError(f"model.widen: {widen}, expected a positive number")
@@ -79,7 +71,6 @@ class SqueezeNext(nn.Module):
 def _convolution(
     inputs: int, outputs: int, kernel: tuple[int, int], stride: int = 1
 ) -> tuple[nn.Module, ...]:
-    """Convolution that keeps the size (up to the stride), batch norm, ReLU."""
     padding = (kernel[0] // 2, kernel[1] // 2)
     return (
         nn.Conv2d(inputs, outputs, kernel, stride, padding, bias=False),

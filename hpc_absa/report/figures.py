@@ -110,7 +110,7 @@ def svg_uri(histories: Sequence[History], theme: Theme, part: str) -> str:
 
 
 def draw(histories: Sequence[History], theme: Theme, parts: Sequence[str]) -> Any:
-    """A figure of one run or several.
+    """The figure of one run or several.
 
     `training`: learning rate, batch, ranks, eigenvalue and accuracy over epochs, one panel each. A
     single run has its phases shaded, its threshold and its growth points marked; several runs are
@@ -130,7 +130,7 @@ def draw(histories: Sequence[History], theme: Theme, parts: Sequence[str]) -> An
 
 
 def seconds_height(histories: Sequence[History]) -> float:
-    """Inches of the seconds figure."""
+    """Inches."""
     bars = _bars(histories)
     used = {key for _, seconds in bars for key, value in seconds.items() if value > 0}
     return 1.0 + 0.36 * max(1, len(bars)) + 0.24 * math.ceil(len(used) / 4)
@@ -195,12 +195,10 @@ def _draw_training(figure: Any, histories: Sequence[History], theme: Theme) -> N
         line = {"color": colour, "linestyle": dash, "linewidth": 1.8, "solid_capstyle": "butt"}
         _draw_run(panels, history, name, line, theme, single)
     if any(math.isfinite(f.epoch) for history in histories for f in history.interruptions):
-        top = panels["lr"]
-        colour = theme.alarm if single else theme.soft
+        top, colour = panels["lr"], theme.alarm if single else theme.soft
         top.plot([], [], marker="X", linestyle="", color=colour, label="failure")
-        top.legend(
-            loc="lower right", bbox_to_anchor=(1.0, 1.03), handletextpad=0.2, borderaxespad=0.1
-        )
+        look = {"bbox_to_anchor": (1.0, 1.03), "handletextpad": 0.2, "borderaxespad": 0.1}
+        top.legend(loc="lower right", **look)
     _set_scales(panels, histories, theme)
     title = f"{len(histories)} runs"
     if single:
@@ -212,7 +210,6 @@ def _draw_training(figure: Any, histories: Sequence[History], theme: Theme) -> N
 
 
 def _legend(figure: Any, ax: Any, theme: Theme) -> None:
-    """A panel's legend, below the figure."""
     handles, names = ax.get_legend_handles_labels()
     look = {"loc": "outside lower center", "labelcolor": theme.ink, "fontsize": 9}
     figure.legend(handles, names, ncols=min(4, len(names)), **look)
@@ -230,31 +227,33 @@ def _draw_run(
         spans = history.spans[key]
         epochs = [epoch for span in spans for epoch in (span.begin, span.end)]
         panels[key].plot(epochs, [span.value for span in spans for _ in range(2)], **line)
-    measured = [(e.epoch, 100 * e.test_accuracy) for e in history.epochs]
-    measured = [point for point in measured if math.isfinite(point[1])]
+    measured = [e for e in history.epochs if math.isfinite(e.test_accuracy)]
     panels["accuracy"].plot(
-        [epoch for epoch, _ in measured],
-        [accuracy for _, accuracy in measured],
+        [e.epoch for e in measured],
+        [100 * e.test_accuracy for e in measured],
         label=_no_math(name),
         marker="" if len(measured) > 40 else "o",
         markersize=3.5,
         **line,
     )
     if single and measured:
-        value = {"ha": "right", "va": "bottom", "fontsize": 9, "fontweight": "bold"}
-        _annotate(panels["accuracy"], f"{measured[-1][1]:.2f}", measured[-1], (0, 5), **value)
+        look = {"ha": "right", "va": "bottom", "fontsize": 9, "fontweight": "bold"}
+        last, value = measured[-1].epoch, 100 * measured[-1].test_accuracy
+        _annotate(panels["accuracy"], f"{value:.2f}", (last, value), (0, 5), **look)
     _draw_eigenvalues(panels["eigenvalue"], history, line, theme, single)
     colour = theme.alarm if single else line["color"]
     top = panels["lr"]
-    for epoch in (f.epoch for f in history.interruptions if math.isfinite(f.epoch)):
-        for ax in panels.values() if single else ():
+    epochs = [f.epoch for f in history.interruptions if math.isfinite(f.epoch)]
+    for epoch in epochs if single else ():
+        for ax in panels.values():
             ax.axvline(epoch, color=colour, linewidth=1.1, linestyle=(0, (2, 2)), zorder=3)
-        cross = {"marker": "X", "markersize": 8, "clip_on": False, "zorder": 6}
-        top.plot([epoch], [1.0], color=colour, transform=top.get_xaxis_transform(), **cross)
+    if epochs:
+        look = {"marker": "X", "linestyle": "", "markersize": 8, "clip_on": False, "zorder": 6}
+        at_top = top.get_xaxis_transform()
+        top.plot(epochs, [1.0] * len(epochs), color=colour, transform=at_top, **look)
 
 
 def _annotate(ax: Any, text: str, at: tuple[float, float], points: Any, **style: Any) -> None:
-    """Text beside a point, at a distance in typographic points."""
     ax.annotate(text, at, xytext=points, textcoords="offset points", **style)
 
 
@@ -286,14 +285,8 @@ def _draw_eigenvalues(
     if single:
         _draw_threshold(ax, history, theme)
         if shown:
-            ax.legend(
-                loc="lower right",
-                bbox_to_anchor=(1.0, 0.985),
-                ncols=5,
-                handletextpad=0.3,
-                columnspacing=1.1,
-                borderaxespad=0.1,
-            )
+            look = {"bbox_to_anchor": (1.0, 0.985), "handletextpad": 0.3, "borderaxespad": 0.1}
+            ax.legend(loc="lower right", ncols=5, columnspacing=1.1, **look)
 
 
 def _label(decision: Decision) -> str:
@@ -310,9 +303,8 @@ def _draw_threshold(ax: Any, history: History, theme: Theme) -> None:
     reference = r"$\lambda_\mathrm{ref}$"
     name = f"growth threshold {reference}/{alpha:g}" if alpha > 0 else reference
     estimated = [decision for decision in history.decisions if decision.matvecs > 0]
-    epochs = [decision.epoch for decision in estimated]
-    values = [decision.reference / (alpha if alpha > 0 else 1.0) for decision in estimated]
-    values = [value if value > 0 else math.nan for value in values]
+    epochs = [d.epoch for d in estimated]
+    values = [d.reference / (alpha or 1.0) if d.reference > 0 else math.nan for d in estimated]
     if any(math.isfinite(value) for value in values):
         dashed = {"color": theme.soft, "linewidth": 1.1, "linestyle": (0, (4, 2))}
         ax.step(epochs, values, where="pre", label=name, **dashed)
@@ -347,8 +339,14 @@ def _set_scales(panels: Mapping[str, Any], histories: Sequence[History], theme: 
         values = sorted({s.value for h in histories for s in h.spans[key] if s.value > 0})
         if not any(h.spans[key] for h in histories):
             _empty(panels[key], "no epoch has been finished", theme)
+        elif values and key != "lr":
+            _powers_of_two(panels[key], values)
+        elif values and values[-1] / values[0] > 15:
+            _log_scale(panels[key])
         elif values:
-            (_lr_scale if key == "lr" else _powers_of_two)(panels[key], values)
+            panels[key].set_ylim(0, values[-1] * 1.25)
+            panels[key].yaxis.set_major_locator(MaxNLocator(4))
+            panels[key].yaxis.set_major_formatter("{x:g}")
     if any(d.eigenvalue > 0 for h in histories for d in h.decisions):
         _log_scale(panels["eigenvalue"])
     else:
@@ -358,7 +356,6 @@ def _set_scales(panels: Mapping[str, Any], histories: Sequence[History], theme: 
 
 
 def _empty(ax: Any, message: str, theme: Theme) -> None:
-    """A message in the middle of a panel without data."""
     ax.set_yticks([])
     look = {"ha": "center", "va": "center", "color": theme.soft, "size": 9.5}
     ax.text(0.5, 0.5, message, transform=ax.transAxes, **look)
@@ -366,32 +363,18 @@ def _empty(ax: Any, message: str, theme: Theme) -> None:
 
 def _powers_of_two(ax: Any, values: Sequence[float]) -> None:
     """A doubling axis, labelled with some of the sorted values themselves."""
-    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
-
     ax.set_yscale("log", base=2)
     low, high = values[0], values[-1]
     ticks = sorted({low, *values[:: -math.ceil(len(values) / 6)]})
-    ax.yaxis.set_major_locator(FixedLocator(ticks))
-    ax.yaxis.set_minor_locator(NullLocator())
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: fmt.count(value)))
+    ax.set_yticks(ticks, map(fmt.count, ticks))
+    ax.set_yticks([], minor=True)
     margin = max((high / low) ** 0.14, 1.25)
     ax.set_ylim(low / margin, high * margin)
 
 
-def _lr_scale(ax: Any, values: Sequence[float]) -> None:
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
-
-    if values[-1] / values[0] > 15:
-        _log_scale(ax)
-    else:
-        ax.set_ylim(0, values[-1] * 1.25)
-        ax.yaxis.set_major_locator(MaxNLocator(4))
-        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-
-
 def _log_scale(ax: Any) -> None:
     """Logarithmic, with plain numbers and never fewer than two labels."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    from matplotlib.ticker import LogLocator
 
     ax.set_yscale("log")
     low, high = ax.get_ylim()
@@ -401,8 +384,8 @@ def _log_scale(ax: Any) -> None:
     decades = math.log10(high / low)
     subs = (1.0,) if decades > 2.2 else (1.0, 3.0) if decades > 1.2 else (1.0, 2.0, 5.0)
     ax.yaxis.set_major_locator(LogLocator(subs=subs, numticks=12))
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
-    ax.yaxis.set_minor_formatter(NullFormatter())
+    ax.yaxis.set_major_formatter("{x:.4g}")
+    ax.yaxis.set_minor_formatter("")
 
 
 def _draw_seconds(figure: Any, histories: Sequence[History], theme: Theme) -> None:
@@ -443,11 +426,8 @@ def _bars(histories: Sequence[History]) -> list[tuple[str, Mapping[str, float]]]
     if len(histories) > 1:
         names = map(_no_math, labels(histories))
         return [(name, h.seconds) for name, h in zip(names, histories, strict=True)]
-    return [
-        (
-            f"phase {phase.number}   {fmt.plural(phase.ranks, 'rank')}, "
-            f"batch {fmt.count(phase.global_batch)}",
-            phase.seconds,
-        )
-        for phase in histories[0].phases
-    ]
+    bars = []
+    for phase in histories[0].phases:
+        size = f"{fmt.plural(phase.ranks, 'rank')}, batch {fmt.count(phase.global_batch)}"
+        bars.append((f"phase {phase.number}   {size}", phase.seconds))
+    return bars

@@ -67,25 +67,21 @@ def percent(fraction: float, digits: int = 2) -> str:
 
 @_dash_if_missing
 def number(value: float, digits: int = 4) -> str:
-    """A real number to so many significant digits."""
     text = f"{value:.{digits}g}"
     return text.replace("-", "\u2212") if value < 0 else text
 
 
 @_dash_if_missing
 def epoch(value: float) -> str:
-    """Epochs, with at most two digits of a fraction."""
     return f"{value:.2f}".rstrip("0").rstrip(".")
 
 
 @_dash_if_missing
 def moment(unix: float) -> str:
-    """A point in time, in UTC so that a page reads the same everywhere."""
     return datetime.fromtimestamp(unix, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
 
 
 def plural(value: float, noun: str) -> str:
-    """`1 rank`, `4 ranks`."""
     return f"{count(value)} {noun}" + ("" if value == 1 else "s")
 
 

@@ -20,8 +20,6 @@ Record = TypeVar("Record")
 
 @dataclass(frozen=True)
 class Epoch:
-    """A finished epoch."""
-
     epoch: float
     test_accuracy: float
     """Fraction of one; NaN if it was not measured."""
@@ -29,7 +27,7 @@ class Epoch:
 
 @dataclass(frozen=True)
 class Decision:
-    """A decision and the estimate behind it; NaN where a number was not measured."""
+    """A decision and its estimate; NaN where a number was not measured."""
 
     epoch: float
     eigenvalue: float
@@ -95,8 +93,6 @@ class Span:
 
 @dataclass(frozen=True)
 class History:
-    """Everything that the files of a run contain."""
-
     path: Path
     events: tuple[Event, ...]
     """All of them, as `timing.in_order` sorts them."""
@@ -126,7 +122,6 @@ class History:
 
     @property
     def name(self) -> str:
-        """The job's name, else the folder's."""
         return str(self.job.get("name") or self.path.resolve().name)
 
     @property
@@ -136,7 +131,6 @@ class History:
 
     @property
     def epochs_wanted(self) -> float:
-        """Epochs that the job asks for; NaN where unknown."""
         return finite(job_table(self.job, "train").get("epochs"))
 
     @property
@@ -155,22 +149,22 @@ class History:
     def test_accuracy(self) -> float:
         """The final accuracy, else the last one measured; a fraction of one."""
         final = finite((self.done or {}).get("test_accuracy"))
-        if math.isfinite(final):
-            return final
-        measured = [e.test_accuracy for e in self.epochs if math.isfinite(e.test_accuracy)]
-        return measured[-1] if measured else math.nan
+        values = [final, *(epoch.test_accuracy for epoch in reversed(self.epochs))]
+        return next((value for value in values if math.isfinite(value)), math.nan)
 
 
 def load(path: Path) -> History:
-    """Read a run directory.
-
-    Raises:
-        UsageError: `path` is no folder, or has neither `job.toml` nor `events.jsonl`.
-    """
+    """Read a run directory; raises as `require_run`."""
     run = require_run(path)
     events = in_order(run.log.read())
     kept = effective(events)
-    text, job = _read_job(run)
+    try:
+        text = run.job.read_text(encoding="utf-8", errors="replace")
+        job = tomllib.loads(text)
+    except OSError:
+        text, job = "", {}
+    except tomllib.TOMLDecodeError:
+        job = {}
     parts = account(events)
     times = [time for e in events if math.isfinite(time := finite(e.get("time")))]
     epochs = tuple(_record(Epoch, e) for e in kept if e["event"] == "epoch")
@@ -190,20 +184,16 @@ def load(path: Path) -> History:
         done=done,
         seconds=total_seconds(part.seconds for part in parts),
         wall=sum(part.wall for part in parts),
-        cost=cost(events),
+        cost=cost(events, parts),
         paused=sum(part.paused for part in parts),
         first_event=times[0] if times else math.nan,
         last_event=max(times, default=math.nan),
-        missing=tuple(_missing(run, job, kept, epochs, phases, done)),
+        missing=tuple(_missing(run, job, events, kept, epochs, phases, done)),
     )
 
 
 def require_run(path: Path) -> RunDir:
-    """The run directory at `path`.
-
-    Raises:
-        UsageError: it is no folder, or has neither `job.toml` nor `events.jsonl`.
-    """
+    """The run directory at `path`; a UsageError without `job.toml` and `events.jsonl` in it."""
     run = RunDir(Path(path))
     if not run.path.is_dir():
         what = "is a file" if run.path.exists() else "does not exist"
@@ -213,20 +203,7 @@ def require_run(path: Path) -> RunDir:
     return run
 
 
-def _read_job(run: RunDir) -> tuple[str, dict[str, Any]]:
-    """The resolved job as text and as tables; empty tables where it cannot be read."""
-    try:
-        text = run.job.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return "", {}
-    try:
-        return text, tomllib.loads(text)
-    except tomllib.TOMLDecodeError:
-        return text, {}
-
-
 def job_table(job: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    """A table of a job file; empty where there is none."""
     value = job.get(key)
     return value if isinstance(value, Mapping) else {}
 
@@ -270,11 +247,11 @@ def _interruptions(
         if event["event"] == "failure":
             rows.append(_record(Interruption, {**event, "epoch": epoch}))
         epoch = finite(event.get("epoch"), epoch)
+    reason = "ended without a phase_end or a failure: the supervisor was killed too"
     for attempt in (part.attempt for part in parts[:-1]):
         if attempt.ending == "open":
-            epochs = [finite(e.get("epoch")) for e in attempt.events if "epoch" in e]
-            reason = "ended without a phase_end or a failure: the supervisor was killed too"
-            epoch = epochs[-1] if epochs else math.nan
+            epochs = (finite(e["epoch"]) for e in reversed(attempt.events) if "epoch" in e)
+            epoch = next(epochs, math.nan)
             rows.append(Interruption(attempt.phase, attempt.end, epoch, reason))
     return tuple(sorted(rows, key=lambda row: row.time))
 
@@ -350,23 +327,20 @@ def nonfinite_loss(events: Sequence[Event]) -> str:
 def _missing(
     run: RunDir,
     job: Mapping[str, Any],
+    events: Sequence[Event],
     kept: Sequence[Event],
     epochs: Sequence[Epoch],
     phases: Sequence[Phase],
     done: Event | None,
 ) -> list[str]:
     sentences: list[str] = []
-    if not job:
-        sentences.append(
-            "job.toml cannot be read as TOML."
-            if run.job.is_file()
-            else "job.toml is missing, so the settings of the job are unknown."
-        )
-    if run.log.invalid_lines:
-        sentences.append(
-            f"{run.log.invalid_lines} line(s) of events.jsonl are invalid, as a crash leaves them."
-        )
-    if not run.log.read():
+    if not job and run.job.is_file():
+        sentences.append("job.toml cannot be read as TOML.")
+    elif not job:
+        sentences.append("job.toml is missing, so the settings of the job are unknown.")
+    if bad := run.log.invalid_lines:
+        sentences.append(f"{bad} line(s) of events.jsonl are invalid, as a crash leaves them.")
+    if not events:
         return [*sentences, "No event has been written: the run never started."]
     if sentence := nonfinite_loss(kept):
         sentences.append(sentence)

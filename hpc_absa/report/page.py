@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
 import time
 from collections.abc import Sequence
@@ -16,9 +17,8 @@ from hpc_absa.report import figures
 from hpc_absa.report import format as fmt
 from hpc_absa.report.figures import DARK, LIGHT
 from hpc_absa.report.history import History, labels, load
-from hpc_absa.report.tables import run_result, time_table
+from hpc_absa.report.tables import Table, run_result, time_table
 from hpc_absa.report.timing import CATEGORIES
-from hpc_absa.rundir import RunDir
 from hpc_absa.rundir.files import write_atomic
 
 VERSIONS = ("torch", "horovod", "mpi4py", "h5py", "numpy")
@@ -26,8 +26,6 @@ VERSIONS = ("torch", "horovod", "mpi4py", "h5py", "numpy")
 
 
 class ReportPaths(NamedTuple):
-    """The files of a report."""
-
     html: Path
     png: Path
 
@@ -45,33 +43,22 @@ def write_report(run_dirs: Sequence[Path], out: Path | None = None) -> ReportPat
     """
     if not run_dirs:
         raise UsageError("report: no run directory given; expected at least one")
-    histories = [load(Path(path)) for path in run_dirs]
-    paths = _paths(histories, out)
+    histories = [load(path) for path in run_dirs]
+    if out is None:
+        out = Path() if len(histories) > 1 else run_dirs[0]
+    if out.suffix.lower() not in (".html", ".htm") or out.is_dir():
+        out /= "report.html"
+    paths = ReportPaths(out, out.with_suffix(".png"))
     paths.html.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(paths.png, figures.png(histories))
     write_atomic(paths.html, page(histories))
     return paths
 
 
-def _paths(histories: Sequence[History], out: Path | None) -> ReportPaths:
-    if out is None:
-        if len(histories) > 1:
-            return ReportPaths(Path("report.html"), Path("report.png"))
-        run = RunDir(histories[0].path)
-        return ReportPaths(run.report, run.figure)
-    target = Path(out)
-    if target.suffix.lower() not in (".html", ".htm") or target.is_dir():
-        target = target / "report.html"
-    return ReportPaths(target, target.with_suffix(".png"))
-
-
 def page(histories: Sequence[History]) -> str:
-    """The page as text."""
     names = labels(histories)
-    results = [
-        replace(run_result(history, 0, 0), schedule=name)
-        for name, history in zip(names, histories, strict=True)
-    ]
+    runs = list(zip(names, histories, strict=True))
+    results = [replace(run_result(history, 0, 0), schedule=name) for name, history in runs]
     times = time_table(results, baseline=names[0], label=lambda result: result.schedule)
     panels = "Learning rate, global batch, ranks, top Hessian eigenvalue and test accuracy"
     texts = {"training": f"{panels} over epochs", "seconds": "Where each second went"}
@@ -79,10 +66,10 @@ def page(histories: Sequence[History]) -> str:
     return _render(
         title=f"{len(histories)} runs" if several else names[0],
         headline="Speed-ups are against the first." if several else headline(histories[0]),
-        runs=list(zip(names, histories, strict=True)),
+        runs=runs,
         missing=[
             f"{name}: {sentence}" if several else sentence
-            for name, history in zip(names, histories, strict=True)
+            for name, history in runs
             for sentence in history.missing
         ],
         images=[
@@ -95,9 +82,8 @@ def page(histories: Sequence[History]) -> str:
     )
 
 
-def document(title: str, body: Sequence[str]) -> str:
-    """A page around `body`, pieces of HTML such as `Table.to_html` returns."""
-    return _render(title=title, body="\n".join(body))
+def document(table: Table) -> str:
+    return _render(title=table.title, body=table.to_html())
 
 
 def _render(**context: Any) -> str:
@@ -130,8 +116,6 @@ def headline(history: History) -> str:
 def _installed() -> str:
     versions = [f"Python {platform.python_version()}"]
     for name in VERSIONS:
-        try:
+        with contextlib.suppress(metadata.PackageNotFoundError):
             versions.append(f"{name} {metadata.version(name)}")
-        except metadata.PackageNotFoundError:
-            continue
     return ", ".join(versions)

@@ -71,18 +71,12 @@ PUBLISHED_TIMES: Mapping[str, Mapping[str, float]] = {
 """ResNet-18 on ImageNet: seconds by schedule."""
 
 
-def published_tables(data: str, model: str, base_batch: int) -> frozenset[str]:
-    """Which of the talk's tables are about a job: `accuracy`, `time`, or none.
-
-    Args:
-        data: The job's `data.name`.
-        model: Its `model.name`.
-        base_batch: Its B0.
-    """
+def published_table(data: str, model: str, base_batch: int) -> str:
+    """Which of the talk's tables is about a job: `accuracy`, `time`, or "" for none."""
     match data, model, base_batch:
         case "cifar10", "resnet18" | "resnet18-cifar", 128:
-            return frozenset({"accuracy"})
+            return "accuracy"
         case "imagenet", "resnet18", 256:
-            return frozenset({"time"})
+            return "time"
         case _:
-            return frozenset()
+            return ""

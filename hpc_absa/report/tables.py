@@ -8,7 +8,7 @@ import itertools
 import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from hpc_absa.report import format as fmt
 from hpc_absa.report.history import History
@@ -37,8 +37,6 @@ Cell = str | int | float | Measured | None
 
 @dataclass(frozen=True)
 class Column:
-    """A column's heading and number format."""
-
     name: str
     group: str = ""
     """Adjacent columns with the same group share a heading."""
@@ -49,7 +47,6 @@ class Column:
 
     @property
     def heading(self) -> str:
-        """Group and name, for formats without grouped columns."""
         return f"{self.group} {self.name}".strip()
 
     def format(self, cell: Cell) -> str:
@@ -70,8 +67,6 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """A table that can be written as Markdown, CSV, LaTeX and HTML."""
-
     title: str
     columns: tuple[Column, ...]
     rows: tuple[tuple[Cell, ...], ...]
@@ -84,7 +79,6 @@ class Table:
 
     @property
     def formatted(self) -> list[list[str]]:
-        """The rows as text."""
         return [
             [column.format(cell) for column, cell in zip(self.columns, row, strict=True)]
             for row in self.rows
@@ -117,7 +111,7 @@ class Table:
         """Full precision; a mean over repetitions is followed by its `std` and `n`."""
         columns: list[list[object]] = []
         for column, *cells in zip(self.columns, *self.rows, strict=True):
-            columns.append([column.heading, *(_mean(cell) for cell in cells)])
+            columns.append([column.heading, *(getattr(cell, "mean", cell) for cell in cells)])
             if any(isinstance(cell, Measured) for cell in cells):
                 for name in ("std", "n"):
                     values = (getattr(cell, name, None) for cell in cells)
@@ -150,7 +144,6 @@ class Table:
         return fmt.templates().get_template("table.html.j2").render(table=self)
 
     def formats(self) -> Mapping[str, str]:
-        """All four, by file suffix."""
         return {
             "md": self.to_markdown(),
             "csv": self.to_csv(),
@@ -190,14 +183,8 @@ def _latex(value: str) -> str:
     return value.translate(_LATEX)
 
 
-def _mean(cell: Cell) -> str | float | None:
-    return cell.mean if isinstance(cell, Measured) else cell
-
-
 @dataclass(frozen=True)
 class RunResult:
-    """The result of one run of a sweep."""
-
     schedule: str
     """As in the job file: `bl`, `fb`, ..."""
     max_batch: int
@@ -227,7 +214,6 @@ def run_result(history: History, max_batch: int, seed: int) -> RunResult:
 
 
 def published_results() -> list[RunResult]:
-    """The talk's accuracy table as results."""
     return [
         RunResult(schedule, batch, 0, accuracy / 100, iterations)
         for batch, row in PUBLISHED_ACCURACY.items()
@@ -245,7 +231,7 @@ def accuracy_table(results: Iterable[RunResult], *, published: bool = False) -> 
     measured = list(results)
     sources = {"measured": measured} | ({"published": published_results()} if published else {})
     everything = [result for results in sources.values() for result in results]
-    schedules = _in_order(result.schedule for result in everything)
+    schedules = sorted({result.schedule for result in everything}, key=schedule_order)
     columns = [Column("batch")] + ([Column("source")] if published else [])
     for schedule in schedules:
         group = schedule_name(schedule)
@@ -254,13 +240,13 @@ def accuracy_table(results: Iterable[RunResult], *, published: bool = False) -> 
     for batch in sorted({result.max_batch for result in everything}):
         for source, some in sources.items():
             here = [result for result in some if result.max_batch == batch]
-            cells: list[Cell] = []
+            cells: list[Cell] = [batch, source] if published else [batch]
             for schedule in schedules:
                 own = [result for result in here if result.schedule == schedule]
                 cells.append(summary([100 * result.accuracy for result in own]))
                 cells.append(summary([result.iterations for result in own]))
             if here:
-                rows.append((batch, *([source] if published else []), *cells))
+                rows.append(tuple(cells))
     seeds = {result.seed for result in measured}
     failed = sum(not math.isfinite(result.accuracy) for result in measured)
     notes = [f"Mean ± sample standard deviation over {len(seeds)} seeds."] if len(seeds) > 1 else []
@@ -275,7 +261,6 @@ def time_table(
     baseline: str = "bl",
     label: Callable[[RunResult], str] | None = None,
     published: bool = False,
-    title: str = "Where the time went, seconds",
 ) -> Table:
     """Seconds by schedule in the talk's columns, means over the runs with the same label.
 
@@ -285,7 +270,6 @@ def time_table(
             among the results.
         label: names the row of a run; by default the schedule.
         published: add the talk's rows, with speed-ups against the talk's own baseline.
-        title: caption.
     """
     name = label or (lambda result: schedule_name(result.schedule))
     groups: dict[str, list[RunResult]] = {}
@@ -314,22 +298,26 @@ def time_table(
         for method, *cells in published_time_table().rows:
             unknown = [None] * len(extra)
             rows.append((f"{method}, published", *cells[:-2], *unknown, *cells[-2:]))
-        notes += [_imagenet_note()]
+        imagenet = (
+            f"{schedule_name(name)} {iterations // 1000}k iterations"
+            + (f", {accuracy} %" if accuracy else "")
+            for name, (accuracy, iterations) in PUBLISHED_IMAGENET.items()
+        )
+        notes += [f"Published beside the times: {'; '.join(imagenet)}."]
     heads = [*TALK_CATEGORIES.values(), *extra, "total"]
     columns = [Column("method"), *(Column(head, digits=1) for head in heads)]
     columns += [Column("speed-up", digits=2, suffix="×")]
+    title = "Where the time went, seconds"
     return Table(title, tuple(columns), tuple(rows), " ".join(notes))
 
 
 def published_time_table() -> Table:
     """The talk's time table, its speed-ups computed from its own totals."""
-    return time_table(
-        [
-            RunResult(schedule, 0, 0, math.nan, math.nan, seconds, sum(seconds.values()))
-            for schedule, seconds in PUBLISHED_TIMES.items()
-        ],
-        title="Where the time went, seconds (ResNet-18 on ImageNet, as published)",
+    table = time_table(
+        RunResult(schedule, 0, 0, math.nan, math.nan, seconds, sum(seconds.values()))
+        for schedule, seconds in PUBLISHED_TIMES.items()
     )
+    return replace(table, title=f"{table.title} (ResNet-18 on ImageNet, as published)")
 
 
 def schedule_name(schedule: str) -> str:
@@ -347,21 +335,12 @@ def summary(values: Sequence[float]) -> Measured | None:
     return Measured(statistics.fmean(known), spread, len(known))
 
 
-def _in_order(schedules: Iterable[str]) -> list[str]:
-    """Those of the talk in its order, then the others by name."""
-    rank = {name: i for i, name in enumerate(SCHEDULE_NAMES)}
-    return sorted(set(schedules), key=lambda name: (rank.get(name.split(" ")[0], len(rank)), name))
+def schedule_order(schedule: str) -> tuple[int, str]:
+    """Sorting key: those of the talk in its order, then the others by name."""
+    method, names = schedule.split(" ")[0], list(SCHEDULE_NAMES)
+    return names.index(method) if method in names else len(names), schedule
 
 
 def _mean_seconds(results: Sequence[RunResult]) -> dict[str, float]:
     keys = dict.fromkeys(key for result in results for key in result.seconds)
     return {k: statistics.fmean(r.seconds.get(k, 0.0) for r in results) for k in keys}
-
-
-def _imagenet_note() -> str:
-    parts = [
-        f"{schedule_name(name)} {iterations // 1000}k iterations"
-        + (f", {accuracy} %" if accuracy else "")
-        for name, (accuracy, iterations) in PUBLISHED_IMAGENET.items()
-    ]
-    return f"Published beside the times: {'; '.join(parts)}."

@@ -29,8 +29,6 @@ SCALARS = {
 
 
 class TensorBoardLog:
-    """Writes one run's events into TensorBoard event files."""
-
     def __init__(self, run: RunDir) -> None:
         self._run = run
         self._writer: Any = None
@@ -52,7 +50,6 @@ class TensorBoardLog:
             self._writer.flush()
 
     def close(self) -> None:
-        """Write what is left and close the files."""
         self.update()
         if self._writer is not None:
             self._writer.close()

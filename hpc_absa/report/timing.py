@@ -61,9 +61,8 @@ class Attempt:
     """0-based, over the whole run."""
     events: tuple[Event, ...]
     begin: float
-    """Unix seconds of `phase_start`."""
     end: float
-    """Unix seconds of `phase_end`, else of the failure, else of the last event."""
+    """Of `phase_end`, else of the failure, else of the last event."""
     ending: Literal["ended", "failed", "open"]
     """`open`: neither `phase_end` nor failure (it still runs, or everything was killed)."""
 
@@ -78,9 +77,8 @@ class Attempt:
     @property
     def phase_end(self) -> Event:
         """The event that ended the attempt normally; empty without one."""
-        if self.ending != "ended":
-            return {}
-        return next(e for e in self.events if e["event"] == "phase_end")
+        ends = (e for e in self.events if e["event"] == "phase_end")
+        return next(ends) if self.ending == "ended" else {}
 
     @property
     def failed(self) -> bool:
@@ -102,7 +100,7 @@ class AttemptSeconds:
 
 @dataclass(frozen=True)
 class PhaseCost:
-    """The cost of one phase, all attempts at it together."""
+    """All attempts at one phase together."""
 
     phase: int
     ranks: int
@@ -122,15 +120,12 @@ class PhaseCost:
 
 @dataclass(frozen=True)
 class Cost:
-    """The cost of a run, in rank-seconds."""
-
     phases: tuple[PhaseCost, ...]
     chained: bool
     """Whether each phase had a batch job of its own size, so that no idle slots were held."""
 
     @property
     def kinds(self) -> list[str]:
-        """The kinds that occurred."""
         return [kind for kind in KINDS if any(phase.kinds[kind] > 0 for phase in self.phases)]
 
     @property
@@ -151,27 +146,30 @@ def finite(value: Any, default: float = math.nan) -> float:
     return float(value)
 
 
+def latest(events: Sequence[Event], *names: str) -> float:
+    """The last finite value of these fields in any event; NaN without any."""
+    values = (finite(event.get(name)) for event in reversed(events) for name in names)
+    return next((value for value in values if math.isfinite(value)), math.nan)
+
+
 def in_order(events: Iterable[Event]) -> list[Event]:
     """Events in the order in which things happened, by their phases and not by clocks.
 
     An `epoch` or a `decision` is written once a checkpoint with it is durable. If the batch grew in
     place, that can be after the start of the next phase; such events move back to their phase.
     """
+
+    def place(event: Event) -> tuple[int, bool]:
+        return event["phase"], event["event"] == "phase_end"
+
     ordered: list[Event] = []
     for event in events:
         index = len(ordered)
         if event["event"] in ("epoch", "decision"):
-            phase = finite(event.get("phase"), math.inf)
-            while index and _is_later(ordered[index - 1], phase):
+            while index and place(ordered[index - 1]) > (event["phase"], False):
                 index -= 1
         ordered.insert(index, event)
     return ordered
-
-
-def _is_later(event: Event, phase: float) -> bool:
-    """Whether an epoch or a decision of `phase` comes before `event`."""
-    other = finite(event.get("phase"), -math.inf)
-    return other > phase or (other == phase and event["event"] == "phase_end")
 
 
 def attempts(events: Sequence[Event]) -> tuple[Attempt, ...]:
@@ -186,24 +184,25 @@ def attempts(events: Sequence[Event]) -> tuple[Attempt, ...]:
 
 def _attempt(number: int, events: tuple[Event, ...]) -> Attempt:
     begin = finite(events[0].get("time"), 0.0)
-    end = max(finite(event.get("time"), begin) for event in events)
-    ending: Literal["ended", "failed", "open"] = "open"
-    for event in events:
-        if event["event"] in ("phase_end", "failure"):
-            ending = "ended" if event["event"] == "phase_end" else "failed"
-            end = finite(event.get("time"), end)
-            break
-    return Attempt(number, events, begin, max(begin, end), ending)
+    last = max(finite(event.get("time"), begin) for event in events)
+    end = next((e for e in events if e["event"] in ("phase_end", "failure")), None)
+    if end is None:
+        return Attempt(number, events, begin, last, "open")
+    ending: Literal["ended", "failed"] = "ended" if end["event"] == "phase_end" else "failed"
+    return Attempt(number, events, begin, max(begin, finite(end.get("time"), last)), ending)
 
 
 def account(events: Sequence[Event]) -> tuple[AttemptSeconds, ...]:
     """The seconds of every attempt; with the pauses they add up to the length of the log."""
     parts = attempts(events)
-    return tuple(_attempt_seconds(part, parts, events) for part in parts)
+    launches = itertools.takewhile(lambda event: event["event"] != "phase_start", events)
+    failures = (finite(e.get("time"), math.inf) for e in launches if e["event"] == "failure")
+    first_failure = min(failures, default=math.inf)
+    return tuple(_attempt_seconds(part, parts, first_failure) for part in parts)
 
 
 def total(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:
-    """The sum by category, in the order of `CATEGORIES`, without those that never occurred."""
+    """The sum by category, in the order of `CATEGORIES`, without zeros."""
     sums = dict.fromkeys(CATEGORIES, 0.0)
     for seconds in parts:
         for key, value in seconds.items():
@@ -212,7 +211,6 @@ def total(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:
 
 
 def by_phase(parts: Sequence[AttemptSeconds]) -> dict[int, list[AttemptSeconds]]:
-    """The attempts of each phase, in the order of their starts."""
     phases: dict[int, list[AttemptSeconds]] = {}
     for part in parts:
         phases.setdefault(part.attempt.phase, []).append(part)
@@ -220,9 +218,9 @@ def by_phase(parts: Sequence[AttemptSeconds]) -> dict[int, list[AttemptSeconds]]
 
 
 def _attempt_seconds(
-    part: Attempt, parts: Sequence[Attempt], events: Sequence[Event]
+    part: Attempt, parts: Sequence[Attempt], first_failure: float
 ) -> AttemptSeconds:
-    gap, gap_seconds = _gap_before(part, parts, events)
+    gap, gap_seconds = _gap_before(part, parts, first_failure)
     kept_until = _kept_until(part, parts)
     length = part.end - part.begin
     work = _breakdown(part, kept_until)
@@ -238,8 +236,10 @@ def _attempt_seconds(
         wall += early if part.number == 0 else 0.0
     else:
         overhead[gap] = gap_seconds + work.pop("start", 0.0) - early
-        if gap == "resize" and part.ending != "ended":
-            overhead[gap] = min(_reported_resize(part, overhead[gap]), wall)
+        if gap == "resize" and part.ending != "ended":  # no breakdown has the start of the ranks
+            event = next((e for e in part.events if e["event"] == "resize"), {})
+            reported = max(0.0, finite(event.get("seconds"), overhead[gap]))
+            overhead[gap] = min(reported, wall)
     worked = wall - sum(overhead.values())
     undone = min(part.end - kept_until, worked)
     if part.ending == "ended":
@@ -259,13 +259,11 @@ def _attempt_seconds(
 
 
 def _gap_before(
-    part: Attempt, parts: Sequence[Attempt], events: Sequence[Event]
+    part: Attempt, parts: Sequence[Attempt], first_failure: float
 ) -> tuple[Literal["resize", "lost", "paused", "none"], float]:
     """What the time before an attempt was, and its seconds."""
-    if part.number == 0:
-        before = itertools.takewhile(lambda event: event is not part.events[0], events)
-        failures = [finite(e.get("time")) for e in before if e["event"] == "failure"]
-        seconds = max(0.0, part.begin - min(failures, default=part.begin))
+    if part.number == 0:  # launches that failed
+        seconds = max(0.0, part.begin - first_failure)
         return ("lost" if seconds else "none"), seconds
     previous = parts[part.number - 1]
     seconds = max(0.0, part.begin - previous.end)
@@ -312,12 +310,6 @@ def _breakdown(part: Attempt, kept_until: float) -> dict[str, float]:
     return {"hessian": sum(max(0.0, finite(e.get("seconds"), 0.0)) for e in decisions)}
 
 
-def _reported_resize(part: Attempt, derived: float) -> float:
-    """The seconds in the `resize` event, where no breakdown has those of starting the ranks."""
-    event = next((e for e in part.events if e["event"] == "resize"), {})
-    return max(0.0, finite(event.get("seconds"), derived))
-
-
 def _fit(work: dict[str, float], wall: float, rest: str) -> dict[str, float]:
     """Make the categories add up: what is missing goes to `rest`, an excess is scaled away."""
     known = sum(work.values())
@@ -326,13 +318,11 @@ def _fit(work: dict[str, float], wall: float, rest: str) -> dict[str, float]:
     return {**work, rest: work.get(rest, 0.0) + wall - known}
 
 
-def cost(events: Sequence[Event]) -> Cost:
-    """The cost of the run that wrote these events."""
-    ordered = in_order(events)
-    parts = account(ordered)
+def cost(events: Sequence[Event], parts: Sequence[AttemptSeconds]) -> Cost:
+    """The cost of the run that wrote these events; `parts` is their `account`."""
     waits = [  # in the queue: from the event before a batch job started until it did
         (begin, max(begin, finite(event.get("time"), 0.0)))
-        for previous, event in itertools.pairwise(ordered)
+        for previous, event in itertools.pairwise(events)
         if event["event"] == "link" and event.get("action") == "started"
         for begin in [finite(previous.get("time"), 0.0)]
     ]
@@ -340,7 +330,7 @@ def cost(events: Sequence[Event]) -> Cost:
     phases = tuple(
         _phase_cost(phase, own, parts, waits, largest) for phase, own in by_phase(parts).items()
     )
-    return Cost(phases, any(event["event"] == "link" for event in ordered))
+    return Cost(phases, any(event["event"] == "link" for event in events))
 
 
 def _phase_cost(

@@ -38,14 +38,16 @@ class EventLog:
 
         Args:
             event: its kind.
-            phase: the phase it belongs to; None for the phase of the last event.
+            phase: the phase it belongs to; None for the phase of the last event, or 1.
             fields: its other fields; NaN and infinity are written as null.
 
         Raises:
             RunDirError: the file cannot be written; names path and cause.
         """
-        phase = self.phase() if phase is None else phase
-        record: Event = {"event": event, "time": time.time(), "phase": phase, **_finite(fields)}
+        if phase is None:
+            last = self.last()
+            phase = last["phase"] if last else 1
+        record: Event = {"event": event, "time": time.time(), "phase": phase, **nan_as_none(fields)}
         line = json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n"
         try:
             _append(self.path, line)
@@ -84,10 +86,6 @@ class EventLog:
         """The last event of these kinds, of any kind if none is named; None where there is none."""
         return next((e for e in reversed(self.read()) if not kinds or e["event"] in kinds), None)
 
-    def phase(self) -> int:
-        """The phase of the last event, 1 before the first one."""
-        return next((e["phase"] for e in reversed(self.read())), 1)
-
 
 def effective(events: list[Event]) -> list[Event]:
     """The events without those that a crash undid.
@@ -109,11 +107,9 @@ def _parse(line: bytes) -> Event | None:
     """The event on a line; None for what other programs wrote and what is not complete."""
     try:
         event = json.loads(line.decode("utf-8", "replace"))
-    except ValueError:
-        return None
-    if not isinstance(event, dict) or not isinstance(event.get("event"), str):
-        return None
-    if type(event.get("phase")) is not int:  # True is an int as well
+        if not isinstance(event["event"], str) or type(event["phase"]) is not int:  # nor a bool
+            return None
+    except (ValueError, KeyError, TypeError):  # the last for what is no table
         return None
     for new, old in FORMER_NAMES.items():
         if old in event:
@@ -137,12 +133,12 @@ def _number(value: Any) -> float:
     return value if isinstance(value, int | float) else 0
 
 
-def _finite(value: Any) -> Any:
+def nan_as_none(value: Any) -> Any:
     """`value` with NaN and infinity, which JSON does not have, replaced by None."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: nan_as_none(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [nan_as_none(item) for item in value]
     return value

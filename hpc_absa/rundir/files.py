@@ -1,12 +1,11 @@
-"""Writing files so that a reader, or a crash, never meets a half-written one."""
+"""Writing files so that no reader sees a half-written one, also after a crash."""
 
 from __future__ import annotations
 
-import contextlib
 import os
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -25,7 +24,7 @@ def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
             sync(temporary)
         os.replace(temporary, path)
     except BaseException:
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             temporary.unlink()
         raise
     if durable:
@@ -33,7 +32,7 @@ def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
 
 
 def write_atomic(path: Path, content: str | bytes, *, durable: bool = False) -> None:
-    """Write `content` (text as UTF-8) to `path`, complete or not at all."""
+    """Write `content` to `path`, complete or not at all."""
     with replacing(path, durable=durable) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 

@@ -10,10 +10,9 @@ from typing import Annotated, Any, Protocol
 from pydantic import Discriminator, Tag
 
 from hpc_absa.schedules.absa import ABS, ABSA, ABSATuned
-from hpc_absa.schedules.base import MultiStepLR, Schedule, TrainSettings
+from hpc_absa.schedules.base import MultiStepLR, Rule, Schedule, TrainSettings
 from hpc_absa.schedules.fixed import BL, FB, GG
 from hpc_absa.schedules.noise import GNS
-from hpc_absa.schedules.rule import Rule
 from hpc_absa.schedules.user_defined import UserDefined
 
 __all__ = [
@@ -74,7 +73,7 @@ SCHEDULES[USER_DEFINED] = UserDefined
 
 
 def class_of(value: Any) -> type[Schedule] | None:
-    """The class that reads a `[schedule]` table, or of an instance; None if there is none."""
+    """The class of a `[schedule]` table or of an instance; None if there is none."""
     return SCHEDULES.get(str(_tag(value)))
 
 

@@ -69,13 +69,9 @@ class ABS(GrowingSchedule):
         eigenvalue, reference = seen.eigenvalue, state.reference
         state = replace(state, patience_count=state.patience_count + 1)
         patience_ended = state.patience_count >= self.kappa
-        if (
-            eigenvalue is not None
-            and eigenvalue.stopped_above_threshold
-            and reference is not None
-            and not patience_ended
-        ):
-            above = f"λ above {reference:.4g}/{self.alpha:g} (at least {eigenvalue.value:.4g})"
+        at_least = eigenvalue.value if eigenvalue and eigenvalue.stopped_above_threshold else None
+        if at_least is not None and reference is not None and not patience_ended:
+            above = f"λ above {reference:.4g}/{self.alpha:g} (at least {at_least:.4g})"
             return Decision("continue", above, state)
         value, problem = _usable(eigenvalue)
         if value is not None and reference is not None and value <= reference / self.alpha:

@@ -1,4 +1,4 @@
-"""What the schedules share: batch sizes, learning-rate schedule, growth.
+"""What the schedules share: interface, batch sizes, learning-rate schedule, growth.
 
 Origins named in docstrings: *talk* is the ABSA talk and arXiv:1810.01021, *Goyal* arXiv:1706.02677,
 *Smith* arXiv:1711.00489, *ours* a choice of this project.
@@ -7,16 +7,86 @@ Origins named in docstrings: *talk* is the ABSA talk and arXiv:1810.01021, *Goya
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, PositiveInt, PrivateAttr, model_validator
 
-from hpc_absa.records import Decision, Observation, ScheduleState
-from hpc_absa.schedules.rule import Rule
+from hpc_absa.records import Decision, GradientSquares, Observation, ScheduleState
 from hpc_absa.section import Fraction, NonNegative, Positive, Section
+
+
+class Rule(ABC):
+    """A schedule of batch size and learning rate. Its methods are pure: no clock, no tensors.
+
+    A user-defined rule implements `initial` and `decide`; the other methods are optional.
+    """
+
+    @abstractmethod
+    def initial(self) -> ScheduleState:
+        """The state before the first step."""
+
+    @abstractmethod
+    def decide(self, state: ScheduleState, seen: Observation) -> Decision:
+        """What to do at a boundary, with the state that holds from there on.
+
+        `grow` comes with a larger global batch and `continue` with the same one.
+        """
+
+    def wants_eigenvalue(self, state: ScheduleState) -> bool:
+        """Whether the next decision point needs an estimate of the eigenvalue."""
+        return False
+
+    def threshold(self, state: ScheduleState) -> float | None:
+        """If λ is above this, the next decision is `continue`, whatever λ is exactly.
+
+        The estimate may stop early there. None if the value of λ is needed.
+        """
+        return None
+
+    def wants_gradients(self, state: ScheduleState) -> bool:
+        """Whether to call `learn` after the next step; costs one more pass over its gradients."""
+        return False
+
+    def learn(self, state: ScheduleState, squares: GradientSquares) -> ScheduleState:
+        """The state after a step, updated with its squared gradient norms."""
+        return state
+
+    def evidence(self, state: ScheduleState) -> Mapping[str, float]:
+        """What the next decision is based on besides the eigenvalue, for its event."""
+        return {}
+
+    def recall(self, state: ScheduleState, event: Mapping[str, Any]) -> ScheduleState:
+        """The state in which a recorded decision was made, from its event (with `evidence`)."""
+        return state
+
+    def unchanged(self, state: ScheduleState, epoch: float, growing: bool) -> tuple[float, float]:
+        """How many decision points, and until which epoch, nothing changes; for the planner.
+
+        Decisions at the next so many decision points that come before that epoch leave batch and
+        learning rate as they are. (0, `epoch`) claims nothing.
+
+        Args:
+            state: at `epoch`.
+            epoch: of the next boundary.
+            growing: whether measurements make the batch grow whenever they can, or never.
+        """
+        return 0, epoch
+
+    def after_unchanged(self, state: ScheduleState, points: int) -> ScheduleState:
+        """The state after so many of the decision points that `unchanged` counts."""
+        return state
+
+    def lr(self, state: ScheduleState, epoch: float) -> float:
+        """Learning rate of a step that begins `epoch` epochs into the run."""
+        return state.lr
+
+    def adversarial_fraction(self, state: ScheduleState, epoch: float) -> float:
+        """Fraction of each microbatch of that step that is replaced by adversarial examples."""
+        return state.adversarial_fraction
+
 
 LrRule = Literal["linear", "square-root", "none"]
 EXPONENTS: Mapping[LrRule, float] = {"linear": 1.0, "square-root": 0.5, "none": 0.0}
@@ -31,8 +101,7 @@ class MultiStepLR:
     gamma: float
 
     def passed(self, epoch: float) -> int:
-        """Number of milestones at or before `epoch`."""
-        return sum(1 for milestone in self.milestones if milestone <= epoch)
+        return sum(milestone <= epoch for milestone in self.milestones)
 
     def apply(self, state: ScheduleState, seen: Observation) -> tuple[ScheduleState, str]:
         """The decayed state and a sentence about it; the same state and "" without a milestone."""
@@ -41,11 +110,9 @@ class MultiStepLR:
         if not new:
             return state, ""
         lr = state.lr * self.gamma**new
-        return (
-            replace(state, lr=lr, milestones_passed=passed),
-            f"milestone at epoch {self.milestones[passed - 1]}: learning rate "
-            f"{state.lr:.4g} → {lr:.4g}",
-        )
+        reason = f"milestone at epoch {self.milestones[passed - 1]}: "
+        reason += f"learning rate {state.lr:.4g} → {lr:.4g}"
+        return replace(state, lr=lr, milestones_passed=passed), reason
 
 
 def _whole(value: Any) -> Any:
@@ -71,7 +138,6 @@ class TrainSettings(Section):
 
     @property
     def multi_step_lr(self) -> MultiStepLR:
-        """`milestones` and `lr_decay`."""
         return MultiStepLR(self.milestones, self.lr_decay)
 
     @model_validator(mode="after")
@@ -100,7 +166,6 @@ class Schedule(Section, Rule):
 
     @property
     def largest_batch(self) -> int:
-        """`max_batch` with its default filled in."""
         return self.max_batch or self.base_batch
 
     def check(self, train: TrainSettings) -> None:
@@ -196,7 +261,6 @@ class GrowingSchedule(BuiltInSchedule):
         return 0
 
     def next_batch(self, state: ScheduleState) -> int:
-        """`min(β·B, B_max)`."""
         return min(self.beta * state.global_batch, self.largest_batch)
 
     def grow(self, state: ScheduleState) -> ScheduleState:

@@ -74,11 +74,8 @@ class GG(BuiltInSchedule):
         grown = batch / state.global_batch
         lr = state.lr * batch / (state.global_batch * factor) * grown ** EXPONENTS[self.lr_rule]
         grows = batch > state.global_batch
-        reason = f"milestone at epoch {train.milestones[passed - 1]}: " + (
-            f"batch {state.global_batch} → {batch}"
-            if grows
-            else f"batch stays at its maximum {batch}"
-        )
+        change = f"{state.global_batch} → {batch}" if grows else f"stays at its maximum {batch}"
+        reason = f"milestone at epoch {train.milestones[passed - 1]}: batch {change}"
         if abs(lr / state.lr - 1) > 1e-9:
             reason += f", learning rate {state.lr:.4g} → {lr:.4g}"
         after = replace(state, global_batch=batch, lr=lr, milestones_passed=passed)

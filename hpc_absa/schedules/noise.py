@@ -21,7 +21,6 @@ class NoiseState(ScheduleState):
     signal: float = 0.0
     """Sum of the unbiased estimates of ‖G‖², G the gradient of the whole loss."""
     steps: int = 0
-    """Number of steps in both sums."""
 
     @property
     def scale(self) -> float:

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable
 from typing import Any, Self
 
 from pydantic import PrivateAttr
 
 from hpc_absa import plugins
 from hpc_absa.errors import UsageError
-from hpc_absa.records import Decision, GradientSquares, Observation, ScheduleState
-from hpc_absa.schedules.base import Schedule, TrainSettings
-from hpc_absa.schedules.rule import Rule
+from hpc_absa.records import Decision, ScheduleState
+from hpc_absa.schedules.base import Rule, Schedule, TrainSettings
 from hpc_absa.section import OpenSection, Positive
+
+
+def _checked(method: str, convert: Callable[[Any], Any] = lambda answer: answer) -> Any:
+    """A method that calls the user's method of this name and checks its answer."""
+
+    def checked(self: UserDefined, *arguments: Any) -> Any:
+        return convert(self._call(method, *arguments))
+
+    return checked
 
 
 class UserDefined(Schedule, OpenSection):
@@ -52,42 +60,18 @@ class UserDefined(Schedule, OpenSection):
         bound.initial()
         return bound
 
-    def initial(self) -> ScheduleState:
-        return self._call("initial")
-
-    def decide(self, state: ScheduleState, seen: Observation) -> Decision:
-        return self._call("decide", state, seen)
-
-    def wants_eigenvalue(self, state: ScheduleState) -> bool:
-        return bool(self._call("wants_eigenvalue", state))
-
-    def threshold(self, state: ScheduleState) -> float | None:
-        return self._call("threshold", state)
-
-    def wants_gradients(self, state: ScheduleState) -> bool:
-        return bool(self._call("wants_gradients", state))
-
-    def learn(self, state: ScheduleState, squares: GradientSquares) -> ScheduleState:
-        return self._call("learn", state, squares)
-
-    def evidence(self, state: ScheduleState) -> Mapping[str, float]:
-        return self._call("evidence", state)
-
-    def recall(self, state: ScheduleState, event: Mapping[str, Any]) -> ScheduleState:
-        return self._call("recall", state, event)
-
-    def unchanged(self, state: ScheduleState, epoch: float, growing: bool) -> tuple[float, float]:
-        points, until = self._call("unchanged", state, epoch, growing)
-        return points, until
-
-    def after_unchanged(self, state: ScheduleState, points: int) -> ScheduleState:
-        return self._call("after_unchanged", state, points)
-
-    def lr(self, state: ScheduleState, epoch: float) -> float:
-        return float(self._call("lr", state, epoch))
-
-    def adversarial_fraction(self, state: ScheduleState, epoch: float) -> float:
-        return float(self._call("adversarial_fraction", state, epoch))
+    initial = _checked("initial")
+    decide = _checked("decide")
+    wants_eigenvalue = _checked("wants_eigenvalue", bool)
+    threshold = _checked("threshold")
+    wants_gradients = _checked("wants_gradients", bool)
+    learn = _checked("learn")
+    evidence = _checked("evidence")
+    recall = _checked("recall")
+    unchanged = _checked("unchanged", tuple)
+    after_unchanged = _checked("after_unchanged")
+    lr = _checked("lr", float)
+    adversarial_fraction = _checked("adversarial_fraction", float)
 
     def _call(self, method: str, *arguments: Any) -> Any:
         place = f"schedule.method: {self.method}.{method}"
@@ -120,10 +104,8 @@ class UserDefined(Schedule, OpenSection):
             return problem
         before, after = state.global_batch, decision.state.global_batch
         if (decision.action == "grow") != (after > before) or after < before:
-            return (
-                f"{decision.action!r} with batch {before} → {after}",
-                "'grow' with a larger batch, or 'continue' with the same",
-            )
+            expected = "'grow' with a larger batch, or 'continue' with the same"
+            return f"{decision.action!r} with batch {before} → {after}", expected
         return None
 
     def _state_problem(self, state: Any) -> tuple[str, str] | None:

@@ -9,13 +9,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import Any
 
 from rich import progress as bars
 from rich.console import Console
 
 from hpc_absa.errors import ExitStatus
 from hpc_absa.report import format as text
+from hpc_absa.report.timing import finite, latest
 from hpc_absa.rundir import RunDir
 from hpc_absa.rundir.lock import RunLock
 from hpc_absa.study import tables
@@ -66,36 +66,33 @@ class Progress:
         self._bars.reset(self._all, completed=int(self._ended_epochs))
 
     def started(self, cell: Cell) -> None:
-        """A cell was started."""
         epochs = cell.job.train.epochs
         self._tasks[cell.name] = self._bars.add_task(f"  {cell.name}", total=epochs)
         if not self._console.is_terminal:
             self._print(cell, "started")
 
     def ended(self, cell: Cell, seconds: float) -> None:
-        """A cell is done, stopped, or failed."""
         self._bars.remove_task(self._tasks.pop(cell.name))
-        run, epochs = self._study.run(cell), float(cell.job.train.epochs)
+        events, epochs = self._study.run(cell).log.read(), float(cell.job.train.epochs)
         match self._study.state(cell):
             case "done":
-                steps = text.plural(_latest(run, "steps"), "step")
-                accuracy = text.percent(_latest(run, "test_accuracy"))
+                steps = text.plural(latest(events, "steps"), "step")
+                accuracy = text.percent(latest(events, "test_accuracy"))
                 self._print(cell, f"{accuracy} after {steps}, {text.duration(seconds)}")
             case "failed":
                 reason = self._study.failures()[cell.name].reason
                 self._print(cell, f"failed: {reason}; log: {self._study.log(cell)}")
             case _:
-                epochs = _latest(run, "epoch") or 0.0
+                epochs = finite(latest(events, "epoch"), 0.0)
                 self._print(cell, f"stopped after {text.epoch(epochs)} epochs, saved")
         self._ended_epochs += epochs
 
     def update(self, running: Sequence[Cell]) -> None:
-        """Read how many epochs the running cells have completed."""
         if not self._console.is_terminal:
             return
         total = self._ended_epochs
         for cell in running:
-            epochs = _latest(self._study.run(cell), "epoch") or 0.0
+            epochs = finite(latest(self._study.run(cell).log.read(), "epoch"), 0.0)
             total += epochs
             self._bars.update(self._tasks[cell.name], completed=epochs)
         self._bars.update(self._all, completed=total)
@@ -104,12 +101,6 @@ class Progress:
         number, count = self._study.cells.index(cell) + 1, len(self._study.cells)
         line = f"[{number}/{count}] {cell.name}: {message}"
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-
-def _latest(run: RunDir, key: str) -> Any:
-    """The latest number of this name in the events of a run; None without any."""
-    values = (event.get(key) for event in reversed(run.log.read()))
-    return next((value for value in values if isinstance(value, int | float)), None)
 
 
 @dataclass(frozen=True)
@@ -136,8 +127,7 @@ class Runner:
         allow_changed: tuple[str, ...] = (),
         program: tuple[str, ...] = (*PYTHON, "-m", "hpc_absa"),
     ) -> None:
-        """Nothing is started here.
-
+        """
         Args:
             study: the sweep's cells and folder.
             progress: shows what starts and ends.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import re
-import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,10 +17,8 @@ from hpc_absa.config import SCHEDULES, USER_DEFINED, Job, explain
 from hpc_absa.errors import UsageError
 from hpc_absa.rundir import RunDir
 from hpc_absa.rundir.files import write_atomic
-from hpc_absa.section import Count, Section
+from hpc_absa.section import Count, Section, Strings
 from hpc_absa.supervisor import run_state
-
-Strings = Annotated[tuple[str, ...], Field(strict=False)]
 
 
 class Grid(Section):
@@ -40,8 +37,6 @@ class Grid(Section):
 
 
 class Sweep(Section):
-    """A whole sweep file."""
-
     name: str
     """Name of the sweep, and by default of its folder under `runs/`."""
     job: str | dict[str, Any]
@@ -58,8 +53,6 @@ class Sweep(Section):
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of a sweep."""
-
     name: str
     """Of its folder, unique in the sweep: `absa-1024-seed0`."""
     schedule: str
@@ -75,7 +68,10 @@ def load(path: Path, overrides: tuple[str, ...] = ()) -> tuple[Sweep, tuple[Cell
     Raises:
         UsageError: one line that names file, key, value and what was expected.
     """
-    sweep = _parse(path)
+    try:
+        sweep = Sweep.model_validate(config.read(path, "a sweep file"))
+    except ValidationError as error:
+        raise UsageError(f"{path}: {explain(error, Sweep)}") from None
     base, origin = _base(sweep, path)
     cells: dict[str, Cell] = {}
     for grid in sweep.grid:
@@ -87,33 +83,19 @@ def load(path: Path, overrides: tuple[str, ...] = ()) -> tuple[Sweep, tuple[Cell
             job = config.from_tables(tables, origin, (*sweep.set, *grid.set, *overrides))
             cell = _cell(sweep.name, method, grid.label, job)
             if cell.name in cells:
-                raise UsageError(
-                    f"{path}: grid: cell {cell.name} is there twice; give one of its entries "
-                    "a label"
-                )
+                twice = f"{path}: grid: cell {cell.name} is there twice"
+                raise UsageError(f"{twice}; give one of its entries a label")
             cells[cell.name] = cell
     return sweep, tuple(cells.values())
 
 
-def _parse(path: Path) -> Sweep:
-    try:
-        return Sweep.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: cannot be read as a sweep file: {error}") from None
-    except tomllib.TOMLDecodeError as error:
-        raise UsageError(f"{path}: not valid TOML: {error}") from None
-    except ValidationError as error:
-        raise UsageError(f"{path}: {explain(error, Sweep)}") from None
-
-
 def _base(sweep: Sweep, path: Path) -> tuple[Mapping[str, Any], str]:
-    """The base job's tables, and where they are written, for errors."""
     if not isinstance(sweep.job, str):
         return sweep.job, f"{path}: job"
     base = path.parent / sweep.job
     try:
-        return tomllib.loads(base.read_text(encoding="utf-8")), str(base)
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        return config.read(base), str(base)
+    except UsageError as error:
         raise UsageError(f"{path}: job = {sweep.job!r}: {error}") from None
 
 
@@ -162,15 +144,12 @@ class StudyDir:
         return self._runs[cell.name]
 
     def job(self, cell: Cell) -> Path:
-        """The job file of a cell."""
         return self._jobs / f"{cell.name}.toml"
 
     def log(self, cell: Cell) -> Path:
-        """The output of a cell's supervisor."""
         return self._jobs / f"{cell.name}.log"
 
     def state(self, cell: Cell) -> State:
-        """The state of a cell, from its files."""
         if run_state.finished(self.run(cell)):
             return "done"
         if cell.name in self.failures():
@@ -192,7 +171,6 @@ class StudyDir:
             self.job(cell).write_text(config.dump(cell.job), encoding="utf-8")
 
     def failures(self) -> dict[str, Failure]:
-        """By cell name."""
         try:
             failures = json.loads(self._failed.read_text(encoding="utf-8"))
             return {name: Failure(**fields) for name, fields in failures.items()}
@@ -202,9 +180,8 @@ class StudyDir:
     def set_failure(self, cell: Cell, failure: Failure | None) -> None:
         """Record how a cell failed; None removes the record."""
         before = self.failures()
-        failures = {name: f for name, f in before.items() if name != cell.name}
-        if failure:
-            failures[cell.name] = failure
+        now = {**before, cell.name: failure}
+        failures = {name: known for name, known in now.items() if known}
         if failures != before:
-            content = {name: asdict(f) for name, f in failures.items()}
+            content = {name: asdict(known) for name, known in failures.items()}
             write_atomic(self._failed, json.dumps(content, indent=2) + "\n")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 from hpc_absa.report import page, tables
 from hpc_absa.report.history import load
-from hpc_absa.report.published import SCHEDULE_NAMES, published_tables
+from hpc_absa.report.published import published_table
 from hpc_absa.report.tables import RunResult, Table, run_result
 from hpc_absa.rundir.files import write_atomic
 from hpc_absa.study.sweep import Cell, StudyDir
@@ -21,7 +22,7 @@ def of(study: StudyDir) -> dict[str, Table]:
     done = [result for result in results if result.seconds]
     job = study.cells[0].job
     base_batch = min(cell.job.schedule.base_batch for cell in study.cells)
-    talk = published_tables(job.data.name, job.model.name, base_batch)
+    talk = published_table(job.data.name, job.model.name, base_batch)
     batches = {(result.schedule, result.max_batch) for result in results}
     schedules = [schedule for schedule, _ in batches]
 
@@ -29,31 +30,24 @@ def of(study: StudyDir) -> dict[str, Table]:
         name = tables.schedule_name(result.schedule)
         return f"{name} {result.max_batch}" if schedules.count(result.schedule) > 1 else name
 
-    def order(result: RunResult) -> tuple[int, int]:
-        methods, method = list(SCHEDULE_NAMES), result.schedule.split(" ")[0]
-        rank = methods.index(method) if method in methods else len(methods)
-        return rank, result.max_batch
-
-    done.sort(key=order)
+    done.sort(key=lambda result: (tables.schedule_order(result.schedule)[0], result.max_batch))
     baseline = next((label(result) for result in done if result.schedule == "bl"), "")
     return {
-        "accuracy": tables.accuracy_table(results, published="accuracy" in talk),
-        "time": tables.time_table(done, baseline=baseline, label=label, published="time" in talk),
+        "accuracy": tables.accuracy_table(results, published=talk == "accuracy"),
+        "time": tables.time_table(done, baseline=baseline, label=label, published=talk == "time"),
     }
 
 
 def write(study: StudyDir) -> None:
-    """Write each table as Markdown, CSV, LaTeX and a page of HTML."""
     study.tables.mkdir(parents=True, exist_ok=True)
     for name, table in of(study).items():
         for suffix, text in table.formats().items():
-            content = page.document(table.title, [text]) if suffix == "html" else text
+            content = page.document(table) if suffix == "html" else text
             write_atomic(study.tables / f"{name}.{suffix}", content)
 
 
 def _result(study: StudyDir, cell: Cell) -> RunResult:
-    """The result of a cell; NaN and no seconds unless it is done."""
     if study.state(cell) == "done":
         result = run_result(load(study.run(cell).path), cell.max_batch, cell.seed)
         return replace(result, schedule=cell.schedule)
-    return RunResult(cell.schedule, cell.max_batch, cell.seed, float("nan"), float("nan"))
+    return RunResult(cell.schedule, cell.max_batch, cell.seed, math.nan, math.nan)

@@ -159,7 +159,7 @@ def test_a_job_is_frozen():
         # Types
         ("train.epochs=three", "train.epochs = 'three': expected a valid integer"),
         ("train.epochs='3'", "train.epochs = '3': expected a valid integer"),
-        ("train.epochs=3.0", "train.epochs = 3.0: expected a valid integer"),
+        ("train.epochs=3.5", "train.epochs = 3.5: expected a valid integer"),
         ("train.epochs=true", "train.epochs = True: expected a valid integer"),
         ("train.epochs=", "train.epochs = '': expected a valid integer"),
         ("train.lr=fast", "train.lr = 'fast': expected a valid number"),

@@ -15,11 +15,12 @@ from typer.testing import CliRunner
 
 from hpc_absa.cli import app
 from hpc_absa.data.builtin import decode
-from hpc_absa.data.packed import check_content, open_packed
+from hpc_absa.data.packed import open_packed
 from hpc_absa.data.prepare import pack
 from hpc_absa.data.sources import load
 from hpc_absa.errors import HpcAbsaError, UsageError
 from hpc_absa.torchvision_import import torchvision
+from tests.data.packed_files import check_content
 
 RANDOM = np.random.default_rng(0)
 RGB = Image.fromarray(RANDOM.integers(0, 256, (6, 8, 3), dtype=np.uint8))

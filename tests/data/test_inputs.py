@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 from sklearn.preprocessing import StandardScaler
 
 from hpc_absa.data.augment import normalise
-from hpc_absa.data.packed import check_content, open_packed
+from hpc_absa.data.packed import open_packed
 from hpc_absa.data.packing import write_packed
 from hpc_absa.data.prepare import describe, pack
 from hpc_absa.data.registry import DATASETS, augmented_by_default
 from hpc_absa.data.sources import Samples, Source
 from hpc_absa.errors import HpcAbsaError, UsageError
+from tests.data.packed_files import check_content
 
 POINTS = np.arange(12.0).reshape(6, 2)
 LABELS = np.array([0, 1, 2, 2, 1, 0])

@@ -10,11 +10,12 @@ import h5py
 import numpy as np
 import pytest
 
-from hpc_absa.data.packed import check_content, open_packed
+from hpc_absa.data.packed import open_packed
 from hpc_absa.data.packing import write_packed
 from hpc_absa.data.prepare import describe, pack, packed_beside, prepare
 from hpc_absa.data.sources import Samples, Source
 from hpc_absa.errors import HpcAbsaError, UsageError
+from tests.data.packed_files import check_content
 
 
 def random_source(train=50, test=20, shape=(3, 8, 8), classes=5, seed=0):
@@ -276,6 +277,7 @@ import numpy as np
 from hpc_absa.data.packing import write_packed
 from hpc_absa.data.sources import Source
 from hpc_absa.errors import HpcAbsaError
+from tests.data.packed_files import check_content
 
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 images = np.zeros((1000, 3, 16, 16), np.uint8)

@@ -6,10 +6,10 @@ import pytest
 from PIL import Image
 
 from hpc_absa.data.builtin import decode
-from hpc_absa.data.packed import check_content
 from hpc_absa.data.prepare import pack
 from hpc_absa.data.sources import Source, load
 from hpc_absa.errors import HpcAbsaError, UsageError
+from tests.data.packed_files import check_content
 
 
 def image(value, size=(6, 6), mode="RGB"):

@@ -65,3 +65,31 @@ def test_nothing_is_declared_if_the_import_works(monkeypatch):
 def test_other_failures_are_explained(monkeypatch, error, message):
     with pytest.raises(UsageError, match=message):
         fresh(monkeypatch, error)()
+
+
+USERS_MODULE = """
+import os, sys, torch
+from pathlib import Path
+from hpc_absa import torchvision_import as vision
+
+package = Path(sys.argv[1]) / "torchvision"
+package.mkdir()
+(package / "part.py").write_text("value = 3")
+(package / "__init__.py").write_text(
+    "import torch\\nfrom torchvision import part\\n"
+    "if not hasattr(torch.ops.torchvision, 'nms'):\\n"
+    "    raise RuntimeError('operator torchvision::nms does not exist')\\n"
+)
+sys.path.insert(0, sys.argv[1])
+vision.prepare_torchvision()
+vision.prepare_torchvision()
+import torchvision
+from torchvision import part
+assert part.value == 3 and torchvision.__file__ == str(package / "__init__.py")
+assert torchvision.__spec__.name == "torchvision"
+assert sum(isinstance(finder, vision._Finder) for finder in sys.meta_path) == 1
+"""
+
+
+def test_a_users_module_can_import_torchvision_by_itself(tmp_path):
+    subprocess.run([sys.executable, "-c", USERS_MODULE, tmp_path], check=True, timeout=120)

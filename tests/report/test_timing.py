@@ -15,6 +15,12 @@ def events(log):
     return EventLog(log.path / "events.jsonl").read()
 
 
+def cost_of(log):
+    """The cost of the events in a run directory."""
+    written = events(log)
+    return cost(written, account(written))
+
+
 def accounted(log):
     parts = account(events(log))
     return parts, total(part.seconds for part in parts)
@@ -199,7 +205,7 @@ def test_seconds_always_add_up(stretches):
 
 def test_rank_seconds_of_a_whole_run_add_up(tmp_path):
     log = whole_run(tmp_path)
-    spent = cost(events(log))
+    spent = cost_of(log)
     parts = account(events(log))
     worked = sum(p.wall * p.attempt.events[0]["ranks"] for p in parts)
     assert sum(phase.worked for phase in spent.phases) == pytest.approx(worked)
@@ -233,7 +239,7 @@ def chain(path, queued):
 
 @pytest.mark.parametrize("queued", [0.0, 10.0, 3600.0])
 def test_waiting_in_a_queue_costs_nothing(tmp_path, queued):
-    spent = cost(events(chain(tmp_path, queued)))
+    spent = cost_of(chain(tmp_path, queued))
     one, two = spent.phases
     assert spent.chained
     assert (one.queued, two.queued) == pytest.approx((queued, 2 * queued))
@@ -245,5 +251,5 @@ def test_waiting_in_a_queue_costs_nothing(tmp_path, queued):
 
 
 def test_no_events_cost_nothing():
-    spent = cost([])
+    spent = cost([], [])
     assert (spent.charged, spent.largest, spent.phases) == (0, 0, ())

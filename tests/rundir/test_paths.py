@@ -9,7 +9,7 @@ from hpc_absa.errors import RunLockedError, UsageError
 from hpc_absa.rundir import RunDir
 from hpc_absa.rundir.lock import RunLock
 from hpc_absa.rundir.paths import MARK
-from hpc_absa.status import newest_checkpoint
+from hpc_absa.status import status
 from hpc_absa.supervisor.run_state import clear
 
 
@@ -110,10 +110,11 @@ def test_a_run_of_an_earlier_version_is_a_run(tmp_path):
 )
 def test_a_users_own_checkpoints_are_not_ours(tmp_path, name):
     run = RunDir(tmp_path).create()
+    run.write_job("name = 'x'\n")
     ours = run.checkpoint(3, 1)
     for path in (ours, run.checkpoints / name):
         path.write_bytes(b"")
     assert run.checkpoint_files() == [ours]
     assert run.newest_step() == 3
     assert [verified.path for verified in verify(run.checkpoints)] == [ours]
-    assert newest_checkpoint(run, 0.0).name == ours.name
+    assert status(run.path).checkpoint.name == ours.name

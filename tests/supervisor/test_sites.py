@@ -101,6 +101,8 @@ def test_nohup_is_respected(tmp_path):
 def test_settings_that_others_left_are_named_in_a_failure(tmp_path):
     write_job(tmp_path)
     left = {"OMPI_MCA_btl": "nothing", "HOROVOD_CONTROLLER": "mpi"}
+    job = tmp_path / "small.toml"
+    job.write_text(job.read_text() + "[launch]\nmax_restarts = 0\n")
     done = run(tmp_path, env=os.environ | left)
     assert done.returncode == 1, done.stdout + done.stderr
     named = "(set outside of the job: HOROVOD_CONTROLLER=mpi, OMPI_MCA_btl=nothing)"

@@ -13,6 +13,7 @@ from hpc_absa import config
 from hpc_absa.errors import UsageError
 from hpc_absa.rundir import RunDir
 from hpc_absa.rundir.lock import host
+from hpc_absa.status import status
 from hpc_absa.supervisor import supervisor
 from tests.mpi.jobs import final_weights, relative_difference, write_job
 from tests.supervised import Supervised
@@ -115,7 +116,7 @@ def test_a_rank_without_progress_is_named_and_its_ranks_are_ended(tmp_path):
         "calls = []\n"
         "def loss(outputs, targets):\n"
         "    calls.append(1)\n"
-        "    while len(calls) == 5 and os.environ.get('OMPI_COMM_WORLD_RANK') == '1':\n"
+        "    while len(calls) == 25 and os.environ.get('OMPI_COMM_WORLD_RANK') == '1':\n"
         "        pass\n"
         "    return torch.nn.functional.cross_entropy(outputs, targets)\n"
     )
@@ -182,15 +183,23 @@ def test_a_second_supervisor_is_refused(undisturbed):
     assert len(run.events("phase_start")) == 3, "--fresh removed a running run"
 
 
-def faulty(folder: Path, body: str) -> Run:
-    (folder / "faulty.py").write_text(f"import torch\ndef loss(outputs, targets):\n    {body}\n")
+def faulty(folder: Path, body: str, after: int = 0) -> Run:
+    """A run whose loss function does this after so many calls."""
+    (folder / "faulty.py").write_text(
+        "import torch\n"
+        "calls = []\n"
+        "def loss(outputs, targets):\n"
+        "    calls.append(1)\n"
+        f"    if len(calls) > {after}: {body}\n"
+        "    return torch.nn.functional.cross_entropy(outputs, targets)\n"
+    )
     job = write_job(folder)
     job.write_text(job.read_text().replace("[train]\n", '[train]\nloss = "faulty:loss"\n'))
     return Run(folder, "--set", "launch.max_restarts=1", job=job, PYTHONPATH=str(folder))
 
 
 def test_a_job_that_always_fails_is_given_up(tmp_path):
-    code, output = faulty(tmp_path, "raise ArithmeticError('on purpose')").start().finish()
+    code, output = faulty(tmp_path, "raise ArithmeticError('on purpose')", 25).start().finish()
     assert code == 1
     assert "failed: rank 0 on" in output
     assert "ArithmeticError: on purpose" in output
@@ -198,15 +207,40 @@ def test_a_job_that_always_fails_is_given_up(tmp_path):
     assert "gave up after 1 restarts without progress" in output
 
 
+def test_a_loss_that_always_fails_is_one_line_and_exit_2(tmp_path):
+    """Found by the rehearsal: there is no restart, and no traceback of each rank."""
+    code, output = faulty(tmp_path, "raise ArithmeticError('on purpose')").start().finish()
+    assert code == 2, output
+    assert output.count("ArithmeticError: on purpose") == 1
+    assert re.search(r"train\.loss = 'faulty:loss'.*\(.*faulty\.py:5\)", output)
+    assert "Traceback" not in output
+    assert "restart" not in output
+
+
+def test_a_loss_that_is_not_finite_is_one_line_and_exit_1(tmp_path):
+    """All ranks have the same sum, so that there is no restart either."""
+    run = faulty(tmp_path, "return (outputs * torch.inf).sum()", 25).start()
+    code, output = run.finish()
+    assert code == 1, output
+    assert len(re.findall(r"the loss is not finite at step \d+", output)) == 1
+    assert "restart" not in output
+    (event,) = run.events("nonfinite_loss")
+    assert event["action"] == "stop"
+    current = status(run.run.path)
+    assert current.state == "failed"
+    assert f"The loss is not finite since step {event['step']}." in current.explanation
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
+        ("train.epochs=1 --set schedule.base_batch=2048 --set schedule.max_batch=2048", "no step"),
         ("model.widht=3", "model.widht"),
         ("data.name=imagefolder", "data.root"),
     ],
 )
 def test_a_mistake_in_the_job_is_one_line_and_exit_2(tmp_path, override, message):
-    code, output = Run(tmp_path, "--set", override).start().finish()
+    code, output = Run(tmp_path, "--set", *override.split()).start().finish()
     assert code == 2, output
     (line,) = output.strip().splitlines()
     assert line.startswith("hpc-absa: ")

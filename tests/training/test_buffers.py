@@ -13,6 +13,14 @@ from hpc_absa.training.step import Flags, StepEngine, _microbatch_seed
 from tests.training import random_models
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def net(momentum=0.1):
     torch.manual_seed(0)
     return nn.Sequential(
@@ -147,7 +155,46 @@ def test_each_layer_ends_as_in_a_plain_loop(name, per_step, dtype):
     require_same_as_plain_loop(["conv", name, "conv"], 1, per_step, dtype)
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(12))
 def test_random_models_end_as_in_a_plain_loop(seed):
     reduction = (OverlappedReduction, ReproducibleReduction)[seed % 2]
     require_same_as_plain_loop(None, seed, 1 + seed % 3, torch.float64, reduction)
+
+
+def transformed(how):
+    model = random_models.build(1, ["conv", "batch norm", "moving average", "conv"]).double()
+    return {
+        "compiled": lambda: torch.compile(model, backend="eager"),
+        "compiled in place": lambda: model.compile(backend="eager") or model,
+        "scripted": lambda: torch.jit.script(random_models.build(1, ["batch norm"]).double()),
+    }[how]()
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")
+@pytest.mark.parametrize("how", ["compiled", "compiled in place", "scripted"])
+def test_compiled_and_scripted_models_end_as_in_a_plain_loop(how):
+    names = (
+        ["batch norm"] if how == "scripted" else ["conv", "batch norm", "moving average", "conv"]
+    )
+    model, plain = transformed(how), random_models.build(1, names).double()
+    steps = random_models.data(3, 3, dtype=torch.float64)
+    ours(model, steps, 0.05)
+    random_models.plain_loop(plain, steps, 0.05, lambda k: _microbatch_seed(0, k))
+    state = {k.removeprefix("_orig_mod."): v for k, v in model.state_dict().items()}
+    torch.testing.assert_close(state, dict(plain.state_dict()), rtol=1e-9, atol=1e-12)
+
+
+def test_passes_outside_of_a_step_leave_no_trace():
+    """Also in training mode, and in what an evaluation changes."""
+    names = ["batch norm", "cumulative", "moving average", "through .data", "spectral norm"]
+    model = random_models.build(2, names)
+    buffers = ModelBuffers(model)
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    inputs, _ = random_models.data(1, 1)[0][0]
+    model(inputs)
+    model.eval()
+    with torch.no_grad():
+        model(inputs)
+    model[3].calls += 5
+    buffers.restore()
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())

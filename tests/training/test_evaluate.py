@@ -1,11 +1,15 @@
 """Accuracy and loss on the test set: each sample once, the same bits at any world size."""
 
+import math
+import re
+
 import pytest
 import torch
 from torch import nn
 
 from hpc_absa.comm import SerialCommunicator
-from hpc_absa.training.evaluate import evaluate
+from hpc_absa.errors import UsageError
+from hpc_absa.training.evaluate import evaluate, require_scores
 
 SAMPLES, BATCH = 103, 8
 
@@ -55,3 +59,74 @@ def test_evaluation_does_not_change_the_model(model):
     evaluate(model, nn.functional.cross_entropy, batches(), SerialCommunicator())
     assert [module.training for module in model] == [True, False, True, True]
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+# One output for each sample
+
+F = nn.functional
+ONE_OUTPUT = {
+    "logits": lambda o, t: F.binary_cross_entropy_with_logits(o.view(-1), t.float()),
+    "weighted logits": lambda o, t: F.binary_cross_entropy_with_logits(
+        o.view(-1), t.float(), pos_weight=torch.tensor(3.0)
+    ),
+    "hinge": lambda o, t: (1 - (2 * t - 1) * o.view(-1)).relu().mean(),
+    "probabilities": lambda o, t: F.binary_cross_entropy(o.view(-1), t.float()),
+    "squares": lambda o, t: F.mse_loss(o.view(-1), t.float()),
+    "squares of signs": lambda o, t: F.mse_loss(o.view(-1), 2.0 * t - 1),
+}
+
+
+@pytest.mark.parametrize("name", ONE_OUTPUT)
+@pytest.mark.parametrize("shape", [(-1,), (-1, 1)])
+def test_one_output_is_scored_by_the_threshold_of_its_loss(name, shape):
+    generator = torch.Generator().manual_seed(0)
+    at_half = name in ("probabilities", "squares")
+    scores = torch.rand(60, generator=generator)
+    scores = scores if at_half else 4 * scores - 2
+    targets = torch.randint(2, (60,), generator=generator)
+    model = nn.Module()
+    model.forward = lambda x: x.view(shape)  # type: ignore[method-assign]
+    pairs = list(zip(scores.split(7), targets.split(7), strict=True))
+    result = evaluate(model, ONE_OUTPUT[name], pairs, SerialCommunicator())
+    expected = ((scores > (0.5 if at_half else 0.0)) == targets.bool()).double().mean()
+    assert result.accuracy == pytest.approx(expected.item())
+    assert result.loss == pytest.approx(ONE_OUTPUT[name](scores, targets).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("shape", "classes", "fits"),
+    [
+        ((8, 3), 3, True),
+        ((8, 5), 3, True),
+        ((8, 2), 3, False),
+        ((8, 1), 3, False),
+        ((8,), 3, False),
+        ((8, 1), 2, True),
+        ((8,), 2, True),
+        ((4, 2), 2, False),
+        ((8, 2, 2), 2, False),
+        ((), 2, False),
+    ],
+)
+def test_outputs_whose_accuracy_cannot_be_measured_are_refused(shape, classes, fits):
+    def check():
+        require_scores(torch.zeros(shape), 8, classes, "model.name = 'm:n'", "train.loss = 'm:l'")
+
+    if fits:
+        check()
+    else:
+        with pytest.raises(UsageError, match=rf"m:n.*{re.escape(str(list(shape)))}.*expected one"):
+            check()
+
+
+def test_cross_entropy_needs_two_outputs_for_two_classes():
+    with pytest.raises(UsageError, match=r"\[8, 1\] for 8 samples of 2 classes"):
+        require_scores(torch.zeros(8, 1), 8, 2, "a model", "train.loss = 'cross_entropy'")
+
+
+@pytest.mark.parametrize("values", [(torch.inf, -torch.inf), (torch.nan, 1.0)])
+def test_a_loss_that_is_not_finite_is_reported_as_such(model, values):
+    losses = iter([torch.tensor(value) for value in values])
+    result = evaluate(model, lambda *_: next(losses), batches()[:2], SerialCommunicator())
+    assert not math.isfinite(result.loss)
+    assert 0 <= result.accuracy <= 1

@@ -139,3 +139,25 @@ def test_a_smaller_hessian_sample_is_a_prefix_of_a_larger_one(dataset):
     assert inputs.shape == (4, 1, 8, 8)
     everything = hessian_sample(settings, loader(settings, dataset), stream, 10**6)
     assert sorted(everything.indices) == list(range(stream.samples))
+
+
+class OwnMode(nn.Sequential):
+    """Keeps its batch norm frozen, and is built in evaluation mode."""
+
+    def __init__(self):
+        super().__init__(
+            nn.Flatten(), nn.Linear(64, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 10)
+        )
+        self.eval()
+
+    def train(self, mode=True):
+        super().train(mode)
+        self[2].eval()
+        return self
+
+
+def test_a_model_is_put_into_training_mode_by_its_own_method(dataset):
+    name = f'model={{name = "{__name__}:OwnMode"}}'
+    model, _ = build_model_and_loss(job(name), dataset, CPU)
+    assert [layer.training for layer in model] == [True, True, False, True, True]
+    assert model.training

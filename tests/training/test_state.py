@@ -10,11 +10,12 @@ from torch import nn
 
 from hpc_absa.checkpoint import Group, read, write
 from hpc_absa.checkpoint.async_checkpointer import HostCopies
-from hpc_absa.errors import CheckpointError
+from hpc_absa.comm import SerialCommunicator
+from hpc_absa.errors import CheckpointError, CollectiveError, ExitStatus
 from hpc_absa.progress import Position, Progress
 from hpc_absa.records import ScheduleState
 from hpc_absa.schedules.noise import NoiseState
-from hpc_absa.training.state import TrainState
+from hpc_absa.training.state import TrainState, digest, require_equal
 
 PROGRESS = Progress(
     Position(microbatch=12, step=5, boundary=2),
@@ -160,3 +161,83 @@ def test_a_schedule_state_with_former_attribute_names_is_restored():
     assert attributes.pop("patience_count") == attributes["waited"] == 1
     old = replace(content, groups={**content.groups, "schedule": Group(attributes)})
     assert restored(old, untrained()).progress == PROGRESS
+
+
+# Comparison over ranks
+
+
+class Rank(SerialCommunicator):
+    """One of two ranks; gathers what both give."""
+
+    size = 2
+
+    def __init__(self, other):
+        self.mine, self.other = [], iter(other)
+
+    def allgather_object(self, value):
+        self.mine.append(value)
+        return [value, next(self.other, value)]
+
+
+def compared(one, other):
+    """The error on rank 0 if rank 1 has `other`."""
+    probe = Rank([0, {}])
+    with pytest.raises(CollectiveError):
+        require_equal(other, probe)
+    with pytest.raises(CollectiveError) as error:
+        require_equal(one, Rank(probe.mine))
+    return error.value
+
+
+@pytest.mark.parametrize("key", [("model", "1.running_mean"), ("optimizer", "momentum.0.weight")])
+def test_a_tensor_that_differs_between_ranks_is_named(key):
+    one, other = trained().tensors(), trained().tensors()
+    require_equal(one, Rank([]))
+    with torch.no_grad():
+        other[key].view(-1)[-1] += 1e-7
+    error = compared(one, other)
+    assert str(error).startswith(f"{key[0]}/{key[1]} differs between rank 0 and rank 1")
+    assert error.status == ExitStatus.FAILED
+
+
+def test_a_tensor_that_only_one_rank_has_is_named():
+    one = trained().tensors()
+    missing = {key: value for key, value in one.items() if key != ("model", "2.bias")}
+    assert str(compared(one, missing)).startswith("model/2.bias differs")
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.bool, torch.complex64],
+)
+@pytest.mark.parametrize("shape", [(), (3,), (2, 3, 4, 5), (30_000,)])
+def test_the_digest_depends_on_each_element_and_not_on_the_memory_format(dtype, shape):
+    torch.manual_seed(0)
+    tensor = torch.randn(shape, dtype=torch.float32).to(dtype)
+    same = tensor.clone()
+    if len(shape) == 4:
+        same = same.to(memory_format=torch.channels_last)
+    assert digest(tensor) == digest(same)
+    last = tuple(-1 for _ in shape)
+    same[last] = ~same[last] if dtype == torch.bool else 7
+    assert digest(tensor) != digest(same)
+
+
+class WithExtraState(nn.Linear):
+    calls = 0
+
+    def get_extra_state(self):
+        return torch.tensor(self.calls)
+
+    def set_extra_state(self, state):
+        self.calls = int(state)
+
+
+def test_an_extra_state_that_is_a_tensor_is_restored():
+    def state(calls):
+        model = WithExtraState(2, 2)
+        model.calls = calls
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        return TrainState(model, optimizer, INITIAL)
+
+    assert restored(saved(state(5)), state(0)).model.calls == 5

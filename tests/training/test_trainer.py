@@ -13,10 +13,13 @@ from hpc_absa.checkpoint import read
 from hpc_absa.checkpoint.manager import saved_phase
 from hpc_absa.comm import SerialCommunicator
 from hpc_absa.data.loader import Microbatch
+from hpc_absa.errors import CollectiveError, ExitStatus, UsageError
 from hpc_absa.plan import plan
 from hpc_absa.progress import Step
 from hpc_absa.records import PhaseOutcome
+from hpc_absa.report.history import load as load_history
 from hpc_absa.rundir import RunDir
+from hpc_absa.status import status
 from hpc_absa.training.clock import Clock
 from hpc_absa.training.reduction import OverlappedReduction
 from hpc_absa.training.step import Flags, StepEngine
@@ -430,3 +433,70 @@ def test_mixed_precision_computes_in_bfloat16_and_keeps_weights_and_loss_in_floa
     plain = take_step(classifier(), microbatches(1))
     assert run.result.loss == pytest.approx(plain.result.loss, rel=0.02)
     assert run.result.loss != plain.result.loss
+
+
+# Runs that learn nothing
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("schedule.base_batch=600", "schedule.max_batch=600"),
+        ("train.epochs=1", "schedule.base_batch=152", "schedule.max_batch=304"),
+    ],
+)
+def test_fewer_samples_than_a_batch_are_refused_before_training(tmp_path, overrides):
+    with pytest.raises(CollectiveError, match=r"a global batch of .* no step") as error:
+        runs.train(tmp_path, *overrides)
+    assert error.value.status == ExitStatus.USAGE
+    with pytest.raises(UsageError, match="no step can be taken"):
+        plan(config.parse(runs.JOB, "test", overrides), SAMPLES, 4)
+    assert runs.kinds(tmp_path) == []
+
+
+def exploding(trainer, step):
+    """Make the weights infinite after this step."""
+    end_step = trainer.run.end_step
+
+    def explode(item, result):
+        end_step(item, result)
+        if trainer.run.state.progress.position.step == step:
+            next(trainer.model.parameters()).data.fill_(torch.inf)
+
+    trainer.run.end_step = explode
+    return trainer
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
+    trainer = exploding(runs.trainer(tmp_path), 4)
+    with pytest.raises(CollectiveError, match=r"the loss is not finite at step 5 \(") as error:
+        trainer.train()
+    assert error.value.status == ExitStatus.FAILED
+    assert runs.kinds(tmp_path) == ["phase_start", "nonfinite_loss"]
+    (event,) = events(tmp_path, "nonfinite_loss")
+    assert (event["step"], event["action"]) == (5, "stop")
+    current = status(tmp_path)
+    assert current.state == "failed"
+    assert current.explanation.endswith("The loss is not finite since step 5.")
+
+
+def test_weights_that_the_last_step_made_infinite_end_the_run(tmp_path):
+    trainer = exploding(runs.trainer(tmp_path), 19)  # the last one
+    with pytest.raises(CollectiveError, match="the test loss is not finite at step 19"):
+        trainer.train()
+    assert "done" not in runs.kinds(tmp_path)
+
+
+def test_a_job_can_continue_with_a_loss_that_is_not_finite(tmp_path):
+    trainer = runs.trainer(tmp_path, "train.on_nonfinite_loss=continue")
+    console = trainer.run.log._console
+    assert exploding(trainer, 4).train().kind == "done"
+    (event,) = events(tmp_path, "nonfinite_loss")
+    assert (event["step"], event["action"]) == (5, "continue")
+    printed = console.getvalue()
+    assert printed.count("warning: the loss is not finite at step 5") == 1
+    assert "· loss not finite since step 5" in printed.splitlines()[-1]
+    current = status(tmp_path)
+    assert current.state == "done"
+    assert current.explanation == "The job is done. The loss is not finite since step 5."
+    assert "The loss is not finite since step 5." in load_history(tmp_path).missing

@@ -26,6 +26,7 @@ from hpc_absa import config
 from hpc_absa.checkpoint import read
 from hpc_absa.comm import SerialCommunicator
 from hpc_absa.curvature.estimate import Estimate, estimate_eigenvalue
+from hpc_absa.curvature.operator import Loss
 from hpc_absa.plan import stream_of
 from hpc_absa.records import Eigenvalue, Observation
 from hpc_absa.rundir import RunDir
@@ -39,7 +40,6 @@ from hpc_absa.training.setup import (
     open_data,
 )
 from hpc_absa.training.state import load_model
-from hpc_absa.training.step import Loss
 
 THRESHOLDS = (0.25, 0.5, 0.8, 0.9, 0.95, 1.05, 1.1, 1.25, 2.0, 4.0)
 """Relative to the converged λ; from 1 on the run would grow."""

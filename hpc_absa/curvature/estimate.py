@@ -10,21 +10,23 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from hpc_absa.comm import Communicator
-from hpc_absa.curvature import eigen
+from hpc_absa.curvature import eigen, fast
 from hpc_absa.curvature.operator import (
     HessianOperator,
     HessianSample,
     Interrupted,
     Loss,
     evaluation_mode,
+    trainable_parameters,
     uses_batch_statistics,
 )
 from hpc_absa.records import Eigenvalue
@@ -33,8 +35,11 @@ __all__ = ["Estimate", "HessianSample", "Interrupted", "estimate_eigenvalue"]
 
 Method = Literal["lanczos", "power"]
 
-CPU_MICROBATCH = 64
-"""Samples: a CPU takes 10 % less time for a product by 64 than by 128 (`docs/curvature.md`)."""
+PIECE_BYTES = 128 << 20
+"""Activations of the samples that a CPU differentiates at a time: 64 for a ResNet-20, where a
+product takes 10 % less time than by 128 (`benchmarks/curvature.md`); a perceptron's whole batch."""
+KEEP_BYTES = 64 << 20
+"""Activations whose graphs are always kept; a graph takes some four times as much."""
 COARSE_FRACTION = 8
 """The search starts on this part of the sample, where a product costs as much less."""
 COARSE_SAMPLES = 16
@@ -42,11 +47,18 @@ COARSE_SAMPLES = 16
 COARSE_TOLERANCE = 0.05
 """Of the coarse search: only its vector is used, and the sampling error is larger than this."""
 COARSE_MAX_ITER = 6
+COARSE_OVERLAP = 1.0
+"""As `OVERLAP`, for the coarse search's own tolerance."""
 COARSE_MARGIN = 2.0
 """A coarse value this many times the threshold is above it: on 16 to 64 samples the eigenvalue is
 1.0 to 1.5 times the whole sample's (`docs/curvature.md`)."""
-NOISE = 0.01
-"""Share of noise in a start vector. It costs at most its square, 1e-4, in the eigenvalue."""
+COARSE_NOISE = 0.1
+"""Random part of the coarse search's start."""
+OVERLAP = 0.03
+"""Assumed of the coarse search's vector: its component along the top eigenvector is at least this
+share of its component along the vector found. Then at most 1 of 200 estimates is outside the
+tolerance on networks (`benchmarks/curvature.md`). Assuming nothing takes up to twice the products.
+"""
 
 
 @dataclass(frozen=True)
@@ -92,9 +104,8 @@ def estimate_eigenvalue(
     A collective, with equal arguments and data on all ranks. The model is evaluated in evaluation
     mode and left bit for bit as it was.
 
-    With `lanczos` the search begins on an eighth of the sample, from its gradient and `start`. The
-    vector found there starts the search on the whole sample, which then takes two or three
-    products.
+    With `lanczos` the search begins on an eighth of the sample, from `start` or its gradient. The
+    vector computed there starts the search on the whole sample.
 
     Args:
         model: on the device the sample loads to.
@@ -103,19 +114,21 @@ def estimate_eigenvalue(
         comm: communicator.
         method: `lanczos` or `power`.
         samples: N, at most `sample.size`.
-        microbatch: samples differentiated at a time at most; on a CPU at most `CPU_MICROBATCH`,
-            which fits its caches better. It does not depend on the number of ranks.
+        microbatch: samples differentiated at a time at most; on a CPU fewer if their activations
+            exceed `PIECE_BYTES`. It does not depend on the number of ranks.
         tol: relative error at which the estimate counts as converged.
         max_iter: maximum number of products with the whole sample's Hessian.
         start: [P], the vector of the previous estimate, or None.
         threshold: the caller only needs to know whether λ > threshold. A Rayleigh quotient above it
             proves that, as it is never above λ; a coarse value above `COARSE_MARGIN` times the
             threshold is accepted as well. The estimate then ends unconverged, with
-            `eigenvalue.stopped_above_threshold`.
+            `eigenvalue.stopped_above_threshold`. A value below the threshold converges only if its
+            upper bound is below, too.
         poll: called before each product, with the same result on all ranks; True interrupts.
         keep_samples: samples per rank whose autograd graph stays in memory between products, where
-            a product costs two gradients instead of three. By default one and a half microbatches:
-            an estimate then takes about twice the memory of a training step.
+            a product costs two gradients instead of three. By default one and a half microbatches
+            (an estimate then takes about twice the memory of a training step), or more as long as
+            their activations are within `KEEP_BYTES`.
         reproducible: value and vector are bit for bit the same for any power-of-two number of
             ranks.
 
@@ -126,41 +139,46 @@ def estimate_eigenvalue(
     if method not in ("lanczos", "power"):
         raise ValueError(f"method: expected 'lanczos' or 'power', got {method!r}")
     begin = time.perf_counter()
-    keep_samples = 3 * microbatch // 2 if keep_samples is None else keep_samples
     coarse_samples = max(COARSE_SAMPLES, samples // COARSE_FRACTION)
     batch_statistics = uses_batch_statistics(model)
     if batch_statistics:  # the Hessian then depends on the microbatch: it is that of training
         coarse_samples = max(coarse_samples, microbatch)
-    coarse_microbatch = min(microbatch, coarse_samples)
-    if next(model.parameters()).device.type == "cpu" and not batch_statistics:
-        microbatch = min(microbatch, CPU_MICROBATCH)
-        coarse_microbatch = min(coarse_microbatch, COARSE_SAMPLES)
 
     def solver(samples: int, microbatch: int) -> _Solver:
         operator = HessianOperator(
             model, loss_fn, sample, comm, samples=samples, microbatch=microbatch, poll=poll,
-            keep_graphs=max(1, keep_samples // max(microbatch, 1)), reproducible=reproducible,
+            keep_graphs=max(1, kept_samples // max(microbatch, 1)), reproducible=reproducible,
         )  # fmt: skip
         return _Solver(operator, method)
 
     with evaluation_mode(model):
+        sample_bytes = activation_bytes(model, sample, microbatch)
+        kept_samples = max(3 * microbatch // 2, KEEP_BYTES // sample_bytes)
+        if keep_samples is not None:
+            kept_samples = keep_samples
+        coarse_microbatch = min(microbatch, coarse_samples)
+        if next(model.parameters()).device.type == "cpu" and not batch_statistics:
+            piece = max(1, PIECE_BYTES // sample_bytes)
+            microbatch = min(microbatch, piece)
+            coarse_microbatch = min(coarse_microbatch, max(COARSE_SAMPLES, piece // 4))
         used = solver(samples, microbatch)
         processed = coarse_matvecs = 0
         result: eigen.Result | None = None
         if method == "lanczos" and 2 * coarse_samples <= samples:
             coarse = solver(coarse_samples, coarse_microbatch)
-            limit = None if threshold is None else COARSE_MARGIN * threshold
-            starts = coarse.starts(start)
-            result = coarse.solve(starts, COARSE_TOLERANCE, COARSE_MAX_ITER, limit)
+            result = coarse.solve(
+                coarse.start(start, COARSE_NOISE), COARSE_TOLERANCE, COARSE_MAX_ITER,
+                None if threshold is None else COARSE_MARGIN * threshold, COARSE_OVERLAP,
+            )  # fmt: skip
             coarse.operator.close()
             used.operator.plan = coarse.operator.plan
             if result.stopped or math.isnan(result.top.value):
                 used = coarse
             else:
                 processed, coarse_matvecs = coarse.operator.samples_processed, result.matvecs
-                result = used.solve([result.top.vector], tol, max_iter, threshold)
+                result = used.solve(result.top.vector, tol, max_iter, threshold, OVERLAP)
         if result is None:
-            result = used.solve(used.starts(start), tol, max_iter, threshold)
+            result = used.solve(used.start(start), tol, max_iter, threshold)
         sampling_error = used.sampling_error(result)
     top = result.top
     value = Eigenvalue(
@@ -183,6 +201,32 @@ def estimate_eigenvalue(
     )
 
 
+_ACTIVATION_BYTES: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+
+
+def activation_bytes(model: nn.Module, sample: HessianSample, microbatch: int) -> int:
+    """Bytes that autograd saves per sample in a forward pass, without the parameters'.
+
+    Measured once for each model, on a microbatch as training has it.
+    """
+    if model not in _ACTIVATION_BYTES:
+        count = max(1, min(microbatch, sample.size))
+        leaves = {n: fast.leaf(p, fast.PLAIN) for n, p in trainable_parameters(model).items()}
+        fixed = {t.untyped_storage().data_ptr() for t in (*leaves.values(), *model.parameters())}
+        saved: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            saved[tensor.untyped_storage().data_ptr()] = tensor.nbytes
+            return tensor.detach()
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            outputs = fast.forward(model, sample.load(0, count)[0], leaves, fast.PLAIN)
+        del outputs
+        total = sum(size for storage, size in saved.items() if storage not in fixed)
+        _ACTIVATION_BYTES[model] = max(1, total // count)
+    return _ACTIVATION_BYTES[model]
+
+
 class _Solver:
     """An eigensolver on one Hessian that records the products of the microbatches."""
 
@@ -193,45 +237,31 @@ class _Solver:
         self.products: list[Tensor] = []
         """[M, number of vectors] for each v_j: `v_iᵀ ∇²L_m v_j` of this rank's microbatches m."""
 
-    def starts(self, previous: Tensor | None) -> list[Tensor]:
-        """The previous vector, where it fits the model, and the gradient."""
+    def start(self, previous: Tensor | None, noise: float = 1.0) -> Tensor:
+        """The previous vector, where it fits the model, or the gradient; with noise."""
         operator = self.operator
-        starts = []
         if previous is not None and previous.numel() == operator.size:
-            starts.append(previous.to(operator.device, operator.dtype))
-        return [*starts, operator.gradient()]
+            vector = previous.to(operator.device, operator.dtype)
+        else:
+            vector = operator.gradient()
+        return eigen.randomized(vector, noise, broadcast=operator.comm.broadcast_)
 
     def solve(
-        self, starts: Sequence[Tensor], tol: float, max_iter: int, threshold: float | None
+        self,
+        start: Tensor,
+        tol: float,
+        max_iter: int,
+        threshold: float | None,
+        overlap: float | None = None,
     ) -> eigen.Result:
-        """Search from `starts`; a Ritz value above `threshold` ends the search."""
-        stop = None if threshold is None else (lambda value: value > threshold)
-        starts, broadcast = self._noisy(starts), self.operator.comm.broadcast_
-        limits: dict[str, Any] = {"tol": tol, "max_iter": max_iter, "stop": stop}
+        """Search from `start`; a Ritz value above `threshold` ends the search."""
+        limits: dict[str, Any] = {
+            "tol": tol, "max_iter": max_iter, "threshold": threshold,
+            "broadcast": self.operator.comm.broadcast_,
+        }  # fmt: skip
         if self.method == "power":
-            return eigen.power(self._matvec, starts[0], broadcast=broadcast, **limits)
-        return eigen.lanczos(self._matvec, starts, broadcast=broadcast, **limits)
-
-    def _noisy(self, starts: Sequence[Tensor]) -> list[Tensor]:
-        """Unit vectors with a little noise, the same on all ranks.
-
-        The noise keeps a start from being orthogonal to the top eigenvector by symmetry, and
-        replaces starts that are all zero or not finite.
-        """
-        operator = self.operator
-        # Made on the device; broadcast, because a GPU's random numbers depend on its model.
-        generator = torch.Generator(operator.device).manual_seed(0)
-        noise = torch.randn(
-            operator.size, generator=generator, dtype=operator.dtype, device=operator.device
-        )
-        noise = operator.comm.broadcast_(noise)
-        noise = noise / torch.linalg.vector_norm(noise)
-        lengths = [torch.linalg.vector_norm(vector) for vector in starts]
-        return [
-            vector / length + NOISE * noise
-            for vector, length in zip(starts, lengths, strict=True)
-            if math.isfinite(length) and length > 0
-        ] or [noise]
+            return eigen.power(self._matvec, start, **limits)
+        return eigen.lanczos(self._matvec, start, overlap=overlap, **limits)
 
     def _matvec(self, vector: Tensor) -> Tensor:
         self.vectors = [*self.vectors, vector] if self.method == "lanczos" else [vector]

@@ -196,7 +196,7 @@ def _top_eigenvalues(
     broadcast: eigen.Broadcast,
 ) -> TopEigenvalues:
     starts = [gradient, random_vector(gradient, 0)]
-    result = eigen.lanczos(matvec, starts, tol=tol, max_iter=max_iter, k=k, broadcast=broadcast)
+    result = eigen.leading(matvec, starts, tol=tol, max_iter=max_iter, k=k, broadcast=broadcast)
     return TopEigenvalues(
         np.array([pair.value for pair in result.pairs]),
         np.array([pair.residual for pair in result.pairs]),
@@ -211,8 +211,8 @@ def _top_eigenvalues(
 def _layer(operator: HessianOperator, name: str, tol: float) -> Layer:
     matvec, broadcast = operator.matvec, operator.comm.broadcast_
     gradient = operator.gradient()
-    start, limit = random_vector(gradient, 0), min(10, operator.size)
-    top = eigen.lanczos(matvec, [start], tol=tol, max_iter=limit, broadcast=broadcast).top
+    start = random_vector(gradient, 0)
+    top = eigen.lanczos(matvec, start, tol=tol, max_iter=10, broadcast=broadcast).top
     trace = hutchpp_trace(matvec, gradient, matvecs=9, broadcast=broadcast)
     density = spectral_density(matvec, gradient, steps=8, probes=2, points=80, broadcast=broadcast)
     return Layer(name, operator.size, top.value, top.residual, top.converged, trace, density)

@@ -75,7 +75,7 @@ def _check_same(dataset: PackedDataset, name: str, arguments: Mapping[str, Any])
 
 def packed_beside(root: Path) -> Path:
     """The default packed file of the data set in the folder `root`: `ROOT.h5`."""
-    root = Path(os.path.abspath(root.expanduser()))
+    root = Path(os.path.abspath(os.path.expanduser(root)))
     if not root.name:
         raise UsageError(f"{root}: expected the folder of a data set; or name the packed file")
     return root.with_name(f"{root.name}.h5")

@@ -110,8 +110,8 @@ def cancel(path: Path, now: bool) -> Iterator[str]:
         UsageError: there is no run, or nothing to cancel.
     """
     run = RunDir(path)
-    if not run.job.exists():
-        raise UsageError(f"{path}: not a run directory (no job.toml)")
+    if not run.is_run:
+        raise UsageError(f"{path}: not a run directory; name the folder given as --run-dir")
     if finished(run):
         raise UsageError(f"{path}: the run is done; there is nothing to cancel")
     run.stop_request.touch()

@@ -192,7 +192,7 @@ def open_data(job: Job, directory: RunDir, comm: Communicator) -> PackedDataset:
 
 def packed_path(job: Job, directory: RunDir) -> Path:
     """Where the packed form of the job's data is: the root itself, beside it, or in the run."""
-    root = Path(job.data.root).expanduser()
+    root = Path(os.path.expanduser(job.data.root))
     if root.suffix == ".h5":
         return root
     if job.data.root and os.access(packed_beside(root).parent, os.W_OK):
@@ -205,7 +205,7 @@ def _open(job: Job, packed: Path) -> PackedDataset:
         if job.data.root.endswith(".h5"):
             raise UsageError(f"data.root = {job.data.root!r}: no such file")
         packed.parent.mkdir(parents=True, exist_ok=True)
-    root = Path(job.data.root).expanduser() if job.data.root else None
+    root = Path(os.path.expanduser(job.data.root)) if job.data.root else None
     own = plugins.is_reference(job.data.name)
     with plugins.user_code(f"data.name = {job.data.name!r}") if own else nullcontext():
         dataset = prepare(job.data.name, root, job.data.arguments, packed)
@@ -352,6 +352,7 @@ def _require_same_job(
 def _resized_from(directory: RunDir) -> Event | None:
     """The `phase_end` event of the phase before, if that ended to continue with more ranks."""
     last = directory.log.last("phase_end", "failure")
-    if last and last["event"] == "phase_end" and last.get("outcome") == "resize":
-        return last
-    return None
+    if last is None or last["event"] != "phase_end" or last.get("outcome") != "resize":
+        return None
+    numbers = (last.get("ranks"), last.get("time"))
+    return last if all(isinstance(number, int | float) for number in numbers) else None

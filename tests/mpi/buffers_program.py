@@ -27,7 +27,7 @@ def main(folder, *names):
     torch.set_num_threads(1)
     comm = connect()
     for index, name in enumerate(names):
-        steps = random_models.data(4, PER_STEP, dtype=torch.float64)
+        steps = random_models.data(2, PER_STEP, dtype=torch.float64)
         reduction = (OverlappedReduction, ReproducibleReduction)[index % 2]
         model = ours(build(name), steps, 0.05, comm, reduction)
         require_equal({("model", k): v for k, v in model.state_dict().items()}, comm)

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from hpc_absa.data.order import microbatch_seed
 from hpc_absa.errors import ExitStatus
-from hpc_absa.training.step import _microbatch_seed
 from tests.mpi.buffers_program import PER_STEP, build
 from tests.mpi.jobs import write_job
 from tests.training import random_models
@@ -14,15 +14,15 @@ from tests.training import random_models
 pytestmark = pytest.mark.mpi
 
 PROGRAM = Path(__file__).with_name("buffers_program.py")
-NAMES = [*random_models.LAYERS, "3", "5", "7", "11"]
+NAMES = [*random_models.LAYERS, "3", "7"]
 
 
 def test_two_ranks_end_as_a_plain_loop_of_pytorch(mpirun, tmp_path):
-    mpirun(2, PROGRAM, tmp_path, *NAMES, timeout=240)
+    mpirun(2, PROGRAM, tmp_path, *NAMES, timeout=280)
     for index, name in enumerate(NAMES):
         plain = build(name)
-        steps = random_models.data(4, PER_STEP, dtype=torch.float64)
-        random_models.plain_loop(plain, steps, 0.05, lambda k: _microbatch_seed(0, k))
+        steps = random_models.data(2, PER_STEP, dtype=torch.float64)
+        random_models.plain_loop(plain, steps, 0.05, lambda k: microbatch_seed(0, k))
         state = torch.load(tmp_path / f"{index}.pt")
         torch.testing.assert_close(
             state,

@@ -8,7 +8,7 @@ import sys
 from datetime import datetime
 from pathlib import Path
 
-from hpc_absa.report.timing import cost
+from hpc_absa.report.timing import account, cost
 from hpc_absa.rundir import RunDir
 from tests.mpi.conftest import find_mpirun, mpi_environment
 from tests.mpi.jobs import write_job
@@ -89,7 +89,8 @@ class ChainRun(Supervised):
                     datetime.fromisoformat(record[k]).timestamp() for k in ("StartTime", "EndTime")
                 )
                 theirs += (end - begin) * int(record["ProcCnt"])
-        spent = cost(self.run.log.read())
+        written = self.run.log.read()
+        spent = cost(written, account(written))
         assert spent.chained
         overhead = 8.0 * sum(jobs.values())
         assert theirs - overhead <= spent.charged <= theirs + sum(jobs.values())

@@ -123,10 +123,10 @@ class Cluster:
         """Start one node's slurmd."""
         self._spawn("slurmd", "-D", "-N", name, key=name)
 
-    def kill(self, name: str) -> None:
-        """End one daemon (`slurmctld` or a node's name) by SIGKILL, as a crash would."""
+    def kill(self, name: str, number: signal.Signals = signal.SIGKILL) -> None:
+        """End one daemon (`slurmctld` or a node's name): by SIGKILL, as a crash would."""
         daemon = self._daemons.pop(name)
-        daemon.kill()
+        daemon.send_signal(number)
         daemon.wait()
 
     def stop(self) -> None:

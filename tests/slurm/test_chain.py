@@ -158,10 +158,13 @@ def test_a_preempted_job_loses_nothing(cluster, tmp_path, long_weights):
 
 
 def test_a_restarted_controller_is_waited_for(cluster, tmp_path, weights):
-    """It is down at the decision of the first phase, and up again some seconds later."""
+    """It is down at the decision of the first phase, and up again some seconds later.
+
+    SIGTERM, so that it saves its jobs: killed, it may forget one submitted a moment before.
+    """
     chain = ChainRun(cluster, tmp_path).start()
     chain.wait_for("phase_start")
-    cluster.kill("slurmctld")
+    cluster.kill("slurmctld", signal.SIGTERM)
     chain.wait_for("phase_end")
     cluster.start_controller()
     code, output = chain.finish()

@@ -19,7 +19,7 @@ from tests.supervisor.digits import PATH, digits, save
 @pytest.fixture
 def run(tmp_path):
     run = RunDir(tmp_path / "run").create()
-    run.job.write_text(PATH.read_text())
+    run.write_job(PATH.read_text())
     return run
 
 
@@ -249,6 +249,13 @@ def test_cancel_without_a_chain_leaves_a_stop_request(run):
         list(cancel(run.path, now=False))
     with pytest.raises(UsageError, match="not a run directory"):
         list(cancel(run.path / "none", now=False))
+
+
+def test_cancel_writes_nothing_into_a_folder_with_the_users_own_job_file(tmp_path):
+    (tmp_path / "job.toml").write_text('name = "mine"\n')
+    with pytest.raises(UsageError, match="not a run directory"):
+        list(cancel(tmp_path, now=False))
+    assert [path.name for path in tmp_path.iterdir()] == ["job.toml"]
 
 
 def test_a_folder_with_a_pending_job_is_not_removed(slurm, run):

@@ -5,11 +5,12 @@ import torch
 from torch import nn
 
 from hpc_absa.comm import SerialCommunicator
+from hpc_absa.data.order import microbatch_seed
 from hpc_absa.progress import Step
 from hpc_absa.training.buffers import Collected, ModelBuffers
 from hpc_absa.training.clock import Clock
 from hpc_absa.training.reduction import OverlappedReduction, ReproducibleReduction
-from hpc_absa.training.step import Flags, StepEngine, _microbatch_seed
+from hpc_absa.training.step import Flags, StepEngine
 from tests.training import random_models
 
 
@@ -141,7 +142,7 @@ def require_same_as_plain_loop(names, seed, per_step, dtype, reduction=Overlappe
     model, plain = (random_models.build(seed, names).to(dtype) for _ in range(2))
     steps = random_models.data(4, per_step, dtype=dtype)
     ours(model, steps, 0.05, reduction=reduction)
-    random_models.plain_loop(plain, steps, 0.05, lambda k: _microbatch_seed(0, k))
+    random_models.plain_loop(plain, steps, 0.05, lambda k: microbatch_seed(0, k))
     tolerance = {"rtol": 1e-9, "atol": 1e-12} if dtype == torch.float64 else {}
     if dtype == torch.float32:
         tolerance = {"rtol": 1e-3, "atol": 1e-5}
@@ -179,7 +180,7 @@ def test_compiled_and_scripted_models_end_as_in_a_plain_loop(how):
     model, plain = transformed(how), random_models.build(1, names).double()
     steps = random_models.data(3, 3, dtype=torch.float64)
     ours(model, steps, 0.05)
-    random_models.plain_loop(plain, steps, 0.05, lambda k: _microbatch_seed(0, k))
+    random_models.plain_loop(plain, steps, 0.05, lambda k: microbatch_seed(0, k))
     state = {k.removeprefix("_orig_mod."): v for k, v in model.state_dict().items()}
     torch.testing.assert_close(state, dict(plain.state_dict()), rtol=1e-9, atol=1e-12)
 

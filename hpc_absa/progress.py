@@ -196,9 +196,9 @@ class Progress:
     epoch: int = 0
     """Epochs finished and evaluated."""
     epoch_loss: float = 0.0
-    """Sum of the training loss over the samples of the current epoch."""
-    epoch_samples: int = 0
-    """Samples behind `epoch_loss`."""
+    """Sum of the training loss over the current epoch."""
+    epoch_samples: float = 0
+    """What `epoch_loss` is divided by: samples, or the loss's own denominators."""
     eigenvalue: float | None = None
     """The last estimate."""
     test_accuracy: float | None = None

@@ -44,7 +44,11 @@ def mean_and_denominator(
     Raises:
         CurvatureError: the loss is not one real number.
     """
-    result = loss_fn(outputs, targets)
+    return split(loss_fn, loss_fn(outputs, targets), targets, samples)
+
+
+def split(loss_fn: Loss, result: Any, targets: Any, samples: int) -> tuple[Tensor, float]:
+    """As `mean_and_denominator`, of a result that `loss_fn` has returned."""
     if isinstance(result, tuple):
         if len(result) != 2:
             raise CurvatureError(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hpc_absa.comm import Communicator
+from hpc_absa.curvature.loss import mean_and_denominator
 from hpc_absa.errors import UsageError
 
 CROSS_ENTROPY = "train.loss = 'cross_entropy'"
@@ -22,7 +23,7 @@ class Evaluation:
     accuracy: float
     """Fraction of test samples whose predicted class is the target."""
     loss: float
-    """Mean over the test samples."""
+    """Mean over the test samples, or the sum divided by the loss's own denominators."""
 
 
 def predictions(outputs: Tensor, threshold: float) -> Tensor:
@@ -90,7 +91,7 @@ def evaluate(
     training = [module for module in model.modules() if module.training]
     model.eval()
     correct = samples = 0
-    losses = []
+    losses: list[tuple[float, float]] = []
     threshold: float | None = None
     try:
         with torch.no_grad():  # tensors of inference mode could remain in a module's cache
@@ -100,12 +101,15 @@ def evaluate(
                     threshold = threshold_of(loss, outputs) if outputs[0].numel() == 1 else 0.0
                 correct += int((predictions(outputs, threshold) == targets).sum())
                 samples += len(targets)
-                losses.append(loss(outputs, targets).item() * len(targets))
+                mean, denominator = mean_and_denominator(loss, outputs, targets, len(targets))
+                if denominator:
+                    losses.append((mean.item() * denominator, denominator))
     finally:
         for module in training:
             module.training = True
     ranks = comm.allgather_object((correct, samples, losses))
     samples = max(1, sum(count for _, count, _ in ranks))
-    each = [loss for _, _, losses in ranks for loss in losses]
+    each = [loss for _, _, losses in ranks for loss, _ in losses]
     total = math.fsum(each) if all(map(math.isfinite, each)) else sum(each)
-    return Evaluation(sum(right for right, _, _ in ranks) / samples, total / samples)
+    denominator = math.fsum(d for _, _, losses in ranks for _, d in losses) or 1.0
+    return Evaluation(sum(right for right, _, _ in ranks) / samples, total / denominator)

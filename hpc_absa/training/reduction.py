@@ -37,8 +37,11 @@ class Reduction(Protocol):
         """Encloses a backward pass; `last` for this rank's last microbatch of the step."""
         ...
 
-    def end_lane(self, sums: Tensor) -> None:
-        """The microbatches of one lane are done; `sums` [S] is what they add beside gradients."""
+    def end_lane(self, sums: Tensor | None) -> None:
+        """The microbatches of one lane are done; `sums` [S] is what they add beside gradients.
+
+        None for a lane without microbatches.
+        """
         ...
 
     def finish(self, sums: Tensor, flags: Tensor) -> tuple[Tensor, Tensor]:
@@ -105,7 +108,7 @@ class OverlappedReduction:
         finally:
             self._last = False
 
-    def end_lane(self, sums: Tensor) -> None:
+    def end_lane(self, sums: Tensor | None) -> None:
         """There is one lane."""
 
     def finish(self, sums: Tensor, flags: Tensor) -> tuple[Tensor, Tensor]:
@@ -207,10 +210,9 @@ class ReproducibleReduction:
     def backward(self, *, last: bool) -> Iterator[None]:
         yield
 
-    def end_lane(self, sums: Tensor) -> None:
+    def end_lane(self, sums: Tensor | None) -> None:
         """Add this lane to the tree; an empty lane would add exact zeros and is left out."""
-        present = any(parameter.grad is not None for parameter in self._parameters)
-        self._tree.add(self._take_gradients(sums) if present else None)
+        self._tree.add(None if sums is None else self._take_gradients(sums))
 
     def finish(self, sums: Tensor, flags: Tensor) -> tuple[Tensor, Tensor]:
         total = self._tree.total()

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 from hpc_absa.adversarial.fgsm import perturb
 from hpc_absa.curvature.check import check_curvature
+from hpc_absa.curvature.loss import split
+from hpc_absa.curvature.twice import CurvatureError
 from hpc_absa.errors import CollectiveError, ExitStatus, UsageError
 from hpc_absa.plugins import user_code
 from hpc_absa.training.evaluate import CROSS_ENTROPY, require_scores
@@ -66,8 +68,9 @@ def _rehearse(trainer: Trainer) -> None:
         if loss_name == CROSS_ENTROPY:
             require_scores(outputs, b, len(dataset.classes), model_name, loss_name)
         with user_code(f"{loss_name}: called with {_shape(outputs)} and targets [{b}]"):
-            loss = trainer.loss(outputs, targets)
-        _require_loss(loss, loss_name)
+            result = trainer.loss(outputs, targets)
+        loss = _require_loss(result, loss_name)
+        _require_denominator(trainer.loss, result, targets, b, loss_name)
         if not progress.position.step and run.options.on_nonfinite_loss == "stop":
             _require_finite(loss, model_name, loss_name)
         with user_code(f"{model_name}: its backward pass"):
@@ -143,13 +146,24 @@ def _require_real(model: nn.Module, name: str) -> None:
             )
 
 
-def _require_loss(loss: Any, name: str) -> None:
+def _require_loss(result: Any, name: str) -> Tensor:
+    """The value to differentiate: the mean, or the sum."""
+    loss = result[0] if isinstance(result, tuple) and len(result) == 2 else result
     if not isinstance(loss, Tensor) or loss.dim():
         raise UsageError(
-            f"{name}: it returned {_shape(loss)}, expected one number, the mean over the samples"
+            f"{name}: it returned {_shape(loss)}, expected one number, the mean over the samples, "
+            "or (sum, denominator)"
         )
     if not loss.requires_grad:
         raise UsageError(f"{name}: its value does not depend on a trainable parameter")
+    return loss
+
+
+def _require_denominator(loss_fn: Any, result: Any, targets: Any, samples: int, name: str) -> None:
+    try:
+        split(loss_fn, result, targets, samples)
+    except CurvatureError as error:
+        raise UsageError(f"{name}: {error}") from error
 
 
 def _require_finite(loss: Tensor, model: str, name: str) -> None:

@@ -10,7 +10,7 @@ training loop owns the model, the data, the loss and the optimizer, and calls th
             step = run.begin_step(item)
             for k in step.microbatches:
                 with step.forward():
-                    loss = ...  # the mean over microbatch k
+                    loss = ...  # the mean over microbatch k, or (sum, denominator)
                 step.backward(loss, samples)
             run.end_step(item, step.optimize())
             continue
@@ -221,7 +221,7 @@ class Run:
             progress.after_step(step),
             schedule=schedule,
             epoch_loss=progress.epoch_loss + result.loss,
-            epoch_samples=progress.epoch_samples + result.samples,
+            epoch_samples=progress.epoch_samples + result.denominator,
         )
         self._flags = result.flags
         if self._previous_phase:
@@ -233,7 +233,7 @@ class Run:
                 seconds=time.time() - self._previous_phase["time"],
             )
             self._previous_phase = None
-        self.log.progress(self._progress_line(result.loss / max(result.samples, 1)))
+        self.log.progress(self._progress_line(result.loss / (result.denominator or 1.0)))
 
     # Boundaries
 
@@ -250,7 +250,7 @@ class Run:
         progress = self.state.progress
         if not math.isfinite(loss) and not _finite(self.state.model):
             self._require_finite("test loss", loss, progress.position.step)
-        train_loss = progress.epoch_loss / max(progress.epoch_samples, 1)
+        train_loss = progress.epoch_loss / (progress.epoch_samples or 1.0)
         epoch = round(boundary.epoch)
         self.state.progress = replace(
             progress, epoch=epoch, epoch_loss=0.0, epoch_samples=0, test_accuracy=accuracy

@@ -21,6 +21,7 @@ from hpc_absa.checkpoint.restore import newest_good
 from hpc_absa.comm import Communicator, raise_on_all_ranks
 from hpc_absa.config import Job
 from hpc_absa.curvature.estimate import estimate_eigenvalue
+from hpc_absa.curvature.loss import Loss
 from hpc_absa.data import order
 from hpc_absa.data.loader import Loader
 from hpc_absa.data.packed import PackedDataset
@@ -44,7 +45,7 @@ from hpc_absa.training.reduction import OverlappedReduction, ReproducibleReducti
 from hpc_absa.training.run import Run, RunOptions
 from hpc_absa.training.state import TrainState
 from hpc_absa.training.step import StepEngine
-from hpc_absa.training.trainer import Adversary, Loss, Trainer
+from hpc_absa.training.trainer import Adversary, Trainer
 
 HESSIAN_ORDER = 2**32 - 1
 """The "epoch" whose order gives the Hessian sample: no epoch of a run."""

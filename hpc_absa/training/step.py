@@ -6,6 +6,10 @@ for k in step.microbatches:
         loss = loss_fn(model(inputs[k]), targets[k])
     step.backward(loss, samples=len(targets[k]))
 result = step.optimize()
+
+A loss is a mean over the samples of its microbatch, or `(sum, denominator)`: a sum over tokens with
+their number, a weighted sum with the sum of the weights. The gradient of a step is then that of
+`Σ sums / Σ denominators` over the microbatches of all ranks.
 """
 
 from __future__ import annotations
@@ -23,6 +27,9 @@ from hpc_absa.records import GradientSquares
 from hpc_absa.training.buffers import Collected, ModelBuffers
 from hpc_absa.training.clock import Clock
 from hpc_absa.training.reduction import GradientHooks, Reduction
+
+MicrobatchLoss = Tensor | tuple[Tensor, Tensor | float]
+"""The mean over a microbatch, or `(sum, denominator)`."""
 
 
 @dataclass(frozen=True)
@@ -51,18 +58,19 @@ class StepSums:
     """What a step sums beside the gradients: named views of one flat tensor."""
 
     def __init__(self, flat: Tensor, buffers: int) -> None:
-        """`flat` is [S + P + 3], with the S values of `buffers` and P parameters."""
+        """`flat` is [S + P + 4], with the S values of `buffers` and P parameters."""
         self.flat = flat
         self.buffers = Collected(flat[:buffers])
-        self.used = flat[buffers:-3]
+        self.used = flat[buffers:-4]
         """[P], microbatches with a gradient of each parameter."""
-        self.gradient_square, self.loss, self.samples = flat[-3:].unbind()
-        """Squared norms of microbatch gradients, losses times samples, samples; scalars."""
+        self.gradient_square, self.loss, self.denominator, self.samples = flat[-4:].unbind()
+        """Squared norms of microbatch gradients; the loss as a sum, and what it is divided by;
+        samples; scalars."""
 
-    def numbers(self) -> tuple[list[float], float, float, float]:
-        """`used`, `gradient_square`, `loss` and `samples`, in one transfer from the device."""
-        *used, square, loss, samples = self.flat[-len(self.used) - 3 :].tolist()
-        return used, square, loss, samples
+    def numbers(self) -> tuple[list[float], float, float, float, float]:
+        """All but `buffers`, in one transfer from the device."""
+        *used, square, loss, denominator, samples = self.flat[-len(self.used) - 4 :].tolist()
+        return used, square, loss, denominator, samples
 
 
 @dataclass(frozen=True)
@@ -70,7 +78,9 @@ class StepResult:
     """A finished step, summed over all ranks."""
 
     loss: float
-    """Sum over the step's samples of the loss before the update."""
+    """Sum over the step of the loss before the update."""
+    denominator: float
+    """What `loss` is divided by: the samples, or the sum of the loss's own denominators."""
     samples: int
     flags: Flags
     squares: GradientSquares | None = None
@@ -102,6 +112,9 @@ class StepEngine:
         """
         self.model, self.optimizer, self.reduction = model, optimizer, reduction
         self.seed, self.clock, self.max_grad_norm = seed, clock, max_grad_norm
+        base = optimizer.defaults.get("lr")
+        self.lr_ratios = [group["lr"] / base if base else 1.0 for group in optimizer.param_groups]
+        """Of each parameter group: its learning rate is this times that of the schedule."""
         self.buffers = ModelBuffers(model)
         self.hooks = GradientHooks(model)
         self.device = next(model.parameters()).device
@@ -177,7 +190,7 @@ class TrainStep:
                 self._last = k == self._mine[-1]
                 yield k
             self._lane.used += torch.tensor(hooks.used, device=self._engine.device)
-            self._engine.reduction.end_lane(self._lane.flat)
+            self._engine.reduction.end_lane(self._lane.flat if lane else None)
             self._total.flat += self._lane.flat
             self._changed.append(self._lane.buffers)
 
@@ -195,26 +208,37 @@ class TrainStep:
         """Encloses the one forward pass of a microbatch that trains: its buffers are collected."""
         return self._engine.buffers.collecting(self._lane.buffers)
 
-    def backward(self, loss: Tensor, samples: int) -> None:
+    def backward(self, loss: MicrobatchLoss, samples: int) -> None:
         """Accumulate the gradient of a microbatch.
 
         Args:
-            loss: scalar, the mean over the microbatch.
-            samples: how many it is a mean over.
+            loss: scalar, the mean over the microbatch; or `(sum, denominator)`, where the
+                denominator depends on the targets alone and is 0 if nothing counts.
+            samples: in the microbatch.
         """
         engine, lane = self._engine, self._lane
         square = lane.gradient_square if self._measure_squares else None
-        with engine.reduction.backward(last=self._last), engine.hooks.measuring(square):
-            (loss / self._divisor).backward()
-        lane.loss += loss.detach() * samples
+        if isinstance(loss, tuple):
+            total, denominator = loss
+            scaled = total / (samples * self._divisor)
+        else:
+            total, denominator = loss.detach() * samples, float(samples)
+            scaled = loss / self._divisor
         lane.samples += samples
+        if isinstance(denominator, float) and not denominator:
+            return  # no loss here, as where all targets are ignored
+        with engine.reduction.backward(last=self._last), engine.hooks.measuring(square):
+            scaled.backward()
+        lane.loss += total.detach()
+        lane.denominator += denominator
 
     def optimize(self) -> StepResult:
         """Sum over all ranks, and update buffers and parameters."""
         engine, count = self._engine, len(self._step.microbatches)
         with engine.clock("comm"):
             flat, flags = engine.reduction.finish(self._total.flat, self._flags.pack(engine.device))
-            used, square, loss, samples = StepSums(flat, engine.buffers.size).numbers()
+            sums = StepSums(flat, engine.buffers.size)
+            used, square, loss, denominator, samples = sums.numbers()
             buffers = flat[: engine.buffers.size]
             changed = engine.buffers.changed(buffers)
             values = self._sum_values(changed) if changed else None
@@ -222,18 +246,23 @@ class TrainStep:
             for parameter, microbatches in zip(engine.hooks.parameters, used, strict=True):
                 if not microbatches:  # as in PyTorch, neither momentum nor weight decay applies
                     parameter.grad = None
+            if denominator not in (0.0, samples):  # gradients were divided by samples
+                factor = samples / denominator
+                gradients = [p.grad for p in engine.hooks.parameters if p.grad is not None]
+                torch._foreach_mul_(gradients, factor)
+                square *= factor**2
             squares = self._squares(square, count) if self._measure_squares else None
             engine.buffers.update(buffers, count, changed, values)
             if engine.max_grad_norm is not None:
                 torch.nn.utils.clip_grad_norm_(engine.model.parameters(), engine.max_grad_norm)
-            for group in engine.optimizer.param_groups:
-                group["lr"] = self._lr
+            for group, ratio in zip(engine.optimizer.param_groups, engine.lr_ratios, strict=True):
+                group["lr"] = self._lr * ratio
             engine.optimizer.step()
-        return StepResult(loss, round(samples), Flags.unpack(flags), squares)
+        return StepResult(loss, denominator, round(samples), Flags.unpack(flags), squares)
 
     def _new_sums(self) -> StepSums:
         engine = self._engine
-        size = engine.buffers.size + len(engine.hooks.parameters) + 3
+        size = engine.buffers.size + len(engine.hooks.parameters) + 4
         flat = torch.zeros(size, dtype=engine.dtype, device=engine.device)
         return StepSums(flat, engine.buffers.size)
 

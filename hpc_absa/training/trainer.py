@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -11,18 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from hpc_absa.adversarial import fgsm
+from hpc_absa.curvature.loss import Loss, split
 from hpc_absa.data.loader import Loader, Microbatch
 from hpc_absa.progress import Step
 from hpc_absa.records import PhaseOutcome
 from hpc_absa.training.evaluate import Evaluation, evaluate
 from hpc_absa.training.rehearsal import rehearse
 from hpc_absa.training.run import Run
+from hpc_absa.training.step import MicrobatchLoss
 
 EVALUATION_BATCH = 256
 """Test samples of one forward pass."""
-
-Loss = Callable[[Any, Any], Tensor]
-"""The mean loss of (outputs, targets) over a microbatch."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,7 @@ class Trainer:
         Args:
             run: the run, with model and optimizer.
             loader: the data.
-            loss: mean loss of (outputs, targets).
+            loss: of (outputs, targets) of a microbatch: a mean, or `(sum, denominator)`.
             adversary: for schedules with adversarial examples.
             bfloat16: forward passes in bfloat16 where PyTorch considers that safe; weights,
                 gradients, statistics of batch norm and the loss stay float32.
@@ -102,9 +100,18 @@ class Trainer:
                     with self.autocast(inputs):
                         outputs = self.model(inputs)
                     # in float32: the loss is a sum over few numbers
-                    loss = self.loss(outputs.float() if self.bfloat16 else outputs, targets)
+                    outputs = outputs.float() if self.bfloat16 else outputs
+                    loss = self.microbatch_loss(outputs, targets, len(targets))
                 step.backward(loss, samples=len(targets))
         self.run.end_step(item, step.optimize())
+
+    def microbatch_loss(self, outputs: Any, targets: Any, samples: int) -> MicrobatchLoss:
+        """The mean over the samples, or `(sum, denominator)` where the loss has another one."""
+        result = self.loss(outputs, targets)
+        if isinstance(result, tuple):
+            return result
+        mean, denominator = split(self.loss, result, targets, samples)
+        return mean if denominator == samples else (mean * denominator, denominator)
 
     def perturbed(self, microbatch: Microbatch, fraction: float) -> Tensor:
         """The inputs, a fraction of them replaced by adversarial examples."""

@@ -40,7 +40,7 @@ def local_sum(gradients, rank, size):
             with reproducible.backward(last=False):
                 (net.weight.sum() * gradients[k]).backward()
             sums += 1
-        reproducible.end_lane(sums)
+        reproducible.end_lane(sums if lane else None)
     reproducible.finish(torch.zeros(1), torch.ones(1))
     return comm.sent
 

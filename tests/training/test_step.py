@@ -149,13 +149,15 @@ def test_flags_are_summed_with_the_step_and_unused_parameters_do_not_change(redu
 def test_flags_and_sums_are_unpacked_as_they_were_packed():
     flags = Flags(stop=1, save=2, written=3, failed=4)
     assert Flags.unpack(flags.pack(torch.device("cpu"))) == flags
-    sums = StepSums(torch.zeros(6), 2)
+    sums = StepSums(torch.zeros(7), 2)
     sums.buffers.flat += torch.tensor([1.0, 2.0])
     sums.used += 9
     sums.gradient_square += 3
     sums.loss += 4
-    sums.samples += 5
-    assert sums.flat.tolist() == [1, 2, 9, 3, 4, 5]
+    sums.denominator += 5
+    sums.samples += 6
+    assert sums.flat.tolist() == [1, 2, 9, 3, 4, 5, 6]
+    assert sums.numbers() == ([9], 3, 4, 5, 6)
 
 
 @pytest.mark.parametrize("ahead", [Step(6, 12), None])
@@ -213,3 +215,131 @@ def test_the_gradient_of_the_whole_step_is_clipped(factor):
     norm = nn.utils.get_total_norm([p.grad for p in net.parameters()]).item()
     assert change(None) == pytest.approx(norm, rel=1e-4)
     assert change(factor * norm) == pytest.approx(min(1.0, factor) * norm, rel=1e-4)
+
+
+# Losses with a denominator of their own
+
+
+def token_batches(count, b=4, length=6):
+    """Class indices [b, T] with a different number of ignored ones in each microbatch."""
+    torch.manual_seed(5)
+    batches = []
+    for index in range(count):
+        targets = torch.randint(0, 3, (b, length))
+        targets[torch.rand(b, length) < index / count] = -100
+        batches.append((torch.randn(b, length, 5), targets))
+    return batches
+
+
+def token_loss(outputs, targets):
+    total = nn.functional.cross_entropy(outputs.flatten(0, 1), targets.flatten(), reduction="sum")
+    return total, (targets != -100).sum()
+
+
+def gradient_of_all(net, batches, divisor=None):
+    """`M / divisor · ∇ Σ sums / Σ denominators`, written out."""
+    pairs = [token_loss(net(x), t) for x, t in batches]
+    total = sum(s for s, _ in pairs) / sum(d for _, d in pairs)
+    parts = torch.autograd.grad(total, list(net.parameters()))
+    return [g * len(batches) / (divisor or len(batches)) for g in parts], float(total)
+
+
+@REDUCTIONS
+@pytest.mark.parametrize("divisor", [None, 8])
+def test_a_step_divides_the_sum_over_all_microbatches_by_all_denominators(reduction, divisor):
+    net, batches = model(), token_batches(5)
+    expected, mean = gradient_of_all(net, batches, divisor)
+    result = step_of_pairs(net, batches, reduction, divisor=divisor)
+    for parameter, gradient in zip(net.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-5, atol=1e-7)
+    assert result.samples == 20
+    assert result.denominator == sum(int((t != -100).sum()) for _, t in batches)
+    assert result.loss / result.denominator == pytest.approx(mean, rel=1e-5)
+
+
+def step_of_pairs(net, batches, reduction, divisor=None, loss_fn=token_loss, **options):
+    engine = StepEngine(
+        net,
+        torch.optim.SGD(net.parameters(), lr=0.0),
+        reduction(net, SerialCommunicator()),
+        seed=0,
+        clock=Clock(),
+    )
+    step = engine.begin(
+        Step(0, len(batches)), divisor=divisor or len(batches), lr=0.0, flags=Flags(), **options
+    )
+    for k in step.microbatches:
+        inputs, targets = batches[k]
+        with step.forward():
+            loss = loss_fn(net(inputs), targets)
+        step.backward(loss, samples=len(targets))
+    return step.optimize()
+
+
+@REDUCTIONS
+def test_a_pair_with_one_denominator_a_sample_has_the_bits_of_the_mean(reduction):
+    batches = microbatches(4)
+    gradients = []
+    for pair in (False, True):
+        net = model()
+
+        def loss_fn(outputs, targets, pair=pair):
+            mean = nn.functional.cross_entropy(outputs, targets)
+            return (mean * len(targets), len(targets)) if pair else mean
+
+        result = step_of_pairs(net, batches, reduction, loss_fn=loss_fn)
+        assert result.denominator == result.samples == 16
+        gradients.append(torch.cat([p.grad.flatten() for p in net.parameters()]))
+    assert torch.equal(*gradients)  # microbatches of 4 samples: the products are exact
+
+
+@REDUCTIONS
+def test_microbatches_without_a_target_count_for_nothing(reduction):
+    batches = token_batches(3)
+    batches[1][1].fill_(-100)
+    net = model()
+    expected, _ = gradient_of_all(net, [batches[0], batches[2]], 2)
+    step_of_pairs(net, batches, reduction)
+    for parameter, gradient in zip(net.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-5, atol=1e-7)
+    for _, targets in batches:
+        targets.fill_(-100)
+    result = step_of_pairs(net := model(), batches, reduction)
+    assert (result.loss, result.denominator) == (0, 0)
+    assert all(not p.grad.any() for p in net.parameters())
+
+
+def test_squared_norms_are_of_gradients_whose_mean_is_the_step():
+    net, batches = model(), token_batches(4)
+    expected, _ = gradient_of_all(net, batches)
+    result = step_of_pairs(net, batches, OverlappedReduction, measure_squares=True)
+    assert result.squares.mean == pytest.approx(
+        float(torch.cat([g.flatten() for g in expected]).square().sum()), rel=1e-4
+    )
+    total = sum(int((t != -100).sum()) for _, t in batches)
+    each = []
+    for inputs, targets in batches:
+        loss, _ = token_loss(net(inputs), targets)
+        parts = torch.autograd.grad(len(batches) * loss / total, list(net.parameters()))
+        each.append(float(torch.cat([g.flatten() for g in parts]).square().sum()))
+    assert result.squares.each == pytest.approx(sum(each) / 4, rel=1e-4)
+
+
+def test_groups_keep_the_ratio_of_their_learning_rates():
+    net = model()
+    groups = [{"params": net[0].parameters(), "lr": 0.01}, {"params": net[3].parameters()}]
+    engine = StepEngine(
+        net,
+        torch.optim.SGD(groups, lr=0.1),
+        OverlappedReduction(net, SerialCommunicator()),
+        seed=0,
+        clock=Clock(),
+    )
+    step = engine.begin(Step(0, 1), divisor=1, lr=0.4, flags=Flags())
+    for k in step.microbatches:
+        with step.forward():
+            loss = net(microbatches(1)[k][0]).sum()
+        step.backward(loss, samples=4)
+    step.optimize()
+    rates = [group["lr"] for group in engine.optimizer.param_groups]
+    assert rates == pytest.approx([0.04, 0.4])

@@ -10,10 +10,22 @@ from hpc_absa.config.file import (
     read,
     refuse_changes,
 )
-from hpc_absa.config.tables import Checkpoint, Data, Hessian, Job, Launch, Model, Ranks, Train
+from hpc_absa.config.tables import (
+    OPTIMIZERS,
+    Checkpoint,
+    Data,
+    Hessian,
+    Job,
+    Launch,
+    Model,
+    Optimizer,
+    Ranks,
+    Train,
+)
 from hpc_absa.schedules import SCHEDULES, USER_DEFINED
 
 __all__ = [
+    "OPTIMIZERS",
     "SCHEDULES",
     "USER_DEFINED",
     "WITHOUT_EFFECT",
@@ -23,6 +35,7 @@ __all__ = [
     "Job",
     "Launch",
     "Model",
+    "Optimizer",
     "Ranks",
     "Train",
     "dump",

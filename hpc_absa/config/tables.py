@@ -17,7 +17,19 @@ from hpc_absa.section import Count, NonNegative, OpenSection, Positive, Section,
 NoSpaces = Annotated[str, Field(pattern=r"^\S*$")]
 """A string that goes into a batch script as one argument."""
 
+OPTIMIZERS = ("sgd", "adamw", "lars", "lamb")
+WITH_MOMENTUM = ("sgd", "lars")
+
 _HOST = re.compile(r"[^\s:,]+(:0*[1-9][0-9]*)?")
+
+
+def is_adaptive(optimizer: str) -> bool:
+    """Whether it divides by a root of squared gradients, as Adam and those named after it.
+
+    Their learning rate follows the root of the batch (arXiv:2205.10287), that of SGD the batch.
+    """
+    name = optimizer.rpartition(":")[2].rpartition(".")[2].lower()
+    return any(part in name for part in ("adam", "lamb", "rmsprop", "adagrad"))
 
 
 class Data(OpenSection):
@@ -45,10 +57,14 @@ class Model(OpenSection):
 class Train(TrainSettings):
     """How one step is computed, and for how long to train."""
 
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    """SGD momentum (talk)."""
+    optimizer: str = "sgd"
+    """`sgd`, `adamw`, `lars` (arXiv:1708.03888), `lamb` (arXiv:1904.00962), or
+    `package.module:Class`, a `torch.optim.Optimizer`; `[optimizer]` has its other arguments."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Of `sgd` and `lars`, for which None means 0.9 (talk)."""
     weight_decay: NonNegative = 0.0
-    """L2 penalty added to the gradient (the talk names none; 5e-4 is common for CIFAR)."""
+    """L2 penalty added to the gradient, or as the optimizer defines it (the talk names none; 5e-4
+    is common for CIFAR)."""
     no_decay_norm_bias: bool = False
     """Whether `weight_decay` excludes vectors: batch norm's scale and shift, and biases (Goyal,
     section 5.3)."""
@@ -75,6 +91,27 @@ class Train(TrainSettings):
     reproducible: bool = False
     """The same weights bit for bit at any power-of-two world size; costs speed."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _default_momentum(cls, table: Any) -> Any:
+        if isinstance(table, dict) and table.get("optimizer", "sgd") in WITH_MOMENTUM:
+            return {"momentum": 0.9, **table}
+        return table
+
+    @model_validator(mode="after")
+    def _check_optimizer(self) -> Self:
+        if ":" not in self.optimizer and self.optimizer not in OPTIMIZERS:
+            raise ValueError(
+                f"optimizer = {self.optimizer!r}: expected one of {', '.join(OPTIMIZERS)}, or "
+                "package.module:Class"
+            )
+        if self.optimizer in OPTIMIZERS and self.optimizer not in WITH_MOMENTUM and self.momentum:
+            raise ValueError(
+                f"momentum = {self.momentum:g}: expected none with optimizer = "
+                f"{self.optimizer!r}, whose betas are in the table [optimizer]"
+            )
+        return self
+
     @model_validator(mode="after")
     def _check_label_smoothing(self) -> Self:
         if self.label_smoothing and self.loss != "cross_entropy":
@@ -83,6 +120,10 @@ class Train(TrainSettings):
                 f"({self.loss})"
             )
         return self
+
+
+class Optimizer(OpenSection):
+    """Further arguments of the optimizer, such as `nesterov`, `betas` or `eps`."""
 
 
 class Hessian(Section):
@@ -235,6 +276,8 @@ class Job(Section):
     """The network."""
     train: Train
     """Optimizer, learning rate and length of training."""
+    optimizer: Optimizer = Optimizer()
+    """Further arguments of `train.optimizer`."""
     schedule: AnySchedule
     """Batch size and learning rate over the run."""
     hessian: Hessian = Hessian()
@@ -249,11 +292,18 @@ class Job(Section):
     @model_validator(mode="before")
     @classmethod
     def _method_defaults(cls, tables: Any) -> Any:
-        """The method's defaults for keys that the `[hessian]` table does not set."""
+        """Defaults that depend on the method and on the optimizer, for keys that are not set."""
         schedule = class_of(tables.get("schedule")) if isinstance(tables, dict) else None
         if schedule is None or not isinstance(given := tables.get("hessian", {}), dict):
             return tables
-        return {**tables, "hessian": {**schedule.hessian_defaults, **given}}
+        tables = {**tables, "hessian": {**schedule.hessian_defaults, **given}}
+        train, table = tables.get("train"), tables["schedule"]
+        rule = schedule.model_fields.get("lr_rule")
+        if not (isinstance(train, dict) and isinstance(table, dict) and rule):
+            return tables
+        if is_adaptive(str(train.get("optimizer"))) and rule.default == "linear":
+            tables["schedule"] = {"lr_rule": "square-root", **table}
+        return tables
 
     @model_validator(mode="after")
     def _check_schedule(self) -> Self:

@@ -37,10 +37,10 @@ from hpc_absa.rundir.events import Event
 from hpc_absa.rundir.paths import packed_name
 from hpc_absa.schedules import build as build_rule
 from hpc_absa.torchvision_import import prepare_torchvision
+from hpc_absa.training import optimizer as optimizers
 from hpc_absa.training.clock import Clock
 from hpc_absa.training.faults import StopRequest
 from hpc_absa.training.log import EventLogger
-from hpc_absa.training.optimizer import SGD
 from hpc_absa.training.reduction import OverlappedReduction, ReproducibleReduction
 from hpc_absa.training.run import Run, RunOptions
 from hpc_absa.training.state import TrainState
@@ -77,7 +77,10 @@ def build_trainer(
     loader = build_loader(job, dataset, stream, device)
     model, loss = raise_on_all_ranks(comm, lambda: build_model_and_loss(job, dataset, device))
     rule = raise_on_all_ranks(comm, lambda: build_rule(job))
-    optimizer = SGD(parameter_groups(job, model), lr=job.train.lr, momentum=job.train.momentum)
+    optimizer = raise_on_all_ranks(
+        comm,
+        lambda: optimizers.build(job.train, job.optimizer.arguments, model, lr=job.train.lr),
+    )
     state = TrainState(model, optimizer, Progress(Position(), rule.initial()))
     manager = CheckpointManager(directory.checkpoints, job.checkpoint.keep)
     resumed_from = _resume(job, dataset, manager, comm, state, allow_changed)
@@ -260,15 +263,6 @@ def build_model_and_loss(
     smoothing = job.train.label_smoothing
     loss = build_loss(job.train.loss, {"label_smoothing": smoothing} if smoothing else {})
     return model.to(device, memory_format=layout), loss  # type: ignore[call-overload]
-
-
-def parameter_groups(job: Job, model: nn.Module) -> list[dict[str, Any]]:
-    """The parameters with their weight decay; those of normalizations and biases are vectors."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    skipped = [p for p in parameters if p.dim() < 2 and job.train.no_decay_norm_bias]
-    decayed = [p for p in parameters if p.dim() >= 2 or not job.train.no_decay_norm_bias]
-    groups = [(decayed, job.train.weight_decay), (skipped, 0.0)]
-    return [{"params": some, "weight_decay": decay} for some, decay in groups if some]
 
 
 def threads_per_rank(job: Job, local_size: int) -> int:

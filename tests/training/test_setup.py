@@ -11,11 +11,11 @@ from hpc_absa.data.prepare import prepare
 from hpc_absa.plan import stream_of
 from hpc_absa.progress import Position, Progress
 from hpc_absa.records import ScheduleState
+from hpc_absa.training.optimizer import parameter_groups
 from hpc_absa.training.setup import (
     build_loader,
     build_model_and_loss,
     hessian_sample,
-    parameter_groups,
 )
 from hpc_absa.training.state import TrainState
 
@@ -50,7 +50,7 @@ def test_weight_decay_applies_to_all_parameters_or_excludes_vectors():
     def decay(*overrides):
         return {
             id(p): group["weight_decay"]
-            for group in parameter_groups(job(*overrides), net)
+            for group in parameter_groups(job(*overrides).train, net)
             for p in group["params"]
         }
 

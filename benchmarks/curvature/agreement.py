@@ -32,13 +32,8 @@ from hpc_absa.records import Eigenvalue, Observation
 from hpc_absa.rundir import RunDir
 from hpc_absa.rundir.events import effective
 from hpc_absa.schedules import build
-from hpc_absa.training.setup import (
-    HessianSample,
-    build_loader,
-    build_model_and_loss,
-    hessian_sample,
-    open_data,
-)
+from hpc_absa.training.data import HessianSample, build_loader, hessian_sample, open_data
+from hpc_absa.training.setup import build_model_and_loss
 from hpc_absa.training.state import load_model
 
 THRESHOLDS = (0.25, 0.5, 0.8, 0.9, 0.95, 1.05, 1.1, 1.25, 2.0, 4.0)

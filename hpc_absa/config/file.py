@@ -20,6 +20,7 @@ from hpc_absa.schedules import SCHEDULES
 WITHOUT_EFFECT = (
     "name",
     "data.root",
+    "data.workers",
     "ranks",
     "checkpoint",
     "launch",

@@ -45,6 +45,20 @@ class Data(OpenSection):
     flip: bool | None = None
     """Random horizontal flips; None means yes, except for digits and user-defined data, which may
     have a direction."""
+    workers: Count = 0
+    """Processes of each rank that read a user-defined `torch.utils.data.Dataset`; 0: the rank reads
+    between steps. Without effect for packed data."""
+    input_range: Annotated[tuple[float, float], Field(strict=False)] | None = None
+    """Smallest and largest valid input, for adversarial examples of data that are no images; None:
+    as the data set says, or no limits."""
+
+    @model_validator(mode="after")
+    def _check_input_range(self) -> Self:
+        if self.input_range and not self.input_range[0] < self.input_range[1]:
+            raise ValueError(
+                f"input_range = {list(self.input_range)}: expected two numbers, the smaller first"
+            )
+        return self
 
 
 class Model(OpenSection):
@@ -52,6 +66,10 @@ class Model(OpenSection):
 
     name: str
     """A built-in model, or `package.module:function`."""
+    weights: str = ""
+    """File of weights to start from: .pt, .safetensors or .npz; empty: new ones."""
+    weights_skip: Strings = ()
+    """Parts of names, such as `head.`: tensors that keep their new values."""
 
 
 class Train(TrainSettings):
@@ -76,7 +94,11 @@ class Train(TrainSettings):
     """Whether each epoch leaves out the samples that do not fill its last microbatch; otherwise a
     microbatch may contain samples of two epochs, and none is left out."""
     loss: str = "cross_entropy"
-    """`cross_entropy`, or `package.module:function` of (outputs, targets) returning the mean."""
+    """`cross_entropy`, `bce_with_logits`, `mse`, `l1`, `huber`, or `package.module:function` of
+    (outputs, targets), which returns the mean or (sum, denominator); `[loss]` has its arguments."""
+    metrics: Strings | None = None
+    """What is measured on the test set beside the loss: `accuracy`, `top5`, `f1`, `perplexity`,
+    `mse`, `mae`, or `package.module:function`; the first is shown. None: what suits the loss."""
     on_nonfinite_loss: Literal["stop", "continue"] = "stop"
     """Whether a loss that is infinite or NaN ends the run with an error."""
     threads_per_rank: PositiveInt | None = None
@@ -116,10 +138,13 @@ class Train(TrainSettings):
     def _check_label_smoothing(self) -> Self:
         if self.label_smoothing and self.loss != "cross_entropy":
             raise ValueError(
-                f"label_smoothing = {self.label_smoothing:g}: expected 0 with a user-defined loss "
-                f"({self.loss})"
+                f"label_smoothing = {self.label_smoothing:g}: expected 0 with loss = {self.loss!r}"
             )
         return self
+
+
+class Loss(OpenSection):
+    """Arguments of the loss, such as `ignore_index`, `weight` or `delta`."""
 
 
 class Optimizer(OpenSection):
@@ -278,6 +303,8 @@ class Job(Section):
     """Optimizer, learning rate and length of training."""
     optimizer: Optimizer = Optimizer()
     """Further arguments of `train.optimizer`."""
+    loss: Loss = Loss()
+    """Arguments of `train.loss`."""
     schedule: AnySchedule
     """Batch size and learning rate over the run."""
     hessian: Hessian = Hessian()

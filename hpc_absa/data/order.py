@@ -14,6 +14,7 @@ _WEYL = 0x9E3779B97F4A7C15  # odd, 2^64 / golden ratio: successive counters are 
 _MASK = (1 << 64) - 1
 _ORDER_STREAM = 0x6F72646572  # "order": never the same numbers as an augmentation's stream
 _MODEL_STREAM = 0x6D6F64656C  # "model"
+_SAMPLE_STREAM = 0x73616D706C65  # "sample"
 
 
 def permutation(seed: int, epoch: int, samples: int) -> NDArray[np.int64]:
@@ -41,6 +42,20 @@ def uniform(
     epochs = np.asarray(epoch).astype(np.uint64)
     hashes = _hash(_key(seed, stream), epochs, np.asarray(samples).astype(np.uint64))
     return (hashes >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def sample_seeds(
+    seed: int, epochs: NDArray[np.int64], samples: NDArray[np.int64]
+) -> NDArray[np.uint64]:
+    """Seeds [b] for the random generators with which samples are read.
+
+    Args:
+        seed: The job's seed.
+        epochs: [b], the epoch of each sample.
+        samples: [b], indices.
+    """
+    hashes = _hash(_key(seed, _SAMPLE_STREAM), epochs.astype(np.uint64), samples.astype(np.uint64))
+    return hashes >> np.uint64(1)
 
 
 def microbatch_seed(seed: int, index: int) -> int:

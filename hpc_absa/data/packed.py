@@ -66,6 +66,15 @@ class PackedDataset:
         return self.train.images.dtype == np.uint8
 
     @property
+    def offered(self) -> dict[str, int]:
+        """What a model's builder may take."""
+        return {
+            "channels": self.channels,
+            "image_size": self.image_size,
+            "classes": len(self.classes),
+        }
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """Shape of one sample: (C, H, W), or (F,) for feature vectors."""
         return self.train.images.shape[1:]

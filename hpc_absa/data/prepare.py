@@ -12,7 +12,7 @@ from typing import Any
 
 from hpc_absa.data.packed import FORMAT_VERSION, PackedDataset, check_replaceable, open_packed
 from hpc_absa.data.packing import Progress, write_packed
-from hpc_absa.data.sources import load
+from hpc_absa.data.sources import Source, load
 from hpc_absa.errors import HpcAbsaError, UsageError
 
 
@@ -56,6 +56,22 @@ def pack(
         except HpcAbsaError:  # damaged, and packed again for that
             pass
     source = load(name, root, arguments)
+    if not isinstance(source, Source):
+        raise UsageError(
+            f"data.name: {name} returned a torch data set, which is read as it is; only a Source "
+            "is packed"
+        )
+    return pack_source(source, name, arguments, packed, progress)
+
+
+def pack_source(
+    source: Source,
+    name: str,
+    arguments: Mapping[str, Any],
+    packed: Path,
+    progress: bool = False,
+) -> PackedDataset:
+    """As `pack`, of a source that is loaded, into a new file."""
     bar = progress_bar(f"packing {name}") if progress else contextlib.nullcontext()
     with bar as advance:
         dataset = write_packed(packed, source, name, dict(arguments), advance)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -17,9 +17,13 @@ from hpc_absa import plugins
 from hpc_absa.data.registry import DATASETS
 from hpc_absa.errors import UsageError
 
+if TYPE_CHECKING:
+    from hpc_absa.data.datasets import Datasets
+
 _BLOCK_BYTES = 1 << 24  # of an array at a time: large enough for the disk, small in memory
 _EXPECTED = (
-    "expected uint8 [N, C, H, W] for images or floating-point [N, F] or [N, C, ...] for other data"
+    "expected uint8 [N, C, H, W] for images or floating-point [N, F] or [N, C, ...] for other "
+    "data; return a torch.utils.data.Dataset for inputs of another kind"
 )
 
 
@@ -275,11 +279,12 @@ def _channels(key: str, values: Any, channels: int) -> NDArray[np.float64]:
     return array.astype(np.float64)
 
 
-def load(name: str, root: Path | None, arguments: Mapping[str, Any]) -> Source:
-    """The source that `[data] name` refers to; reads labels and file names, images only later.
+def load(name: str, root: Path | None, arguments: Mapping[str, Any]) -> Source | Datasets:
+    """What `[data] name` refers to; of a `Source` labels and file names are read, images later.
 
     Args:
-        name: One of `registry.DATASETS`, or `"package.module:function"`, which returns a `Source`.
+        name: One of `registry.DATASETS`, or `"package.module:function"`, which returns a `Source`,
+            a map-style data set, a pair of them for training and test, or `Datasets`.
         root: Folder of the raw data, passed if the function takes it; None if there is none.
         arguments: The table's other entries.
 
@@ -301,9 +306,18 @@ def load(name: str, root: Path | None, arguments: Mapping[str, Any]) -> Source:
         raise UsageError(f"data.root: {root} does not exist; it should hold the data of {name}")
     offered = {} if root is None else {"root": root}
     source = plugins.call(function, "data", arguments, offered, name)
-    if not isinstance(source, Source):
+    if isinstance(source, Source):
+        return source
+    from hpc_absa.data.datasets import as_datasets  # imports torch
+
+    try:
+        datasets = as_datasets(source)
+    except UsageError as error:
+        raise UsageError(f"data.name: {name}: {error}") from error
+    if datasets is None:
         raise UsageError(
             f"data.name: {name} returned {type(source).__name__}, expected a Source "
-            "(hpc_absa.data.sources.Source.from_arrays makes one of arrays)"
+            "(hpc_absa.data.sources.Source.from_arrays makes one of arrays), or one or two "
+            "torch.utils.data.Dataset"
         )
-    return source
+    return datasets

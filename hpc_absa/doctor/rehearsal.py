@@ -23,9 +23,10 @@ from hpc_absa.config import Job
 from hpc_absa.errors import HpcAbsaError
 from hpc_absa.rundir import RunDir
 from hpc_absa.training.clock import Clock
+from hpc_absa.training.data import packed_path
 from hpc_absa.training.faults import StopRequest
 from hpc_absa.training.rehearsal import rehearse
-from hpc_absa.training.setup import build_trainer, packed_path
+from hpc_absa.training.setup import build_trainer
 
 
 def rehearse_job(job: Job) -> dict[str, object]:

@@ -15,19 +15,26 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-from hpc_absa.adversarial.fgsm import perturb
+from hpc_absa.adversarial.fgsm import has_floats, perturb
 from hpc_absa.curvature.check import check_curvature
+from hpc_absa.curvature.fast import copied
 from hpc_absa.curvature.loss import split
 from hpc_absa.curvature.twice import CurvatureError
+from hpc_absa.data.loader import Loader
 from hpc_absa.errors import CollectiveError, ExitStatus, UsageError
 from hpc_absa.plugins import user_code
-from hpc_absa.training.evaluate import CROSS_ENTROPY, require_scores
+from hpc_absa.training.evaluate import call
 from hpc_absa.training.state import load_model, to_array
 
 if TYPE_CHECKING:
     from hpc_absa.training.trainer import Trainer
+
+CROSS_ENTROPY = "train.loss = 'cross_entropy'"
+"""The name of the built-in loss in messages."""
 
 
 def rehearse(trainer: Trainer) -> None:
@@ -55,19 +62,17 @@ def _rehearse(trainer: Trainer) -> None:
     run, model, dataset = trainer.run, trainer.model, trainer.loader.dataset
     model_name, loss_name = trainer.names
     b, progress = run.stream.microbatch, run.state.progress
-    inputs, targets = trainer.loader.sample(np.arange(b) * len(dataset.train) // b)
+    indices = np.arange(b) * len(dataset.train) // b
+    inputs, targets = trainer.loader.sample(indices)
     with preserved(trainer):
         for parameter in model.parameters():
             parameter.grad = None
         _require_real(model, model_name)
         with user_code(f"{model_name}: its forward pass in training mode"):
-            with trainer.autocast(inputs):
-                outputs = model(inputs.clone())
-            if trainer.bfloat16:
-                outputs = outputs.float()
+            outputs = trainer.forward(copied(inputs))
         if loss_name == CROSS_ENTROPY:
-            require_scores(outputs, b, len(dataset.classes), model_name, loss_name)
-        with user_code(f"{loss_name}: called with {_shape(outputs)} and targets [{b}]"):
+            require_scores(outputs, targets, len(dataset.classes), model_name, loss_name)
+        with user_code(f"{loss_name}: called with {_shape(outputs)} and targets {_shape(targets)}"):
             result = trainer.loss(outputs, targets)
         loss = _require_loss(result, loss_name)
         _require_denominator(trainer.loss, result, targets, b, loss_name)
@@ -79,49 +84,55 @@ def _rehearse(trainer: Trainer) -> None:
         for parameter in model.parameters():
             parameter.grad = None
         run.engine.buffers.restore()
-        _rehearse_evaluation(trainer, inputs, targets)
+        if dataset.test is not None:
+            _rehearse_evaluation(trainer, inputs, targets)
         if trainer.adversary and run.adversarial_fraction:
+            _require_floats(inputs)
             with user_code(f"{model_name}: the gradient by its inputs, for adversarial examples"):
                 adversary = trainer.adversary
-                perturb(model, trainer.loss, inputs, targets, adversary.step, adversary.valid)
+                step, valid = adversary.step, adversary.valid
+                perturb(model, trainer.loss, inputs, targets, step, valid, call=call)
         if run.rule.wants_eigenvalue(progress.schedule):
-            _rehearse_hessian(trainer, inputs, targets)
+            _rehearse_hessian(trainer, indices)
         run.engine.buffers.restore()
         _rehearse_checkpoint(trainer)
 
 
-def _rehearse_evaluation(trainer: Trainer, inputs: Tensor, targets: Tensor) -> None:
+def _rehearse_evaluation(trainer: Trainer, inputs: Any, targets: Any) -> None:
     model, (model_name, loss_name) = trainer.model, trainer.names
     model.eval()
     with torch.no_grad():
         with user_code(f"{model_name}: its forward pass in evaluation mode"):
-            outputs = model(inputs.clone())
-        require_scores(
-            outputs, len(inputs), len(trainer.loader.dataset.classes), model_name, trainer.names[1]
-        )
+            outputs = call(model, copied(inputs))
+        if any(metric.name == "accuracy" and metric.required for metric in trainer.metrics):
+            classes = len(trainer.loader.dataset.classes)
+            require_scores(outputs, targets, classes, model_name, loss_name)
         with user_code(f"{loss_name}: called in evaluation with {_shape(outputs)}"):
             trainer.loss(outputs, targets)
+        for metric in trainer.metrics:
+            with user_code(f"train.metrics: {metric.name} of {_shape(outputs)}"):
+                metric.sums(outputs, targets)
 
 
-def _rehearse_hessian(trainer: Trainer, inputs: Tensor, targets: Tensor) -> None:
+def _rehearse_hessian(trainer: Trainer, indices: NDArray[np.int64]) -> None:
     hint = (
         "the Hessian needs a model and a loss that can be differentiated twice, which compiled or "
         "scripted models and sparse gradients cannot; or choose schedule.method = 'bl', 'fb', 'gg' "
         "or 'gns'"
     )
     with user_code(f"{trainer.names[0]}: its Hessian, which the schedule needs", hint):
-        sample = _Sample(inputs, targets)
+        sample = _Sample(trainer.loader, indices)
         check_curvature(trainer.model, trainer.loss, sample, microbatch=sample.size)
 
 
 class _Sample:
     """One microbatch as the sample of a Hessian."""
 
-    def __init__(self, inputs: Tensor, targets: Tensor) -> None:
-        self.inputs, self.targets, self.size = inputs, targets, len(inputs)
+    def __init__(self, loader: Loader, indices: NDArray[np.int64]) -> None:
+        self.loader, self.indices, self.size = loader, indices, len(indices)
 
-    def load(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        return self.inputs[start:stop].clone(), self.targets[start:stop]
+    def load(self, start: int, stop: int) -> tuple[Any, Any]:
+        return self.loader.sample(self.indices[start:stop])
 
 
 def _rehearse_checkpoint(trainer: Trainer) -> None:
@@ -144,6 +155,39 @@ def _require_real(model: nn.Module, name: str) -> None:
                 f"{name}: the parameter {key} is {parameter.dtype}, expected real numbers: keep a "
                 "complex one as torch.view_as_real of it"
             )
+
+
+def require_scores(outputs: Any, targets: Any, classes: int, model: str, loss: str) -> None:
+    """Refuse outputs whose accuracy cannot be measured, where targets are the class of each sample.
+
+    Raises:
+        UsageError: the shape does not fit the classes; the line names `model` and `loss`.
+    """
+    if not classes or not isinstance(targets, Tensor) or targets.dim() != 1:
+        return
+    samples = len(targets)
+    one = "; or [b] or [b, 1] with a loss for one output" if classes == 2 else ""
+    expected = f"expected one score per class, [{samples}, {classes}]{one}"
+    if not isinstance(outputs, Tensor):
+        kind = type(outputs).__name__
+        raise UsageError(f"{model}: in evaluation mode it returns a {kind}; {expected}")
+    shape = list(outputs.shape)
+    single = classes == 2 and loss != CROSS_ENTROPY and shape in ([samples], [samples, 1])
+    if not single and (outputs.dim() != 2 or shape[0] != samples or shape[1] < max(2, classes)):
+        raise UsageError(
+            f"{model}: it returns outputs {shape} for {samples} samples of {classes} classes; "
+            f"{expected}"
+        )
+
+
+def _require_floats(inputs: Any) -> None:
+    if not has_floats(inputs):
+        kinds = sorted({str(x.dtype) for x in tree_leaves(inputs) if isinstance(x, Tensor)})
+        raise UsageError(
+            f"schedule.ratio: adversarial examples need inputs of floating point, these are "
+            f"{', '.join(kinds) or 'no tensors'}; choose schedule.method = 'abs', or "
+            "schedule.ratio = 0"
+        )
 
 
 def _require_loss(result: Any, name: str) -> Tensor:
@@ -186,6 +230,8 @@ def _require_gradients(model: nn.Module, name: str, reproducible: bool) -> None:
 def _shape(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"a tensor of shape {list(value.shape)}"
+    if value is None:
+        return "None"
     return f"a {type(value).__name__}"
 
 

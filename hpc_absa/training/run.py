@@ -51,6 +51,7 @@ from hpc_absa.rundir.lock import host
 from hpc_absa.schedules import Rule
 from hpc_absa.training.faults import StopRequest
 from hpc_absa.training.log import EventLogger, duration
+from hpc_absa.training.metrics import shown
 from hpc_absa.training.state import TrainState, require_equal
 from hpc_absa.training.step import Flags, StepEngine, StepResult, TrainStep
 
@@ -137,6 +138,7 @@ class Run:
         self._schedule_before = state.progress.schedule
         self._last_save = time.monotonic()
         self._nonfinite_step: int | None = None
+        self._measured = ""
         if not state.progress.position.step:
             raise_on_all_ranks(
                 comm, lambda: stream.require_step(state.progress.schedule.global_batch)
@@ -241,14 +243,26 @@ class Run:
         """Whether an epoch ends here that was not evaluated before a stop."""
         return boundary.ends_epoch and self.state.progress.epoch < round(boundary.epoch)
 
-    def record_epoch(self, boundary: Boundary, loss: float, accuracy: float | None = None) -> None:
-        """Record the evaluation at the end of an epoch; without an accuracy where there is none.
+    def record_epoch(
+        self,
+        boundary: Boundary,
+        loss: float | None,
+        accuracy: float | None = None,
+        metrics: Mapping[str, float] | None = None,
+    ) -> None:
+        """Record the evaluation at the end of an epoch.
+
+        Args:
+            boundary: the end of the epoch.
+            loss: on the test set; None if there is none.
+            accuracy: on the test set; None where there is none.
+            metrics: what else was measured, by name; the first is shown.
 
         Raises:
             CollectiveError: the last step made the weights infinite or NaN, and the job stops then.
         """
         progress = self.state.progress
-        if not math.isfinite(loss) and not _finite(self.state.model):
+        if loss is not None and not math.isfinite(loss) and not _finite(self.state.model):
             self._require_finite("test loss", loss, progress.position.step)
         train_loss = progress.epoch_loss / (progress.epoch_samples or 1.0)
         epoch = round(boundary.epoch)
@@ -264,13 +278,17 @@ class Run:
             train_loss=train_loss,
             test_accuracy=accuracy,
             test_loss=loss,
+            metrics=dict(metrics or {}),
             lr=self.lr,
             global_batch=progress.schedule.global_batch,
             ranks=self.comm.size,
             samples_per_second=self._samples_per_second(),
         )
-        measured = f"loss {loss:.4g}" if accuracy is None else f"accuracy {accuracy:.2%}"
-        self.log.print(f"{self._progress_line(train_loss)} · test {measured}")
+        if metrics is None and accuracy is not None:
+            metrics = {"accuracy": accuracy}
+        self._measured = shown(metrics or {}, loss)
+        tested = f" · test {self._measured}" if self._measured else ""
+        self.log.print(self._progress_line(train_loss) + tested)
 
     def _require_finite(self, what: str, loss: float, step: int) -> None:
         if math.isfinite(loss) or self._nonfinite_step is not None:
@@ -443,9 +461,11 @@ class Run:
                 epochs=progress.epoch,
                 test_accuracy=accuracy,
             )
+            if accuracy is not None and not self._measured:  # measured before a stop
+                self._measured = f"accuracy {accuracy:.2%}"
             self.log.print(
                 f"done · {progress.position.step} steps · {progress.epoch} epochs"
-                + (f" · test accuracy {accuracy:.2%}" if accuracy is not None else "")
+                + (f" · test {self._measured}" if self._measured else "")
                 + (f" · loss not finite since step {step}" if step is not None else "")
             )
         return PhaseOutcome(outcome, ranks, progress.phase)

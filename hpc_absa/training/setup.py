@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import os
-from contextlib import nullcontext
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TextIO
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from hpc_absa import config, plugins, summation, worldsize
+from hpc_absa import config, summation, worldsize
 from hpc_absa.checkpoint import CheckpointManager, Content
 from hpc_absa.checkpoint.async_checkpointer import AsyncCheckpointer
 from hpc_absa.checkpoint.restore import newest_good
@@ -22,33 +17,30 @@ from hpc_absa.comm import Communicator, raise_on_all_ranks
 from hpc_absa.config import Job
 from hpc_absa.curvature.estimate import estimate_eigenvalue
 from hpc_absa.curvature.loss import Loss
-from hpc_absa.data import order
-from hpc_absa.data.loader import Loader
+from hpc_absa.data.datasets import MapDataset
 from hpc_absa.data.packed import PackedDataset
-from hpc_absa.data.prepare import packed_beside, prepare
-from hpc_absa.data.registry import augmented_by_default
 from hpc_absa.errors import CheckpointError, UsageError
 from hpc_absa.models import build as build_model
 from hpc_absa.models import build_loss
+from hpc_absa.models.losses import IGNORED
 from hpc_absa.plan import stream_of
-from hpc_absa.progress import Position, Progress, SampleStream
+from hpc_absa.progress import Position, Progress
 from hpc_absa.rundir import RunDir
 from hpc_absa.rundir.events import Event
-from hpc_absa.rundir.paths import packed_name
 from hpc_absa.schedules import build as build_rule
 from hpc_absa.torchvision_import import prepare_torchvision
+from hpc_absa.training import metrics
 from hpc_absa.training import optimizer as optimizers
 from hpc_absa.training.clock import Clock
+from hpc_absa.training.data import DataSet, build_loader, hessian_sample, open_data
 from hpc_absa.training.faults import StopRequest
 from hpc_absa.training.log import EventLogger
+from hpc_absa.training.metrics import Metric
 from hpc_absa.training.reduction import OverlappedReduction, ReproducibleReduction
 from hpc_absa.training.run import Run, RunOptions
 from hpc_absa.training.state import TrainState
 from hpc_absa.training.step import StepEngine
 from hpc_absa.training.trainer import Adversary, Trainer
-
-HESSIAN_ORDER = 2**32 - 1
-"""The "epoch" whose order gives the Hessian sample: no epoch of a run."""
 
 
 def build_trainer(
@@ -74,8 +66,9 @@ def build_trainer(
         _make_reproducible(comm)
     dataset = open_data(job, directory, comm)
     stream = stream_of(job, len(dataset.train))
-    loader = build_loader(job, dataset, stream, device)
+    loader = raise_on_all_ranks(comm, lambda: build_loader(job, dataset, stream, device))
     model, loss = raise_on_all_ranks(comm, lambda: build_model_and_loss(job, dataset, device))
+    measured = raise_on_all_ranks(comm, lambda: build_metrics(job, dataset, loss))
     rule = raise_on_all_ranks(comm, lambda: build_rule(job))
     optimizer = raise_on_all_ranks(
         comm,
@@ -148,12 +141,15 @@ def build_trainer(
         options=options,
     )
     epsilon = getattr(job.schedule, "epsilon", None)
-    adversary = Adversary(epsilon * loader.pixel_scale, loader.pixel_range) if epsilon else None
+    reader = loader.reader
+    adversary = Adversary(epsilon * reader.input_scale(), reader.input_range()) if epsilon else None
     return Trainer(
         run,
         loader,
         loss,
         adversary,
+        metrics=measured,
+        evaluation_batch=256 if isinstance(dataset, PackedDataset) else job.train.microbatch,
         bfloat16=job.train.precision == "bfloat16",
         reproducible=job.train.reproducible,
         names=(f"model.name = {job.model.name!r}", f"train.loss = {job.train.loss!r}"),
@@ -163,95 +159,12 @@ def build_trainer(
 # Parts
 
 
-@dataclass(frozen=True)
-class HessianSample:
-    """Training samples in a fixed order, without augmentation; a smaller sample is a prefix."""
-
-    loader: Loader
-    indices: NDArray[np.int64]
-    """[size], into the training set."""
-
-    @property
-    def size(self) -> int:
-        return len(self.indices)
-
-    def load(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Inputs and targets of positions `[start, stop)`."""
-        return self.loader.sample(self.indices[start:stop])
-
-
-def hessian_sample(job: Job, loader: Loader, stream: SampleStream, samples: int) -> HessianSample:
-    """The first `samples` of the fixed order, or all if there are fewer."""
-    indices = order.permutation(job.seed, HESSIAN_ORDER, stream.samples)
-    return HessianSample(loader, indices[:samples])
-
-
-def open_data(job: Job, directory: RunDir, comm: Communicator) -> PackedDataset:
-    """The packed data set, packed by rank 0 first if it does not exist (a collective)."""
-    packed = packed_path(job, directory)
-    if any(comm.allgather_object(not packed.exists())):
-        raise_on_all_ranks(comm, lambda: _open(job, packed) if comm.rank == 0 else None)
-    return raise_on_all_ranks(comm, lambda: _open(job, packed))
-
-
-def packed_path(job: Job, directory: RunDir) -> Path:
-    """Where the packed form of the job's data is: the root itself, beside it, or in the run."""
-    root = Path(os.path.expanduser(job.data.root))
-    if root.suffix == ".h5":
-        return root
-    if job.data.root and os.access(packed_beside(root).parent, os.W_OK):
-        return packed_beside(root)
-    return directory.data / packed_name(job.data.name)
-
-
-def _open(job: Job, packed: Path) -> PackedDataset:
-    if not packed.exists():
-        if job.data.root.endswith(".h5"):
-            raise UsageError(f"data.root = {job.data.root!r}: no such file")
-        packed.parent.mkdir(parents=True, exist_ok=True)
-    root = Path(os.path.expanduser(job.data.root)) if job.data.root else None
-    own = plugins.is_reference(job.data.name)
-    with plugins.user_code(f"data.name = {job.data.name!r}") if own else nullcontext():
-        dataset = prepare(job.data.name, root, job.data.arguments, packed)
-    if len(dataset.train) < job.train.microbatch:
-        raise UsageError(
-            f"train.microbatch = {job.train.microbatch}: expected at most the "
-            f"{len(dataset.train)} training samples of {job.data.name}"
-        )
-    return dataset
-
-
-def build_loader(
-    job: Job, dataset: PackedDataset, stream: SampleStream, device: torch.device
-) -> Loader:
-    """The loader, with the augmentation that the job or the data set's defaults choose."""
-    augmented = augmented_by_default(job.data.name)
-    padding, flip = job.data.padding, job.data.flip
-    if padding is None:
-        padding = dataset.image_size // 8 if augmented else 0
-    return Loader(
-        dataset,
-        stream,
-        job.seed,
-        padding=padding,
-        flip=augmented if flip is None else flip,
-        device=device,
-        channels_last=job.train.channels_last,
-    )
-
-
 def build_model_and_loss(
-    job: Job, dataset: PackedDataset, device: torch.device
+    job: Job, dataset: DataSet, device: torch.device
 ) -> tuple[nn.Module, Loss]:
     """The job's model, with initial weights that depend on its seed alone, and its loss."""
     torch.manual_seed(job.seed)
-    model = build_model(
-        job.model.name,
-        job.model.arguments,
-        dataset.channels,
-        dataset.image_size,
-        len(dataset.classes),
-    )
+    model = build_model(job.model.name, job.model.arguments, **dataset.offered)
     for name, parameter in model.named_parameters():
         if isinstance(parameter, UninitializedParameter):
             raise UsageError(
@@ -260,9 +173,28 @@ def build_model_and_loss(
             )
     model.train()
     layout = torch.channels_last if job.train.channels_last else torch.preserve_format
-    smoothing = job.train.label_smoothing
-    loss = build_loss(job.train.loss, {"label_smoothing": smoothing} if smoothing else {})
+    arguments, smoothing = job.loss.arguments, job.train.label_smoothing
+    if smoothing:
+        arguments = {"label_smoothing": smoothing, **arguments}
+    loss = build_loss(job.train.loss, arguments)
     return model.to(device, memory_format=layout), loss  # type: ignore[call-overload]
+
+
+def build_metrics(job: Job, dataset: DataSet, loss: Loss) -> tuple[Metric, ...]:
+    """What is measured on the test set: what the job names, or what suits its loss."""
+    given = job.loss.arguments.get("ignore_index", IGNORED)
+    ignored = given if isinstance(given, int) else IGNORED
+    if job.train.metrics is not None:
+        chosen = tuple(metrics.build(name, loss, ignored) for name in job.train.metrics)
+        names = [metric.name for metric in chosen]
+        if len(set(names)) < len(names):
+            raise UsageError(f"train.metrics = {names}: expected different names")
+        return chosen
+    classes, sequences = len(dataset.classes), False
+    if isinstance(dataset, MapDataset):
+        targets = dataset.example.targets
+        classes, sequences = 0, isinstance(targets, Tensor) and targets.dim() > 1
+    return metrics.default(job.train.loss, loss, ignored, classes=classes, sequences=sequences)
 
 
 def threads_per_rank(job: Job, local_size: int) -> int:
@@ -310,7 +242,7 @@ def _make_reproducible(comm: Communicator) -> None:
 
 def _resume(
     job: Job,
-    dataset: PackedDataset,
+    dataset: DataSet,
     manager: CheckpointManager,
     comm: Communicator,
     state: TrainState,
@@ -334,7 +266,7 @@ def _resume(
 
 
 def _require_same_job(
-    job: Job, dataset: PackedDataset, content: Content, path: str, allow_changed: tuple[str, ...]
+    job: Job, dataset: DataSet, content: Content, path: str, allow_changed: tuple[str, ...]
 ) -> None:
     """Refuse a checkpoint from which this job could not continue with the same result."""
     digest = content.groups["data"].attributes["digest"]

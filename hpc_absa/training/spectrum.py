@@ -22,14 +22,8 @@ from hpc_absa.errors import CollectiveError
 from hpc_absa.plan import stream_of
 from hpc_absa.rundir import RunDir
 from hpc_absa.torchvision_import import prepare_torchvision
-from hpc_absa.training.setup import (
-    build_loader,
-    build_model_and_loss,
-    device_of,
-    hessian_sample,
-    open_data,
-    threads_per_rank,
-)
+from hpc_absa.training.data import build_loader, hessian_sample, open_data
+from hpc_absa.training.setup import build_model_and_loss, device_of, threads_per_rank
 from hpc_absa.training.state import load_model
 
 
@@ -79,7 +73,7 @@ def _spectrum(
     raise_on_all_ranks(
         comm, lambda: load_model(model, content.groups["model"].arrays, str(checkpoint))
     )
-    course = stream_of(job, len(dataset.train.labels))
+    course = stream_of(job, len(dataset.train))
     sample = hessian_sample(job, build_loader(job, dataset, course, device), course, samples)
     with Console(stderr=True, quiet=comm.rank > 0).status("spectrum") as status:
         return curvature.spectrum(

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from hpc_absa.adversarial import fgsm
 from hpc_absa.curvature.loss import Loss, split
 from hpc_absa.data.loader import Loader, Microbatch
 from hpc_absa.progress import Step
 from hpc_absa.records import PhaseOutcome
-from hpc_absa.training.evaluate import Evaluation, evaluate
+from hpc_absa.training.evaluate import Evaluation, call, evaluate
+from hpc_absa.training.metrics import Metric
 from hpc_absa.training.rehearsal import rehearse
 from hpc_absa.training.run import Run
 from hpc_absa.training.step import MicrobatchLoss
-
-EVALUATION_BATCH = 256
-"""Test samples of one forward pass."""
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,9 @@ class Adversary:
     """Parameters of the fast gradient sign method in the model's input space."""
 
     step: Tensor
-    """ε, [1, C, 1, 1]."""
+    """ε, [1, C, 1, 1] or another shape that broadcasts to the inputs."""
     valid: tuple[Tensor, Tensor]
-    """Smallest and largest valid input, [1, C, 1, 1] each."""
+    """Smallest and largest valid input, likewise."""
 
 
 class Trainer:
@@ -43,6 +43,8 @@ class Trainer:
         loss: Loss,
         adversary: Adversary | None = None,
         *,
+        metrics: Sequence[Metric] = (),
+        evaluation_batch: int = 256,
         bfloat16: bool = False,
         reproducible: bool = False,
         names: tuple[str, str] = ("the model", "the loss"),
@@ -53,12 +55,15 @@ class Trainer:
             loader: the data.
             loss: of (outputs, targets) of a microbatch: a mean, or `(sum, denominator)`.
             adversary: for schedules with adversarial examples.
+            metrics: of the test set.
+            evaluation_batch: test samples of one forward pass.
             bfloat16: forward passes in bfloat16 where PyTorch considers that safe; weights,
                 gradients, statistics of batch norm and the loss stay float32.
             reproducible: as in the job.
             names: of model and loss, for messages.
         """
         self.run, self.loader, self.loss, self.adversary = run, loader, loss, adversary
+        self.metrics, self.evaluation_batch = metrics, evaluation_batch
         self.bfloat16, self.reproducible, self.names = bfloat16, reproducible, names
 
     @property
@@ -76,7 +81,7 @@ class Trainer:
                 continue
             if run.needs_evaluation(item):
                 evaluation = self.evaluate()
-                run.record_epoch(item, evaluation.loss, evaluation.accuracy)
+                run.record_epoch(item, evaluation.loss, evaluation.accuracy, evaluation.metrics)
             estimate = run.estimate_eigenvalue(item)
             if run.stopped:
                 continue
@@ -90,20 +95,35 @@ class Trainer:
     def train_step(self, item: Step) -> None:
         """One optimizer step."""
         clock, fraction = self.run.clock, self.run.adversarial_fraction
-        step = self.run.begin_step(item)
-        for k in step.microbatches:
+        step, upcoming = self.run.begin_step(item), self.upcoming(item)
+        for index, k in enumerate(step.microbatches, start=1):
             with clock("data"):
-                microbatch = self.loader.get(k, then=step.following(k))
+                microbatch = self.loader.get(k, then=upcoming[index:])
             inputs, targets = self.perturbed(microbatch, fraction), microbatch.targets
+            samples = len(microbatch.samples)
             with clock("comp"):
                 with step.forward():
-                    with self.autocast(inputs):
-                        outputs = self.model(inputs)
-                    # in float32: the loss is a sum over few numbers
-                    outputs = outputs.float() if self.bfloat16 else outputs
-                    loss = self.microbatch_loss(outputs, targets, len(targets))
-                step.backward(loss, samples=len(targets))
+                    loss = self.microbatch_loss(self.forward(inputs), targets, samples)
+                step.backward(loss, samples)
         self.run.end_step(item, step.optimize())
+
+    def upcoming(self, item: Step) -> list[int]:
+        """This rank's microbatches of the step, and those after it that the loader prepares."""
+        run, lanes = self.run, self.run.engine.lanes
+        order = [k for lane in lanes(item.microbatches) for k in lane]
+        full = run.state.progress.schedule.global_batch // run.stream.microbatch
+        for start in range(item.stop, item.stop + self.loader.ahead * full, full):
+            if start + full <= run.stream.microbatches:
+                order += [k for lane in lanes(range(start, start + full)) for k in lane]
+        return order
+
+    def forward(self, inputs: Any) -> Any:
+        """The model's outputs; in mixed precision as float32, because the loss is a sum over few
+        numbers.
+        """
+        with self.autocast():
+            outputs = call(self.model, inputs)
+        return tree_map_only(Tensor, _float, outputs) if self.bfloat16 else outputs
 
     def microbatch_loss(self, outputs: Any, targets: Any, samples: int) -> MicrobatchLoss:
         """The mean over the samples, or `(sum, denominator)` where the loss has another one."""
@@ -113,13 +133,13 @@ class Trainer:
         mean, denominator = split(self.loss, result, targets, samples)
         return mean if denominator == samples else (mean * denominator, denominator)
 
-    def perturbed(self, microbatch: Microbatch, fraction: float) -> Tensor:
+    def perturbed(self, microbatch: Microbatch, fraction: float) -> Any:
         """The inputs, a fraction of them replaced by adversarial examples."""
         inputs, targets = microbatch.inputs, microbatch.targets
-        count = int(fraction * len(targets) + 1e-9)  # 0.29 · 100 is 28.999…
+        count = int(fraction * len(microbatch.samples) + 1e-9)  # 0.29 · 100 is 28.999…
         if not count or not self.adversary:
             return inputs
-        with self.run.clock("adversarial"), self.autocast(inputs):
+        with self.run.clock("adversarial"), self.autocast():
             return fgsm.perturb(
                 self.model,
                 self.loss,
@@ -128,14 +148,21 @@ class Trainer:
                 self.adversary.step,
                 self.adversary.valid,
                 count,
+                call,
             )
 
     def evaluate(self) -> Evaluation:
-        """Accuracy and loss on the test set."""
+        """Loss and metrics on the test set."""
         run = self.run
-        share = self.loader.evaluation(run.comm.rank, run.comm.size, EVALUATION_BATCH)
+        share = self.loader.evaluation(run.comm.rank, run.comm.size, self.evaluation_batch)
         with run.clock("eval"):
-            return evaluate(self.model, self.loss, run.stop.count_progress(share), run.comm)
+            batches = run.stop.count_progress(share)
+            return evaluate(self.model, self.loss, self.metrics, batches, run.comm)
 
-    def autocast(self, inputs: Tensor) -> AbstractContextManager[None]:
-        return torch.autocast(inputs.device.type, torch.bfloat16, enabled=self.bfloat16)
+    def autocast(self) -> AbstractContextManager[None]:
+        device = self.run.engine.device.type
+        return torch.autocast(device, torch.bfloat16, enabled=self.bfloat16)
+
+
+def _float(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.is_floating_point() else tensor

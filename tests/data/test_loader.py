@@ -1,6 +1,5 @@
 import threading
 import time
-from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -8,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hpc_absa.data.arrays import PackedReader
 from hpc_absa.data.augment import augment
 from hpc_absa.data.loader import Loader
 from hpc_absa.data.order import permutation
@@ -34,7 +34,8 @@ def dataset(tmp_path_factory):
 def loader(dataset, b=10, drop_last=False, seed=3, padding=2, flip=True, **more):
     count = len(dataset.train)
     stream = SampleStream(count, b, epochs=9, every=count, drop_last=drop_last)
-    return Loader(dataset, stream, seed, padding=padding, flip=flip, device=CPU, **more)
+    reader = PackedReader(dataset, seed, padding=padding, flip=flip, device=CPU, **more)
+    return Loader(dataset, reader, stream, seed)
 
 
 @settings(max_examples=20)
@@ -99,13 +100,14 @@ def test_evaluation_counts_every_test_image_once(dataset, size, batch):
     reading = loader(dataset)
     parts = [list(reading.evaluation(rank, size, batch)) for rank in range(size)]
     whole = list(reading.evaluation(0, 1, batch))
+    assert all(number == len(batch.targets) for batch, number in whole)
     # The same batches with any number of ranks, distributed as evenly as possible.
     together = [pair for turn in range(len(parts[0])) for p in parts for pair in p[turn : turn + 1]]
     assert len(together) == len(whole)
-    for one, other in zip(together, whole, strict=True):
-        assert torch.equal(one[0], other[0])
-        assert torch.equal(one[1], other[1])
-    assert sum(len(targets) for _, targets in whole) == TEST
+    for (one, _), (other, _) in zip(together, whole, strict=True):
+        assert torch.equal(one.inputs, other.inputs)
+        assert torch.equal(one.targets, other.targets)
+    assert sum(number for _, number in whole) == TEST
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
@@ -125,13 +127,14 @@ def test_pixel_range_is_the_tightest_around_all_inputs(tmp_path):
     source = Source.from_arrays(images, [0, 1, 0, 1], images, [0, 1, 0, 1])
     reading = loader(write_packed(tmp_path / "set.h5", source, "some"), b=2)
     inputs, _ = reading.sample(np.arange(4))
-    low, high = reading.pixel_range
-    assert low.shape == high.shape == reading.pixel_scale.shape == (1, 3, 1, 1)
+    low, high = reading.reader.input_range()
+    scale = reading.reader.input_scale()
+    assert low.shape == high.shape == scale.shape == (1, 3, 1, 1)
     # Exactly, so that clamping to the range changes no clean input.
     assert torch.equal(inputs.clamp(low, high), inputs)
     assert (inputs == low).any()
     assert (inputs == high).any()
-    torch.testing.assert_close(high - low, reading.pixel_scale)
+    torch.testing.assert_close(high - low, scale)
 
 
 def test_feature_vectors(tmp_path):
@@ -140,21 +143,23 @@ def test_feature_vectors(tmp_path):
     reading = loader(write_packed(tmp_path / "set.h5", source, "own"), b=4, channels_last=True)
     batch = reading.get(0)
     assert torch.equal(batch.inputs, torch.from_numpy(features[batch.samples]))
-    low, high = reading.pixel_range
-    assert low.shape == reading.pixel_scale.shape == (1, 5)
+    low, high = reading.reader.input_range()
+    assert low.shape == reading.reader.input_scale().shape == (1, 5)
     assert torch.isinf(low).all()
     assert torch.isinf(high).all()
+    limited = loader(reading.dataset, b=4, input_range=(0.0, 2.0)).reader.input_range()
+    assert [end.unique().tolist() for end in limited] == [[0.0], [2.0]]
 
 
 def prepared(reading, k):
     """Wait until the background thread has prepared microbatch k."""
-    return reading._prepared[k].result(timeout=60)
+    return reading._pending[k].result(timeout=60)
 
 
 def test_announced_and_other_microbatches_are_the_same(dataset):
     reading = loader(dataset)
     # Announced rightly, not at all, wrongly, twice, and after the end of the epoch.
-    for k, then in [(0, 1), (1, None), (2, 7), (3, 3), (3, 15), (15, None), (0, None)]:
+    for k, then in [(0, [1]), (1, []), (2, [7, 8]), (3, [3]), (3, [15]), (15, []), (0, [])]:
         batch, expected = reading.get(k, then), loader(dataset).get(k)
         assert batch.samples.tolist() == expected.samples.tolist()
         assert torch.equal(batch.inputs, expected.inputs)
@@ -168,53 +173,57 @@ def test_an_announced_microbatch_is_prepared_in_a_background_thread(dataset, mon
         threads.append(threading.current_thread().name)
         return augment(*arguments)
 
-    monkeypatch.setattr("hpc_absa.data.loader.augment", recorded)
+    monkeypatch.setattr("hpc_absa.data.arrays.augment", recorded)
     reading = loader(dataset)
-    reading.get(0, then=1)
+    reading.get(0, then=[1])
     ready = prepared(reading, 1)
-    assert reading.get(1) is ready
+    assert reading.get(1).inputs is ready.inputs
     assert sorted(threads) == sorted([threading.current_thread().name, "loader_0"])
 
 
-@dataclass
-class Broken:
-    stream: SampleStream
+class Broken(PackedReader):
+    """Cannot read the microbatch with sample 29."""
 
-    def segments(self, k):
-        if k == 2:
-            raise ValueError("no such microbatch")
-        return self.stream.segments(k)
+    def read(self, part, samples, epochs=None):
+        if 29 in samples:
+            raise ValueError("no such sample")
+        return super().read(part, samples, epochs)
+
+
+class Slow(PackedReader):
+    """Reads beside training only when it is released."""
+
+    release = threading.Event()
+
+    def read(self, part, samples, epochs=None):
+        if threading.current_thread() is not threading.main_thread():
+            self.release.wait(60)
+        return super().read(part, samples, epochs)
+
+
+def with_reader(kind, dataset):
+    reader = kind(dataset, 0, padding=0, flip=False, device=CPU)
+    return Loader(dataset, reader, SampleStream(N, 10, epochs=1, every=N), 0)
 
 
 def test_an_error_is_raised_where_its_microbatch_is_asked_for(dataset):
-    stream = Broken(SampleStream(N, 10, epochs=1, every=N))
-    reading = Loader(dataset, stream, 0, padding=0, flip=False, device=CPU)
-    reading.get(0, then=2)
-    reading.get(1, then=2)
-    with pytest.raises(ValueError, match="no such microbatch"):
-        reading.get(2, then=3)
-    assert reading.get(3).samples.tolist() == permutation(0, 0, N)[30:40].tolist()
-
-
-@dataclass
-class Slow:
-    stream: SampleStream
-    release: threading.Event
-
-    def segments(self, k):
-        if k:
-            self.release.wait(60)
-        return self.stream.segments(k)
+    reading = with_reader(Broken, dataset)
+    broken = permutation(0, 0, N).tolist().index(29) // 10
+    others = [k for k in range(5) if k != broken]
+    reading.get(others[0], then=[broken])
+    reading.get(others[1], then=[broken])
+    with pytest.raises(ValueError, match="no such sample"):
+        reading.get(broken, then=[others[2]])
+    assert len(reading.get(others[2]).samples) == 10
 
 
 def test_close_does_not_wait_for_the_thread(dataset):
-    stream = Slow(SampleStream(N, 10, epochs=1, every=N), threading.Event())
-    reading = Loader(dataset, stream, 0, padding=0, flip=False, device=CPU)
-    reading.get(0, then=1)
+    reading = with_reader(Slow, dataset)
+    reading.get(0, then=[1])
     begun = time.monotonic()
     reading.close()
     assert time.monotonic() - begun < 30
-    stream.release.set()
+    Slow.release.set()
 
 
 def test_orders_are_computed_once_an_epoch(dataset, monkeypatch):

@@ -38,7 +38,7 @@ def test_user_defined_function_and_class(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
-        ("hinge", {}, 'loss.name: no loss "hinge", expected "cross_entropy" or'),
+        ("hinge", {}, 'train.loss: no loss "hinge".*Known are cross_entropy, bce_with_logits, mse'),
         ("cross_entropy", {"smoothing": 0.1}, "loss.smoothing: cross_entropy .*label_smoothing"),
         ("cross_entropy", {"label_smoothing": 1.5}, "loss.label_smoothing: 1.5, expected"),
         ("torch.nn:NoLoss", {}, 'module "torch.nn" has no "NoLoss"'),

@@ -16,7 +16,7 @@ visits: list[np.ndarray] = []
 get = Loader.get
 
 
-def recording(self, k, then=None):
+def recording(self, k, then=()):
     microbatch = get(self, k, then)
     visits.append(np.stack([microbatch.epochs, microbatch.samples], axis=1))
     return microbatch

@@ -9,7 +9,9 @@ from torch import nn
 
 from hpc_absa.comm import SerialCommunicator
 from hpc_absa.errors import UsageError
-from hpc_absa.training.evaluate import evaluate, require_scores
+from hpc_absa.training.evaluate import evaluate
+from hpc_absa.training.metrics import Accuracy
+from hpc_absa.training.rehearsal import require_scores
 
 SAMPLES, BATCH = 103, 8
 
@@ -34,7 +36,12 @@ def _model():
 def batches():
     torch.manual_seed(1)
     inputs, targets = torch.randn(SAMPLES, 4) * 10, torch.randint(3, (SAMPLES,))
-    return list(zip(inputs.split(BATCH), targets.split(BATCH), strict=True))
+    pairs = zip(inputs.split(BATCH), targets.split(BATCH), strict=True)
+    return [((x, t), len(t)) for x, t in pairs]
+
+
+def measured(model, loss, pairs, comm=SerialCommunicator()):  # noqa: B008
+    return evaluate(model, loss, [Accuracy(loss)], pairs, comm)
 
 
 def test_any_number_of_ranks_gets_the_same_bits(model):
@@ -42,11 +49,11 @@ def test_any_number_of_ranks_gets_the_same_bits(model):
     for size in (1, 2, 4, 16):
         comm = Simulated(size)
         for rank in range(size):
-            result = evaluate(model, nn.functional.cross_entropy, batches()[rank::size], comm)
+            result = measured(model, nn.functional.cross_entropy, batches()[rank::size], comm)
         results.append(result)
-    assert len(set(results)) == 1
-    outputs = torch.cat([model.eval()(inputs) for inputs, _ in batches()])
-    targets = torch.cat([targets for _, targets in batches()])
+    assert all(result == results[0] for result in results)
+    outputs = torch.cat([model.eval()(inputs) for (inputs, _), _ in batches()])
+    targets = torch.cat([targets for (_, targets), _ in batches()])
     assert results[0].accuracy == int((outputs.argmax(1) == targets).sum()) / SAMPLES
     mean = nn.functional.cross_entropy(outputs, targets).item()
     assert results[0].loss == pytest.approx(mean, rel=1e-6)
@@ -56,7 +63,7 @@ def test_evaluation_does_not_change_the_model(model):
     model.train()
     model[1].eval()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    evaluate(model, nn.functional.cross_entropy, batches(), SerialCommunicator())
+    measured(model, nn.functional.cross_entropy, batches())
     assert [module.training for module in model] == [True, False, True, True]
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
 
@@ -86,8 +93,8 @@ def test_one_output_is_scored_by_the_threshold_of_its_loss(name, shape):
     targets = torch.randint(2, (60,), generator=generator)
     model = nn.Module()
     model.forward = lambda x: x.view(shape)  # type: ignore[method-assign]
-    pairs = list(zip(scores.split(7), targets.split(7), strict=True))
-    result = evaluate(model, ONE_OUTPUT[name], pairs, SerialCommunicator())
+    pairs = [((x, t), len(t)) for x, t in zip(scores.split(7), targets.split(7), strict=True)]
+    result = measured(model, ONE_OUTPUT[name], pairs)
     expected = ((scores > (0.5 if at_half else 0.0)) == targets.bool()).double().mean()
     assert result.accuracy == pytest.approx(expected.item())
     assert result.loss == pytest.approx(ONE_OUTPUT[name](scores, targets).item(), rel=1e-5)
@@ -110,7 +117,9 @@ def test_one_output_is_scored_by_the_threshold_of_its_loss(name, shape):
 )
 def test_outputs_whose_accuracy_cannot_be_measured_are_refused(shape, classes, fits):
     def check():
-        require_scores(torch.zeros(shape), 8, classes, "model.name = 'm:n'", "train.loss = 'm:l'")
+        targets = torch.zeros(8, dtype=torch.int64)
+        outputs = torch.zeros(shape)
+        require_scores(outputs, targets, classes, "model.name = 'm:n'", "train.loss = 'm:l'")
 
     if fits:
         check()
@@ -120,13 +129,14 @@ def test_outputs_whose_accuracy_cannot_be_measured_are_refused(shape, classes, f
 
 
 def test_cross_entropy_needs_two_outputs_for_two_classes():
+    targets = torch.zeros(8, dtype=torch.int64)
     with pytest.raises(UsageError, match=r"\[8, 1\] for 8 samples of 2 classes"):
-        require_scores(torch.zeros(8, 1), 8, 2, "a model", "train.loss = 'cross_entropy'")
+        require_scores(torch.zeros(8, 1), targets, 2, "a model", "train.loss = 'cross_entropy'")
 
 
 @pytest.mark.parametrize("values", [(torch.inf, -torch.inf), (torch.nan, 1.0)])
 def test_a_loss_that_is_not_finite_is_reported_as_such(model, values):
     losses = iter([torch.tensor(value) for value in values])
-    result = evaluate(model, lambda *_: next(losses), batches()[:2], SerialCommunicator())
+    result = measured(model, lambda *_: next(losses), batches()[:2])
     assert not math.isfinite(result.loss)
     assert 0 <= result.accuracy <= 1

@@ -98,7 +98,7 @@ def test_lars_and_lamb_are_those_of_the_papers(shape):
             lamb(start, gradients, 0.5, (0.8, 0.9), 1e-6, 0.05),
         ),
     ):
-        parameter = nn.Parameter(torch.from_numpy(start))
+        parameter = nn.Parameter(torch.tensor(start))
         optimizer = kind([parameter], lr=0.5, **settings)
         for gradient in gradients:
             parameter.grad = torch.from_numpy(gradient)
@@ -201,7 +201,7 @@ def test_a_stopped_run_continues_with_the_same_bits(tmp_path, name):
     trainer = runs.trainer(tmp_path / "parts", *changes, stop=stop)
     get = trainer.loader.get
 
-    def get_and_stop(k, then=None):
+    def get_and_stop(k, then=()):
         stop.now |= k == 6
         return get(k, then)
 

@@ -11,12 +11,9 @@ from hpc_absa.data.prepare import prepare
 from hpc_absa.plan import stream_of
 from hpc_absa.progress import Position, Progress
 from hpc_absa.records import ScheduleState
+from hpc_absa.training.data import build_loader, hessian_sample
 from hpc_absa.training.optimizer import parameter_groups
-from hpc_absa.training.setup import (
-    build_loader,
-    build_model_and_loss,
-    hessian_sample,
-)
+from hpc_absa.training.setup import build_model_and_loss
 from hpc_absa.training.state import TrainState
 
 JOB = """

@@ -241,7 +241,7 @@ def gradient_of_all(net, batches, divisor=None):
     pairs = [token_loss(net(x), t) for x, t in batches]
     total = sum(s for s, _ in pairs) / sum(d for _, d in pairs)
     parts = torch.autograd.grad(total, list(net.parameters()))
-    return [g * len(batches) / (divisor or len(batches)) for g in parts], float(total)
+    return [g * len(batches) / (divisor or len(batches)) for g in parts], total.item()
 
 
 @REDUCTIONS

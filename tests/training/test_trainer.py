@@ -134,7 +134,7 @@ def stop_at_the_cut_step(trainer, stop):
 def before_microbatch(trainer, index, action):
     get = trainer.loader.get
 
-    def get_after_action(k, then=None):
+    def get_after_action(k, then=()):
         if k == index:
             action()
         return get(k, then)
@@ -291,7 +291,7 @@ def test_every_sample_is_read_once_in_each_epoch(tmp_path):
     trainer = runs.trainer(tmp_path)
     get, visits = trainer.loader.get, []
 
-    def record(k, then=None):
+    def record(k, then=()):
         microbatch = get(k, then)
         visits.extend(zip(microbatch.epochs.tolist(), microbatch.samples.tolist(), strict=True))
         return microbatch
@@ -318,7 +318,8 @@ def classifier():
 def microbatches(count, b=4):
     torch.manual_seed(3)
     return [
-        Microbatch(torch.randn(b, 5), torch.randint(0, 3, (b,)), NONE, NONE) for _ in range(count)
+        Microbatch(torch.randn(b, 5), torch.randint(0, 3, (b,)), np.arange(b), NONE)
+        for _ in range(count)
     ]
 
 
@@ -334,7 +335,9 @@ class OneStep:
             seed=0,
             clock=self.clock,
         )
-        self.state = SimpleNamespace(model=net)
+        schedule = SimpleNamespace(global_batch=1)
+        self.state = SimpleNamespace(model=net, progress=SimpleNamespace(schedule=schedule))
+        self.stream = SimpleNamespace(microbatch=1, microbatches=0)
         self.result = None
 
     def begin_step(self, step):
@@ -360,7 +363,7 @@ def take_step(
 ):
     """One step of a trainer with the model `net`; the trainer's run has the result."""
     run = OneStep(net, fraction)
-    loader = SimpleNamespace(get=lambda k, then: batches[k])
+    loader = SimpleNamespace(get=lambda k, then: batches[k], ahead=1)
     trainer = Trainer(run, loader, loss, adversary, bfloat16=bfloat16)
     trainer.train_step(Step(0, len(batches)))
     return run

@@ -1,0 +1,93 @@
+"""Reads batches of a packed data set: augmented, normalised, on the model's device.
+
+Shapes: b samples of a batch, C channels, H × W pixels; other data is [b, C, ...] or [b, F].
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+
+from hpc_absa.data.augment import augment, normalise
+from hpc_absa.data.loader import Batch, Indices, Part
+from hpc_absa.data.packed import PackedDataset
+
+
+class PackedReader:
+    """A `Reader` that prepares the next batch in a thread."""
+
+    ahead = 1
+
+    def __init__(
+        self,
+        dataset: PackedDataset,
+        seed: int,
+        *,
+        padding: int,
+        flip: bool,
+        device: torch.device,
+        channels_last: bool = False,
+        input_range: tuple[float, float] | None = None,
+    ) -> None:
+        """
+        Args:
+            dataset: training and test set.
+            seed: of the augmentation.
+            padding: pixels, for the random crop of images (`augment`); other data is not changed.
+            flip: whether images are mirrored at random.
+            device: of the tensors.
+            channels_last: memory layout of [b, C, H, W] inputs.
+            input_range: smallest and largest valid value of other data, before normalisation.
+        """
+        self.dataset = dataset
+        self._seed, self._device = seed, device
+        self._padding = padding if dataset.is_image else 0
+        self._flip = flip and dataset.is_image
+        self._channels_last = channels_last and len(dataset.shape) == 3
+        self._range = input_range
+        self._mean = torch.tensor(dataset.mean, device=device)
+        self._std = torch.tensor(dataset.std, device=device)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="loader")
+
+    def read(self, part: Part, samples: Indices, epochs: Indices | None = None) -> Batch:
+        split = self.dataset.train if part == "train" else self.dataset.test
+        images = torch.from_numpy(split.images[samples])
+        if epochs is not None:
+            images = augment(images, self._seed, epochs, samples, self._padding, self._flip)
+        targets = torch.from_numpy(split.labels[samples])
+        # Bytes are copied to the device, a quarter of what their float32 would be.
+        inputs = normalise(self._to_device(images), self._mean, self._std, self._channels_last)
+        return Batch(inputs, self._to_device(targets))
+
+    def submit(self, part: Part, samples: Indices, epochs: Indices | None = None) -> Future[Batch]:
+        return self._thread.submit(self.read, part, samples, epochs)
+
+    def close(self) -> None:
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def input_range(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The normalised values of black and of white, [1, C, 1, 1] each; infinite for other data.
+
+        No input is outside: they are computed in the same way as the inputs.
+        """
+        if self.dataset.is_image:
+            ends = torch.tensor([0, 255], dtype=torch.uint8, device=self._device)
+        else:
+            given = self._range or (-torch.inf, torch.inf)
+            ends = torch.tensor(given, dtype=torch.float32, device=self._device)
+        low, high = (end.expand(self._channel_shape) for end in ends)
+        return normalise(low, self._mean, self._std), normalise(high, self._mean, self._std)
+
+    def input_scale(self) -> torch.Tensor:
+        """float32 [1, C, 1, 1]: one over the standard deviation."""
+        return (1.0 / self._std).float().view(self._channel_shape)
+
+    @property
+    def _channel_shape(self) -> tuple[int, ...]:
+        return (1, self.dataset.channels, *(1,) * (len(self.dataset.shape) - 1))
+
+    def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
+        if self._device.type == "cuda":
+            return tensor.pin_memory().to(self._device, non_blocking=True)
+        return tensor.to(self._device)

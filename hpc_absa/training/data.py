@@ -1,0 +1,179 @@
+"""A job's data set, the loader of it, and the sample that the Hessian is averaged over."""
+
+from __future__ import annotations
+
+import os
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from hpc_absa import plugins
+from hpc_absa.comm import Communicator, raise_on_all_ranks
+from hpc_absa.config import Job
+from hpc_absa.data import order, sources
+from hpc_absa.data.arrays import PackedReader
+from hpc_absa.data.datasets import MapDataset, MapReader
+from hpc_absa.data.loader import Batch, Loader, Reader
+from hpc_absa.data.packed import PackedDataset
+from hpc_absa.data.prepare import pack_source, packed_beside, prepare
+from hpc_absa.data.registry import augmented_by_default
+from hpc_absa.errors import CollectiveError, ExitStatus, UsageError
+from hpc_absa.progress import SampleStream
+from hpc_absa.rundir import RunDir
+from hpc_absa.rundir.paths import packed_name
+
+DataSet = PackedDataset | MapDataset
+
+HESSIAN_ORDER = 2**32 - 1
+"""The "epoch" whose order gives the Hessian sample: no epoch of a run."""
+
+
+@dataclass(frozen=True)
+class HessianSample:
+    """Training samples in a fixed order, without augmentation; a smaller sample is a prefix."""
+
+    loader: Loader
+    indices: NDArray[np.int64]
+    """[size], into the training set."""
+    loaded: dict[tuple[int, int], Batch] | None = None
+    """What was read, where reading it again takes long."""
+
+    @property
+    def size(self) -> int:
+        return len(self.indices)
+
+    def load(self, start: int, stop: int) -> Batch:
+        """Inputs and targets of positions `[start, stop)`."""
+        if self.loaded is None:
+            return self.loader.sample(self.indices[start:stop])
+        if (start, stop) not in self.loaded:
+            self.loaded[start, stop] = self.loader.sample(self.indices[start:stop])
+        return self.loaded[start, stop]
+
+
+def hessian_sample(job: Job, loader: Loader, stream: SampleStream, samples: int) -> HessianSample:
+    """The first `samples` of the fixed order, or all if there are fewer."""
+    indices = order.permutation(job.seed, HESSIAN_ORDER, stream.samples)
+    packed = isinstance(loader.dataset, PackedDataset)
+    return HessianSample(loader, indices[:samples], None if packed else {})
+
+
+def open_data(job: Job, directory: RunDir, comm: Communicator) -> DataSet:
+    """The data set (a collective); arrays are packed by rank 0 first if no packed file exists."""
+    packed = packed_path(job, directory)
+    if any(comm.allgather_object(not packed.exists())):
+        first = raise_on_all_ranks(comm, lambda: _load(job, packed) if comm.rank == 0 else None)
+        if comm.broadcast_object(isinstance(first, MapDataset)):
+            mapped = raise_on_all_ranks(comm, lambda: first or _load(job, packed))
+            raise_on_all_ranks(comm, lambda: _require_samples(job, mapped))
+            _require_equal_data(job, mapped, comm)
+            return mapped
+    return raise_on_all_ranks(comm, lambda: _open(job, packed))
+
+
+def _load(job: Job, packed: Path) -> DataSet:
+    """What the job names; arrays are packed into the file `packed`, or it is opened."""
+    if packed.exists() or not plugins.is_reference(job.data.name):
+        return _open(job, packed)
+    arguments = job.data.arguments
+    source = sources.load(job.data.name, _root(job), arguments)
+    if not isinstance(source, sources.Source):
+        return MapDataset(job.data.name, source)
+    packed.parent.mkdir(parents=True, exist_ok=True)
+    with plugins.user_code(f"data.name = {job.data.name!r}"):
+        return pack_source(source, job.data.name, arguments, packed)
+
+
+def _require_equal_data(job: Job, dataset: DataSet, comm: Communicator) -> None:
+    digests = comm.allgather_object(dataset.digest)
+    for rank, digest in enumerate(digests):
+        if digest != digests[0]:
+            raise CollectiveError(
+                f"data.name = {job.data.name!r}: its samples differ between rank 0 and rank "
+                f"{rank}; expected the same data on all ranks",
+                ExitStatus.USAGE,
+            )
+
+
+def _require_samples(job: Job, dataset: DataSet) -> None:
+    if len(dataset.train) < job.train.microbatch:
+        raise UsageError(
+            f"train.microbatch = {job.train.microbatch}: expected at most the "
+            f"{len(dataset.train)} training samples of {job.data.name}"
+        )
+
+
+def _root(job: Job) -> Path | None:
+    return Path(os.path.expanduser(job.data.root)) if job.data.root else None
+
+
+def packed_path(job: Job, directory: RunDir) -> Path:
+    """Where the packed form of the job's data is: the root itself, beside it, or in the run."""
+    root = Path(os.path.expanduser(job.data.root))
+    if root.suffix == ".h5":
+        return root
+    if job.data.root and os.access(packed_beside(root).parent, os.W_OK):
+        return packed_beside(root)
+    return directory.data / packed_name(job.data.name)
+
+
+def _open(job: Job, packed: Path) -> PackedDataset:
+    if not packed.exists():
+        if job.data.root.endswith(".h5"):
+            raise UsageError(f"data.root = {job.data.root!r}: no such file")
+        packed.parent.mkdir(parents=True, exist_ok=True)
+    own = plugins.is_reference(job.data.name)
+    with plugins.user_code(f"data.name = {job.data.name!r}") if own else nullcontext():
+        dataset = prepare(job.data.name, _root(job), job.data.arguments, packed)
+    _require_samples(job, dataset)
+    return dataset
+
+
+def build_loader(job: Job, dataset: DataSet, stream: SampleStream, device: torch.device) -> Loader:
+    """The loader, with the augmentation that the job or the data set's defaults choose."""
+    return Loader(dataset, build_reader(job, dataset, device), stream, job.seed)
+
+
+def build_reader(job: Job, dataset: DataSet, device: torch.device) -> Reader:
+    """What reads batches of `dataset`.
+
+    Raises:
+        UsageError: a key of `[data]` that does not apply to it.
+    """
+    if isinstance(dataset, MapDataset):
+        for key in ("padding", "flip"):
+            if getattr(job.data, key):
+                raise UsageError(
+                    f"data.{key} = {getattr(job.data, key)!r}: expected none, because "
+                    f"{job.data.name} returned a torch data set, which augments its own samples"
+                )
+        return MapReader(
+            dataset,
+            job.seed,
+            workers=job.data.workers,
+            device=device,
+            channels_last=job.train.channels_last,
+            input_range=job.data.input_range,
+        )
+    if dataset.is_image and job.data.input_range:
+        raise UsageError(
+            f"data.input_range = {list(job.data.input_range)}: expected none for images, whose "
+            "pixels are from 0 to 1"
+        )
+    augmented = augmented_by_default(job.data.name)
+    padding, flip = job.data.padding, job.data.flip
+    if padding is None:
+        padding = dataset.image_size // 8 if augmented else 0
+    return PackedReader(
+        dataset,
+        job.seed,
+        padding=padding,
+        flip=augmented if flip is None else flip,
+        device=device,
+        channels_last=job.train.channels_last,
+        input_range=job.data.input_range,
+    )

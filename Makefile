@@ -2,6 +2,8 @@
 VENV ?= .venv
 # packed CIFAR-10 for `make bench`; `hpc-absa data cifar10 --root DIR` writes it
 DATA ?= data/cifar10.h5
+# test files that `make test` runs at the same time; 0: one after the other, in one process
+WORKERS ?= 2
 export VENV
 BIN := $(VENV)/bin
 SCRIPTS := $(wildcard launch/*.sh) .ci/run
@@ -20,7 +22,8 @@ demo: setup ## train the digits job with ABSA, from 1 rank to 4, and write a rep
 	@ls runs/demo/report.html runs/demo/report.png
 
 test: setup check ## run the checks of `make check`, then the test suite
-	$(BIN)/python -m pytest -m "not slow and not slurm and not namespaces" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not slow and not slurm and not namespaces" \
+	  -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 soak: setup ## run the long tests with injected faults: kills, signals, damage, failing disks
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)

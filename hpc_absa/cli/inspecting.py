@@ -121,8 +121,10 @@ def spectrum(
     Runs alone or on several ranks. Example: `mpirun -np 4 hpc-absa spectrum CHECKPOINT`
     """
     from hpc_absa.training import spectrum as command
+    from hpc_absa.training.load import Source
 
     matrix = "gauss-newton" if gauss_newton else "hessian"
+    source = Source(checkpoint, root)
     return command.spectrum(
-        checkpoint, root, out, as_json, samples=samples, k=k, layers=layers, matrix=matrix
+        source, out, as_json, samples=samples, k=k, layers=layers, matrix=matrix
     )

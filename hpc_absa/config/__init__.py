@@ -9,7 +9,9 @@ from hpc_absa.config.file import (
     parse,
     read,
     refuse_changes,
+    validate,
 )
+from hpc_absa.config.script import Launchable, Script
 from hpc_absa.config.tables import Checkpoint, Data, Hessian, Job, Launch, Model, Ranks, Train
 from hpc_absa.schedules import SCHEDULES, USER_DEFINED
 
@@ -22,8 +24,10 @@ __all__ = [
     "Hessian",
     "Job",
     "Launch",
+    "Launchable",
     "Model",
     "Ranks",
+    "Script",
     "Train",
     "dump",
     "explain",
@@ -32,4 +36,5 @@ __all__ = [
     "parse",
     "read",
     "refuse_changes",
+    "validate",
 ]

@@ -24,7 +24,7 @@ from hpc_absa.cli.options import (
     folder,
     print_line,
 )
-from hpc_absa.errors import ExitStatus, HpcAbsaError
+from hpc_absa.errors import ExitStatus, HpcAbsaError, UsageError
 
 if TYPE_CHECKING:
     from hpc_absa.report.tensorboard import TensorBoardLog
@@ -68,11 +68,16 @@ def run(
     console.never_fail()
     from hpc_absa import config
     from hpc_absa.rundir import RunDir
-    from hpc_absa.supervisor.program import JobProgram
+    from hpc_absa.supervisor.program import SCRIPT, JobProgram
     from hpc_absa.supervisor.run_state import default_run_dir
 
     options = _settings(launcher, max_ranks, hosts, hostfile)
     loaded = config.load(job, (*(overrides or ()), *options))
+    if loaded.data.name == SCRIPT:
+        raise UsageError(
+            f"{job}: the run of a script; continue it with hpc-absa launch --run-dir "
+            f"{job.parent} -- COMMAND"
+        )
     directory = RunDir(run_dir or default_run_dir(loaded))
     return _supervise(JobProgram(loaded, tuple(allow_changed or ())), directory, fresh, dry_run)
 
@@ -117,8 +122,9 @@ def launch(
     options = _settings(launcher, max_ranks, hosts, hostfile)
     options += [f"ranks.initial={ranks}"] if ranks else []
     script = make_script(command or [], run_dir, settings, (*(overrides or ()), *options))
-    directory = RunDir(run_dir or default_run_dir(script))
-    return _supervise(ScriptProgram(script, tuple(allow_changed or ())), directory, fresh, dry_run)
+    program = ScriptProgram(script, tuple(allow_changed or ()))
+    program.resolve()  # refuse a command that cannot be executed before anything is written
+    return _supervise(program, RunDir(run_dir or default_run_dir(script)), fresh, dry_run)
 
 
 def _settings(

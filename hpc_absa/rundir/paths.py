@@ -189,8 +189,10 @@ class RunDir:
         """Refuse to replace a `job.toml` or `launch.toml` that we have not written.
 
         Raises:
-            UsageError: the folder has one, and nothing shows that it is ours.
+            UsageError: the folder has one, and nothing shows that it is ours; or it is a file.
         """
+        if self.path.exists() and not self.path.is_dir():
+            raise UsageError(f"{self.path}: is a file; expected a folder for the run")
         own = {self.job: self.is_run, self.launch: self.is_script}
         if foreign := [path.name for path in own if path.exists() and not own[path]]:
             raise UsageError(

@@ -113,7 +113,7 @@ class ScriptProgram(Program):
             environment[allocation.ALLOW_CHANGED] = ",".join(self.allow_changed)
         if threads := self.settings.train.threads_per_rank:
             environment["OMP_NUM_THREADS"] = str(threads)
-        return Command(self._resolved(), environment, self.settings.directory)
+        return Command(self.resolve(), environment, self.settings.directory)
 
     def write(self, run: RunDir) -> None:
         if run.checkpoint_files():
@@ -168,7 +168,7 @@ class ScriptProgram(Program):
                     f"--run-dir, --fresh to start over, or --allow-changed {key}"
                 )
 
-    def _resolved(self) -> tuple[str, ...]:
+    def resolve(self) -> tuple[str, ...]:
         """The command with the path of its program; `python` is the one that runs this.
 
         Raises:
@@ -185,8 +185,9 @@ class ScriptProgram(Program):
         if not os.access(program, os.X_OK):
             remedy = f"python {name}" if name.endswith(".py") else f"chmod +x {name}"
             raise UsageError(f"launch: {name}: not executable; expected: {remedy}")
-        script, is_module = _script(self.settings.command)
-        if script.endswith(".py") and not is_module and not (folder / script).is_file():
+        script = next((word for word in arguments if not word.startswith("-")), "")
+        is_python = Path(name).name.startswith("python") and script.endswith(".py")
+        if is_python and not (folder / script).is_file():
             raise UsageError(f"launch: {script}: no such file in {folder}")
         return (str(program), *arguments)
 

@@ -103,10 +103,14 @@ class Supervisor:
                 self._show("stopped, everything saved; run the same command to continue")
                 return ExitStatus.STOPPED
             if outcome == "resize":
-                restarts.count = 0
                 maximum, available = self._resources.maximum(), self._resources.available()
                 if maximum > available and self._next_ranks(maximum) > available:
                     return ExitStatus.OK  # the next batch job has as many
+                if self._next_ranks(available) != self._ranks:
+                    restarts.count = 0
+                elif restarts.add() > most_restarts:
+                    self._show(f"gave up: relaunched {self._ranks} ranks again without progress")
+                    return ExitStatus.FAILED
                 continue
             assert isinstance(outcome, Failure)
             if outcome.final:

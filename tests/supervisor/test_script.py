@@ -113,7 +113,7 @@ def test_with_another_limit_the_ranks_follow_from_the_saved_batch(launch, tmp_pa
     assert [s["ranks"] for s in seen(tmp_path)] == [1, 2, 2]
     launch("--run-dir", "s", "--max-ranks", 4, *words)
     launch("--run-dir", "s", "--max-ranks", 3, *words)
-    assert [s["ranks"] for s in seen(tmp_path)][3:] == [1, 2, 3]
+    assert [s["ranks"] for s in seen(tmp_path)][3:] == [1, 2, 2]
 
 
 def test_the_printed_command_is_the_executed_one(launch, tmp_path):
@@ -172,7 +172,7 @@ def test_a_script_that_does_not_end_its_run(launch, tmp_path, word, code, launch
         (["--", "python", "none.py", "--lr", "1"], "launch: none.py: no such file in"),
         (["--", "train.py"], "launch: train.py: not executable; expected: python train.py"),
         (["--", "./train.sh"], "launch: ./train.sh: not executable; expected: chmod +x ./train.sh"),
-        (["--set", "train.lr=1", "--", "true"], "launch: train.lr: unknown key"),
+        (["--set", "train.lr=1", "--", "true"], "launch: train.lr = 1: unknown key"),
         (["--set", "ranks.max=0", "--", "true"], "launch: ranks.max = 0: expected"),
         (["--run-dir", "foreign", "--", "true"], "it has a launch.toml, and is not a run"),
         (["--run-dir", "job", "--", "true"], "a run of the job file 'digits', not of a script"),
@@ -250,7 +250,7 @@ def test_settings_come_from_a_file_and_from_options(tmp_path, monkeypatch):
     assert script.launch.slurm.partition == "cpu"
     assert (script.launch.launcher, script.ranks.max) == ("slurm", 8)
     file.write_text("[lanch]\n")
-    with pytest.raises(UsageError, match=r"site\.toml: lanch: unknown key"):
+    with pytest.raises(UsageError, match=r"site\.toml: lanch = {}: unknown key"):
         make_script(["true"], None, file, ())
 
 

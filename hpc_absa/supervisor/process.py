@@ -104,6 +104,7 @@ class LauncherProcess:
         self._process = subprocess.Popen(
             command.words,
             env=os.environ | command.environment,
+            cwd=command.directory,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

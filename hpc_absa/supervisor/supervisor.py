@@ -65,6 +65,9 @@ class Supervisor:
         """Run to the end; returns the exit status of the command."""
         self._claim()
         try:
+            self._program.write(self._run)
+            self._run.stop_request.unlink(missing_ok=True)  # of an earlier command
+            self._run.failure.unlink(missing_ok=True)
             on_stop(self._on_signal)
             return self._supervise()
         finally:
@@ -85,9 +88,6 @@ class Supervisor:
             )
         self._run.create()
         self._lock.acquire()
-        self._program.write(self._run)
-        self._run.stop_request.unlink(missing_ok=True)  # of an earlier command
-        self._run.failure.unlink(missing_ok=True)
 
     def _supervise(self) -> ExitStatus:
         restarts = run_state.RestartCounter(self._run)
@@ -190,9 +190,9 @@ class Supervisor:
     def _failure(self, ended: Exit) -> Failure:
         """From the file that the failed rank left, otherwise from the launcher's exit."""
         try:
-            failure = Failure(**json.loads(self._run.failure.read_text(encoding="utf-8")))
+            recorded = Failure(**json.loads(self._run.failure.read_text(encoding="utf-8")))
             self._run.failure.unlink()
-            return failure
+            return recorded
         except (OSError, ValueError):
             pass
         if ended.start_timed_out:

@@ -203,7 +203,7 @@ def test_another_command_does_not_continue_a_run(launch, tmp_path):
     assert shlex.join(other) in err
     assert "--fresh to start over, or --allow-changed command" in err
     allow = ("--allow-changed", "command", "--allow-changed", "schedule.alpha")
-    launch("--run-dir", "r", "--max-ranks", 2, *allow, "--", *other)
+    assert launch("--run-dir", "r", "--max-ranks", 2, *allow, "--", *other)[0] == 75
     assert seen(tmp_path)[-1]["HPC_ABSA_ALLOW_CHANGED"] == "command,schedule.alpha"
     launch("--run-dir", "r", "--max-ranks", 2, "--fresh", "--", *STAND_IN)
     assert [s["ranks"] for s in seen(tmp_path)] == [1, 2, 2, 1, 2]

@@ -26,6 +26,15 @@ from hpc_absa.errors import UsageError
 RANKS = "HPC_ABSA_RANKS"
 """Set by our supervisor: the number of ranks that it asked its launcher for."""
 
+RUN_DIR = "HPC_ABSA_RUN_DIR"
+"""Set by `hpc-absa launch` for the script that it supervises: the run directory."""
+
+MAX_RANKS = "HPC_ABSA_MAX_RANKS"
+"""Set by `hpc-absa launch` for the script: the largest number of ranks that it may ask for."""
+
+ALLOW_CHANGED = "HPC_ABSA_ALLOW_CHANGED"
+"""Set by `hpc-absa launch --allow-changed KEY` for the script: the keys, separated by commas."""
+
 WORLD_SIZE_VARIABLES = (
     "OMPI_COMM_WORLD_SIZE",  # Open MPI's mpirun
     "PMI_SIZE",  # MPICH, Intel MPI, srun --mpi=pmi2

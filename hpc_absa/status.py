@@ -107,7 +107,7 @@ def status(path: Path, now: float | None = None) -> Status:
     run, events, kept = RunDir(history.path), history.events, history.kept
     now = time.time() if now is None else now
     lock = read_lock(run.lock)
-    chain = chain_status(run, history.name, events)
+    chain = chain_status(run, events)
     state, explanation = _state(history, lock, chain, now)
     if state == "running" and run.stop_request.exists():
         explanation += " It was asked to stop, and is saving."
@@ -239,6 +239,8 @@ def _next_command(state: State, run: RunDir) -> str | None:
     folder = shlex.quote(str(run.path))
     if state == "done":
         return f"hpc-absa report {folder}"
+    if run.is_script:
+        return f"hpc-absa launch --run-dir {folder}"
     return f"hpc-absa run {shlex.quote(str(run.job))} --run-dir {folder}"
 
 

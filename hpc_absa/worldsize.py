@@ -7,11 +7,11 @@ import re
 
 from hpc_absa import allocation
 from hpc_absa.allocation import Hosts
-from hpc_absa.config import Job
+from hpc_absa.config import Job, Launchable
 from hpc_absa.errors import UsageError
 
 
-def limit(job: Job) -> int:
+def limit(job: Launchable) -> int:
     """The largest number of ranks: the job's, or slots of its hosts or allocation, or cores."""
     if job.ranks.max is not None:
         return job.ranks.max
@@ -22,7 +22,7 @@ def limit(job: Job) -> int:
     return max(job.ranks.initial, len(os.sched_getaffinity(0)))
 
 
-def stated_hosts(job: Job) -> Hosts:
+def stated_hosts(job: Launchable) -> Hosts:
     """The hosts that the job names with their slots, in its order; empty where it names none.
 
     Raises:

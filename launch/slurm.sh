@@ -1,6 +1,7 @@
 #!/bin/bash
 # A job in one Slurm allocation: it starts on one rank and uses more of the allocation as it grows.
 #   sbatch launch/slurm.sh jobs/digits.toml
+#   sbatch launch/slurm.sh --max-ranks 8 -- python train.py
 # For a chain of jobs without idle nodes, run `hpc-absa run JOB --launcher slurm`
 # on the login node instead. Adapt the #SBATCH lines and the module line to your site.
 #SBATCH --job-name=hpc-absa
@@ -19,4 +20,7 @@ source "${VENV:-$SLURM_SUBMIT_DIR/.venv}/bin/activate"
 
 # exec: the signal, two minutes before the time is up, goes to hpc-absa itself, which saves.
 # Exit status 75: saved but not finished; the same sbatch command continues.
-exec hpc-absa run "$@" --launcher mpirun
+case ${1:?usage: sbatch launch/slurm.sh JOB [OPTION]... or [OPTION]... -- COMMAND...} in
+  -*) exec hpc-absa launch --launcher mpirun "$@" ;;
+  *) exec hpc-absa run "$@" --launcher mpirun ;;
+esac

@@ -10,13 +10,14 @@ from typing import Annotated, Any
 import typer
 
 from hpc_absa import __version__, console
-from hpc_absa.cli import inspecting, preparing, running
+from hpc_absa.cli import inspecting, listing, preparing, running
 from hpc_absa.errors import ExitStatus, HpcAbsaError
 
 PANELS: dict[str, list[Callable[..., int | None]]] = {
-    "Train": [running.run, running.compare, running.cancel],
+    "Train": [running.run, running.launch, running.compare, running.cancel],
     "Inspect a run": [
         inspecting.status,
+        listing.list_runs,
         inspecting.report,
         inspecting.replay,
         inspecting.verify,
@@ -37,7 +38,10 @@ app = typer.Typer(
 )
 for panel, commands in PANELS.items():
     for command in commands:
-        app.command(rich_help_panel=panel)(command)
+        # the options of the user's own command are not ours, also where `--` was forgotten
+        context = {"allow_interspersed_args": command is not running.launch}
+        name = "list" if command is listing.list_runs else None
+        app.command(name, rich_help_panel=panel, context_settings=context)(command)
 
 
 @app.callback()

@@ -1,4 +1,4 @@
-"""Commands that train: `run`, `compare` and `cancel`, and those that launchers start."""
+"""Commands that train: `run`, `launch`, `compare`, `cancel`, and those that launchers start."""
 
 from __future__ import annotations
 
@@ -24,32 +24,38 @@ from hpc_absa.cli.options import (
     folder,
     print_line,
 )
-from hpc_absa.errors import ExitStatus, HpcAbsaError
+from hpc_absa.errors import ExitStatus, HpcAbsaError, UsageError
 
 if TYPE_CHECKING:
     from hpc_absa.report.tensorboard import TensorBoardLog
     from hpc_absa.rundir import RunDir
+    from hpc_absa.supervisor.program import Program
+
+
+Launcher = Annotated[
+    str | None,
+    Option(help="mpirun, horovodrun, srun, or slurm (a chain of batch jobs); replaces the job's."),
+]
+Hosts = Annotated[
+    str | None,
+    Option("--hosts", "-H", help="host:slots,... in place of the job's launch.hosts."),
+]
+HostFile = Annotated[Path | None, Option(help="File with one host per line.")]
+Fresh = Annotated[bool, Option("--fresh", help="First remove an earlier run in D.")]
+DryRun = Annotated[bool, Option("--dry-run", help="Only print the next command.")]
 
 
 def run(
     job: JobFile,
     run_dir: RunFolder = None,
-    launcher: Annotated[
-        str | None,
-        Option(
-            help="mpirun, horovodrun, srun, or slurm (a chain of batch jobs); replaces the job's."
-        ),
-    ] = None,
+    launcher: Launcher = None,
     max_ranks: MaxRanks = None,
     overrides: Overrides = None,
     allow_changed: AllowChanged = None,
-    hosts: Annotated[
-        str | None,
-        Option("--hosts", "-H", help="host:slots,... in place of the job's launch.hosts."),
-    ] = None,
-    hostfile: Annotated[Path | None, Option(help="File with one host per line.")] = None,
-    fresh: Annotated[bool, Option("--fresh", help="First remove an earlier run in D.")] = False,
-    dry_run: Annotated[bool, Option("--dry-run", help="Only print the next command.")] = False,
+    hosts: Hosts = None,
+    hostfile: HostFile = None,
+    fresh: Fresh = False,
+    dry_run: DryRun = False,
 ) -> int:
     """Run a job to its end, phase by phase, with more ranks as the batch grows.
 
@@ -60,26 +66,92 @@ def run(
     2 wrong usage or job file, 75 stopped on request with everything saved.
     """
     console.never_fail()
-    from hpc_absa import config, worldsize
-    from hpc_absa.report.tensorboard import TensorBoardLog
+    from hpc_absa import config
     from hpc_absa.rundir import RunDir
-    from hpc_absa.supervisor import run_state
-    from hpc_absa.supervisor.follower import Follower
-    from hpc_absa.supervisor.supervisor import Supervisor
+    from hpc_absa.supervisor.program import SCRIPT, JobProgram
+    from hpc_absa.supervisor.run_state import default_run_dir
 
+    options = _settings(launcher, max_ranks, hosts, hostfile)
+    loaded = config.load(job, (*(overrides or ()), *options))
+    if loaded.data.name == SCRIPT:
+        raise UsageError(
+            f"{job}: the run of a script; continue it with hpc-absa launch --run-dir "
+            f"{job.parent} -- COMMAND"
+        )
+    directory = RunDir(run_dir or default_run_dir(loaded))
+    return _supervise(JobProgram(loaded, tuple(allow_changed or ())), directory, fresh, dry_run)
+
+
+def launch(
+    command: Annotated[
+        list[str] | None,
+        Argument(metavar="-- COMMAND...", help="One rank: a program and its arguments."),
+    ] = None,
+    run_dir: Annotated[
+        Path | None,
+        Option("--run-dir", parser=folder, metavar="D", help="Run directory; default runs/SCRIPT."),
+    ] = None,
+    launcher: Launcher = None,
+    ranks: Annotated[
+        int | None, Option(min=1, help="Ranks of the first phase, ranks.initial; default 1.")
+    ] = None,
+    max_ranks: MaxRanks = None,
+    settings: Annotated[
+        Path | None,
+        Option("--config", metavar="FILE", help="TOML file with [ranks] and [launch] tables."),
+    ] = None,
+    overrides: Overrides = None,
+    allow_changed: AllowChanged = None,
+    hosts: Hosts = None,
+    hostfile: HostFile = None,
+    fresh: Fresh = False,
+    dry_run: DryRun = False,
+) -> int:
+    """Run your own script, which uses hpc_absa.Run, with more ranks as its batch grows.
+
+    Example: `hpc-absa launch --max-ranks 4 -- python train.py --data DIR`
+
+    Phases, restarts, signals and exit statuses are those of `hpc-absa run`. Without a command, the
+    one stored in D is continued with its settings.
+    """
+    console.never_fail()
+    from hpc_absa.rundir import RunDir
+    from hpc_absa.supervisor.program import ScriptProgram, make_script
+    from hpc_absa.supervisor.run_state import default_run_dir
+
+    options = _settings(launcher, max_ranks, hosts, hostfile)
+    options += [f"ranks.initial={ranks}"] if ranks else []
+    script = make_script(command or [], run_dir, settings, (*(overrides or ()), *options))
+    program = ScriptProgram(script, tuple(allow_changed or ()))
+    program.resolve()  # refuse a command that cannot be executed before anything is written
+    return _supervise(program, RunDir(run_dir or default_run_dir(script)), fresh, dry_run)
+
+
+def _settings(
+    launcher: str | None, max_ranks: int | None, hosts: str | None, hostfile: Path | None
+) -> list[str]:
+    """Options of a command as overrides of keys."""
     options = {
         "launch.launcher": launcher,
         "ranks.max": max_ranks,
         "launch.hosts": hosts,
         "launch.hostfile": hostfile,
     }
-    settings = [f"{key}={value}" for key, value in options.items() if value]
-    loaded = config.load(job, (*(overrides or ()), *settings))
-    directory = RunDir(run_dir or run_state.default_run_dir(loaded))
-    allowed = tuple(allow_changed or ())
+    return [f"{key}={value}" for key, value in options.items() if value]
+
+
+def _supervise(program: Program, directory: RunDir, fresh: bool, dry_run: bool) -> int:
+    """Run or continue what `program` launches in `directory`, to the end or the next stop."""
+    from hpc_absa import worldsize
+    from hpc_absa.report.tensorboard import TensorBoardLog
+    from hpc_absa.supervisor import run_state
+    from hpc_absa.supervisor.follower import Follower
+    from hpc_absa.supervisor.supervisor import Supervisor
+
     board = lines = None
-    if loaded.launch.launcher == "slurm":
-        follower = Follower(loaded, directory, allowed, print_line)
+    settings = program.settings
+    if settings.launch.launcher == "slurm":
+        follower = Follower(program, directory, print_line)
         if dry_run:
             print(follower.dry_run(), end="")
             return ExitStatus.OK
@@ -87,11 +159,11 @@ def run(
             follower.refuse_if_active()
         start: Callable[[], ExitStatus] = follower.follow
     else:
-        ranks = loaded.ranks.model_copy(update={"max": worldsize.limit(loaded)})
-        loaded = loaded.model_copy(update={"ranks": ranks})
+        ranks = settings.ranks.model_copy(update={"max": worldsize.limit(settings)})
+        program.settings = settings.model_copy(update={"ranks": ranks})
         board = TensorBoardLog(directory)
         lines = console.LineQueue(_show_and_update(board))
-        supervisor = Supervisor(loaded, directory, allowed, lines)
+        supervisor = Supervisor(program, directory, lines)
         if dry_run:
             print(supervisor.launch_command(fresh))
             return ExitStatus.OK

@@ -9,7 +9,9 @@ from hpc_absa.config.file import (
     parse,
     read,
     refuse_changes,
+    validate,
 )
+from hpc_absa.config.script import Launchable, Script
 from hpc_absa.config.tables import (
     OPTIMIZERS,
     Checkpoint,
@@ -35,10 +37,12 @@ __all__ = [
     "Hessian",
     "Job",
     "Launch",
+    "Launchable",
     "Loss",
     "Model",
     "Optimizer",
     "Ranks",
+    "Script",
     "Train",
     "dump",
     "explain",
@@ -47,4 +51,5 @@ __all__ = [
     "parse",
     "read",
     "refuse_changes",
+    "validate",
 ]

@@ -9,13 +9,15 @@ import tomllib
 import typing
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
 from hpc_absa.config.tables import Job
 from hpc_absa.errors import UsageError
 from hpc_absa.schedules import SCHEDULES
+
+Table = TypeVar("Table", bound=BaseModel)
 
 WITHOUT_EFFECT = (
     "name",
@@ -87,17 +89,29 @@ def from_tables(
     tables: Mapping[str, Any], origin: str, overrides: tuple[str, ...] = (), *, warn: bool = True
 ) -> Job:
     """As `parse`, from the tables of a job file, which are not modified."""
+    return validate(Job, tables, origin, overrides, warn=warn)
+
+
+def validate(
+    model: type[Table],
+    tables: Mapping[str, Any],
+    origin: str,
+    overrides: tuple[str, ...] = (),
+    *,
+    warn: bool = True,
+) -> Table:
+    """A table of type `model` from `tables`, which are not modified; errors as of `load`."""
     changed = copy.deepcopy(dict(tables))
     for override in overrides:
         _override(changed, override)
     _rename_keys(changed, origin, warn=warn)
     try:
-        return Job.model_validate(changed)
+        return model.model_validate(changed)
     except ValidationError as error:
-        raise UsageError(f"{origin}: {explain(error, Job)}") from None
+        raise UsageError(f"{origin}: {explain(error, model)}") from None
 
 
-def dump(job: Job) -> str:
+def dump(job: BaseModel) -> str:
     """The job as TOML with all defaults; `parse` gives the same job back."""
     import tomli_w
 

@@ -168,21 +168,26 @@ class Hessian(Section):
     """Samples between decision points; None means once an epoch (talk)."""
 
 
-class Ranks(Section):
-    """How many ranks a phase has."""
+class RankLimits(Section):
+    """Between which numbers of ranks a run moves."""
 
     initial: PositiveInt = 1
     """Ranks of the first phase."""
     max: PositiveInt | None = None
     """Largest number of ranks; None means as many as the hosts have cores or GPUs."""
-    microbatches_per_rank: PositiveInt = 1
-    """Microbatches of one step that a rank computes before one more rank is added."""
 
     @model_validator(mode="after")
     def _check_max(self) -> Self:
         if self.max is not None and self.max < self.initial:
             raise ValueError(f"max = {self.max}: expected at least ranks.initial = {self.initial}")
         return self
+
+
+class Ranks(RankLimits):
+    """How many ranks a phase has."""
+
+    microbatches_per_rank: PositiveInt = 1
+    """Microbatches of one step that a rank computes before one more rank is added."""
 
 
 class Checkpoint(Section):

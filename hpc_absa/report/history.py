@@ -198,7 +198,7 @@ def require_run(path: Path) -> RunDir:
     if not run.path.is_dir():
         what = "is a file" if run.path.exists() else "does not exist"
         raise UsageError(f"{path}: {what}; expected a run directory (the D of --run-dir D)")
-    if not (run.job.is_file() or run.events.is_file()):
+    if not (run.job.is_file() or run.events.is_file() or run.is_script):
         raise UsageError(f"{path}: not a run directory: neither job.toml nor events.jsonl in it")
     return run
 

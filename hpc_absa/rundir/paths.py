@@ -18,6 +18,9 @@ from hpc_absa.rundir.files import write_atomic
 MARK = "# Resolved by hpc-absa; every key with its value. Changing this file changes nothing.\n"
 """First line of a run directory's `job.toml`: the file is ours, and so is the directory."""
 
+LAUNCH_MARK = "# Written by hpc-absa launch: the command of one rank, and how it is launched.\n"
+"""First line of `launch.toml`."""
+
 CHECKPOINT_NAME = re.compile(r"step-(?P<step>\d{10})-phase-(?P<phase>\d{3,})\.h5")
 """Name of a checkpoint; other files in the folder are the user's."""
 
@@ -40,10 +43,10 @@ OWN_FILES = {
     "data": (r"{packed}", r"\.{packed}\.[0-9a-f]+\.tmp"),
     ".": (
         r"report\.(html|png)",
-        r"\.(report\.html|report\.png|job\.toml)\.[0-9a-f]+\.tmp",
+        r"\.(report\.html|report\.png|job\.toml|launch\.toml)\.[0-9a-f]+\.tmp",
         r"stop",
     ),
-    "./": (r"job\.toml", r"events\.jsonl"),
+    "./": (r"(job|launch)\.toml", r"events\.jsonl"),
 }
 """Names of the files that we write, by folder, in the order in which they are removed."""
 
@@ -58,6 +61,11 @@ class RunDir:
     def job(self) -> Path:
         """The resolved job file."""
         return self.path / "job.toml"
+
+    @property
+    def launch(self) -> Path:
+        """What `hpc-absa launch` starts; absent for the run of a job file."""
+        return self.path / "launch.toml"
 
     @property
     def events(self) -> Path:
@@ -163,26 +171,32 @@ class RunDir:
         """Write the resolved job file."""
         write_atomic(self.job, MARK + text)
 
+    def write_launch(self, text: str) -> None:
+        """Write what `hpc-absa launch` starts."""
+        write_atomic(self.launch, LAUNCH_MARK + text)
+
     @property
     def is_run(self) -> bool:
         """Whether our own files show that the folder is a run directory."""
-        try:
-            with self.job.open(encoding="utf-8", errors="replace") as file:
-                if file.readline() == MARK:
-                    return True
-        except OSError:
-            pass
-        return bool(self.log.read())
+        return _begins(self.job, MARK) or self.is_script or bool(self.log.read())
 
-    def require_own_job(self) -> None:
-        """Refuse to replace a `job.toml` that we have not written.
+    @property
+    def is_script(self) -> bool:
+        """Whether `hpc-absa launch` started the run; `launch.toml` is ours then."""
+        return _begins(self.launch, LAUNCH_MARK)
+
+    def require_own_files(self) -> None:
+        """Refuse to replace a `job.toml` or `launch.toml` that we have not written.
 
         Raises:
-            UsageError: the folder has one, and nothing shows that the folder is a run directory.
+            UsageError: the folder has one, and nothing shows that it is ours; or it is a file.
         """
-        if self.job.exists() and not self.is_run:
+        if self.path.exists() and not self.path.is_dir():
+            raise UsageError(f"{self.path}: is a file; expected a folder for the run")
+        own = {self.job: self.is_run, self.launch: self.is_script}
+        if foreign := [path.name for path in own if path.exists() and not own[path]]:
             raise UsageError(
-                f"{self.path}: it has a job.toml, and is not a run directory; "
+                f"{self.path}: it has a {foreign[0]}, and is not a run directory; "
                 "a run would replace that file: name another folder with --run-dir"
             )
 
@@ -203,7 +217,7 @@ class RunDir:
         for folder, names in OWN_FILES.items():
             own = re.compile("|".join(names).replace("{packed}", re.escape(self._packed_name())))
             for entry in _entries(root / folder):
-                if own.fullmatch(entry.name):
+                if own.fullmatch(entry.name) and (entry.name != "launch.toml" or self.is_script):
                     entry.unlink(missing_ok=True)
             if root / folder != root:
                 with contextlib.suppress(OSError):  # the user's own files are in it
@@ -221,12 +235,20 @@ class RunDir:
         """Create the folders.
 
         Raises:
-            UsageError: as `require_own_job`.
+            UsageError: as `require_own_files`.
         """
-        self.require_own_job()
+        self.require_own_files()
         for folder in (self.path, self.checkpoints, self.logs):
             os.makedirs(folder, exist_ok=True)
         return self
+
+
+def _begins(path: Path, mark: str) -> bool:
+    try:
+        with path.open(encoding="utf-8", errors="replace") as file:
+            return file.readline() == mark
+    except OSError:
+        return False
 
 
 def packed_name(data_name: str) -> str:

@@ -7,7 +7,7 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from hpc_absa.config import Job
+from hpc_absa.config import Launchable
 from hpc_absa.rundir import RunDir
 from hpc_absa.supervisor.process import PYTHON
 from hpc_absa.supervisor.slurm import Partition
@@ -31,19 +31,19 @@ class Size:
         return f"{self.ranks} rank{'s' * (self.ranks > 1)} on {nodes}"
 
 
-def ranks_per_node(job: Job, partition: Partition) -> int:
+def ranks_per_node(job: Launchable, partition: Partition) -> int:
     """As the job states, or one per GPU, or as many as the cores have threads for."""
     stated = job.launch.ranks_per_node or job.launch.slurm.gpus_per_node
     return stated or max(1, partition.cpus // (job.train.threads_per_rank or 1))
 
 
-def most_ranks(job: Job, partition: Partition) -> int:
+def most_ranks(job: Launchable, partition: Partition) -> int:
     """Ranks that one batch job in the partition can have now, at most `ranks.max`."""
     most = partition.max_nodes * ranks_per_node(job, partition)
     return min(most, job.ranks.max or most)
 
 
-def size_of(job: Job, ranks: int, partition: Partition) -> Size:
+def size_of(job: Launchable, ranks: int, partition: Partition) -> Size:
     """A batch job for `ranks` ranks, on as few nodes as hold them."""
     fill = ranks_per_node(job, partition)
     nodes = -(-ranks // fill)
@@ -56,7 +56,7 @@ def size_of(job: Job, ranks: int, partition: Partition) -> Size:
 
 
 def script(
-    job: Job, run: RunDir, number: int, name: str, size: Size, allow: tuple[str, ...]
+    job: Launchable, run: RunDir, number: int, name: str, size: Size, allow: tuple[str, ...]
 ) -> str:
     """The batch script of link `number`."""
     options = job.launch.slurm

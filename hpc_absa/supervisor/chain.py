@@ -57,7 +57,7 @@ class Chain:
 
     def links(self) -> list[Link]:
         """All links on record, the first one first."""
-        return [link for path in sorted(self._run.chain.glob("*.json")) if (link := _read(path))]
+        return recorded_links(self._run)
 
     def link(self, number: int) -> Link | None:
         """Link `number`, None if it is not on record."""
@@ -134,6 +134,11 @@ class Chain:
         self._cancelled.unlink(missing_ok=True)
 
 
+def recorded_links(run: RunDir) -> list[Link]:
+    """The links on record, the first one first."""
+    return [link for path in sorted(run.chain.glob("*.json")) if (link := _read(path))]
+
+
 def _read(path: Path) -> Link | None:
     try:
         return Link(**json.loads(path.read_text(encoding="utf-8")))
@@ -168,13 +173,13 @@ class LinkStatus:
     """Whether its job is pending or running; None where Slurm does not answer."""
 
 
-def chain_status(run: RunDir, job_name: str, events: Sequence[Event]) -> tuple[LinkStatus, ...]:
+def chain_status(run: RunDir, events: Sequence[Event]) -> tuple[LinkStatus, ...]:
     """The links of a run's chain, the first one first; empty where there is none."""
-    chain = Chain(run, job_name)
-    if not (links := chain.links()):
+    if not (links := recorded_links(run)):
         return ()
+    prefix = links[0].name.rpartition("-")[0]
     try:
-        queue = {job.job_id: job for job in Slurm(seconds=10).jobs(chain.prefix) if job.alive}
+        queue = {job.job_id: job for job in Slurm(seconds=10).jobs(prefix) if job.alive}
     except HpcAbsaError:
         queue = None
     states = {link.number: "submitted" for link in links}

@@ -1,4 +1,4 @@
-"""`hpc-absa run --launcher slurm`: starts or continues a chain of batch jobs and shows its output.
+"""Launcher `slurm`: starts or continues a chain of batch jobs and shows its output.
 
 The chain does not need this process. It may be killed at any time, and the same command, on any
 host that sees the run directory, follows the chain again.
@@ -12,12 +12,12 @@ import signal
 import time
 from collections.abc import Callable
 
-from hpc_absa.config import Job
 from hpc_absa.errors import ExitStatus, UsageError
 from hpc_absa.rundir import RunDir
 from hpc_absa.supervisor import run_state
 from hpc_absa.supervisor.batch import Size, most_ranks, script, size_of
 from hpc_absa.supervisor.chain import Chain, Link, link_events
+from hpc_absa.supervisor.program import Program
 from hpc_absa.supervisor.slurm import QueuedJob, Slurm, SlurmSilentError, retry_while_silent
 from hpc_absa.supervisor.supervisor import on_stop
 
@@ -34,15 +34,15 @@ class Follower:
 
     def __init__(
         self,
-        job: Job,
+        program: Program,
         run: RunDir,
-        allow_changed: tuple[str, ...],
         show: Callable[[str], None] = print,
         interval: float = INTERVAL,
     ) -> None:
         """`show` is called with every line for the user."""
-        self._job, self._run, self._allow, self._show = job, run, allow_changed, show
-        self._slurm, self._chain, self._interval = Slurm(), Chain(run, job.name), interval
+        self._program, self._settings = program, program.settings
+        self._run, self._show, self._interval = run, show, interval
+        self._slurm, self._chain = Slurm(), Chain(run, program.settings.name)
         self._bytes_shown: dict[int, int] = {}
         self._last_state = ""
 
@@ -53,7 +53,8 @@ class Follower:
 
     def follow(self) -> ExitStatus:
         """Submit the next link if none is pending or running, then watch until the chain ends."""
-        restarts, most_restarts = run_state.RestartCounter(self._run), self._job.launch.max_restarts
+        restarts = run_state.RestartCounter(self._run)
+        most_restarts = self._settings.launch.max_restarts
         self._start()
         try:
             on_stop(signal.default_int_handler)
@@ -90,7 +91,8 @@ class Follower:
             self._show(f"link {last.number} (job {last.job_id}) is pending or running; watching")
             return
         self._run.create()
-        run_state.write_job(self._job, self._run, self._allow)
+        self._program.write(self._run)
+        self._run.stop_request.unlink(missing_ok=True)  # of an earlier command
         self._chain.resume()
         self._submit()
 
@@ -106,20 +108,20 @@ class Follower:
     def _next(self) -> tuple[int, Size]:
         """Number and size of the next link."""
         default = os.environ.get("SBATCH_PARTITION", "")
-        partition = self._slurm.partition(self._job.launch.slurm.partition or default)
-        limit = most_ranks(self._job, partition)
-        if limit < self._job.ranks.initial:
+        partition = self._slurm.partition(self._settings.launch.slurm.partition or default)
+        limit, initial = most_ranks(self._settings, partition), self._settings.ranks.initial
+        if limit < initial:
             raise UsageError(
-                f"ranks.initial = {self._job.ranks.initial}: partition {partition.name} has nodes "
+                f"ranks.initial = {initial}: partition {partition.name} has nodes "
                 f"for {limit} ranks now; start with fewer, or set launch.ranks_per_node"
             )
-        ranks = run_state.next_ranks(self._job, self._run, limit)
+        ranks = run_state.next_ranks(self._program, self._run, limit)
         last = self._chain.last()
-        return (last.number + 1 if last else 1), size_of(self._job, ranks, partition)
+        return (last.number + 1 if last else 1), size_of(self._settings, ranks, partition)
 
     def _script(self, number: int, size: Size) -> str:
         name = self._chain.name(number)
-        return script(self._job, self._run, number, name, size, self._allow)
+        return script(self._settings, self._run, number, name, size, self._program.allow_changed)
 
     def _watch(self) -> ExitStatus | None:
         """Show output until the chain ends; None where it ended without a result."""

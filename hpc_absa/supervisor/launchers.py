@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hpc_absa import allocation, worldsize
-from hpc_absa.config import Job
+from hpc_absa.config import Launchable
 from hpc_absa.errors import UsageError
 from hpc_absa.rundir.lock import SUPERVISED
 from hpc_absa.supervisor.resources import fill
@@ -32,6 +32,9 @@ PASSED_ON = ("PYTHONPATH", "OMP_NUM_THREADS", "HDF5_USE_FILE_LOCKING", "TORCH_HO
 """Variables that ranks on other hosts get as well; `launch.extra = ["-x", NAME]` adds others."""
 
 
+Names = tuple[str, ...]
+"""Variables that every rank gets; horovodrun and srun pass on the whole environment."""
+
 BUILD_SETTING = re.compile(
     r"HOROVOD_(WITH|WITHOUT|GPU|CPU|NCCL|CUDA|ROCM|MPI|MPICXX|BUILD|CMAKE|ALLOW|JOBS)(_|$)"
 )
@@ -45,16 +48,20 @@ class Command:
     words: tuple[str, ...]
     environment: dict[str, str] = field(default_factory=dict)
     """Set in addition to the current environment."""
+    directory: str | None = None
+    """Folder in which it is executed; None for the current one."""
 
     def __str__(self) -> str:
         """As input of a shell."""
         changed = {k: v for k, v in self.environment.items() if os.environ.get(k) != v}
         # Only the value is quoted: a quoted name would not be an assignment.
         settings = [f"{name}={shlex.quote(value)}" for name, value in changed.items()]
-        return " ".join([*settings, shlex.join(self.words)])
+        line = " ".join([*settings, shlex.join(self.words)])
+        elsewhere = self.directory is not None and self.directory != os.getcwd()
+        return f"cd {shlex.quote(str(self.directory))} && {line}" if elsewhere else line
 
 
-def command(job: Job, ranks: int, worker: tuple[str, ...]) -> Command:
+def command(job: Launchable, ranks: int, worker: Command) -> Command:
     """The command that starts `worker` as `ranks` ranks with the job's launcher.
 
     Raises:
@@ -65,10 +72,10 @@ def command(job: Job, ranks: int, worker: tuple[str, ...]) -> Command:
         raise UsageError(
             f"launch.launcher = {job.launch.launcher!r}: expected mpirun, horovodrun or srun"
         )
-    words, environment = build(job, ranks)
-    environment |= network_environment(job.launch.interface)
-    environment |= {SUPERVISED: "1", allocation.RANKS: str(ranks)}
-    return Command((*words, *job.launch.extra, *worker), environment)
+    ours = {SUPERVISED: "1", allocation.RANKS: str(ranks), **worker.environment}
+    words, environment = build(job, ranks, tuple(ours))
+    environment |= network_environment(job.launch.interface) | ours
+    return Command((*words, *job.launch.extra, *worker.words), environment, worker.directory)
 
 
 def mpi_environment() -> dict[str, str]:
@@ -106,41 +113,36 @@ def network_environment(interface: str) -> dict[str, str]:
     return dict.fromkeys(names, interface) if interface else {}
 
 
-def _mpirun(job: Job, ranks: int) -> tuple[list[str], dict[str, str]]:
+def _mpirun(job: Launchable, ranks: int, names: Names) -> tuple[list[str], dict[str, str]]:
     words = [program("mpirun"), "-np", str(ranks), *_binding(job)]
     words += ["--mca", "odls_base_sigkill_timeout", str(KILL_SECONDS)]
     if job.launch.hosts:
-        words += ["-H", job.launch.hosts, *_remote_options(job)]
+        words += ["-H", job.launch.hosts, *_remote_options(job, names)]
     if _oversubscribed(job, ranks):
         words.append("--oversubscribe")
     return words, mpi_environment()
 
 
-def _binding(job: Job) -> tuple[str, ...]:
+def _binding(job: Launchable) -> tuple[str, ...]:
     if job.launch.bind == "none":
         return ("--bind-to", "none")
     return ("--map-by", f"slot:PE={job.train.threads_per_rank or 1}", "--bind-to", "core")
 
 
-def _remote_options(job: Job) -> list[str]:
+def _remote_options(job: Launchable, names: Names) -> list[str]:
     """What mpirun needs for other hosts: ssh passes no environment on."""
     words = []
     for name, value in KEEPALIVE.items():
         words += ["--mca", f"oob_tcp_keepalive_{name}", str(value)]
     if job.launch.rsh_agent:
         words += ["--mca", "plm_rsh_agent", job.launch.rsh_agent]
-    passed_on = [name for name in PASSED_ON if name in os.environ]
-    for name in (
-        SUPERVISED,
-        allocation.RANKS,
-        *passed_on,
-        *network_environment(job.launch.interface),
-    ):
+    passed_on = [name for name in PASSED_ON if name in os.environ and name not in names]
+    for name in (*names, *passed_on, *network_environment(job.launch.interface)):
         words += ["-x", name]
     return words
 
 
-def _horovodrun(job: Job, ranks: int) -> tuple[list[str], dict[str, str]]:
+def _horovodrun(job: Launchable, ranks: int, names: Names) -> tuple[list[str], dict[str, str]]:
     hosts = job.launch.hosts or f"localhost:{ranks}"
     options = f"--bind-to none --mca odls_base_sigkill_timeout {KILL_SECONDS}"
     if _oversubscribed(job, ranks):
@@ -151,7 +153,7 @@ def _horovodrun(job: Job, ranks: int) -> tuple[list[str], dict[str, str]]:
     return words, mpi_environment() | {"PATH": path}
 
 
-def _srun(job: Job, ranks: int) -> tuple[list[str], dict[str, str]]:
+def _srun(job: Launchable, ranks: int, names: Names) -> tuple[list[str], dict[str, str]]:
     current = allocation.detect()
     if current is None or current.scheduler != "Slurm":
         raise UsageError("launcher srun: not inside a Slurm allocation; begin one with salloc")
@@ -159,7 +161,7 @@ def _srun(job: Job, ranks: int) -> tuple[list[str], dict[str, str]]:
     return [program("srun"), "-N", str(nodes), "-n", str(ranks)], {}
 
 
-def _oversubscribed(job: Job, ranks: int) -> bool:
+def _oversubscribed(job: Launchable, ranks: int) -> bool:
     """More ranks than slots, which Open MPI allows only on request."""
     if job.launch.hosts:
         return ranks > sum(slots for _, slots in worldsize.hosts(job.launch.hosts))

@@ -7,12 +7,13 @@ import signal
 import time
 from collections.abc import Callable
 
-from hpc_absa import config, worldsize
+from hpc_absa import worldsize
 from hpc_absa.errors import ExitStatus, HpcAbsaError, RunLockedError, UsageError
 from hpc_absa.rundir import RunDir
 from hpc_absa.rundir.lock import RunLock
 from hpc_absa.supervisor.batch import Size, most_ranks, script, size_of
 from hpc_absa.supervisor.chain import Chain, Link, link_events
+from hpc_absa.supervisor.program import read_program
 from hpc_absa.supervisor.resources import BatchJobTasks
 from hpc_absa.supervisor.run_state import finished, next_ranks
 from hpc_absa.supervisor.slurm import (
@@ -48,9 +49,10 @@ class LinkRun:
         allow_changed: tuple[str, ...],
         show: Callable[[str], None],
     ) -> None:
-        self._run, self._allow, self._show = run, allow_changed, show
-        self._job = config.load(run.job, warn=False)
-        self._chain, self._slurm = Chain(run, self._job.name), Slurm()
+        self._run, self._show = run, show
+        self._program = read_program(run, allow_changed)
+        self._settings = self._program.settings
+        self._chain, self._slurm = Chain(run, self._settings.name), Slurm()
         variables = os.environ
         if "SLURM_JOB_ID" not in variables:
             raise UsageError("hpc-absa link: not in a batch job; `hpc-absa run` submits it")
@@ -78,7 +80,7 @@ class LinkRun:
             return self._submit_next("resize", partition)
         self._show_limit(partition)
         tasks = BatchJobTasks(self._link.ranks, self._limit(partition))
-        supervisor = Supervisor(self._job, self._run, self._allow, self._show, tasks)
+        supervisor = Supervisor(self._program, self._run, self._show, tasks)
         if self._chain.cancelled:
             return self._end("cancelled")
         try:
@@ -143,7 +145,7 @@ class LinkRun:
             return ExitStatus.FAILED
         wanted, current = self._next_ranks(partition), self._link.ranks
         for ranks in (wanted, current):
-            size = size_of(self._job, ranks, partition)
+            size = size_of(self._settings, ranks, partition)
             try:
                 link = self._submit(size)
             except SubmissionError as error:
@@ -163,7 +165,8 @@ class LinkRun:
     def _submit(self, size: Size) -> Link:
         number = self._link.number + 1
         name = self._chain.name(number)
-        text = script(self._job, self._run, number, name, size, self._allow)
+        allow = self._program.allow_changed
+        text = script(self._settings, self._run, number, name, size, allow)
         return retry_while_silent(
             lambda: self._chain.submit(number, text, size.nodes, size.ranks, self._slurm),
             SLURM_SECONDS,
@@ -174,11 +177,11 @@ class LinkRun:
         return ExitStatus.OK if outcome in ("done", "resize", "time") else ExitStatus.STOPPED
 
     def _partition(self) -> Partition:
-        name = os.environ.get("SLURM_JOB_PARTITION") or self._job.launch.slurm.partition
+        name = os.environ.get("SLURM_JOB_PARTITION") or self._settings.launch.slurm.partition
         return retry_while_silent(lambda: self._slurm.partition(name), SLURM_SECONDS)
 
     def _next_ranks(self, partition: Partition) -> int:
-        return next_ranks(self._job, self._run, self._limit(partition))
+        return next_ranks(self._program, self._run, self._limit(partition))
 
     def _limit(self, partition: Partition) -> int:
         """Ranks that one job of the partition can have, fewer than Slurm refused within a day."""
@@ -193,11 +196,14 @@ class LinkRun:
             and isinstance(event.get("ranks"), int)
             and is_recent(event.get("time"))
         ]
-        return max(1, min([most_ranks(self._job, partition), *refused]))
+        return max(1, min([most_ranks(self._settings, partition), *refused]))
 
     def _show_limit(self, partition: Partition) -> None:
-        limit, largest = self._limit(partition), self._job.schedule.largest_batch
-        ranks = worldsize.ranks_for(self._job, largest, self._job.ranks.max or largest)
+        if not self._run.job.exists():  # a script whose first phase has not begun
+            return
+        job = self._program.job(self._run)
+        limit, largest = self._limit(partition), job.schedule.largest_batch
+        ranks = worldsize.ranks_for(job, largest, job.ranks.max or largest)
         if ranks > limit:
             self._show(
                 f"partition {partition.name} gives one job at most {partition.max_nodes} nodes "

@@ -30,6 +30,26 @@ KILLED = re.compile(
 """What Open MPI's mpirun prints for a rank that a signal ended."""
 
 
+NOTICE = re.compile(r"\s*-{20,}\s*")
+"""The line before and after a notice of Open MPI's mpirun."""
+TAG = re.compile(r"^\[\d+,\d+\]<std(out|err)>:\s?")
+"""What horovodrun writes before each line of a rank."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why the ranks ended before the end of their phase."""
+
+    reason: str
+    rank: int | None = None
+    host: str | None = None
+    exit_code: int | None = None
+    final: bool = False
+    """A restart would fail the same way."""
+    early: bool = False
+    """A script failed before its `hpc_absa.Run` began."""
+
+
 @dataclass(frozen=True)
 class Exit:
     """How the launcher's process ended."""
@@ -46,6 +66,16 @@ class Exit:
         if match is None:
             return None
         return int(match["rank"]), match["host"], int(match["signal"])
+
+    def last_line(self) -> str:
+        """The last line of a rank, without the launcher's notices."""
+        last, in_notice = "", False
+        for line in self.tail:
+            if NOTICE.fullmatch(line):
+                in_notice = not in_notice
+            elif not in_notice and (text := TAG.sub("", line).strip()):
+                last = text
+        return last
 
     def fatal_signal(self) -> int | None:
         """The signal that ended a rank, or the launcher itself; None where none did."""
@@ -74,6 +104,7 @@ class LauncherProcess:
         self._process = subprocess.Popen(
             command.words,
             env=os.environ | command.environment,
+            cwd=command.directory,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -20,7 +20,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from hpc_absa import allocation, worldsize
 from hpc_absa.allocation import Hosts
-from hpc_absa.config import Job
+from hpc_absa.config import Launchable
 
 AGENT = "ssh -o BatchMode=yes -o ConnectTimeout=5"
 """Reaches a host unless `launch.rsh_agent` or `plm_rsh_agent` of Open MPI names a program."""
@@ -49,7 +49,7 @@ class Resources:
         """Ranks that the trainer may ask for; what a batch would feed beyond is accumulated."""
         return self._maximum
 
-    def place(self, job: Job, ranks: int) -> Job:
+    def place(self, job: Launchable, ranks: int) -> Launchable:
         """The job with the launcher and the hosts for `ranks` ranks."""
         return job
 
@@ -67,7 +67,7 @@ class Resources:
 class BatchJobTasks(Resources):
     """The tasks of the current batch job; the next job of the chain may have up to `maximum`."""
 
-    def place(self, job: Job, ranks: int) -> Job:
+    def place(self, job: Launchable, ranks: int) -> Launchable:
         launch = job.launch.model_copy(update={"launcher": job.launch.slurm.step, "hosts": ""})
         return job.model_copy(update={"launch": launch})
 
@@ -77,7 +77,7 @@ class HostPool(Resources):
 
     def __init__(
         self,
-        job: Job,
+        job: Launchable,
         hosts: Hosts,
         on_change: HostChanged,
         answers: Callable[[str], bool] | None = None,
@@ -100,7 +100,7 @@ class HostPool(Resources):
         """As available: a host that returns causes a relaunch without a decision."""
         return self.available()
 
-    def place(self, job: Job, ranks: int) -> Job:
+    def place(self, job: Launchable, ranks: int) -> Launchable:
         self._placed = fill(self._usable(), ranks)
         hosts = ",".join(f"{name}:{slots}" for name, slots in self._placed)
         launch = job.launch.model_copy(update={"hosts": hosts})
@@ -160,7 +160,7 @@ class HostPool(Resources):
         self._on_change(name, "set_aside", f"{why}; tried again in {self._cool_down:.0f} s")
 
 
-def resources_of(job: Job, on_change: HostChanged) -> Resources:
+def resources_of(job: Launchable, on_change: HostChanged) -> Resources:
     """The hosts that the job names, those of the scheduler's allocation, or this machine."""
     named = worldsize.stated_hosts(job)
     current = None if named else allocation.detect()
@@ -185,7 +185,7 @@ def fill(hosts: Hosts, ranks: int) -> Hosts:
     return filled
 
 
-def agent_of(job: Job) -> tuple[str, ...]:
+def agent_of(job: Launchable) -> tuple[str, ...]:
     """The program and its options that reach a host: `AGENT HOST COMMAND`."""
     return tuple(shlex.split(job.launch.rsh_agent or os.environ.get(OPEN_MPI_AGENT) or AGENT))
 

@@ -1,22 +1,22 @@
-"""Reads and changes a run between launches: its next ranks, its end, its job file, cancelling."""
+"""Reads and changes a run between launches: its next ranks, its end, cancelling."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
 
-from hpc_absa import config, schedules
-from hpc_absa.config import Job
+from hpc_absa.config import Launchable
 from hpc_absa.errors import UsageError
 from hpc_absa.rundir import RunDir
 from hpc_absa.rundir.events import Event
 from hpc_absa.rundir.lock import RunLock
 from hpc_absa.supervisor.chain import Chain
+from hpc_absa.supervisor.program import Program, read_program
 from hpc_absa.supervisor.slurm import Slurm
 from hpc_absa.worldsize import ranks_for
 
 
-def next_ranks(job: Job, run: RunDir, limit: int) -> int:
+def next_ranks(program: Program, run: RunDir, limit: int) -> int:
     """The number of ranks of the next phase, at most `limit`.
 
     The trainer decides it and writes it to the checkpoint, together with the limit that it knew.
@@ -29,14 +29,11 @@ def next_ranks(job: Job, run: RunDir, limit: int) -> int:
         from hpc_absa.checkpoint import saved_phase  # h5py and numpy: not for the first launch
 
         saved = saved_phase(run.checkpoints)
-    if saved and saved.next_ranks and saved.rank_limit == limit:
-        return max(saved.next_ranks, job.ranks.initial)  # the user may have raised it since
-    return ranks_for(job, saved.global_batch, limit) if saved else initial_ranks(job, limit)
-
-
-def initial_ranks(job: Job, limit: int) -> int:
-    """The number of ranks of a new run's first phase, at most `limit`."""
-    return ranks_for(job, schedules.build(job).initial().global_batch, limit)
+    if saved is None:
+        return program.initial_ranks(limit)
+    if saved.next_ranks and saved.rank_limit == limit:  # the user may have raised the initial ones
+        return max(saved.next_ranks, program.settings.ranks.initial)
+    return ranks_for(program.job(run), saved.global_batch, limit)
 
 
 def finished(run: RunDir) -> Event | None:
@@ -63,19 +60,6 @@ def _newest_step(run: RunDir) -> int:
     return -1 if step is None else step
 
 
-def write_job(job: Job, run: RunDir, allow_changed: tuple[str, ...]) -> None:
-    """Store the resolved job, and remove the stop request of an earlier command.
-
-    Raises:
-        UsageError: the saved checkpoints are of a job that differs in more than `allow_changed`.
-    """
-    if run.job.exists() and run.checkpoint_files():
-        saved = config.load(run.job, warn=False)
-        config.refuse_changes(saved, job, str(run.job), allow_changed)
-    run.write_job(config.dump(job))
-    run.stop_request.unlink(missing_ok=True)
-
-
 def clear(run: RunDir) -> None:
     """Remove a run's files to start from the beginning.
 
@@ -94,9 +78,9 @@ def clear(run: RunDir) -> None:
         lock.release()
 
 
-def default_run_dir(job: Job) -> Path:
+def default_run_dir(settings: Launchable) -> Path:
     """`runs/NAME` under the current folder."""
-    return Path("runs") / job.name
+    return Path("runs") / settings.name
 
 
 def cancel(path: Path, now: bool) -> Iterator[str]:
@@ -118,7 +102,7 @@ def cancel(path: Path, now: bool) -> Iterator[str]:
     if not run.chain.exists():
         yield f"{path}: asked to save and stop (a running job sees it within a step)"
         return
-    chain, slurm = Chain(run, config.load(run.job, warn=False).name), Slurm()
+    chain, slurm = Chain(run, read_program(run).settings.name), Slurm()
     chain.cancel()
     for job in (job for job in slurm.jobs(chain.prefix) if job.alive):
         if now or job.state not in ("RUNNING", "COMPLETING"):

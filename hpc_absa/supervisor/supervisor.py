@@ -1,4 +1,4 @@
-"""`hpc-absa run`: a job from its first phase to its last."""
+"""`hpc-absa run` and `launch`: a run from its first phase to its last."""
 
 from __future__ import annotations
 
@@ -6,17 +6,18 @@ import json
 import signal
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib.util import find_spec
 from types import FrameType
 
-from hpc_absa.config import Job
+from hpc_absa.config import Launch
 from hpc_absa.errors import ExitStatus, HpcAbsaError, UsageError
 from hpc_absa.rundir import RunDir
 from hpc_absa.rundir.lock import RunLock
 from hpc_absa.supervisor import run_state
 from hpc_absa.supervisor.launchers import Command, command, outside_settings
-from hpc_absa.supervisor.process import PYTHON, Exit, LauncherProcess
+from hpc_absa.supervisor.process import Exit, Failure, LauncherProcess
+from hpc_absa.supervisor.program import Program
 from hpc_absa.supervisor.resources import Resources, resources_of
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
@@ -29,18 +30,6 @@ def on_stop(handler: Callable[[int, FrameType | None], None]) -> None:
             signal.signal(number, handler)
 
 
-@dataclass(frozen=True)
-class Failure:
-    """Why the ranks ended before the end of their phase."""
-
-    reason: str
-    rank: int | None = None
-    host: str | None = None
-    exit_code: int | None = None
-    final: bool = False
-    """A restart would fail the same way."""
-
-
 class FinalError(HpcAbsaError):
     """A configuration error; restarting would fail the same way."""
 
@@ -50,19 +39,19 @@ class FinalError(HpcAbsaError):
 
 
 class Supervisor:
-    """Launches phase after phase until the job is done, is stopped, or fails too often."""
+    """Launches phase after phase until the run is done, is stopped, or fails too often."""
 
     def __init__(
         self,
-        job: Job,
+        program: Program,
         run: RunDir,
-        allow_changed: tuple[str, ...],
         show: Callable[[str], None] = print,
         resources: Resources | None = None,
     ) -> None:
         """`show` is called with every line for the user."""
-        self._job, self._run, self._allow, self._show = job, run, allow_changed, show
-        self._resources = resources or resources_of(job, self._on_host_change)
+        self._program, self._run, self._show = program, run, show
+        self._settings = program.settings
+        self._resources = resources or resources_of(self._settings, self._on_host_change)
         self._lock = RunLock(run)
         self._process: LauncherProcess | None = None
         self._ranks = 0
@@ -73,9 +62,12 @@ class Supervisor:
         self._signals = self._signals_handled = 0
 
     def supervise(self) -> ExitStatus:
-        """Run the job to its end; returns the exit status of `hpc-absa run`."""
+        """Run to the end; returns the exit status of the command."""
         self._claim()
         try:
+            self._program.write(self._run)
+            self._run.stop_request.unlink(missing_ok=True)  # of an earlier command
+            self._run.failure.unlink(missing_ok=True)
             on_stop(self._on_signal)
             return self._supervise()
         finally:
@@ -85,9 +77,8 @@ class Supervisor:
     def launch_command(self, fresh: bool = False) -> Command:
         """The command of the next phase, or of a new run's first one."""
         available = self._resources.available()
-        initial = run_state.initial_ranks(self._job, available)
-        ranks = initial if fresh else self._next_ranks(available)
-        return command(self._resources.place(self._job, ranks), ranks, self._worker())
+        ranks = self._program.initial_ranks(available) if fresh else self._next_ranks(available)
+        return self._command(ranks)[0]
 
     def _claim(self) -> None:
         if find_spec("horovod") is None:
@@ -97,11 +88,11 @@ class Supervisor:
             )
         self._run.create()
         self._lock.acquire()
-        run_state.write_job(self._job, self._run, self._allow)
-        self._run.failure.unlink(missing_ok=True)
 
     def _supervise(self) -> ExitStatus:
-        restarts, most_restarts = run_state.RestartCounter(self._run), self._job.launch.max_restarts
+        restarts = run_state.RestartCounter(self._run)
+        most_restarts = self._settings.launch.max_restarts
+        previous: Failure | None = None
         while True:
             outcome = self._run_phase()
             if outcome == "done":
@@ -112,16 +103,24 @@ class Supervisor:
                 self._show("stopped, everything saved; run the same command to continue")
                 return ExitStatus.STOPPED
             if outcome == "resize":
-                restarts.count = 0
                 maximum, available = self._resources.maximum(), self._resources.available()
                 if maximum > available and self._next_ranks(maximum) > available:
                     return ExitStatus.OK  # the next batch job has as many
+                if self._next_ranks(available) != self._ranks:
+                    restarts.count = 0
+                elif restarts.add() > most_restarts:
+                    self._show(f"gave up: relaunched {self._ranks} ranks again without progress")
+                    return ExitStatus.FAILED
                 continue
             assert isinstance(outcome, Failure)
             if outcome.final:
                 raise FinalError(outcome)
             self._report(outcome)
             self._resources.report_failure(outcome.host)
+            if outcome.early and outcome == previous:
+                self._show("failed twice in the same way before its hpc_absa.Run; not restarted")
+                return ExitStatus.FAILED
+            previous = outcome
             if restarts.add() > most_restarts:
                 self._show(
                     f"gave up after {most_restarts} restarts without progress; "
@@ -141,7 +140,7 @@ class Supervisor:
         assert self._process is not None
         with self._resources.watch(self._on_host_return):
             ended = self._process.wait(
-                self._run.joined, self._job.launch.start_seconds, self._handle_signals
+                self._run.joined, self._settings.launch.start_seconds, self._handle_signals
             )
         self._process = None
         ends = [e for e in self._run.log.read()[events_before:] if e["event"] == "phase_end"]
@@ -149,6 +148,10 @@ class Supervisor:
         if outcome in ("done", "resize", "stopped"):
             self._run.failure.unlink(missing_ok=True)
             self._resources.report_success()
+            if failure := self._program.failed_after(outcome, ended):
+                if outcome == "done":
+                    return failure
+                self._show(f"warning: {failure.reason}")
             return "stopped" if outcome == "resize" and self._stop_requested(ended) else outcome
         if self._stop_requested(ended) and not self._run.failure.exists():
             return "stopped"
@@ -156,31 +159,27 @@ class Supervisor:
 
     def _launch(self, number: int) -> None:
         self._ranks = self._next_ranks(self._resources.available())
-        job = self._resources.place(self._job, self._ranks)
-        start = command(job, self._ranks, self._worker())
-        places = [f"ranks on {job.launch.hosts}"] if job.launch.hosts else []
-        places += ["bound to cores"] if job.launch.bind == "core" else []
+        start, launch = self._command(self._ranks)
+        places = [f"ranks on {launch.hosts}"] if launch.hosts else []
+        places += ["bound to cores"] if launch.bind == "core" else []
         if places:
             self._show(", ".join(places))
         self._run.joined.unlink(missing_ok=True)
-        log = self._run.logs / f"world-{number:06d}-{self._job.launch.launcher}.log"
+        log = self._run.logs / f"world-{number:06d}-{self._settings.launch.launcher}.log"
         with log.open("a", encoding="utf-8") as file:
             file.write(f"$ {start}\n")
         self._process = LauncherProcess(start, log, self._lock.descriptor, self._show)
         # While the ranks start: the next launch reads a checkpoint, and the import takes 0.2 s.
         import hpc_absa.checkpoint  # noqa: F401
 
-    def _next_ranks(self, limit: int) -> int:
-        return run_state.next_ranks(self._job, self._run, limit)
+    def _command(self, ranks: int) -> tuple[Command, Launch]:
+        """The command that starts `ranks` ranks, and where it starts them."""
+        settings = self._resources.place(self._settings, ranks)
+        worker = self._program.worker(self._run, self._resources.maximum())
+        return command(settings, ranks, worker), settings.launch
 
-    def _worker(self) -> tuple[str, ...]:
-        words = [*PYTHON, "-m", "hpc_absa", "train", str(self._run.job.resolve())]
-        words += ["--run-dir", str(self._run.path.resolve())]
-        if self._job.ranks.max != (maximum := self._resources.maximum()):
-            words += ["--set", f"ranks.max={maximum}"]
-        for key in self._allow:
-            words += ["--allow-changed", key]
-        return tuple(words)
+    def _next_ranks(self, limit: int) -> int:
+        return run_state.next_ranks(self._program, self._run, limit)
 
     def _stop_requested(self, ended: Exit) -> bool:
         """Whether a stop was requested, also where it came before or after the ranks listen."""
@@ -191,13 +190,13 @@ class Supervisor:
     def _failure(self, ended: Exit) -> Failure:
         """From the file that the failed rank left, otherwise from the launcher's exit."""
         try:
-            failure = Failure(**json.loads(self._run.failure.read_text(encoding="utf-8")))
+            recorded = Failure(**json.loads(self._run.failure.read_text(encoding="utf-8")))
             self._run.failure.unlink()
-            return failure
+            return recorded
         except (OSError, ValueError):
             pass
         if ended.start_timed_out:
-            seconds = self._job.launch.start_seconds
+            seconds = self._settings.launch.start_seconds
             reason = f"the ranks had not connected to each other after {seconds:g} s"
             return Failure(reason + _outside_settings())
         if killed := ended.killed_rank():
@@ -206,6 +205,8 @@ class Supervisor:
         if ended.code < 0:
             name = signal.Signals(-ended.code).name
             return Failure(f"the launcher was killed by {name}", exit_code=128 - ended.code)
+        if failure := self._program.failed(ended, began=self._run.joined.exists()):
+            return failure
         line = next((line for line in reversed(ended.tail) if line.strip(" -")), "none")
         reason = f"the launcher exited; its last line: {line}"
         return Failure(reason + _outside_settings(), exit_code=ended.code)
@@ -214,7 +215,7 @@ class Supervisor:
         place = f"rank {failure.rank} on {failure.host}: " if failure.rank is not None else ""
         self._show(f"failed: {place}{failure.reason}")
         fields = asdict(failure)
-        del fields["final"]
+        del fields["final"], fields["early"]
         self._run.log.append("failure", None, **fields)
 
     def _on_host_change(self, host: str, action: str, reason: str) -> None:

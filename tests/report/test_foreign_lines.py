@@ -33,7 +33,7 @@ def read_everything(run):
     board.update()
     board.close()
     list(link_events(run.log.read()))
-    chain_status(run, "name", run.log.read())
+    chain_status(run, run.log.read())
     return now
 
 

@@ -11,6 +11,7 @@ from hpc_absa.rundir import RunDir
 from hpc_absa.supervisor.chain import Chain, Link, chain_status
 from hpc_absa.supervisor.follower import Follower
 from hpc_absa.supervisor.link import LinkRun
+from hpc_absa.supervisor.program import JobProgram
 from hpc_absa.supervisor.run_state import cancel
 from hpc_absa.supervisor.slurm import Slurm
 from tests.supervisor.digits import PATH, digits, save
@@ -218,7 +219,7 @@ def test_a_job_with_nothing_to_do_exits(link, run, arrange, reason):
 
 def test_a_dry_run_shows_submission_and_script(slurm, tmp_path):
     run = RunDir(tmp_path / "new")
-    shown = Follower(digits("launch.launcher=slurm"), run, ()).dry_run()
+    shown = Follower(JobProgram(digits("launch.launcher=slurm")), run).dry_run()
     first, rest = shown.split("\n", 1)
     assert first == f"sbatch --parsable {run.link_script(1)}"
     assert rest.startswith("#!/bin/bash\n")
@@ -261,7 +262,7 @@ def test_cancel_writes_nothing_into_a_folder_with_the_users_own_job_file(tmp_pat
 def test_a_folder_with_a_pending_job_is_not_removed(slurm, run):
     submit(run)
     slurm.respond("squeue", f"echo '17|{Chain(run, 'digits').name(1)}|PENDING|Priority|1'")
-    follower = Follower(digits("launch.launcher=slurm"), run, ())
+    follower = Follower(JobProgram(digits("launch.launcher=slurm")), run)
     with pytest.raises(UsageError, match="its job 17 is pending or running; first hpc-absa cancel"):
         follower.refuse_if_active()
 
@@ -270,9 +271,9 @@ def test_the_status_of_links(slurm, run, monkeypatch, tmp_path):
     submit(run)
     name = Chain(run, "digits").name(1)
     slurm.respond("squeue", f"echo '17|{name}|PENDING|Resources|1'")
-    (link,) = chain_status(run, "digits", run.log.read())
+    (link,) = chain_status(run, run.log.read())
     assert (link.state, link.waits_for, link.alive) == ("pending", "Resources", True)
     monkeypatch.setenv("PATH", str(tmp_path))
-    (link,) = chain_status(run, "digits", run.log.read())
+    (link,) = chain_status(run, run.log.read())
     assert (link.state, link.alive) == ("submitted", None)
     assert os.environ["PATH"] == str(tmp_path)

@@ -10,6 +10,10 @@ from tests.supervisor.digits import digits
 WORKER = ("python", "-m", "hpc_absa", "train", "job.toml")
 
 
+def command(job, ranks):
+    return launchers.command(job, ranks, launchers.Command(WORKER))
+
+
 @pytest.fixture
 def programs(monkeypatch, tmp_path):
     """mpirun and the others exist beside a Python environment without a record of its mpirun."""
@@ -25,7 +29,7 @@ def programs(monkeypatch, tmp_path):
 
 
 def words(job, ranks):
-    return launchers.command(job, ranks, WORKER).words
+    return command(job, ranks).words
 
 
 def test_mpirun(programs):
@@ -46,16 +50,16 @@ def test_more_ranks_than_cores_are_allowed_explicitly(programs):
 
 def test_hosts_and_extra_arguments_are_passed_on(programs):
     job = digits("launch.hosts=a:2,b:2", 'launch.extra=["--tag-output"]', "ranks.max=4")
-    command = " ".join(words(job, 4))
-    assert " -H a:2,b:2 " in command
-    assert " --tag-output python -m" in command
-    assert "oversubscribe" not in command
+    line = " ".join(words(job, 4))
+    assert " -H a:2,b:2 " in line
+    assert " --tag-output python -m" in line
+    assert "oversubscribe" not in line
 
 
 def test_horovodrun_finds_mpirun_and_has_slots(programs):
-    command = launchers.command(digits("launch.launcher=horovodrun"), 4, WORKER)
-    assert command.words[1:5] == ("-np", "4", "-H", "localhost:4")
-    assert command.environment["PATH"].startswith(str(programs))
+    started = command(digits("launch.launcher=horovodrun"), 4)
+    assert started.words[1:5] == ("-np", "4", "-H", "localhost:4")
+    assert started.environment["PATH"].startswith(str(programs))
 
 
 def test_srun_needs_an_allocation(programs, monkeypatch):
@@ -73,14 +77,14 @@ def test_srun_needs_an_allocation(programs, monkeypatch):
 def test_ranks_on_other_hosts_get_the_environment(programs, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", "/here")
     job = digits("launch.hosts=a:2,b:2", "launch.interface=ib0", "launch.rsh_agent=ssh -F x")
-    command = launchers.command(job, 4, WORKER)
-    line = " ".join(command.words)
+    started = command(job, 4)
+    line = " ".join(started.words)
     assert " -H a:2,b:2 --mca oob_tcp_keepalive_time 10 " in line
     passed_on = "-x HPC_ABSA_SUPERVISED -x HPC_ABSA_RANKS -x PYTHONPATH"
     assert f" --mca plm_rsh_agent ssh -F x {passed_on}" in line
     assert " -x NCCL_SOCKET_IFNAME " in line
-    assert command.environment["OMPI_MCA_btl_tcp_if_include"] == "ib0"
-    assert command.environment["HPC_ABSA_SUPERVISED"] == "1"
+    assert started.environment["OMPI_MCA_btl_tcp_if_include"] == "ib0"
+    assert started.environment["HPC_ABSA_SUPERVISED"] == "1"
 
 
 def test_ranks_are_bound_to_cores_on_request(programs):

@@ -3,7 +3,9 @@
 import pytest
 
 from hpc_absa.rundir import RunDir
-from hpc_absa.supervisor.run_state import RestartCounter, next_ranks
+from hpc_absa.supervisor import run_state
+from hpc_absa.supervisor.program import JobProgram
+from hpc_absa.supervisor.run_state import RestartCounter
 from tests.supervisor.digits import digits, save
 
 OWN = "{method='tests.schedules.test_own:Faulty', base_batch=32, max_batch=128, start=96}"
@@ -12,6 +14,10 @@ OWN = "{method='tests.schedules.test_own:Faulty', base_batch=32, max_batch=128, 
 @pytest.fixture
 def run(tmp_path):
     return RunDir(tmp_path).create()
+
+
+def next_ranks(job, run, limit):
+    return run_state.next_ranks(JobProgram(job), run, limit)
 
 
 @pytest.mark.parametrize(

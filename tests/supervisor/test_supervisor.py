@@ -15,6 +15,7 @@ from hpc_absa.rundir import RunDir
 from hpc_absa.rundir.lock import host
 from hpc_absa.status import status
 from hpc_absa.supervisor import supervisor
+from hpc_absa.supervisor.program import JobProgram
 from tests.mpi.jobs import final_weights, relative_difference, write_job
 from tests.supervised import Supervised
 
@@ -251,7 +252,7 @@ def test_without_horovod_nothing_is_started(tmp_path, monkeypatch):
     monkeypatch.setattr(supervisor, "find_spec", lambda name: None)
     run = RunDir(tmp_path / "run")
     with pytest.raises(UsageError, match="Horovod is not installed"):
-        supervisor.Supervisor(config.load(write_job(tmp_path)), run, ()).supervise()
+        supervisor.Supervisor(JobProgram(config.load(write_job(tmp_path))), run).supervise()
     assert not run.path.exists()
 
 

@@ -1,0 +1,85 @@
+"""`hpc-absa list`: the runs in a folder."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from typer import Argument
+
+from hpc_absa.cli.options import Json, print_json
+from hpc_absa.console import rich_console
+from hpc_absa.errors import ExitStatus, UsageError
+
+if TYPE_CHECKING:
+    from hpc_absa.status import Status
+
+DEPTH = 3
+"""Folders are searched so deep: a sweep's runs are two below `runs`."""
+
+
+def list_runs(
+    directory: Annotated[Path, Argument(metavar="[DIR]", help="Folder; default runs.")] = Path(
+        "runs"
+    ),
+    as_json: Json = False,
+) -> int:
+    """List the runs in a folder and in the folders below it, with their states.
+
+    Example: `hpc-absa list runs`
+
+    With `--json`: `runs`, each as `hpc-absa status --json` describes it.
+    """
+    from hpc_absa import status
+
+    if not directory.is_dir():
+        raise UsageError(f"{directory}: no such folder; expected one that has run directories")
+    runs = [status.status(path) for path in find_runs(directory)]
+    if as_json:
+        print_json({"runs": [run.to_dict() for run in runs]})
+    else:
+        _render(runs, directory)
+    return ExitStatus.OK
+
+
+def find_runs(directory: Path, depth: int = DEPTH) -> Iterator[Path]:
+    """The run directories in a folder, itself included, in the order of their names."""
+    from hpc_absa.rundir import RunDir
+
+    if RunDir(directory).is_run:
+        yield directory
+    elif depth:
+        with os.scandir(directory) as entries:
+            folders = sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
+        for name in folders:
+            yield from find_runs(directory / name, depth - 1)
+
+
+def _render(runs: list[Status], directory: Path) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    from hpc_absa.report import format as fmt
+    from hpc_absa.status import STATE_STYLES
+
+    if not runs:
+        print(f"{directory}: no runs")
+        return
+    table = Table()
+    for column in ("run", "state", "epoch", "step", "ranks", "batch", "failures", "time used"):
+        table.add_column(column, justify="left" if column in ("run", "state") else "right")
+    for run in runs:
+        epochs = f"{fmt.epoch(run.epoch)} of {fmt.epoch(run.epochs)}" if run.epochs else ""
+        table.add_row(
+            run.path,
+            Text(run.state, STATE_STYLES[run.state]),
+            epochs,
+            fmt.count(run.step),
+            fmt.count(run.ranks),
+            fmt.count(run.global_batch),
+            str(run.failures or ""),
+            fmt.duration(run.seconds_used),
+        )
+    rich_console().print(table)

@@ -1,0 +1,268 @@
+"""`hpc-absa launch`: a user's own command, supervised like the ranks of a job file."""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hpc_absa import cli
+from hpc_absa.cli import running
+from hpc_absa.config import Script
+from hpc_absa.errors import UsageError
+from hpc_absa.rundir import RunDir
+from hpc_absa.status import status
+from hpc_absa.supervisor import launchers
+from hpc_absa.supervisor.program import ScriptProgram, make_script, name_of, read_script
+from tests.supervisor.digits import PATH
+
+ROOT = Path(__file__).resolve().parents[2]
+
+LAUNCHER = """#!/bin/sh
+# mpirun as far as one process can play it: the words after @ are the command of a rank
+while [ "$1" != @ ]; do shift; done
+shift
+exec "$@"
+"""
+
+
+@pytest.fixture(name="launch")
+def _launch(tmp_path, monkeypatch, capsys):
+    """Runs `hpc-absa launch` in this process with a launcher that starts a single process."""
+    program = tmp_path / "a launcher"
+    program.write_text(LAUNCHER)
+    program.chmod(0o755)
+    monkeypatch.setattr(launchers, "program", lambda name: str(program))
+    monkeypatch.setattr(running, "write_report", lambda *_: None)
+    monkeypatch.setenv("SEEN", str(tmp_path / "seen"))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.chdir(tmp_path)
+    handlers = {number: signal.getsignal(number) for number in signal.Signals if number < 32}
+
+    def launch(*words):
+        begin = ["hpc-absa", "launch", "--set", 'launch.extra=["@"]']
+        monkeypatch.setattr(sys, "argv", [*begin, *map(str, words)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        return ended.value.code, *capsys.readouterr()
+
+    yield launch
+    for number, handler in handlers.items():
+        if number not in (signal.SIGKILL, signal.SIGSTOP):
+            signal.signal(number, handler)
+
+
+STAND_IN = ("python", "-m", "tests.supervisor.stand_in")
+
+
+def seen(tmp_path):
+    """What each launch of the stand-in saw."""
+    path = tmp_path / "seen"
+    return list(map(json.loads, path.read_text().splitlines())) if path.exists() else []
+
+
+# From the first phase to the last
+
+
+def test_a_script_grows_as_its_checkpoints_say(launch, tmp_path):
+    code, out, err = launch("--max-ranks", 4, "--", *STAND_IN, "two words", "--lr", "1")
+    assert (code, err) == (0, ""), out
+    launches = seen(tmp_path)
+    assert [s["ranks"] for s in launches] == [1, 2, 4]
+    assert all(s["arguments"] == ["two words", "--lr", "1"] for s in launches)
+    assert all(s["folder"] == str(tmp_path) for s in launches)
+    run = RunDir(tmp_path / "runs" / "stand_in")
+    assert {s["HPC_ABSA_RUN_DIR"] for s in launches} == {str(run.path)}
+    assert {s["HPC_ABSA_MAX_RANKS"] for s in launches} == {"4"}
+    assert status(run.path).state == "done"
+    assert read_script(run).command == (*STAND_IN, "two words", "--lr", "1")
+    code, out, _ = launch("--max-ranks", 4, "--", *STAND_IN, "two words", "--lr", "1")
+    assert (code, len(seen(tmp_path))) == (0, 3)
+    assert "already done after 40 steps" in out
+
+
+def test_options_after_the_program_are_the_programs(launch, tmp_path):
+    """Also where `--` was forgotten."""
+    code, out, _ = launch("--run-dir", "r", "--ranks", 2, "--max-ranks", 2, *STAND_IN, "--fresh")
+    assert code == 0, out
+    assert [(s["ranks"], s["arguments"]) for s in seen(tmp_path)] == [(2, ["--fresh"])]
+
+
+def test_a_stopped_run_continues_with_its_stored_command(launch, tmp_path, monkeypatch):
+    words = ("--run-dir", tmp_path / "r", "--max-ranks", 2)
+    code, out, _ = launch(*words, "--", *STAND_IN, "--stop")
+    assert code == 75, out
+    assert status(tmp_path / "r").next_command == f"hpc-absa launch --run-dir {tmp_path}/r"
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    code, out, _ = launch(*words)
+    assert code == 75, out
+    assert [s["ranks"] for s in seen(tmp_path)] == [1, 2, 2]
+    assert seen(tmp_path)[-1]["folder"] == str(tmp_path)
+
+
+def test_with_another_limit_the_ranks_follow_from_the_saved_batch(launch, tmp_path):
+    words = ("--", *STAND_IN, "--stop")
+    launch("--run-dir", "r", "--max-ranks", 2, *words)
+    launch("--run-dir", "r", "--max-ranks", 4, *words)
+    assert [s["ranks"] for s in seen(tmp_path)] == [1, 2, 2]
+    launch("--run-dir", "s", "--max-ranks", 4, *words)
+    launch("--run-dir", "s", "--max-ranks", 3, *words)
+    assert [s["ranks"] for s in seen(tmp_path)][3:] == [1, 2, 2]
+
+
+def test_the_printed_command_is_the_executed_one(launch, tmp_path):
+    words = ("--run-dir", "r", "--max-ranks", 1, "--set", "train.threads_per_rank=3", "--")
+    words = (*words, *STAND_IN, "a b")
+    _, printed, _ = launch("--dry-run", *words)
+    assert not (tmp_path / "r").exists()
+    (tmp_path / "r" / "logs").mkdir(parents=True)
+    (tmp_path / "r" / "checkpoints").mkdir()
+    subprocess.run(["sh", "-c", printed], check=True, cwd=tmp_path)
+    launch("--fresh", *words)
+    assert seen(tmp_path)[0] == seen(tmp_path)[1]
+    assert seen(tmp_path)[0]["OMP_NUM_THREADS"] == "3"
+    (log,) = RunDir(tmp_path / "r").logs.glob("world-*.log")
+    assert log.read_text().splitlines()[0] == f"$ {printed.rstrip()}"
+
+
+# What goes wrong in the script
+
+
+@pytest.mark.parametrize(
+    ("word", "code", "launches", "line"),
+    [
+        ("--no-run", 2, 1, "exited without a hpc_absa.Run, so there is nothing to supervise"),
+        ("--left", 1, 1, "exited before its hpc_absa.Run was at its end"),
+        (
+            "--broken",
+            1,
+            2,
+            "exited with status 1 before its hpc_absa.Run began: "
+            "ImportError: no module of that name",
+        ),
+        ("--late", 1, 1, "after its hpc_absa.Run had ended (done): no room for the figures"),
+    ],
+)
+def test_a_script_that_does_not_end_its_run(launch, tmp_path, word, code, launches, line):
+    status_, out, err = launch("--max-ranks", 1, "--", *STAND_IN, word)
+    assert (status_, len(seen(tmp_path))) == (code, launches)
+    assert line in out + err
+    assert "Traceback" not in err
+    if word == "--broken":
+        assert "raise ImportError" in out
+        assert "failed twice in the same way before its hpc_absa.Run" in out
+
+
+# What is refused before the start
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ([], "launch: no command; expected one after --"),
+        (["--run-dir", "none"], "launch: no command; expected one after --"),
+        (["--", "no-such-program"], "launch: no-such-program: no such program on PATH"),
+        (["--", "./none.sh"], "launch: ./none.sh: no such file in"),
+        (["--", "python", "none.py", "--lr", "1"], "launch: none.py: no such file in"),
+        (["--", "train.py"], "launch: train.py: not executable; expected: python train.py"),
+        (["--", "./train.sh"], "launch: ./train.sh: not executable; expected: chmod +x ./train.sh"),
+        (["--set", "train.lr=1", "--", "true"], "launch: train.lr = 1: unknown key"),
+        (["--set", "ranks.max=0", "--", "true"], "launch: ranks.max = 0: expected"),
+        (["--run-dir", "foreign", "--", "true"], "it has a launch.toml, and is not a run"),
+        (["--run-dir", "job", "--", "true"], "a run of the job file 'digits', not of a script"),
+        (["--run-dir", "train.py", "--", "true"], "train.py: is a file"),
+    ],
+)
+def test_one_line_says_what_is_wrong(launch, tmp_path, words, line):
+    for name in ("train.py", "train.sh", "foreign/launch.toml"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x = 1\n")
+    job = RunDir(tmp_path / "job").create()
+    job.write_job(PATH.read_text())
+    job.checkpoint(10, 1).touch()
+    code, _, err = launch(*words)
+    assert code == 2
+    assert line in err
+    assert len(err.splitlines()) == 1
+    assert (tmp_path / "foreign/launch.toml").read_text() == "x = 1\n"
+
+
+def test_another_command_does_not_continue_a_run(launch, tmp_path):
+    first = ("--run-dir", "r", "--max-ranks", 2, "--", *STAND_IN, "--stop")
+    other = (*STAND_IN, "--stop", "--lr", "2")
+    launch(*first)
+    code, _, err = launch("--run-dir", "r", "--max-ranks", 2, "--", *other)
+    assert code == 2
+    assert shlex.join([*STAND_IN, "--stop"]) in err
+    assert shlex.join(other) in err
+    assert "--fresh to start over, or --allow-changed command" in err
+    allow = ("--allow-changed", "command", "--allow-changed", "schedule.alpha")
+    assert launch("--run-dir", "r", "--max-ranks", 2, *allow, "--", *other)[0] == 75
+    assert seen(tmp_path)[-1]["HPC_ABSA_ALLOW_CHANGED"] == "command,schedule.alpha"
+    launch("--run-dir", "r", "--max-ranks", 2, "--fresh", "--", *STAND_IN)
+    assert [s["ranks"] for s in seen(tmp_path)] == [1, 2, 2, 1, 2]
+
+
+def test_a_command_that_never_saved_may_be_corrected(launch, tmp_path):
+    launch("--run-dir", "r", "--", *STAND_IN, "--no-run")
+    code, out, _ = launch("--run-dir", "r", "--max-ranks", 1, "--", *STAND_IN)
+    assert code == 0, out
+
+
+# Parts
+
+
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [
+        ("python train.py", "train"),
+        ("python -u ../src/lm.py train.py", "lm"),
+        ("python -m package.train --out x.py", "train"),
+        ("./run.sh", "run"),
+        ("bash scripts/all.sh", "all"),
+        ("/opt/bin/solver --fast", "solver"),
+    ],
+)
+def test_a_run_is_named_by_its_script(command, name):
+    assert name_of(command.split()) == name
+
+
+def test_python_is_the_one_that_supervises(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    monkeypatch.chdir(tmp_path)
+    script = make_script(["python", "-c", "1"], None, None, ())
+    worker = ScriptProgram(script).worker(RunDir(tmp_path / "r"), 3)
+    assert worker.words == (str(Path(sys.executable).parent / "python"), "-c", "1")
+    assert worker.directory == str(tmp_path)
+
+
+def test_settings_come_from_a_file_and_from_options(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "site.toml"
+    file.write_text('[launch]\nlauncher = "slurm"\n[launch.slurm]\npartition = "gpu"\n')
+    script = make_script(["true"], None, file, ("launch.slurm.partition=cpu", "ranks.max=8"))
+    assert script.launch.slurm.partition == "cpu"
+    assert (script.launch.launcher, script.ranks.max) == ("slurm", 8)
+    file.write_text("[lanch]\n")
+    with pytest.raises(UsageError, match=r"site\.toml: lanch = {}: unknown key"):
+        make_script(["true"], None, file, ())
+
+
+def test_ranks_on_other_hosts_get_the_run_directory(tmp_path, monkeypatch):
+    monkeypatch.setattr(launchers, "program", lambda name: name)
+    launch = {"hosts": "a:2,b:2"}
+    script = Script.model_validate(
+        {"name": "x", "command": ["true"], "directory": str(tmp_path), "launch": launch}
+    )
+    worker = ScriptProgram(script).worker(RunDir(tmp_path / "r"), 4)
+    started = launchers.command(script, 4, worker)
+    line = " ".join(started.words)
+    assert "-x HPC_ABSA_RUN_DIR -x HPC_ABSA_MAX_RANKS" in line
+    assert started.environment["HPC_ABSA_MAX_RANKS"] == "4"
+    assert str(started).startswith(f"cd {tmp_path} && ") is (os.getcwd() != str(tmp_path))

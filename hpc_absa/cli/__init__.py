@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from hpc_absa import __version__, console
-from hpc_absa.cli import inspecting, listing, preparing, running
+from hpc_absa.cli import inspecting, listing, models, preparing, running
 from hpc_absa.errors import ExitStatus, HpcAbsaError
 
 PANELS: dict[str, list[Callable[..., int | None]]] = {
@@ -23,7 +23,8 @@ PANELS: dict[str, list[Callable[..., int | None]]] = {
         inspecting.verify,
         inspecting.spectrum,
     ],
-    "Before a run": [preparing.plan, preparing.data, preparing.doctor],
+    "Before a run": [models.init, preparing.plan, preparing.data, preparing.doctor],
+    "After a run": [models.evaluate, models.export],
     "Started by launchers": [running.train, running.link],
 }
 

@@ -69,7 +69,7 @@ class Model(OpenSection):
     weights: str = ""
     """File of weights to start from: .pt, .safetensors or .npz; empty: new ones."""
     weights_skip: Strings = ()
-    """Parts of names, such as `head.`: tensors that keep their new values."""
+    """Beginnings of names, such as `head.`: tensors that keep their new values."""
 
 
 class Train(TrainSettings):

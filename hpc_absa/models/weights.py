@@ -1,4 +1,4 @@
-"""Weights that other programs saved, as arrays by name; no code in a file is ever executed."""
+"""Weights as arrays by name, in the files of other programs; no code in a file is executed."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hpc_absa.errors import UsageError, first_line
+from hpc_absa.rundir.files import replacing
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -77,9 +78,7 @@ def _tensor(entry: Mapping[str, Any], body: memoryview) -> NDArray[Any]:
     if not 0 <= start <= stop <= len(body) or stop - start != math.prod(shape) * dtype.itemsize:
         raise ValueError(f"a tensor {list(shape)} at bytes {start} to {stop} of {len(body)}")
     array = np.frombuffer(body[start:stop], dtype).reshape(shape)
-    if entry["dtype"] == "BF16":  # the upper half of a float32
-        return (array.astype(np.uint32) << 16).view(np.float32)
-    return array.copy()
+    return _widened(array) if entry["dtype"] == "BF16" else array.copy()
 
 
 def _torch(path: Path) -> Arrays:
@@ -98,6 +97,77 @@ def _torch(path: Path) -> Arrays:
     if not isinstance(loaded, Mapping) or not all(torch.is_tensor(t) for t in loaded.values()):
         raise UsageError(f"{path}: expected a state_dict of tensors, got {type(loaded).__name__}")
     return {
-        name: (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+        name: (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).detach().numpy()
         for name, tensor in loaded.items()
     }
+
+
+def write_weights(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
+    """Write arrays to a new `.npz`, `.safetensors`, `.pt` or `.pth` file, which is complete or not
+    there at all.
+
+    Args:
+        path: the file.
+        arrays: by name; uint16 are the bits of bfloat16, as in a checkpoint.
+
+    Raises:
+        UsageError: another format, or the file exists.
+    """
+    writers = {
+        ".npz": _write_npz,
+        ".safetensors": _write_safetensors,
+        ".pt": _write_torch,
+        ".pth": _write_torch,
+    }
+    if path.suffix not in writers:
+        raise UsageError(f"{path}: expected a file name that ends in {', '.join(writers)}")
+    if path.exists():
+        raise UsageError(f"{path}: exists; remove it or choose another name")
+    with replacing(path) as temporary:
+        writers[path.suffix](temporary, arrays)
+
+
+def _write_npz(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
+    """bfloat16, which numpy does not have, becomes float32."""
+    with path.open("wb") as file:
+        np.savez(file, **{n: _widened(a) for n, a in arrays.items()})  # type: ignore[arg-type]
+
+
+def _write_safetensors(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
+    names = {np.dtype(numpy): name for name, numpy in SAFETENSORS_TYPES.items()}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    # larger types first, so that every tensor is aligned
+    items = sorted(arrays.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
+    stop = 0
+    for name, array in items:
+        if array.dtype not in names:
+            raise UsageError(f"{path.suffix}: {name} is {array.dtype}, which the format lacks")
+        start, stop = stop, stop + array.nbytes
+        header[name] = {
+            "dtype": names[array.dtype],
+            "shape": list(array.shape),
+            "data_offsets": [start, stop],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for _, array in items:
+            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+
+
+def _write_torch(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
+    import torch
+
+    def tensor(array: NDArray[Any]) -> torch.Tensor:
+        copied = torch.from_numpy(array.copy())
+        return copied.view(torch.bfloat16) if array.dtype == np.uint16 else copied
+
+    torch.save({name: tensor(array) for name, array in arrays.items()}, path)
+
+
+def _widened(array: NDArray[Any]) -> NDArray[Any]:
+    """bfloat16 bits as float32, of which they are the upper half; others unchanged."""
+    if array.dtype != np.uint16:
+        return array
+    return (array.astype(np.uint32) << 16).view(np.float32)

@@ -133,6 +133,11 @@ def _open(job: Job, packed: Path) -> PackedDataset:
     return dataset
 
 
+def evaluation_batch(job: Job, dataset: DataSet) -> int:
+    """Test samples of one forward pass."""
+    return 256 if isinstance(dataset, PackedDataset) else job.train.microbatch
+
+
 def build_loader(job: Job, dataset: DataSet, stream: SampleStream, device: torch.device) -> Loader:
     """The loader, with the augmentation that the job or the data set's defaults choose."""
     return Loader(dataset, build_reader(job, dataset, device), stream, job.seed)

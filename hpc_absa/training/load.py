@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from hpc_absa import config
-from hpc_absa.checkpoint import CheckpointManager
+from hpc_absa.checkpoint import CheckpointManager, Content
 from hpc_absa.checkpoint.restore import load as load_checkpoint
 from hpc_absa.checkpoint.restore import newest_good
 from hpc_absa.comm import Communicator, connect, raise_on_all_ranks
@@ -160,14 +160,7 @@ def _read(
         job = raise_on_all_ranks(comm, lambda: config.load(path, overrides))
         attributes: Mapping[str, Any] = {}
     else:
-        if path.is_dir():
-            newest = newest_good(CheckpointManager(RunDir(path).checkpoints, keep=1), comm)
-            if newest is None:
-                raise_on_all_ranks(comm, lambda: _refuse_folder(path))
-            assert newest is not None
-            path, content = newest.path, newest.content
-        else:
-            content = load_checkpoint(path, comm)
+        path, content = read_checkpoint(path, comm)
         text = str(content.groups["job"].attributes["text"])
         job = raise_on_all_ranks(comm, lambda: config.parse(text, str(path), overrides, warn=False))
         if source.weights is None:
@@ -176,6 +169,17 @@ def _read(
     weights = source.weights
     assert weights is not None
     return str(weights), job, raise_on_all_ranks(comm, lambda: read_weights(weights)), attributes
+
+
+def read_checkpoint(path: Path, comm: Communicator) -> tuple[Path, Content]:
+    """A checkpoint, or the newest good one of a run directory, and its content (a collective)."""
+    if not path.is_dir():
+        return path, load_checkpoint(path, comm)
+    newest = newest_good(CheckpointManager(RunDir(path).checkpoints, keep=1), comm)
+    if newest is None:
+        raise_on_all_ranks(comm, lambda: _refuse_folder(path))
+    assert newest is not None
+    return newest.path, newest.content
 
 
 def _refuse_job(path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any, TextIO
 
 import torch
@@ -18,11 +19,11 @@ from hpc_absa.config import Job
 from hpc_absa.curvature.estimate import estimate_eigenvalue
 from hpc_absa.curvature.loss import Loss
 from hpc_absa.data.datasets import MapDataset
-from hpc_absa.data.packed import PackedDataset
 from hpc_absa.errors import CheckpointError, UsageError
 from hpc_absa.models import build as build_model
 from hpc_absa.models import build_loss
 from hpc_absa.models.losses import IGNORED
+from hpc_absa.models.weights import read_weights
 from hpc_absa.plan import stream_of
 from hpc_absa.progress import Position, Progress
 from hpc_absa.rundir import RunDir
@@ -32,13 +33,19 @@ from hpc_absa.torchvision_import import prepare_torchvision
 from hpc_absa.training import metrics
 from hpc_absa.training import optimizer as optimizers
 from hpc_absa.training.clock import Clock
-from hpc_absa.training.data import DataSet, build_loader, hessian_sample, open_data
+from hpc_absa.training.data import (
+    DataSet,
+    build_loader,
+    evaluation_batch,
+    hessian_sample,
+    open_data,
+)
 from hpc_absa.training.faults import StopRequest
 from hpc_absa.training.log import EventLogger
 from hpc_absa.training.metrics import Metric
 from hpc_absa.training.reduction import OverlappedReduction, ReproducibleReduction
 from hpc_absa.training.run import Run, RunOptions
-from hpc_absa.training.state import TrainState
+from hpc_absa.training.state import TrainState, load_model, to_array
 from hpc_absa.training.step import StepEngine
 from hpc_absa.training.trainer import Adversary, Trainer
 
@@ -77,6 +84,8 @@ def build_trainer(
     state = TrainState(model, optimizer, Progress(Position(), rule.initial()))
     manager = CheckpointManager(directory.checkpoints, job.checkpoint.keep)
     resumed_from = _resume(job, dataset, manager, comm, state, allow_changed)
+    if resumed_from is None and job.model.weights:
+        raise_on_all_ranks(comm, lambda: load_weights(job, model))
     reduction = ReproducibleReduction if job.train.reproducible else OverlappedReduction
     engine = StepEngine(
         model,
@@ -149,7 +158,7 @@ def build_trainer(
         loss,
         adversary,
         metrics=measured,
-        evaluation_batch=256 if isinstance(dataset, PackedDataset) else job.train.microbatch,
+        evaluation_batch=evaluation_batch(job, dataset),
         bfloat16=job.train.precision == "bfloat16",
         reproducible=job.train.reproducible,
         names=(f"model.name = {job.model.name!r}", f"train.loss = {job.train.loss!r}"),
@@ -178,6 +187,34 @@ def build_model_and_loss(
         arguments = {"label_smoothing": smoothing, **arguments}
     loss = build_loss(job.train.loss, arguments)
     return model.to(device, memory_format=layout), loss  # type: ignore[call-overload]
+
+
+def load_weights(job: Job, model: nn.Module) -> None:
+    """Start from the weights in the file `model.weights`.
+
+    Raises:
+        UsageError: it cannot be read, or its names and shapes are not the model's.
+    """
+    name = f"model.weights = {job.model.weights!r}"
+    try:
+        arrays = read_weights(Path(os.path.expanduser(job.model.weights)))
+    except UsageError as error:
+        raise UsageError(f"model.weights: {error}") from error
+    kept = tuple(job.model.weights_skip)
+    own = {key: to_array(tensor) for key, tensor in model.state_dict().items()}
+    given = {key: array for key, array in arrays.items() if not kept or not key.startswith(kept)}
+    for key, array in own.items():
+        # batch norm's counters, which many programs do not save
+        if (kept and key.startswith(kept)) or key.endswith("num_batches_tracked"):
+            given.setdefault(key, array)
+    try:
+        load_model(model, given, name)
+    except CheckpointError as error:
+        problem = str(error).replace("the checkpoint", "the file")
+        raise UsageError(
+            f"{problem}; expected the model's names and shapes, but for those that begin as in "
+            "model.weights_skip"
+        ) from error
 
 
 def build_metrics(job: Job, dataset: DataSet, loss: Loss) -> tuple[Metric, ...]:

@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     from hpc_absa.training.trainer import Trainer
 
 CROSS_ENTROPY = "train.loss = 'cross_entropy'"
-"""The name of the built-in loss in messages."""
+BCE = "train.loss = 'bce_with_logits'"
+"""The names of built-in losses in messages."""
 
 
 def rehearse(trainer: Trainer) -> None:
@@ -72,6 +73,8 @@ def _rehearse(trainer: Trainer) -> None:
             outputs = trainer.forward(copied(inputs))
         if loss_name == CROSS_ENTROPY:
             require_scores(outputs, targets, len(dataset.classes), model_name, loss_name)
+        if loss_name == BCE:
+            _require_labels(targets)
         with user_code(f"{loss_name}: called with {_shape(outputs)} and targets {_shape(targets)}"):
             result = trainer.loss(outputs, targets)
         loss = _require_loss(result, loss_name)
@@ -177,6 +180,14 @@ def require_scores(outputs: Any, targets: Any, classes: int, model: str, loss: s
         raise UsageError(
             f"{model}: it returns outputs {shape} for {samples} samples of {classes} classes; "
             f"{expected}"
+        )
+
+
+def _require_labels(targets: Any) -> None:
+    if isinstance(targets, Tensor) and ((targets < 0) | (targets > 1)).any():
+        raise UsageError(
+            f"{BCE}: targets are from {targets.min().item():g} to {targets.max().item():g}, "
+            "expected 0 and 1 for each label"
         )
 
 

@@ -98,7 +98,8 @@ class Trainer:
         step, upcoming = self.run.begin_step(item), self.upcoming(item)
         for index, k in enumerate(step.microbatches, start=1):
             with clock("data"):
-                microbatch = self.loader.get(k, then=upcoming[index:])
+                then = upcoming[index : index + self.loader.ahead]
+                microbatch = self.loader.get(k, then)
             inputs, targets = self.perturbed(microbatch, fraction), microbatch.targets
             samples = len(microbatch.samples)
             with clock("comp"):

@@ -165,6 +165,11 @@ def test_adversarial_examples_of_any_float_input_within_its_range(tmp_path):
         ("text", ["train.microbatch=64", "schedule.base_batch=64", "schedule.max_batch=64"],
          r"train.microbatch = 64: expected at most the 41 training samples"),
         ("regression", ["train.loss=nosuch"], r'train.loss: no loss "nosuch"'),
+        (
+            "regression",
+            ["train.loss=bce_with_logits"],
+            r"bce_with_logits': targets are from -\d+ to \d+, expected 0 and 1",
+        ),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused_before_the_first_step(tmp_path, name, more, message):

@@ -9,6 +9,7 @@ process. `docs/data.md` describes it for users.
 from __future__ import annotations
 
 import hashlib
+import pickle
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -220,7 +221,7 @@ class _Pending:
     def result(self) -> Batch:
         with plugins.user_code(f"data.name = {self.reader.dataset.name!r}: in a worker process"):
             batch = self.future.result()
-        return self.reader._on_device(batch)
+        return self.reader._on_device(pickle.loads(batch) if isinstance(batch, bytes) else batch)
 
     def cancel(self) -> None:
         self.future.cancel()

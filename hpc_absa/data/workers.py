@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import signal
 import threading
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -12,12 +13,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.multiprocessing
+from torch.utils._pytree import tree_leaves
 
 from hpc_absa import plugins
 from hpc_absa.data.loader import Batch, Indices, Part
 
 if TYPE_CHECKING:
     from hpc_absa.data.datasets import MapDataset
+
+SHARED_TENSORS = 16
+"""Tensors of a batch up to which they come back in shared memory, each with an open file."""
 
 _mine: tuple[Any, int]
 """In a worker: the data sets and the seed."""
@@ -27,7 +32,7 @@ class Workers:
     """Worker processes of one rank.
 
     They are forked by a server that was started anew, because a process with MPI must not fork.
-    Tensors come back in shared memory. A worker ends with its rank, also when that is killed.
+    A worker ends with its rank, also when that is killed.
     """
 
     def __init__(self, count: int, dataset: MapDataset, seed: int) -> None:
@@ -36,30 +41,29 @@ class Workers:
             count: of processes, which start with the first batches.
             dataset: is sent to each of them.
             seed: of the job.
-        """
-        context = torch.multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["hpc_absa.data.datasets"])
-        self._what = f"data.workers = {count}: sending {dataset.name} to worker processes"
-        self._pool = ProcessPoolExecutor(
-            count, context, initializer=_begin, initargs=(dataset.datasets, seed)
-        )
 
-    def submit(self, part: Part, samples: Indices, epochs: Indices | None) -> Future[Batch]:
-        """
         Raises:
             UsageError: the data set cannot be sent to a process.
         """
+        context = torch.multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["hpc_absa.data.datasets"])
         hint = "define what it consists of at the top level of a module, or set data.workers = 0"
-        with plugins.user_code(self._what, hint):
-            return self._pool.submit(_read, part, samples, epochs)
+        with plugins.user_code(f"data.workers = {count}: sending {dataset.name} to them", hint):
+            # not by torch's own pickler, which sends an open file for every tensor
+            data = pickle.dumps(dataset.datasets, protocol=5)
+        self._pool = ProcessPoolExecutor(count, context, initializer=_begin, initargs=(data, seed))
+
+    def submit(self, part: Part, samples: Indices, epochs: Indices | None) -> Future[Batch | bytes]:
+        """The batch, or what `pickle` made of it."""
+        return self._pool.submit(_read, part, samples, epochs)
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _begin(datasets: Any, seed: int) -> None:
+def _begin(data: bytes, seed: int) -> None:
     global _mine
-    _mine = (datasets, seed)
+    _mine = (pickle.loads(data), seed)
     torch.set_num_threads(1)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)  # the rank decides what a signal means
@@ -73,8 +77,10 @@ def _end_with(sentinel: int) -> None:
     os._exit(1)
 
 
-def _read(part: Part, samples: Indices, epochs: Indices | None) -> Batch:
+def _read(part: Part, samples: Indices, epochs: Indices | None) -> Batch | bytes:
     from hpc_absa.data.datasets import collated
 
     datasets, seed = _mine
-    return collated(datasets, part, samples, seed, epochs)
+    batch = collated(datasets, part, samples, seed, epochs)
+    shared = sum(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(tuple(batch)))
+    return batch if shared <= SHARED_TENSORS else pickle.dumps(batch, protocol=5)

@@ -46,6 +46,15 @@ def text():
     return Datasets(Text(SAMPLES, 0), Text(TEST, 1), pad, classes=VOCABULARY)
 
 
+def lists():
+    """Batches of hundreds of tensors, of a data set of thousands."""
+    return Datasets(Text(3000, 0), Text(TEST, 1), as_list)
+
+
+def as_list(samples):
+    return [sample["tokens"] for sample in samples] * 40, None
+
+
 class LanguageModel(nn.Module):
     def __init__(self, classes, width=6):
         super().__init__()

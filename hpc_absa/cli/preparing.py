@@ -81,9 +81,15 @@ def _require_names(job: Job) -> None:
     from hpc_absa.torchvision_import import prepare_torchvision
 
     prepare_torchvision()
-    names = {"data.name": job.data.name, "model.name": job.model.name, "train.loss": job.train.loss}
+    names = [
+        ("data.name", job.data.name),
+        ("model.name", job.model.name),
+        ("train.loss", job.train.loss),
+        ("train.optimizer", job.train.optimizer),
+        *(("train.metrics", name) for name in job.train.metrics or ()),
+    ]
     if importlib.util.find_spec("torch") is not None:
-        for key, name in names.items():
+        for key, name in names:
             if plugins.is_reference(name):
                 plugins.resolve(name, key)
 

@@ -13,6 +13,8 @@ from hpc_absa.config.file import (
 )
 from hpc_absa.config.script import Launchable, Script
 from hpc_absa.config.tables import (
+    LOSSES,
+    METRICS,
     OPTIMIZERS,
     Checkpoint,
     Data,
@@ -28,6 +30,8 @@ from hpc_absa.config.tables import (
 from hpc_absa.schedules import SCHEDULES, USER_DEFINED
 
 __all__ = [
+    "LOSSES",
+    "METRICS",
     "OPTIMIZERS",
     "SCHEDULES",
     "USER_DEFINED",

@@ -18,9 +18,17 @@ NoSpaces = Annotated[str, Field(pattern=r"^\S*$")]
 """A string that goes into a batch script as one argument."""
 
 OPTIMIZERS = ("sgd", "adamw", "lars", "lamb")
+LOSSES = ("cross_entropy", "bce_with_logits", "mse", "l1", "huber")
+METRICS = ("accuracy", "top5", "f1", "perplexity", "mse", "mae")
+"""Built-in names; `top` with any other number is one as well."""
 WITH_MOMENTUM = ("sgd", "lars")
 
 _HOST = re.compile(r"[^\s:,]+(:0*[1-9][0-9]*)?")
+
+
+def _require_known(key: str, name: str, known: tuple[str, ...], own: str) -> None:
+    if ":" not in name and name not in known:
+        raise ValueError(f"{key} = {name!r}: expected one of {', '.join(known)}, or {own}")
 
 
 def is_adaptive(optimizer: str) -> bool:
@@ -122,16 +130,20 @@ class Train(TrainSettings):
 
     @model_validator(mode="after")
     def _check_optimizer(self) -> Self:
-        if ":" not in self.optimizer and self.optimizer not in OPTIMIZERS:
-            raise ValueError(
-                f"optimizer = {self.optimizer!r}: expected one of {', '.join(OPTIMIZERS)}, or "
-                "package.module:Class"
-            )
+        _require_known("optimizer", self.optimizer, OPTIMIZERS, "package.module:Class")
         if self.optimizer in OPTIMIZERS and self.optimizer not in WITH_MOMENTUM and self.momentum:
             raise ValueError(
                 f"momentum = {self.momentum:g}: expected none with optimizer = "
                 f"{self.optimizer!r}, whose betas are in the table [optimizer]"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_loss_and_metrics(self) -> Self:
+        _require_known("loss", self.loss, LOSSES, "package.module:function")
+        for name in self.metrics or ():
+            if not re.fullmatch("top[1-9][0-9]*", name):
+                _require_known("metrics", name, METRICS, "package.module:function")
         return self
 
     @model_validator(mode="after")

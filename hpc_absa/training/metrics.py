@@ -188,20 +188,14 @@ class UserDefined(Ratio):
             ) from error
 
 
-METRICS = ("accuracy", "top5", "f1", "perplexity", "mse", "mae")
-"""Built-in names; `top` with any other number is one as well."""
-
-
 def build(name: str, loss: Loss, ignore_index: int = IGNORED) -> Metric:
-    """The metric that an element of `train.metrics` names.
+    """The metric that an element of `train.metrics` names, which the job file has checked.
 
     Raises:
-        UsageError: no such metric.
+        UsageError: a user's function cannot be loaded.
     """
     if plugins.is_reference(name):
         return UserDefined(name)
-    if name.startswith("top") and name[3:].isdecimal() and int(name[3:]):
-        return TopK(int(name[3:]), ignore_index)
     match name:
         case "accuracy":
             return Accuracy(loss, ignore_index)
@@ -211,10 +205,7 @@ def build(name: str, loss: Loss, ignore_index: int = IGNORED) -> Metric:
             return Perplexity(ignore_index)
         case "mse" | "mae":
             return Error(name, 2 if name == "mse" else 1)
-    raise UsageError(
-        f"train.metrics = [{name!r}]: expected {', '.join(METRICS)}, or your own as "
-        '"package.module:function"'
-    )
+    return TopK(int(name.removeprefix("top")), ignore_index)
 
 
 def default(

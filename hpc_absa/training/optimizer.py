@@ -192,6 +192,12 @@ def build(
             f"train.optimizer = {name!r}: made a {type(optimizer).__name__}, expected a "
             "torch.optim.Optimizer"
         )
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is closure.empty:
+        raise UsageError(
+            f"train.optimizer = {name!r}: its step needs a closure, expected an optimizer that "
+            "takes one gradient for each step"
+        )
     return optimizer
 
 

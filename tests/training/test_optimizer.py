@@ -160,6 +160,10 @@ def test_optimizers_by_name():
         (["train.optimizer=adamw", 'optimizer.eps="x"'], r"train.optimizer = 'adamw' failed: Type"),
         (["optimizer.lr=0.1"], r"optimizer.lr = 0.1: sgd has no such argument here"),
         (["train.optimizer=torch.optim:LBFGS"], r"train.weight_decay = 0.001: expected 0, because"),
+        (
+            ["train.optimizer=torch.optim:LBFGS", "train.weight_decay=0.0"],
+            r"torch.optim:LBFGS': its step needs a closure",
+        ),
         (["train.optimizer=torch.optim:No"], r'train.optimizer: module "torch.optim" has no "No"'),
     ],
 )

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from hpc_absa import cli
@@ -17,6 +18,7 @@ from hpc_absa.rundir import RunDir
 from hpc_absa.status import status
 from hpc_absa.supervisor import launchers, run_state
 from hpc_absa.supervisor.program import ScriptProgram, make_script, name_of, read_script
+from tests.mpi.jobs import final_weights
 from tests.supervisor.digits import PATH, save
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -119,6 +121,28 @@ def test_the_printed_command_is_the_executed_one(launch, tmp_path):
     assert seen(tmp_path)[0]["HPC_ABSA_ALLOW_CHANGED"] == "a.b,c"
     (log,) = RunDir(tmp_path / "r").logs.glob("world-*.log")
     assert log.read_text().splitlines()[0] == f"$ {printed.rstrip()}"
+
+
+@pytest.mark.mpi
+def test_a_killed_rank_of_a_script_costs_no_bit(tmp_path):
+    """On two ranks, against the same script alone."""
+    script = Path(__file__).with_name("elastic_script.py")
+    words = [sys.executable, "-m", "tests.supervisor.quick_kill", "launch", "--run-dir", "r"]
+    words += ["--ranks", "2", "--max-ranks", "2", "--", "python", str(script), "killed"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    assert "failed: rank 1 on" in done.stdout
+    assert "killed by SIGKILL" in done.stdout
+    assert "restart 1 of 3" in done.stdout
+    run = RunDir(tmp_path / "r")
+    starts = [e for e in run.log.read() if e["event"] == "phase_start"]
+    assert {e["ranks"] for e in starts} == {2}
+    assert status(run.path).failures == 1
+    alone = subprocess.run([sys.executable, script, "killed"], cwd=tmp_path, env=environment)
+    assert alone.returncode == 0
+    weights = final_weights(tmp_path / "runs" / "elastic_script")
+    assert np.array_equal(weights, final_weights(run.path))
 
 
 # What goes wrong in the script

@@ -124,20 +124,21 @@ def test_the_printed_command_is_the_executed_one(launch, tmp_path):
 
 
 @pytest.mark.mpi
-def test_a_killed_rank_of_a_script_costs_no_bit(tmp_path):
-    """On two ranks, against the same script alone."""
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_killed_rank_of_a_script_costs_no_bit(tmp_path, ranks):
+    """Against the same script alone, which is not killed any more."""
     script = Path(__file__).with_name("elastic_script.py")
     words = [sys.executable, "-m", "tests.supervisor.quick_kill", "launch", "--run-dir", "r"]
-    words += ["--ranks", "2", "--max-ranks", "2", "--", "python", str(script), "killed"]
+    words += [f"--ranks={ranks}", f"--max-ranks={ranks}", "--", "python", str(script), "killed"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
-    assert "failed: rank 1 on" in done.stdout
+    assert f"failed: rank {ranks - 1} on" in done.stdout
     assert "killed by SIGKILL" in done.stdout
     assert "restart 1 of 3" in done.stdout
     run = RunDir(tmp_path / "r")
     starts = [e for e in run.log.read() if e["event"] == "phase_start"]
-    assert {e["ranks"] for e in starts} == {2}
+    assert {e["ranks"] for e in starts} == {ranks}
     assert status(run.path).failures == 1
     alone = subprocess.run([sys.executable, script, "killed"], cwd=tmp_path, env=environment)
     assert alone.returncode == 0

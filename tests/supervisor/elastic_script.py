@@ -1,6 +1,7 @@
 """A user's training script on the digits, with 1, 2 and 4 microbatches a step.
 
-In its second phase, the last rank kills itself unless the file exists that the first argument names.
+In its second phase, the last rank kills itself unless the file exists that the first argument
+names.
 """
 
 import os

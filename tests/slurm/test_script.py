@@ -32,6 +32,7 @@ class Launched(ChainRun):
 def weights(tmp_path_factory):
     """Final weights of the script alone."""
     folder = tmp_path_factory.mktemp("alone")
+    (folder / "killed").touch()
     environment = os.environ | {"PYTHONPATH": str(SCRIPT.parents[2])}
     words = [sys.executable, SCRIPT, "killed"]
     subprocess.run(words, cwd=folder, env=environment, check=True, capture_output=True)

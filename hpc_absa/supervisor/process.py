@@ -32,6 +32,8 @@ KILLED = re.compile(
 
 NOTICE = re.compile(r"\s*-{20,}\s*")
 """The line before and after a notice of Open MPI's mpirun."""
+EXCEPTION = re.compile(r"([A-Za-z_]\w*\.)*[A-Z]\w*(Error|Exception|Interrupt)(: .*)?")
+"""The last line of a traceback."""
 TAG = re.compile(r"^\[\d+,\d+\]<std(out|err)>:\s?")
 """What horovodrun writes before each line of a rank."""
 
@@ -68,14 +70,18 @@ class Exit:
         return int(match["rank"]), match["host"], int(match["signal"])
 
     def last_line(self) -> str:
-        """The last line of a rank, without the launcher's notices."""
-        last, in_notice = "", False
+        """The last Python exception of a rank, or else its last line; no notices of the launcher.
+
+        Ranks print at the same time, so the exception may be followed by another rank's lines.
+        """
+        lines, in_notice = [], False
         for line in self.tail:
             if NOTICE.fullmatch(line):
                 in_notice = not in_notice
             elif not in_notice and (text := TAG.sub("", line).strip()):
-                last = text
-        return last
+                lines.append(text)
+        exceptions = [line for line in lines if EXCEPTION.fullmatch(line)]
+        return (exceptions or lines or [""])[-1]
 
     def fatal_signal(self) -> int | None:
         """The signal that ended a rank, or the launcher itself; None where none did."""

@@ -117,10 +117,10 @@ class Supervisor:
                 raise FinalError(outcome)
             self._report(outcome)
             self._resources.report_failure(outcome.host)
-            if outcome.early and outcome == previous:
+            if outcome.early and previous and outcome.exit_code == previous.exit_code:
                 self._show("failed twice in the same way before its hpc_absa.Run; not restarted")
                 return ExitStatus.FAILED
-            previous = outcome
+            previous = outcome if outcome.early else None
             if restarts.add() > most_restarts:
                 self._show(
                     f"gave up after {most_restarts} restarts without progress; "

@@ -39,6 +39,20 @@ def test_a_project_with_a_job_file_is_left_alone(tmp_path):
     assert (tmp_path / "job.toml").read_text() == "name = 'mine'\n"
 
 
+def test_a_users_own_launch_file_is_left_alone(tmp_path):
+    run = a_run(tmp_path)
+    run.launch.write_text("mine\n")
+    with pytest.raises(UsageError, match=r"it has a launch\.toml"):
+        run.create()
+    clear(run)
+    assert content(tmp_path) == ["launch.toml", "lock"]
+    run.launch.unlink()
+    run.create().write_launch("name = 'x'\n")
+    assert run.is_run
+    clear(run)
+    assert content(tmp_path) == ["lock"]
+
+
 def test_other_programs_events_make_no_run(tmp_path):
     (tmp_path / "events.jsonl").write_text('{"event": "click"}\n')
     with pytest.raises(UsageError, match="not a run directory"):

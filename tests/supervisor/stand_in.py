@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from hpc_absa.rundir import RunDir
-from tests.supervisor.digits import digits, save
+from tests.supervisor.digits import PATH, save
 
 
 def main() -> None:
@@ -31,11 +31,7 @@ def main() -> None:
     run.joined.touch()
     if "--left" in sys.argv:
         return
-    import tomli_w
-
-    job = digits().model_dump(mode="json", exclude_none=True, by_alias=True)
-    job["data"] = {"name": "script"}
-    run.write_job(tomli_w.dumps(job))
+    run.write_job(PATH.read_text().replace('name = "digits"', 'name = "script"'))
     run.log.append("phase_start", ranks, ranks=ranks, global_batch=32 * ranks, step=10 * ranks)
     next_ranks = min(2 * ranks, 4, limit)
     save(run, 10 * ranks, global_batch=32 * next_ranks, next_ranks=next_ranks, rank_limit=limit)

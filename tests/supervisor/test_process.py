@@ -33,3 +33,14 @@ def test_a_full_disk_does_not_block_the_ranks(tmp_path):
     process = LauncherProcess(many, Path("/dev/full"), None, shown.append)
     assert process.wait(tmp_path, 60, lambda: None).code == 0
     assert len(shown) == 30000
+
+
+def test_the_last_line_of_a_rank_is_its_exception():
+    """Of what mpirun and horovodrun print, with the lines of two ranks mixed."""
+    notice = ("-" * 74, "Primary job  terminated normally, but 1 process returned", "-" * 74)
+    lines = ("starting", "[1,0]<stderr>:ImportErrorTraceback", "package.OwnError: no data", "x", "")
+    assert Exit(1, (*lines, *notice)).last_line() == "package.OwnError: no data"
+    assert (
+        Exit(2, ("[1,1]<stderr>:lm.py: error: --lr", *notice)).last_line() == "lm.py: error: --lr"
+    )
+    assert Exit(0, notice).last_line() == ""

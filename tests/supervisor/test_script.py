@@ -2,12 +2,12 @@
 
 import json
 import os
-import shlex
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from hpc_absa import cli
@@ -16,9 +16,10 @@ from hpc_absa.config import Script
 from hpc_absa.errors import UsageError
 from hpc_absa.rundir import RunDir
 from hpc_absa.status import status
-from hpc_absa.supervisor import launchers
+from hpc_absa.supervisor import launchers, run_state
 from hpc_absa.supervisor.program import ScriptProgram, make_script, name_of, read_script
-from tests.supervisor.digits import PATH
+from tests.mpi.jobs import final_weights
+from tests.supervisor.digits import PATH, save
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -106,19 +107,9 @@ def test_a_stopped_run_continues_with_its_stored_command(launch, tmp_path, monke
     assert seen(tmp_path)[-1]["folder"] == str(tmp_path)
 
 
-def test_with_another_limit_the_ranks_follow_from_the_saved_batch(launch, tmp_path):
-    words = ("--", *STAND_IN, "--stop")
-    launch("--run-dir", "r", "--max-ranks", 2, *words)
-    launch("--run-dir", "r", "--max-ranks", 4, *words)
-    assert [s["ranks"] for s in seen(tmp_path)] == [1, 2, 2]
-    launch("--run-dir", "s", "--max-ranks", 4, *words)
-    launch("--run-dir", "s", "--max-ranks", 3, *words)
-    assert [s["ranks"] for s in seen(tmp_path)][3:] == [1, 2, 2]
-
-
 def test_the_printed_command_is_the_executed_one(launch, tmp_path):
-    words = ("--run-dir", "r", "--max-ranks", 1, "--set", "train.threads_per_rank=3", "--")
-    words = (*words, *STAND_IN, "a b")
+    words = ("--run-dir", "r", "--max-ranks", 1, "--set", "train.threads_per_rank=3")
+    words = (*words, "--allow-changed", "a.b", "--allow-changed", "c", "--", *STAND_IN, "a b")
     _, printed, _ = launch("--dry-run", *words)
     assert not (tmp_path / "r").exists()
     (tmp_path / "r" / "logs").mkdir(parents=True)
@@ -127,8 +118,32 @@ def test_the_printed_command_is_the_executed_one(launch, tmp_path):
     launch("--fresh", *words)
     assert seen(tmp_path)[0] == seen(tmp_path)[1]
     assert seen(tmp_path)[0]["OMP_NUM_THREADS"] == "3"
+    assert seen(tmp_path)[0]["HPC_ABSA_ALLOW_CHANGED"] == "a.b,c"
     (log,) = RunDir(tmp_path / "r").logs.glob("world-*.log")
     assert log.read_text().splitlines()[0] == f"$ {printed.rstrip()}"
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_killed_rank_of_a_script_costs_no_bit(tmp_path, ranks):
+    """Against the same script alone, which is not killed any more."""
+    script = Path(__file__).with_name("elastic_script.py")
+    words = [sys.executable, "-m", "tests.supervisor.quick_kill", "launch", "--run-dir", "r"]
+    words += [f"--ranks={ranks}", f"--max-ranks={ranks}", "--", "python", str(script), "killed"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    assert f"failed: rank {ranks - 1} on" in done.stdout
+    assert "killed by SIGKILL" in done.stdout
+    assert "restart 1 of 3" in done.stdout
+    run = RunDir(tmp_path / "r")
+    starts = [e for e in run.log.read() if e["event"] == "phase_start"]
+    assert {e["ranks"] for e in starts} == {ranks}
+    assert status(run.path).failures == 1
+    alone = subprocess.run([sys.executable, script, "killed"], cwd=tmp_path, env=environment)
+    assert alone.returncode == 0
+    weights = final_weights(tmp_path / "runs" / "elastic_script")
+    assert np.array_equal(weights, final_weights(run.path))
 
 
 # What goes wrong in the script
@@ -193,26 +208,55 @@ def test_one_line_says_what_is_wrong(launch, tmp_path, words, line):
     assert (tmp_path / "foreign/launch.toml").read_text() == "x = 1\n"
 
 
-def test_another_command_does_not_continue_a_run(launch, tmp_path):
-    first = ("--run-dir", "r", "--max-ranks", 2, "--", *STAND_IN, "--stop")
-    other = (*STAND_IN, "--stop", "--lr", "2")
-    launch(*first)
-    code, _, err = launch("--run-dir", "r", "--max-ranks", 2, "--", *other)
-    assert code == 2
-    assert shlex.join([*STAND_IN, "--stop"]) in err
-    assert shlex.join(other) in err
-    assert "--fresh to start over, or --allow-changed command" in err
-    allow = ("--allow-changed", "command", "--allow-changed", "schedule.alpha")
-    assert launch("--run-dir", "r", "--max-ranks", 2, *allow, "--", *other)[0] == 75
-    assert seen(tmp_path)[-1]["HPC_ABSA_ALLOW_CHANGED"] == "command,schedule.alpha"
-    launch("--run-dir", "r", "--max-ranks", 2, "--fresh", "--", *STAND_IN)
-    assert [s["ranks"] for s in seen(tmp_path)] == [1, 2, 2, 1, 2]
+def program(*words, allow=(), **ranks):
+    overrides = tuple(f"ranks.{key}={value}" for key, value in ranks.items())
+    return ScriptProgram(make_script(words, None, None, overrides), allow)
 
 
-def test_a_command_that_never_saved_may_be_corrected(launch, tmp_path):
-    launch("--run-dir", "r", "--", *STAND_IN, "--no-run")
-    code, out, _ = launch("--run-dir", "r", "--max-ranks", 1, "--", *STAND_IN)
-    assert code == 0, out
+@pytest.fixture(name="saved")
+def _saved(tmp_path, monkeypatch):
+    """A run of `true` with a batch of 128, which feeds four ranks."""
+    monkeypatch.chdir(tmp_path)
+    run = RunDir(tmp_path / "r").create()
+    program("true").write(run)
+    run.write_job(PATH.read_text().replace('name = "digits"', 'name = "script"'))
+    save(run, 10, global_batch=128, next_ranks=2, rank_limit=2)
+    return run
+
+
+def test_another_command_does_not_continue_a_run(saved, tmp_path, monkeypatch):
+    message = (
+        "another command: 'true' there, 'true --lr 2' here; use another --run-dir, --fresh to "
+        "start over, or --allow-changed command"
+    )
+    with pytest.raises(UsageError, match=message):
+        program("true", "--lr", "2").write(saved)
+    program("true", "--lr", "2", allow=("command",)).write(saved)
+    assert read_script(saved).command == ("true", "--lr", "2")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    with pytest.raises(UsageError, match=r"another directory: .* or --allow-changed directory"):
+        program("true", "--lr", "2").write(saved)
+
+
+def test_a_run_begun_without_a_supervisor_is_continued(saved):
+    saved.launch.unlink()
+    program("true", "--lr", "2").write(saved)
+    assert saved.is_script
+
+
+def test_a_command_that_never_saved_may_be_corrected(tmp_path):
+    run = RunDir(tmp_path / "r").create()
+    for word in ("false", "true"):
+        program(word).write(run)
+    assert read_script(run).command == ("true",)
+
+
+def test_the_ranks_are_those_of_the_checkpoint(saved):
+    for limit, ranks in ((2, 2), (4, 4), (3, 2)):
+        assert run_state.next_ranks(program("true"), saved, limit) == ranks
+    assert run_state.next_ranks(program("true", initial=3), saved, 4) == 4
+    assert run_state.next_ranks(program("true", initial=3), RunDir(saved.path / "new"), 4) == 3
 
 
 # Parts

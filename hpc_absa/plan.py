@@ -61,7 +61,7 @@ def training_samples(job: Job) -> int:
         raise UsageError(
             f"data.name = {job.data.name!r}: its size is not known here; give --samples N"
         )
-    return size
+    return min(size, job.data.train_samples or size)
 
 
 def stream_of(job: Job, samples: int) -> SampleStream:
@@ -88,7 +88,7 @@ def plan(job: Job, samples: int, limit: int) -> dict[str, Plan]:
     Raises:
         UsageError: no step can be taken, or a user-defined schedule cannot be loaded or fails.
     """
-    rule = build(job)
+    rule = build(job, samples)
     earliest, measured = _walk(job, rule, samples, limit, growing=True)
     if not measured:
         return {"plan": earliest}

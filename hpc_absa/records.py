@@ -26,6 +26,18 @@ class Eigenvalue:
     """Whether the estimated error is within the tolerance; the batch never grows otherwise."""
     stopped_above_threshold: bool = False
     """The estimate stopped early, unconverged: λ is above the schedule's threshold."""
+    error: float | None = None
+    """Estimated relative error of `value` as an eigenvalue of this sample's Hessian."""
+    sampling_error: float | None = None
+    """Standard error of `value` over the choice of the sample, in its units."""
+    upper_bound: float | None = None
+    """Upper confidence bound of λ over all training samples, if one was computed to compare it with
+    the schedule's threshold. The batch grows only if the bound is not above the threshold."""
+
+    @property
+    def at_most(self) -> float:
+        """What a threshold is compared with: `upper_bound`, or `value` if there is none."""
+        return self.value if self.upper_bound is None else self.upper_bound
 
 
 @dataclass(frozen=True)
@@ -82,6 +94,8 @@ class Decision:
     """One sentence for the event log, with numbers."""
     state: ScheduleState
     """The state from the next step on."""
+    cause: str | None = None
+    """What made the batch grow: `eigenvalue`, `patience`, `schedule`, `gradients`, `random`."""
 
 
 @dataclass(frozen=True)

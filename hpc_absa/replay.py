@@ -19,6 +19,7 @@ from rich.table import Table
 
 from hpc_absa import config
 from hpc_absa.config import Job
+from hpc_absa.data.registry import known_size
 from hpc_absa.errors import UsageError
 from hpc_absa.progress import Boundary, Position, Progress, decide
 from hpc_absa.records import Decision, Eigenvalue, Observation, ScheduleState
@@ -44,6 +45,8 @@ class Replayed:
     next_batch: int
     next_lr: float
     reason: str
+    cause: str | None
+    """What made the batch grow."""
     recorded: Mapping[str, Any] | None
     """`reference`, `action`, `next_batch`, `next_lr` of the event."""
     same: bool
@@ -96,12 +99,13 @@ def replay(path: Path, changes: Sequence[str] = ()) -> Replay:
 
 def _derive(own: Job, job: Job, events: Sequence[Event]) -> Iterator[Replayed]:
     """Decide again at every boundary that the run recorded, by the schedule of `job`."""
-    rule = build(job)
+    rule = build(job, _training_samples(own, events))
     progress = Progress(Position(), rule.initial())
     events = [e for e in events if math.isfinite(finite(e.get("epoch")))]
     decisions = {finite(e["epoch"]): e for e in events if e["event"] == "decision"}
     ends = {finite(e["epoch"]) for e in events if e["event"] == "epoch"}
-    whole = max((finite(e.get("hessian_samples"), 0.0) for e in decisions.values()), default=0.0)
+    largest = max((finite(e.get("hessian_samples"), 0.0) for e in decisions.values()), default=0.0)
+    whole = min(largest, own.hessian.samples)
     for epoch in sorted(decisions.keys() | ends):
         event, eigenvalue, unknown = decisions.get(epoch), None, None
         state = progress.schedule
@@ -115,6 +119,12 @@ def _derive(own: Job, job: Job, events: Sequence[Event]) -> Iterator[Replayed]:
         if event is not None or decision.action == "grow":
             yield _compared(epoch, event, state, decision, unknown)
         progress = progress.after_boundary(decision)
+
+
+def _training_samples(own: Job, events: Sequence[Event]) -> int | None:
+    """As the run recorded it; logs of earlier versions have no such field."""
+    recorded = (finite(event.get("training_samples"), 0.0) for event in events)
+    return next((int(n) for n in recorded if n > 0), None) or known_size(own.data.name)
 
 
 def _evidence(
@@ -180,6 +190,7 @@ def _compared(
         eigenvalue=value if math.isfinite(value) else None,
         **derived,
         reason=made.reason,
+        cause=made.cause if made.action == "grow" else None,
         recorded=recorded,
         same=recorded is not None and all(_equal(derived[n], recorded[n]) for n in derived),
         unknown=unknown,

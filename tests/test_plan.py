@@ -323,12 +323,17 @@ def value(of, falls):
     return estimate
 
 
+METHODS = (
+    "bl", "fb", "gg", "abs", "absa", "absa-tuned", "gns", "norm-test", "seesaw", "steps", "random"
+)  # fmt: skip
+
+
 @st.composite
 def tasks(draw):
-    method = draw(st.sampled_from(["bl", "fb", "gg", "abs", "absa", "absa-tuned", "gns"]))
+    method = draw(st.sampled_from(METHODS))
     b = draw(st.integers(1, 8))
     samples = draw(st.integers(b, 90))
-    base = b * draw(st.integers(2 if method == "gns" else 1, 4))
+    base = b * draw(st.integers(2 if method in ("gns", "norm-test") else 1, 4))
     epochs = draw(st.integers(1, 6))
     milestones = sorted(draw(st.sets(st.integers(1, epochs + 1), max_size=3)))
     overrides = [
@@ -343,6 +348,14 @@ def tasks(draw):
     ]
     if draw(st.booleans()):
         overrides.append(f"hessian.every={draw(st.integers(3, 200))}")
+    if method == "random":
+        overrides.append(f"schedule.rate={draw(st.sampled_from([0.1, 0.5, 1.0]))}")
+    if method == "steps":
+        first, second = sorted(draw(st.sets(st.integers(1, 5), min_size=2, max_size=2)))
+        entries = f"{first}e:{2 * base} {second}e:{3 * base}"
+        overrides.append(f'schedule.batches="{entries}"')
+    if method == "seesaw" and draw(st.booleans()):
+        overrides += ["train.annealing='cosine'", "train.milestones=[]", "train.lr_decay=0.5"]
     if method.startswith("abs"):
         overrides.append(f"schedule.kappa={draw(st.integers(1, 4))}")
         overrides.append(f"schedule.beta={draw(st.integers(2, 3))}")

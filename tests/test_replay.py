@@ -211,3 +211,31 @@ def test_a_wrong_argument_is_reported_in_one_line(run, tmp_path, monkeypatch, ca
     status, _, err = command(monkeypatch, capsys, tmp_path / "none")
     assert status == 2
     assert err.count("\n") == 1
+
+
+def test_a_stored_job_without_the_key_was_run_with_a_reference_that_patience_resets(run):
+    """Versions before the key existed; the job of a new run has every key."""
+    recorded = replay(run)
+    assert not recorded.differing
+    kept = replay(run, ["schedule.reference_after_patience=keep"])
+    assert kept.differing[0].epoch == 7
+    assert at(kept, 7).reference == 18.0
+
+
+def test_the_causes_of_growths(run):
+    assert [decision.cause for decision in replay(run).growths] == [
+        "eigenvalue", "patience", "eigenvalue"
+    ]  # fmt: skip
+    alone = replay(run, ["schedule.alpha=inf"])
+    assert [(d.epoch, d.cause) for d in alone.growths] == [(3, "patience"), (6, "patience")]
+    assert [d.epoch for d in replay(run, ["schedule.kappa=inf"]).growths] == [3, 7]
+
+
+def test_steps_in_samples_use_the_recorded_number_of_training_samples(run):
+    """Logs of earlier versions have none: the data set's own size is used then."""
+    change = ["schedule={method='steps', base_batch=32, batches='3000:64'}"]
+    assert [d.epoch for d in replay(run, change).growths] == [3]  # of 1437
+    log = RunDir(run).events
+    start = json.dumps({"event": "phase_start", "step": 0, "phase": 1, "training_samples": 600})
+    log.write_text(start + "\n" + log.read_text())
+    assert [d.epoch for d in replay(run, change).growths] == [5]

@@ -56,7 +56,7 @@ def write_report(directories: list[Path], out: Path | None) -> None:
 def replay(
     directory: Directory,
     alpha: Annotated[float | None, Option(help="Another growth factor, schedule.alpha.")] = None,
-    kappa: Annotated[int | None, Option(help="Another patience, schedule.kappa.")] = None,
+    kappa: Annotated[float | None, Option(help="Another patience, schedule.kappa.")] = None,
     overrides: Annotated[
         list[str] | None,
         Option("--set", metavar="KEY=VALUE", help="Replay with schedule.KEY=VALUE; repeatable."),
@@ -72,7 +72,7 @@ def replay(
     from hpc_absa import replay as replaying
 
     changes = [f"schedule.alpha={alpha}"] if alpha is not None else []
-    changes += [f"schedule.kappa={kappa}"] if kappa is not None else []
+    changes += [f"schedule.kappa={kappa:g}"] if kappa is not None else []
     changes += overrides or []
     own = replaying.replay(directory)
     other = replaying.replay(directory, changes) if changes else None

@@ -220,8 +220,9 @@ def compare(
     allow_changed: AllowChanged = None,
     dry_run: Annotated[bool, Option("--dry-run", help="Print states and tables only.")] = False,
 ) -> int:
-    """Run a grid of schedules, batch sizes and seeds, and print the talk's two tables of it.
+    """Run a grid of schedules, batch sizes and seeds, and print its tables.
 
+    They are the talk's two, and one of growths by cause; a figure shows λ of all cells.
     Each cell is a run in the sweep's folder. The same command continues a sweep that was stopped.
     The tables are also written as Markdown, CSV, LaTeX and HTML.
     Example: `hpc-absa compare jobs/cpu/cifar10-table.toml --set data.root=DIR --dry-run`

@@ -47,6 +47,12 @@ RENAMED = {
 RENAMED_VALUES: dict[str, dict[Any, Any]] = {"train.remainder": {"carry": False, "drop": True}}
 """New values by old ones, for the old keys whose values changed too."""
 
+EARLIER_DEFAULTS = {
+    method: {"reference_after_patience": "reset"} for method in ("abs", "absa", "absa-tuned")
+}
+"""By method: how a stored job without these keys of `[schedule]` was run, before they existed;
+others have every key."""
+
 RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "SLURM_PROCID", "HOROVOD_RANK")
 _warned: set[str] = set()
 
@@ -57,7 +63,8 @@ def load(path: Path, overrides: tuple[str, ...] = (), *, warn: bool = True) -> J
     Args:
         path: the job file.
         overrides: as after `--set`.
-        warn: warn on standard error of old keys; False for files that we have written ourselves.
+        warn: warn on standard error of old keys; False for files that we have written ourselves,
+            which then get `EARLIER_DEFAULTS`.
 
     Raises:
         UsageError: one line that names file, key, value and what was expected.
@@ -105,6 +112,8 @@ def validate(
     for override in overrides:
         _override(changed, override)
     _rename_keys(changed, origin, warn=warn)
+    if not warn:
+        _add_earlier_defaults(changed)
     try:
         return model.model_validate(changed)
     except ValidationError as error:
@@ -202,6 +211,13 @@ def _rename_keys(tables: dict[str, Any], origin: str, *, warn: bool) -> None:
                 "the next release will not accept the old name",
                 file=sys.stderr,
             )
+
+
+def _add_earlier_defaults(tables: dict[str, Any]) -> None:
+    schedule = tables.get("schedule")
+    if isinstance(schedule, dict):
+        earlier = EARLIER_DEFAULTS.get(str(schedule.get("method")), {})
+        tables["schedule"] = {**earlier, **schedule}
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:

@@ -47,12 +47,17 @@ class Data(OpenSection):
     """A built-in data set, or `package.module:function`."""
     root: str = ""
     """Folder of the data set, or its packed HDF5 file; empty for data that needs none (digits)."""
+    train_samples: PositiveInt | None = None
+    """Training samples that are used, chosen at random but always the same; None means all."""
     padding: Count | None = None
     """Pixels of zero padding before the random crop; None takes an eighth of the image, 4 of 32 as
     in He et al. 2016, and none for the 8×8 digits and for user-defined data."""
     flip: bool | None = None
     """Random horizontal flips; None means yes, except for digits and user-defined data, which may
     have a direction."""
+    normalize: bool = True
+    """Whether inputs are shifted and scaled by the mean and standard deviation of the training set;
+    otherwise pixels are from 0 to 1."""
     workers: Count = 0
     """Processes of each rank that read a user-defined `torch.utils.data.Dataset`; 0: the rank reads
     between steps. Without effect for packed data."""
@@ -166,8 +171,10 @@ class Optimizer(OpenSection):
 class Hessian(Section):
     """How the top eigenvalue is estimated at a decision point."""
 
-    method: Literal["lanczos", "power"] = "lanczos"
-    """Lanczos needs about half the products of power iteration (`docs/curvature.md`)."""
+    method: Literal["lanczos", "power", "sharpness"] = "lanczos"
+    """Lanczos needs about half the products of power iteration (`docs/curvature.md`); `sharpness`:
+    in place of λ the critical sharpness along the next update, by forward passes
+    (arXiv:2601.16979)."""
     samples: PositiveInt = 256
     """Training samples the Hessian is averaged over. At 128 λ scatters by 10–15 %; 256 keep the
     decisions of a CIFAR-10 run under 1 % of its time, 512 do not (ours, `docs/curvature.md`)."""
@@ -176,6 +183,9 @@ class Hessian(Section):
     improve decisions: λ scatters by more from sample to sample (`docs/curvature.md`)."""
     max_iter: PositiveInt = 10
     """Matvecs after which an estimate stops, unconverged (talk)."""
+    fresh: bool = False
+    """Whether each estimate draws other samples, and starts without the vector of the one before
+    (the authors' public code); otherwise all are on the same sample."""
     every: PositiveInt | None = None
     """Samples between decision points; None means once an epoch (talk)."""
 

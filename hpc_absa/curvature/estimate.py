@@ -189,6 +189,7 @@ def estimate_eigenvalue(
         seconds=time.perf_counter() - begin,
         converged=top.converged and not result.stopped,
         stopped_above_threshold=result.stopped,
+        sampling_error=sampling_error if math.isfinite(sampling_error) else None,
     )
     return Estimate(
         value,

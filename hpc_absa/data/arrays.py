@@ -29,6 +29,7 @@ class PackedReader:
         device: torch.device,
         channels_last: bool = False,
         input_range: tuple[float, float] | None = None,
+        normalize: bool = True,
     ) -> None:
         """
         Args:
@@ -39,6 +40,7 @@ class PackedReader:
             device: of the tensors.
             channels_last: memory layout of [b, C, H, W] inputs.
             input_range: smallest and largest valid value of other data, before normalisation.
+            normalize: whether to shift and scale by the data set's mean and standard deviation.
         """
         self.dataset = dataset
         self._seed, self._device = seed, device
@@ -46,8 +48,9 @@ class PackedReader:
         self._flip = flip and dataset.is_image
         self._channels_last = channels_last and len(dataset.shape) == 3
         self._range = input_range
-        self._mean = torch.tensor(dataset.mean, device=device)
-        self._std = torch.tensor(dataset.std, device=device)
+        mean, std = torch.tensor(dataset.mean), torch.tensor(dataset.std)
+        self._mean = (mean if normalize else torch.zeros_like(mean)).to(device)
+        self._std = (std if normalize else torch.ones_like(std)).to(device)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="loader")
 
     def read(self, part: Part, samples: Indices, epochs: Indices | None = None) -> Batch:

@@ -11,8 +11,10 @@ from pydantic import Discriminator, Tag
 
 from hpc_absa.schedules.absa import ABS, ABSA, ABSATuned
 from hpc_absa.schedules.base import MultiStepLR, Rule, Schedule, TrainSettings
-from hpc_absa.schedules.fixed import BL, FB, GG
-from hpc_absa.schedules.noise import GNS
+from hpc_absa.schedules.controls import RandomGrowth
+from hpc_absa.schedules.fixed import BL, FB, GG, Seesaw
+from hpc_absa.schedules.noise import GNS, NormTest
+from hpc_absa.schedules.steps import Steps
 from hpc_absa.schedules.user_defined import UserDefined
 
 __all__ = [
@@ -28,8 +30,12 @@ __all__ = [
     "AnySchedule",
     "Milestones",
     "MultiStepLR",
+    "NormTest",
+    "RandomGrowth",
     "Rule",
     "Schedule",
+    "Seesaw",
+    "Steps",
     "TrainSettings",
     "UserDefined",
     "build",
@@ -59,6 +65,10 @@ AnySchedule = Annotated[
     | Annotated[ABSA, Tag("absa")]
     | Annotated[ABSATuned, Tag("absa-tuned")]
     | Annotated[GNS, Tag("gns")]
+    | Annotated[NormTest, Tag("norm-test")]
+    | Annotated[Seesaw, Tag("seesaw")]
+    | Annotated[Steps, Tag("steps")]
+    | Annotated[RandomGrowth, Tag("random")]
     | Annotated[UserDefined, Tag(USER_DEFINED)],
     Discriminator(_tag),
 ]
@@ -66,7 +76,7 @@ AnySchedule = Annotated[
 
 SCHEDULES: dict[str, type[Schedule]] = {
     method.model_fields["method"].default: method
-    for method in (BL, FB, GG, ABS, ABSA, ABSATuned, GNS)
+    for method in (BL, FB, GG, ABS, ABSA, ABSATuned, GNS, NormTest, Seesaw, Steps, RandomGrowth)
 }
 SCHEDULES[USER_DEFINED] = UserDefined
 """Classes by `method`."""
@@ -84,12 +94,14 @@ class _Job(Protocol):
     def schedule(self) -> Schedule: ...
     @property
     def train(self) -> TrainSettings: ...
+    @property
+    def seed(self) -> int: ...
 
 
-def build(job: _Job) -> Rule:
-    """The rule of the job's `[schedule]` table.
+def build(job: _Job, samples: int | None = None) -> Rule:
+    """The rule of the job's `[schedule]` table, for so many training samples.
 
     Raises:
-        UsageError: a user-defined rule cannot be loaded.
+        UsageError: a user-defined rule cannot be loaded, or `samples` is needed.
     """
-    return job.schedule.bind(job.train)
+    return job.schedule.bind(job.train, job.seed, samples)

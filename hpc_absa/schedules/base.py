@@ -14,7 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, PositiveInt, PrivateAttr, model_validator
 
-from hpc_absa.records import Decision, GradientSquares, Observation, ScheduleState
+from hpc_absa.records import Decision, Eigenvalue, GradientSquares, Observation, ScheduleState
 from hpc_absa.section import Fraction, NonNegative, Positive, Section
 
 
@@ -40,11 +40,21 @@ class Rule(ABC):
         return False
 
     def threshold(self, state: ScheduleState) -> float | None:
-        """If λ is above this, the next decision is `continue`, whatever λ is exactly.
+        """If λ is above this, the next decision is the same, whatever λ is exactly.
 
         The estimate may stop early there. None if the value of λ is needed.
         """
         return None
+
+    def wants_another(self, state: ScheduleState, seen: Eigenvalue, estimates: int) -> bool:
+        """Whether to estimate λ once more, on other samples, before the decision.
+
+        Args:
+            state: the present state.
+            seen: the mean of the estimates so far.
+            estimates: how many there were at this decision point.
+        """
+        return False
 
     def wants_gradients(self, state: ScheduleState) -> bool:
         """Whether to call `learn` after the next step; costs one more pass over its gradients."""
@@ -115,14 +125,15 @@ class MultiStepLR:
         return replace(state, lr=lr, milestones_passed=passed), reason
 
 
-def _whole(value: Any) -> Any:
+def whole(value: Any) -> Any:
+    """A float that is an integer as an int; anything else unchanged."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 class TrainSettings(Section):
     """The training settings that schedules depend on."""
 
-    epochs: Annotated[PositiveInt, BeforeValidator(_whole)]
+    epochs: Annotated[PositiveInt, BeforeValidator(whole)]
     """Passes over the training set; also as `1e6`, which TOML reads as a float."""
     microbatch: PositiveInt
     """Samples of one forward and backward pass on one rank; batch-norm statistics are over it."""
@@ -163,6 +174,8 @@ class Schedule(Section, Rule):
     """Largest global batch, which BL and FB use throughout. Samples; None means `base_batch`."""
 
     _train: TrainSettings = PrivateAttr()
+    _seed: int = PrivateAttr(default=0)
+    _samples: int | None = PrivateAttr(default=None)
 
     @property
     def largest_batch(self) -> int:
@@ -178,16 +191,21 @@ class Schedule(Section, Rule):
                     f"{train.microbatch}"
                 )
 
-    def bind(self, train: TrainSettings) -> Self:
+    def bind(self, train: TrainSettings, seed: int = 0, samples: int | None = None) -> Self:
         """A copy of this schedule for a run with these settings.
+
+        Args:
+            train: the training settings.
+            seed: of the job.
+            samples: training samples, where they are known.
 
         Raises:
             ValueError: the schedule does not fit them.
-            UsageError: a user-defined rule cannot be loaded.
+            UsageError: a user-defined rule cannot be loaded, or `samples` is needed.
         """
         self.check(train)
         bound = self.model_copy()
-        bound._train = train
+        bound._train, bound._seed, bound._samples = train, seed, samples
         return bound
 
     @model_validator(mode="after")
@@ -224,11 +242,8 @@ class BuiltInSchedule(Schedule):
 
     def lr(self, state: ScheduleState, epoch: float) -> float:
         """`state.lr` after linear warm-up and cosine annealing."""
-        if epoch < self.warmup_epochs:
-            start = state.lr * self._warmup_start()
-            return start + (state.lr - start) * epoch / self.warmup_epochs
-        if self._train.annealing != "cosine":
-            return state.lr
+        if epoch < self.warmup_epochs or self._train.annealing != "cosine":
+            return self._warmed_up(state.lr, epoch)
         done = (epoch - self.warmup_epochs) / (self._train.epochs - self.warmup_epochs)
         return state.lr * (1 + math.cos(math.pi * min(done, 1.0))) / 2
 
@@ -237,15 +252,18 @@ class BuiltInSchedule(Schedule):
         left = self._train.milestones[state.milestones_passed :]
         return math.inf, left[0] if left else math.inf
 
+    def _warmed_up(self, lr: float, epoch: float) -> float:
+        if epoch >= self.warmup_epochs:
+            return lr
+        start = lr * self._warmup_start()
+        return start + (lr - start) * epoch / self.warmup_epochs
+
     def _warmup_start(self) -> float:
         return 0.1 if self.warmup_from is None else self.warmup_from
 
 
 class GrowingSchedule(BuiltInSchedule):
-    """Base of the methods whose batch grows by β depending on a measurement."""
-
-    beta: Annotated[int, Field(ge=2)] = 2
-    """Factor by which the batch grows, at most once a decision point (talk)."""
+    """Base of the methods whose batch grows, up to the maximum, at decision points."""
 
     def can_grow(self, state: ScheduleState) -> bool:
         return state.global_batch < self.largest_batch
@@ -260,12 +278,8 @@ class GrowingSchedule(BuiltInSchedule):
         """The next decision points below the maximum at which the batch cannot grow."""
         return 0
 
-    def next_batch(self, state: ScheduleState) -> int:
-        return min(self.beta * state.global_batch, self.largest_batch)
-
-    def grow(self, state: ScheduleState) -> ScheduleState:
-        """The next batch, and `lr ← lr·(B_new/B_old)^e` with e by `lr_rule`."""
-        batch = self.next_batch(state)
+    def grow(self, state: ScheduleState, batch: int) -> ScheduleState:
+        """With the larger `batch`, and `lr ← lr·(B_new/B_old)^e` with e by `lr_rule`."""
         lr = state.lr * (batch / state.global_batch) ** EXPONENTS[self.lr_rule]
         return replace(state, global_batch=batch, lr=lr)
 
@@ -286,3 +300,13 @@ class GrowingSchedule(BuiltInSchedule):
     @abstractmethod
     def _decide_growth(self, state: ScheduleState, seen: Observation) -> Decision:
         """The decision at a decision point below the maximum; `decide` adds to its reason."""
+
+
+class FactorSchedule(GrowingSchedule):
+    """Base of the methods whose batch grows by the factor β."""
+
+    beta: Annotated[int, Field(ge=2)] = 2
+    """Factor by which the batch grows, at most once a decision point (talk)."""
+
+    def next_batch(self, state: ScheduleState) -> int:
+        return min(self.beta * state.global_batch, self.largest_batch)

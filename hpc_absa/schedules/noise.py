@@ -1,14 +1,17 @@
-"""GNS: the batch follows the gradient noise scale (McCandlish et al., arXiv:1812.06162)."""
+"""GNS and the norm test: the batch follows the noise of the gradient."""
 
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from hpc_absa.records import Decision, GradientSquares, Observation, ScheduleState
-from hpc_absa.schedules.base import GrowingSchedule, TrainSettings
+from hpc_absa.schedules.base import FactorSchedule, GrowingSchedule, LrRule, TrainSettings
 from hpc_absa.section import Positive
 
 
@@ -30,28 +33,22 @@ class NoiseState(ScheduleState):
         return self.noise / self.signal
 
 
-class GNS(GrowingSchedule):
-    """GNS: the batch grows up to the gradient noise scale.
+class GradientSchedule(GrowingSchedule):
+    """Base of the methods that watch the noise of the gradient.
 
-    If `β·B ≤ γ·tr Σ/‖G‖²`: `B ← min(β·B, B_max)`, and the learning rate follows by `lr_rule`. Both
-    moments come from the squared norms of the microbatches' gradients and of their mean (appendix
-    A.1 of the paper, with `B_small = b` and `B_big = M·b`). Each is averaged over all steps since
-    the last decision point before the quotient is taken, because a single step's quotient is
-    biased and scatters widely. A noise scale that is not finite or not positive is ignored.
+    Both moments come from the squared norms of the microbatches' gradients and of their mean
+    (arXiv:1812.06162, appendix A.1, with `B_small = b` and `B_big = M·b`). Each is averaged over
+    all steps since the last decision point before a quotient is taken, because a single step's
+    quotient is biased and scatters widely.
     """
-
-    method: Literal["gns"] = "gns"
-    """`gns`."""
-    gamma: Positive = 1.0
-    """Noise scales that the batch may reach: at one, a step makes as much progress as half as many
-    samples would without noise (arXiv:1812.06162, section 2.2)."""
 
     def check(self, train: TrainSettings) -> None:
         super().check(train)
         if self.base_batch < 2 * train.microbatch:
             raise ValueError(
                 f"schedule.base_batch = {self.base_batch}: expected at least two microbatches of "
-                f"{train.microbatch}, whose gradients gns compares; halve train.microbatch"
+                f"{train.microbatch}, whose gradients {self.method} compares; halve "  # type: ignore[attr-defined]
+                "train.microbatch"
             )
 
     def initial(self) -> NoiseState:
@@ -104,15 +101,69 @@ class GNS(GrowingSchedule):
         fresh = replace(known, noise=0.0, signal=0.0, steps=0)
         if not known.steps:
             return Decision("continue", "no step of two microbatches or more: no growth", fresh)
-        if not math.isfinite(known.scale):
-            return Decision("continue", "noise scale is not finite: no growth", fresh)
-        if known.scale <= 0:
-            reason = f"noise scale {known.scale:.4g} is not positive: no growth"
+        batch, reason = self._growth(known)
+        if batch is None:
             return Decision("continue", reason, fresh)
-        batch, limit = self.next_batch(state), f"{self.gamma:g} × noise scale {known.scale:.4g}"
-        if batch <= self.gamma * known.scale:
-            return Decision("grow", f"{batch} ≤ {limit}", self.grow(fresh))
-        return Decision("continue", f"{batch} > {limit}", fresh)
+        return Decision("grow", reason, self.grow(fresh, batch), "gradients")
+
+    @abstractmethod
+    def _growth(self, known: NoiseState) -> tuple[int | None, str]:
+        """The larger batch, or None for no growth; and the reason."""
+
+
+class GNS(GradientSchedule, FactorSchedule):
+    """GNS: the batch grows up to the gradient noise scale.
+
+    If `β·B ≤ γ·tr Σ/‖G‖²`: `B ← min(β·B, B_max)`, and the learning rate follows by `lr_rule`. A
+    noise scale that is not finite or not positive is ignored.
+    """
+
+    method: Literal["gns"] = "gns"
+    """`gns`."""
+    gamma: Positive = 1.0
+    """Noise scales that the batch may reach: at one, a step makes as much progress as half as many
+    samples would without noise (arXiv:1812.06162, section 2.2)."""
+
+    def _growth(self, known: NoiseState) -> tuple[int | None, str]:
+        if not math.isfinite(known.scale):
+            return None, "noise scale is not finite: no growth"
+        if known.scale <= 0:
+            return None, f"noise scale {known.scale:.4g} is not positive: no growth"
+        batch, limit = self.next_batch(known), f"{self.gamma:g} × noise scale {known.scale:.4g}"
+        return (
+            (batch, f"{batch} ≤ {limit}")
+            if batch <= self.gamma * known.scale
+            else (None, f"{batch} > {limit}")
+        )
+
+
+class NormTest(GradientSchedule):
+    """Norm test: the batch grows until the noise of its gradient is a fraction η of the gradient.
+
+    The test is `tr Σ/B ≤ η²·‖g‖²`, with g the gradient of the whole batch (Byrd et al., Math.
+    Program. 134, 2012; arXiv:2402.11215; over ranks arXiv:2412.21124). Where it fails,
+    `B ← min(⌈tr Σ/(η²·‖g‖²)⌉, B_max)`, rounded up to whole microbatches.
+    """
+
+    method: Literal["norm-test"] = "norm-test"
+    """`norm-test`."""
+    eta: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """Largest ratio η of noise to gradient (the value of arXiv:2402.11215 for CIFAR-10)."""
+    lr_rule: LrRule = "none"
+    """As for all; the paper's learning rate has a schedule of its own."""
+
+    def _growth(self, known: NoiseState) -> tuple[int | None, str]:
+        B, b = known.global_batch, self._train.microbatch
+        noise, signal = known.noise / known.steps, known.signal / known.steps
+        squared = signal + noise / B  # of the batch's gradient, which the test compares with
+        ratio = noise / B / squared if squared > 0 else math.nan
+        if not math.isfinite(ratio):
+            return None, "the gradient's moments are not finite or not positive: no growth"
+        compared = f"noise {math.sqrt(max(ratio, 0)):.4g} of the gradient, η {self.eta:g}"
+        if ratio <= self.eta**2:
+            return None, compared
+        wanted = math.ceil(ratio * B / self.eta**2 / b - 1e-9) * b
+        return min(max(wanted, B + b), self.largest_batch), compared
 
 
 def _noise_state(state: ScheduleState) -> NoiseState:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Self
 
 from pydantic import PrivateAttr
@@ -24,12 +25,18 @@ def _checked(method: str, convert: Callable[[Any], Any] = lambda answer: answer)
     return checked
 
 
+def _with_cause(decision: Decision) -> Decision:
+    if decision.action == "grow" and decision.cause is None:
+        return replace(decision, cause="user-defined")
+    return decision
+
+
 class UserDefined(Schedule, OpenSection):
     """A user-defined rule. Other keys are arguments of its class.
 
-    `bind` also passes `base_batch`, `max_batch`, `microbatch`, `lr`, `milestones` and `epochs` to a
-    class that has parameters of these names. Every method raises a UsageError, one line that names
-    it, if the user's method fails or returns something invalid.
+    `bind` also passes `base_batch`, `max_batch`, `microbatch`, `lr`, `milestones`, `epochs` and
+    `seed` to a class that has parameters of these names. Every method raises a UsageError, one line
+    that names it, if the user's method fails or returns something invalid.
     """
 
     method: str
@@ -39,8 +46,8 @@ class UserDefined(Schedule, OpenSection):
 
     _rule: Rule = PrivateAttr()
 
-    def bind(self, train: TrainSettings) -> Self:
-        bound = super().bind(train)
+    def bind(self, train: TrainSettings, seed: int = 0, samples: int | None = None) -> Self:
+        bound = super().bind(train, seed, samples)
         offered = {
             "base_batch": self.base_batch,
             "max_batch": self.largest_batch,
@@ -48,6 +55,7 @@ class UserDefined(Schedule, OpenSection):
             "lr": train.lr,
             "milestones": train.multi_step_lr,
             "epochs": train.epochs,
+            "seed": seed,
         }
         target = plugins.resolve(self.method, "schedule.method")
         rule = plugins.call(target, "schedule", self.arguments, offered, self.method)
@@ -61,9 +69,10 @@ class UserDefined(Schedule, OpenSection):
         return bound
 
     initial = _checked("initial")
-    decide = _checked("decide")
+    decide = _checked("decide", _with_cause)
     wants_eigenvalue = _checked("wants_eigenvalue", bool)
     threshold = _checked("threshold")
+    wants_another = _checked("wants_another", bool)
     wants_gradients = _checked("wants_gradients", bool)
     learn = _checked("learn")
     evidence = _checked("evidence")
@@ -100,6 +109,9 @@ class UserDefined(Schedule, OpenSection):
             return _kind(decision), "a hpc_absa.records.Decision"
         if decision.action not in ("continue", "grow"):
             return f"action {decision.action!r}", "'continue' or 'grow'"
+        cause: Any = decision.cause
+        if not isinstance(cause, str | None):
+            return f"a cause of type {_kind(cause)}", "a str"
         if problem := self._state_problem(decision.state):
             return problem
         before, after = state.global_batch, decision.state.global_batch

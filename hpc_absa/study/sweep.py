@@ -165,7 +165,8 @@ class StudyDir:
         for cell in self.cells:
             started = self.run(cell).job
             if started.exists():
-                config.refuse_changes(config.load(started), cell.job, str(started), allow_changed)
+                saved = config.load(started, warn=False)
+                config.refuse_changes(saved, cell.job, str(started), allow_changed)
         self._jobs.mkdir(parents=True, exist_ok=True)
         for cell in self.cells:
             self.job(cell).write_text(config.dump(cell.job), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The talk's two tables of a sweep, from the run directories of its cells."""
+"""The talk's two tables of a sweep and one of its growths, from its cells' run directories."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from hpc_absa.report.history import load
 from hpc_absa.report.published import published_table
 from hpc_absa.report.tables import RunResult, Table, run_result
 from hpc_absa.rundir.files import write_atomic
+from hpc_absa.study import growths
 from hpc_absa.study.sweep import Cell, StudyDir
 
 
 def of(study: StudyDir) -> dict[str, Table]:
-    """`accuracy` and `time`, from the cells that are done; a note gives the number of the others.
+    """`accuracy`, `time` and `growths`, of the cells that are done; a note counts the others.
 
     The talk's numbers are shown next to those of a sweep whose job is the talk's.
     """
@@ -35,6 +36,7 @@ def of(study: StudyDir) -> dict[str, Table]:
     return {
         "accuracy": tables.accuracy_table(results, published=talk == "accuracy"),
         "time": tables.time_table(done, baseline=baseline, label=label, published=talk == "time"),
+        "growths": growths.table(study),
     }
 
 
@@ -44,6 +46,9 @@ def write(study: StudyDir) -> None:
         for suffix, text in table.formats().items():
             content = page.document(table) if suffix == "html" else text
             write_atomic(study.tables / f"{name}.{suffix}", content)
+    for suffix in ("png", "svg"):
+        if (image := growths.figure(study, suffix)) is not None:
+            write_atomic(study.tables / f"eigenvalues.{suffix}", image)
 
 
 def _result(study: StudyDir, cell: Cell) -> RunResult:

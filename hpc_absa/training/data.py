@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +22,12 @@ from hpc_absa.data.loader import Batch, Loader, Reader
 from hpc_absa.data.packed import PackedDataset
 from hpc_absa.data.prepare import pack_source, packed_beside, prepare
 from hpc_absa.data.registry import augmented_by_default
+from hpc_absa.data.subset import training_subset
 from hpc_absa.errors import CollectiveError, ExitStatus, UsageError
 from hpc_absa.progress import SampleStream
 from hpc_absa.rundir import RunDir
 from hpc_absa.rundir.paths import packed_name
+from hpc_absa.training.run import Draw
 
 DataSet = PackedDataset | MapDataset
 
@@ -60,6 +63,36 @@ def hessian_sample(job: Job, loader: Loader, stream: SampleStream, samples: int)
     indices = order.permutation(job.seed, HESSIAN_ORDER, stream.samples)
     packed = isinstance(loader.dataset, PackedDataset)
     return HessianSample(loader, indices[:samples], None if packed else {})
+
+
+def hessian_samples(
+    job: Job, loader: Loader, stream: SampleStream
+) -> Callable[[Draw], HessianSample]:
+    """The samples of each estimate: disjoint ones for the repeats at a boundary.
+
+    Raises:
+        UsageError: the training set has too few samples for `schedule.max_estimates`.
+    """
+    size, repeats = job.hessian.samples, getattr(job.schedule, "max_estimates", 1)
+    if repeats > 1 and repeats * size > stream.samples:
+        raise UsageError(
+            f"schedule.max_estimates = {repeats}: expected at most {stream.samples // size} "
+            f"disjoint samples of hessian.samples = {size} among {stream.samples} training samples"
+        )
+    fixed = hessian_sample(job, loader, stream, repeats * size)
+
+    def sample(draw: Draw) -> HessianSample:
+        if repeats == 1 and not job.hessian.fresh:
+            return fixed
+        indices = fixed.indices
+        if job.hessian.fresh:
+            epoch = HESSIAN_ORDER + 1 + draw.boundary
+            indices = order.permutation(job.seed, epoch, stream.samples)
+        loaded: dict[tuple[int, int], Batch] | None = None if fixed.loaded is None else {}
+        part = slice(draw.repeat * size, (draw.repeat + 1) * size)
+        return HessianSample(loader, indices[part], loaded)
+
+    return sample
 
 
 def open_data(job: Job, directory: RunDir, comm: Communicator) -> DataSet:
@@ -129,6 +162,8 @@ def _open(job: Job, packed: Path) -> PackedDataset:
     own = plugins.is_reference(job.data.name)
     with plugins.user_code(f"data.name = {job.data.name!r}") if own else nullcontext():
         dataset = prepare(job.data.name, _root(job), job.data.arguments, packed)
+    if job.data.train_samples:
+        dataset = training_subset(dataset, job.data.train_samples)
     _require_samples(job, dataset)
     return dataset
 
@@ -156,6 +191,12 @@ def build_reader(job: Job, dataset: DataSet, device: torch.device) -> Reader:
                     f"data.{key} = {getattr(job.data, key)!r}: expected none, because "
                     f"{job.data.name} returned a torch data set, which augments its own samples"
                 )
+        if job.data.train_samples or not job.data.normalize:
+            key = "train_samples" if job.data.train_samples else "normalize"
+            raise UsageError(
+                f"data.{key} = {getattr(job.data, key)!r}: expected none, because {job.data.name} "
+                "returned a torch data set, whose samples are used as they are"
+            )
         return MapReader(
             dataset,
             job.seed,
@@ -181,4 +222,5 @@ def build_reader(job: Job, dataset: DataSet, device: torch.device) -> Reader:
         device=device,
         channels_last=job.train.channels_last,
         input_range=job.data.input_range,
+        normalize=job.data.normalize,
     )

@@ -93,7 +93,7 @@ def _rehearse(trainer: Trainer) -> None:
             _require_floats(inputs)
             with user_code(f"{model_name}: the gradient by its inputs, for adversarial examples"):
                 adversary = trainer.adversary
-                step, valid = adversary.step, adversary.valid
+                step, valid = adversary.step, adversary.bounds(inputs)
                 perturb(model, trainer.loss, inputs, targets, step, valid, call=call)
         if run.rule.wants_eigenvalue(progress.schedule):
             _rehearse_hessian(trainer, indices)

@@ -42,6 +42,7 @@ from torch import Tensor, nn
 from hpc_absa.checkpoint.async_checkpointer import AsyncCheckpointer, require_durable
 from hpc_absa.comm import Communicator, raise_on_all_ranks
 from hpc_absa.curvature.estimate import Estimate, Interrupted
+from hpc_absa.curvature.repeated import mean
 from hpc_absa.errors import CollectiveError, ExitStatus
 from hpc_absa.progress import Boundary, SampleStream, Step, decide
 from hpc_absa.records import Decision, Eigenvalue, Observation, PhaseOutcome
@@ -55,14 +56,26 @@ from hpc_absa.training.metrics import shown
 from hpc_absa.training.state import TrainState, require_equal
 from hpc_absa.training.step import Flags, StepEngine, StepResult, TrainStep
 
-EVIDENCE = ("residual", "converged", "stopped_above_threshold", "seconds")
+EVIDENCE = ("residual", "converged", "stopped_above_threshold", "seconds", "sampling_error")
 """Fields of an eigenvalue that a decision event has under the same names."""
 
-Estimator = Callable[[Tensor | None, float | None, Callable[[], bool]], Estimate]
+
+@dataclass(frozen=True)
+class Draw:
+    """Which samples an estimate is made on; those of one boundary are disjoint."""
+
+    boundary: int
+    """Index of the boundary."""
+    repeat: int
+    """Estimates at this boundary before it."""
+
+
+Estimator = Callable[[Tensor | None, float | None, Callable[[], bool], Draw], Estimate]
 """Estimates the top eigenvalue of the Hessian (a collective).
 
 Args: the eigenvector to start from, [P] or None; the threshold that the decision compares with, or
-None; a function that tells, equally on all ranks, whether to give up by raising `Interrupted`.
+None; a function that tells, equally on all ranks, whether to give up by raising `Interrupted`; the
+samples.
 """
 
 
@@ -318,24 +331,37 @@ class Run:
     def estimate_eigenvalue(self, boundary: Boundary) -> Estimate | None:
         """The top eigenvalue of the Hessian, if the schedule wants it for its decision here.
 
-        If a stop is requested meanwhile, the run is saved and `stopped` on return.
+        The mean of several estimates on other samples each, if the schedule wants another one. If a
+        stop is requested meanwhile, the run is saved and `stopped` on return.
         """
         state, rule = self.state, self.rule
         schedule = state.progress.schedule
         if not boundary.decision_point or boundary.last or not rule.wants_eigenvalue(schedule):
             return None
+        threshold, place = rule.threshold(schedule), state.progress.position.boundary
+        vector, estimates = state.eigenvector, list[Estimate]()
         try:
             with self.clock("hessian"):
-                estimate = self._estimator(
-                    state.eigenvector, rule.threshold(schedule), self.stop.requested
-                )
+                while not estimates or self._wants_another(estimates):
+                    k, done = len(estimates), sum(e.eigenvalue.value for e in estimates)
+                    limit = None if threshold is None else (k + 1) * threshold - done
+                    estimates.append(
+                        self._estimator(vector, limit, self.stop.requested, Draw(place, k))
+                    )
+                    vector = estimates[-1].vector
         except Interrupted:
             self.save()
             self._outcome = "stopped"
             return None
+        estimate = mean(estimates)
         state.eigenvector = estimate.vector
         state.progress = replace(state.progress, eigenvalue=estimate.eigenvalue.value)
         return estimate
+
+    def _wants_another(self, estimates: list[Estimate]) -> bool:
+        seen, count = mean(estimates).eigenvalue, len(estimates)
+        wanted = self.rule.wants_another(self.state.progress.schedule, seen, count)
+        return bool(self.comm.broadcast_object(wanted))
 
     def decide(self, boundary: Boundary, estimate: Estimate | None) -> Decision:
         """The schedule's decision, made by rank 0 and the same on all ranks.
@@ -392,6 +418,7 @@ class Run:
             **_evidence(eigenvalue),
             reference=before.reference,
             action=decision.action,
+            cause=decision.cause if grows else None,
             reason=reason,
             batch=before.global_batch,
             next_batch=decision.state.global_batch,
@@ -419,6 +446,7 @@ class Run:
             step=progress.position.step,
             samples=self.samples,
             epoch=self.epoch,
+            training_samples=self.stream.samples,
             hosts=sorted(set(self.comm.allgather_object(host()))),
             backend=self.comm.backend,
             **environment,

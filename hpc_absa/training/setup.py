@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -18,6 +20,7 @@ from hpc_absa.comm import Communicator, raise_on_all_ranks
 from hpc_absa.config import Job
 from hpc_absa.curvature.estimate import estimate_eigenvalue
 from hpc_absa.curvature.loss import Loss
+from hpc_absa.curvature.sharpness import critical_sharpness
 from hpc_absa.data.datasets import MapDataset
 from hpc_absa.errors import CheckpointError, UsageError
 from hpc_absa.models import build as build_model
@@ -37,17 +40,18 @@ from hpc_absa.training.data import (
     DataSet,
     build_loader,
     evaluation_batch,
-    hessian_sample,
+    hessian_samples,
     open_data,
 )
 from hpc_absa.training.faults import StopRequest
 from hpc_absa.training.log import EventLogger
 from hpc_absa.training.metrics import Metric
 from hpc_absa.training.reduction import OverlappedReduction, ReproducibleReduction
-from hpc_absa.training.run import Run, RunOptions
+from hpc_absa.training.run import Draw, Run, RunOptions
 from hpc_absa.training.state import TrainState, load_model, to_array
 from hpc_absa.training.step import StepEngine
 from hpc_absa.training.trainer import Adversary, Trainer
+from hpc_absa.training.virtual_step import update_direction
 
 
 def build_trainer(
@@ -76,7 +80,7 @@ def build_trainer(
     loader = raise_on_all_ranks(comm, lambda: build_loader(job, dataset, stream, device))
     model, loss = raise_on_all_ranks(comm, lambda: build_model_and_loss(job, dataset, device))
     measured = raise_on_all_ranks(comm, lambda: build_metrics(job, dataset, loss))
-    rule = raise_on_all_ranks(comm, lambda: build_rule(job))
+    rule = raise_on_all_ranks(comm, lambda: build_rule(job, stream.samples))
     optimizer = raise_on_all_ranks(
         comm,
         lambda: optimizers.build(job.train, job.optimizer.arguments, model, lr=job.train.lr),
@@ -95,24 +99,27 @@ def build_trainer(
         clock=clock,
         max_grad_norm=job.train.max_grad_norm,
     )
-    sample = hessian_sample(job, loader, stream, job.hessian.samples)
+    sample_of = raise_on_all_ranks(comm, lambda: hessian_samples(job, loader, stream))
 
-    def estimator(start: Tensor | None, threshold: float | None, poll: Any) -> Any:
-        return estimate_eigenvalue(
-            model,
-            loss,
-            sample,
-            comm,
-            method=job.hessian.method,
-            samples=sample.size,
-            microbatch=stream.microbatch,
-            tol=job.hessian.tol,
-            max_iter=job.hessian.max_iter,
-            start=start,
-            threshold=threshold,
-            poll=poll,
-            reproducible=job.train.reproducible,
-        )
+    def estimator(start: Tensor | None, threshold: float | None, poll: Any, draw: Draw) -> Any:
+        sample = sample_of(draw)
+        settings: dict[str, Any] = {
+            "samples": sample.size,
+            "microbatch": stream.microbatch,
+            "tol": job.hessian.tol,
+            "max_iter": job.hessian.max_iter,
+            "threshold": threshold,
+            "poll": poll,
+            "reproducible": job.train.reproducible,
+        }
+        if job.hessian.method == "sharpness":
+            last = state.progress.eigenvalue
+            usable = last is not None and math.isfinite(last) and last > 0
+            settings["guess"] = 2 / last if last is not None and usable else job.train.lr
+            direction = partial(update_direction, model, optimizer)
+            return critical_sharpness(model, loss, sample, comm, direction, **settings)
+        settings["start"] = None if job.hessian.fresh else start
+        return estimate_eigenvalue(model, loss, sample, comm, method=job.hessian.method, **settings)
 
     log = EventLogger(directory, comm.rank, console)
     checkpointer = AsyncCheckpointer(
@@ -151,7 +158,9 @@ def build_trainer(
     )
     epsilon = getattr(job.schedule, "epsilon", None)
     reader = loader.reader
-    adversary = Adversary(epsilon * reader.input_scale(), reader.input_range()) if epsilon else None
+    clamped = getattr(job.schedule, "clamp", "range") == "range"
+    valid = reader.input_range() if clamped else None
+    adversary = Adversary(epsilon * reader.input_scale(), valid) if epsilon else None
     return Trainer(
         run,
         loader,

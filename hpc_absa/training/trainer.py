@@ -29,8 +29,12 @@ class Adversary:
 
     step: Tensor
     """ε, [1, C, 1, 1] or another shape that broadcasts to the inputs."""
-    valid: tuple[Tensor, Tensor]
-    """Smallest and largest valid input, likewise."""
+    valid: tuple[Tensor, Tensor] | None
+    """Smallest and largest valid input, likewise; None: those of the microbatch."""
+
+    def bounds(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """What adversarial examples of these inputs are clamped to."""
+        return self.valid or (inputs.amin(), inputs.amax())
 
 
 class Trainer:
@@ -147,7 +151,7 @@ class Trainer:
                 inputs,
                 targets,
                 self.adversary.step,
-                self.adversary.valid,
+                self.adversary.bounds(inputs),
                 count,
                 call,
             )

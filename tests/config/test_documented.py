@@ -8,7 +8,9 @@ import pytest
 from hpc_absa import config
 
 PAGE = (Path(__file__).parents[2] / "docs" / "job-file.md").read_text(encoding="utf-8")
-METHODS = ("bl", "fb", "gg", "abs", "absa", "absa-tuned", "gns")
+METHODS = (
+    "bl", "fb", "gg", "abs", "absa", "absa-tuned", "gns", "norm-test", "seesaw", "steps", "random"
+)  # fmt: skip
 REQUIRED = {
     "name": "a",
     "data": {"name": "digits"},

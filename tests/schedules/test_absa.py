@@ -84,9 +84,17 @@ def test_patience_count_restarts_after_growth_by_ratio():
     assert actions(follow(abs_(kappa=3), boundaries(8, 4, 4, 4, 4))) == "cgccg"
 
 
-def test_growth_after_kappa_decisions_sets_the_reference():
-    state = follow(abs_(kappa=2), boundaries(8, 100))[-1].state
-    assert (state.global_batch, state.reference) == (2, 100.0)
+@pytest.mark.parametrize(("after", "reference"), [("keep", 8.0), ("reset", 100.0)])
+def test_the_reference_after_growth_by_patience(after, reference):
+    rule = abs_(kappa=2, reference_after_patience=after)
+    state = follow(rule, boundaries(8, 100))[-1].state
+    assert (state.global_batch, state.reference) == (2, reference)
+
+
+@pytest.mark.parametrize("after", ["keep", "reset"])
+def test_the_first_eigenvalue_that_can_be_used_is_the_reference_also_at_growth_by_patience(after):
+    decisions = follow(abs_(kappa=2, reference_after_patience=after), boundaries(None, 8))
+    assert (decisions[-1].cause, decisions[-1].state.reference) == ("patience", 8.0)
 
 
 def test_the_reason_of_growth_after_kappa_decisions():
@@ -311,9 +319,63 @@ def test_an_estimate_stopped_above_the_threshold_never_grows_the_batch():
 
 
 @pytest.mark.parametrize(
-    ("reference", "patience_count", "threshold"), [(None, 0, None), (8.0, 2, None), (8.0, 1, 4.0)]
+    ("after", "reference", "patience_count", "threshold"),
+    [
+        ("reset", None, 0, None),
+        ("reset", 8.0, 2, None),
+        ("reset", 8.0, 1, 4.0),
+        ("keep", None, 2, None),
+        ("keep", 8.0, 2, 4.0),
+    ],
 )
-def test_no_threshold_if_the_value_becomes_the_reference(reference, patience_count, threshold):
-    rule = abs_(kappa=3)
+def test_no_threshold_if_the_value_becomes_the_reference(
+    after, reference, patience_count, threshold
+):
+    rule = abs_(kappa=3, reference_after_patience=after)
     state = replace(rule.initial(), reference=reference, patience_count=patience_count)
     assert rule.threshold(state) == threshold
+
+
+def test_an_estimate_stopped_above_the_threshold_when_patience_ends():
+    rule = abs_(kappa=2, reference_after_patience="keep")
+    state = replace(rule.initial(), reference=8.0, patience_count=1)
+    stopped = Eigenvalue(5.5, 0.1, 1, 16, 0.0, converged=False, stopped_above_threshold=True)
+    decision = rule.decide(state, Observation(1.0, True, stopped))
+    assert (decision.action, decision.cause) == ("grow", "patience")
+    assert decision.reason == ("λ above 8/2 (at least 5.5); no growth for 2 decisions: batch 1 → 2")
+    assert decision.state.reference == 8.0
+
+
+# More estimates where a crossing is doubtful
+
+
+def seen(value, error=None, bound=None, **fields):
+    return replace(estimate(value), sampling_error=error, upper_bound=bound, **fields)
+
+
+@pytest.mark.parametrize(
+    ("reference", "eigenvalue", "estimates", "another"),
+    [
+        (None, seen(8.0, 0.1), 1, True),  # it becomes the reference
+        (None, seen(8.0, 0.1), 3, False),  # no more than max_estimates
+        (8.0, seen(3.9, 0.1), 1, True),
+        (8.0, seen(3.9, 0.04), 1, False),  # below the threshold by more than two errors
+        (8.0, seen(3.9, 0.04), 2, False),
+        (8.0, seen(3.9, None), 1, True),  # an unknown error is doubtful
+        (8.0, seen(3.9, math.nan), 1, True),
+        (8.0, seen(4.1, 3.0), 1, False),  # no crossing that would need it
+        (8.0, seen(3.9, 3.0), 3, False),
+        (8.0, seen(3.9, 0.01, 4.2), 1, True),  # a stated upper bound decides
+        (8.0, seen(3.9, 3.0, 3.95), 1, False),
+        (8.0, seen(3.9, 3.0, converged=False), 1, False),
+        (8.0, seen(-1.0, 3.0), 1, False),
+        (8.0, seen(3.0, 3.0, stopped_above_threshold=True), 2, False),
+    ],
+)
+def test_another_estimate_is_wanted_while_a_crossing_is_doubtful(
+    reference, eigenvalue, estimates, another
+):
+    rule = abs_(max_estimates=3)
+    state = replace(rule.initial(), reference=reference)
+    assert rule.wants_another(state, eigenvalue, estimates) is another
+    assert not abs_().wants_another(state, eigenvalue, 1), "by default there is one estimate"

@@ -4,7 +4,21 @@ import pytest
 
 from hpc_absa import config
 from hpc_absa.records import GradientSquares
-from hpc_absa.schedules import ABS, ABSA, BL, FB, GG, GNS, ABSATuned, Rule, build
+from hpc_absa.schedules import (
+    ABS,
+    ABSA,
+    BL,
+    FB,
+    GG,
+    GNS,
+    ABSATuned,
+    NormTest,
+    RandomGrowth,
+    Rule,
+    Seesaw,
+    Steps,
+    build,
+)
 from tests.schedules.tables import at, bound
 
 JOB = """
@@ -34,6 +48,10 @@ def job(*overrides, text=JOB):
         (["method=absa", "ratio=0.3", "omega=4"], ABSA(**BATCHES, ratio=0.3, omega=4)),
         (["method=absa-tuned"], ABSATuned(**BATCHES)),
         (["method=gns", "gamma=0.5"], GNS(**BATCHES, gamma=0.5)),
+        (["method=norm-test", "eta=0.2"], NormTest(**BATCHES, eta=0.2)),
+        (["method=seesaw", "lr_rule=linear"], Seesaw(**BATCHES, lr_rule="linear")),
+        (["method=steps", "batches=30e:128"], Steps(**BATCHES, batches="30e:128")),
+        (["method=random", "rate=0.3"], RandomGrowth(**BATCHES, rate=0.3)),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
@@ -62,6 +80,10 @@ def test_the_job_file_and_the_constructor_give_the_same_rule(overrides, schedule
         (["method=absa"], 64, 0.1, 0.1),
         (["method=absa-tuned"], 64, 0.1, 0.1),
         (["method=gns"], 64, 0.1, 0.1),
+        (["method=norm-test"], 64, 0.1, 0.1),
+        (["method=seesaw", "warmup_epochs=1"], 64, 0.1, 0.01),
+        (["method=steps", "batches=30e:128"], 64, 0.1, 0.1),
+        (["method=random"], 64, 0.1, 0.1),
     ],
 )
 def test_the_first_batch_and_learning_rate(overrides, batch, lr, first_lr):
@@ -82,6 +104,10 @@ def test_the_first_batch_and_learning_rate(overrides, batch, lr, first_lr):
         (["method=absa", "kappa=1"], 128, 0.1),
         (["method=absa-tuned", "kappa=1"], 128, 0.1),
         (["method=gns", "lr_rule=square-root"], 128, 0.05 * 2**0.5),
+        (["method=norm-test"], 256, 0.05),
+        (["method=seesaw"], 128, 0.1 * 0.5**0.5),
+        (["method=steps", "batches=30e:128", "lr_rule=linear"], 128, 0.1),
+        (["method=random", "rate=1"], 128, 0.1),
     ],
 )
 def test_batch_and_learning_rate_at_the_first_milestone(overrides, batch, lr):
@@ -100,8 +126,10 @@ def test_adversarial_examples_end_after_half_of_the_epochs(method, ratio, omega)
     assert rule.decide(state, at(1)).state.adversarial_fraction == pytest.approx(ratio / omega)
 
 
-@pytest.mark.parametrize("method", ["bl", "fb", "abs", "absa", "absa-tuned", "gns"])
-def test_cosine_annealing_with_every_method_but_gg(method):
+@pytest.mark.parametrize(
+    "method", ["bl", "fb", "abs", "absa", "absa-tuned", "gns", "norm-test", "steps", "random"]
+)
+def test_cosine_annealing_with_every_method_but_gg_and_seesaw(method):
     text = JOB.replace(", milestones = [30, 60], lr_decay = 0.5", ', annealing = "cosine"')
     parsed = job(f"method={method}", text=text)
     rule, warmup = build(parsed), parsed.schedule.warmup_epochs

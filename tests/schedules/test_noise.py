@@ -8,7 +8,7 @@ import torch
 
 from hpc_absa.checkpoint import Content, Group, file
 from hpc_absa.records import GradientSquares
-from hpc_absa.schedules import GNS
+from hpc_absa.schedules import GNS, NormTest
 from hpc_absa.schedules.noise import NoiseState
 from tests.schedules.tables import actions, at, batches, bound, follow, lrs
 
@@ -163,3 +163,76 @@ def test_the_moments_are_those_of_the_samples():
     event = rule.evidence(state)
     assert event["gradient_noise"] == pytest.approx(dimensions * sigma**2, rel=0.02)
     assert event["gradient_signal"] == pytest.approx(float(G.square().sum()), rel=0.02)
+
+
+# Norm test
+
+
+def norm_test(max_batch=1024, base=8, microbatch=4, **keys):
+    return bound(NormTest(base_batch=base, max_batch=max_batch, **keys), microbatch=microbatch)
+
+
+@pytest.mark.parametrize(
+    ("scale", "eta", "batch"),
+    [
+        # tr Σ/B ≤ η²·(‖G‖² + tr Σ/B) at B = 8: T = tr Σ/(η²·(1 + tr Σ/8))
+        (1.0, 0.5, 8),  # 1/8 ≤ 0.25·9/8
+        (8 / 3, 0.5, 8),  # equality: 1/3 = 0.25·4/3
+        (2.7, 0.5, 12),  # 8.07 is rounded up to whole microbatches
+        (8.0, 0.5, 16),  # 8/(0.25·2)
+        (8.0, 0.25, 64),
+        (1e12, 0.5, 32),  # all noise: B/η²
+        (1e12, 0.1, 800),
+        (1e12, 0.01, 1024),  # the maximum
+        (0.0, 0.5, 8),
+        (-4.0, 0.5, 8),
+    ],
+)
+def test_the_norm_test_grows_to_the_batch_that_passes(scale, eta, batch):
+    (decision,) = follow(norm_test(eta=eta), [at(1)], steps=[[step(scale)]])
+    assert decision.state.global_batch == batch
+    assert decision.state.lr == 0.1
+
+
+def test_the_batch_that_the_norm_test_chose_passes_it():
+    rule = norm_test(eta=0.5)
+    steps = [[step(8.0)], [step(8.0, M=4)], [step(8.0, M=4)]]
+    decisions = follow(rule, [at(1), at(2), at(3)], steps=steps)
+    # 8/16 ≤ 0.25·(1 + 8/16) fails once more: the gradient of a larger batch is smaller.
+    assert batches(decisions) == [16, 24, 24]
+    assert decisions[-1].reason == "noise 0.5 of the gradient, η 0.5"
+
+
+@pytest.mark.parametrize("scale", [NAN, math.inf])
+def test_moments_that_the_norm_test_cannot_use(scale):
+    (decision,) = follow(norm_test(), [at(1)], steps=[[step(scale)]])
+    assert decision.action == "continue"
+    assert "not finite or not positive" in decision.reason
+
+
+def test_a_decision_of_the_norm_test_is_derived_again_from_its_event():
+    rule = norm_test()
+    state = rule.learn(rule.learn(rule.initial(), step(20)), step(30))
+    again = rule.recall(rule.initial(), {"epoch": 1, **rule.evidence(state)})
+    assert (
+        rule.decide(again, at(1)).state.global_batch == rule.decide(state, at(1)).state.global_batch
+    )
+
+
+def test_the_norm_test_is_the_fraction_of_batches_with_a_wrong_direction():
+    """Gradients drawn with known moments: the ratio in the reason is that of the definition."""
+    torch.manual_seed(0)
+    b, M, dimensions, sigma = 8, 4, 50, 0.7
+    rule = norm_test(max_batch=10**6, base=M * b, microbatch=b, eta=0.99)
+    G = torch.full((dimensions,), 0.2, dtype=torch.float64)
+    state, noise, squared = rule.initial(), 0.0, 0.0
+    for _ in range(1000):
+        samples = G + sigma * torch.randn(M, b, dimensions, dtype=torch.float64)
+        mean = samples.mean(dim=(0, 1))
+        each = float(samples.mean(dim=1).square().sum(dim=1).mean())
+        state = rule.learn(state, GradientSquares(M, each, float(mean.square().sum())))
+        flat = samples.reshape(-1, dimensions)
+        noise += float(flat.var(dim=0).sum()) / len(flat)  # the paper's estimate of the variance
+        squared += float(mean.square().sum())
+    ratio = float(rule.decide(state, at(1)).reason.split()[1])
+    assert ratio == pytest.approx(math.sqrt(noise / squared), rel=0.02)

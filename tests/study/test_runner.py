@@ -199,7 +199,7 @@ def test_tables_are_means_over_the_seeds_that_are_done(study):
     study.run()
     assert {path.name for path in study.study.tables.iterdir()} == {
         f"{name}.{suffix}"
-        for name in ("accuracy", "time")
+        for name in ("accuracy", "time", "growths")
         for suffix in ("md", "csv", "tex", "html")
     }
     heads, small, large = read(study.study.tables / "accuracy.csv")

@@ -1,0 +1,47 @@
+"""The update that an optimizer would make, without making it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+def update_direction(
+    model: nn.Module, optimizer: torch.optim.Optimizer, gradient: Tensor
+) -> Tensor:
+    """The Δ [P] of the optimizer's next step `θ − η·Δ` with this gradient [P].
+
+    Parameters, gradients and the optimizer's state are unchanged afterwards. P counts the trainable
+    parameters in `model.parameters()` order.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    pieces = gradient.split([p.numel() for p in parameters])
+    gradients = [p.grad for p in parameters]
+    weights = [p.detach().clone() for p in parameters]
+    state = {p: dict(own) for p, own in optimizer.state.items()}
+    values = {
+        p: {k: v.clone() for k, v in own.items() if isinstance(v, Tensor)}
+        for p, own in state.items()
+    }
+    rates = [group["lr"] for group in optimizer.param_groups]
+    try:
+        for p, piece in zip(parameters, pieces, strict=True):
+            p.grad = piece.view_as(p).to(p)
+        for group in optimizer.param_groups:
+            group["lr"] = 1.0
+        optimizer.step()
+        moved = zip(weights, parameters, strict=True)
+        return torch.cat([(old - new.detach()).reshape(-1) for old, new in moved]).to(gradient)
+    finally:
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        with torch.no_grad():
+            for p, weight, before in zip(parameters, weights, gradients, strict=True):
+                p.copy_(weight)
+                p.grad = before
+            for other in [p for p in optimizer.state if p not in state]:
+                del optimizer.state[other]
+            for other, own in state.items():
+                for key, value in values[other].items():
+                    own[key].copy_(value)
+                optimizer.state[other] = own

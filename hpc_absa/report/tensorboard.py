@@ -23,6 +23,12 @@ SCALARS = {
         "test/accuracy": "test_accuracy",
         "test/loss": "test_loss",
     },
+    "progress": {
+        "progress/train_loss": "train_loss",
+        "progress/samples_per_second": "samples_per_second",
+        "progress/grad_norm": "grad_norm",
+        "progress/memory": "memory",
+    },
     "decision": {"hessian/eigenvalue": "eigenvalue", "hessian/reference": "reference"},
 }
 """By kind of event: the tag of each scalar, and the event's field with its value."""

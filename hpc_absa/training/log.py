@@ -8,12 +8,19 @@ import time
 from collections.abc import Callable
 from typing import Any, TextIO
 
+import psutil
+import torch
+
 from hpc_absa.checkpoint import Published
 from hpc_absa.errors import RunDirError
 from hpc_absa.rundir import RunDir
 
 LINE_INTERVAL = 10.0
 """Seconds between progress lines, where epochs take longer than that."""
+PROGRESS_SECONDS = (1.0, 10.0)
+"""Shortest and longest time between `progress` events, where steps do not take longer."""
+PROGRESS_SHARE = 1e-3
+"""Between these limits, the part of the time since the phase began: the log stays small."""
 
 
 class EventLogger:
@@ -82,6 +89,52 @@ class EventLogger:
             )
 
         return saved
+
+
+class ProgressMeter:
+    """Loss and speed of the steps since the last `progress` event."""
+
+    def __init__(self) -> None:
+        self._begun = time.monotonic()
+        self._restart()
+
+    def _restart(self) -> None:
+        self._last = self._step_begun = time.monotonic()
+        self._loss = self._denominator = self._seconds = 0.0
+        self._samples = 0
+
+    def begin_step(self) -> None:
+        self._step_begun = time.monotonic()
+
+    def end_step(self, loss: float, denominator: float, samples: int) -> None:
+        """Args: the step's sum of losses, what it is divided by for their mean, its samples."""
+        self._loss += loss
+        self._denominator += denominator
+        self._samples += samples
+        self._seconds += time.monotonic() - self._step_begun
+
+    def due(self) -> bool:
+        """Whether it is time for the next event."""
+        now = time.monotonic()
+        shortest, longest = PROGRESS_SECONDS
+        interval = max(shortest, min(longest, (now - self._begun) * PROGRESS_SHARE))
+        return now - self._last >= interval
+
+    def take(self) -> dict[str, float]:
+        """The fields of the event; the next one begins here."""
+        fields = {
+            "train_loss": self._loss / (self._denominator or 1.0),
+            "samples_per_second": self._samples / max(self._seconds, 1e-9),
+        }
+        self._restart()
+        return fields
+
+
+def memory_in_use(device: torch.device) -> int:
+    """Bytes: on a GPU the largest allocation so far, otherwise what the process has resident."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    return int(psutil.Process().memory_info().rss)
 
 
 def duration(seconds: float) -> str:

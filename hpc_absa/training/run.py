@@ -31,6 +31,7 @@ a model looks like. `hpc_absa.training.trainer.Trainer` is the loop for job file
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -43,7 +44,7 @@ from hpc_absa.checkpoint.async_checkpointer import AsyncCheckpointer, require_du
 from hpc_absa.comm import Communicator, raise_on_all_ranks
 from hpc_absa.curvature.estimate import Estimate, Interrupted
 from hpc_absa.curvature.repeated import mean
-from hpc_absa.errors import CollectiveError, ExitStatus
+from hpc_absa.errors import CollectiveError, ExitStatus, RunDirError
 from hpc_absa.progress import Boundary, SampleStream, Step, decide
 from hpc_absa.records import Decision, Eigenvalue, Observation, PhaseOutcome
 from hpc_absa.rundir import RunDir
@@ -51,7 +52,7 @@ from hpc_absa.rundir.events import Event
 from hpc_absa.rundir.lock import host
 from hpc_absa.schedules import Rule
 from hpc_absa.training.faults import StopRequest
-from hpc_absa.training.log import EventLogger, duration
+from hpc_absa.training.log import EventLogger, ProgressMeter, duration, memory_in_use
 from hpc_absa.training.metrics import shown
 from hpc_absa.training.state import TrainState, require_equal
 from hpc_absa.training.step import Flags, StepEngine, StepResult, TrainStep
@@ -152,6 +153,7 @@ class Run:
         self._last_save = time.monotonic()
         self._nonfinite_step: int | None = None
         self._measured = ""
+        self._meter = ProgressMeter()
         if not state.progress.position.step:
             raise_on_all_ranks(
                 comm, lambda: stream.require_step(state.progress.schedule.global_batch)
@@ -204,6 +206,7 @@ class Run:
 
     def begin_step(self, step: Step) -> TrainStep:
         """Start an optimizer step: this rank's microbatches, the learning rate, the flags."""
+        self._meter.begin_step()
         state = self.state.progress.schedule
         full = state.global_batch // self.stream.microbatch
         after = Step(step.stop, step.stop + full)
@@ -248,7 +251,28 @@ class Run:
                 seconds=time.time() - self._previous_phase["time"],
             )
             self._previous_phase = None
+        self._meter.end_step(result.loss, result.denominator, result.samples)
+        if self.comm.rank == 0 and self._meter.due():
+            self._record_progress(result)
         self.log.progress(self._progress_line(result.loss / (result.denominator or 1.0)))
+
+    def _record_progress(self, result: StepResult) -> None:
+        """A `progress` event (on rank 0); training continues where it cannot be written."""
+        progress = self.state.progress
+        with contextlib.suppress(RunDirError):
+            self.log.emit(
+                "progress",
+                progress.phase,
+                epoch=self.epoch,
+                step=progress.position.step,
+                samples=self.samples,
+                **self._meter.take(),
+                grad_norm=self.engine.grad_norm(result),
+                memory=memory_in_use(self.engine.device),
+                lr=self.lr,
+                global_batch=progress.schedule.global_batch,
+                ranks=self.comm.size,
+            )
 
     # Boundaries
 
@@ -465,6 +489,7 @@ class Run:
             words.append(f"from {self._resumed_from}")
         self.log.print(" · ".join(words))
         self._resumed_from = None
+        self._meter = ProgressMeter()
         self._phase_step = progress.position.step
         self._phase_samples, self._phase_begun = self.samples, time.monotonic()
 

@@ -85,6 +85,8 @@ class StepResult:
     flags: Flags
     squares: GradientSquares | None = None
     """If they were requested."""
+    unclipped_norm: Tensor | None = None
+    """Of the gradient before it was clipped, scalar; None without clipping."""
 
 
 class StepEngine:
@@ -146,6 +148,13 @@ class StepEngine:
         ahead = self.lanes(upcoming.microbatches) if upcoming else []
         following = next((k for lane in ahead for k in lane), None)
         return TrainStep(self, step, divisor, lr, flags, measure_squares, following)
+
+    def grad_norm(self, result: StepResult) -> float:
+        """The norm of the last step's gradient, before clipping; on this rank alone."""
+        if result.unclipped_norm is not None:
+            return float(result.unclipped_norm)
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        return float(torch.nn.utils.get_total_norm(gradients))
 
     def lanes(self, microbatches: range) -> list[range]:
         """This rank's microbatches."""
@@ -253,12 +262,15 @@ class TrainStep:
                 square *= factor**2
             squares = self._squares(square, count) if self._measure_squares else None
             engine.buffers.update(buffers, count, changed, values)
+            norm = None
             if engine.max_grad_norm is not None:
-                torch.nn.utils.clip_grad_norm_(engine.model.parameters(), engine.max_grad_norm)
+                norm = torch.nn.utils.clip_grad_norm_(
+                    engine.model.parameters(), engine.max_grad_norm
+                )
             for group, ratio in zip(engine.optimizer.param_groups, engine.lr_ratios, strict=True):
                 group["lr"] = self._lr * ratio
             engine.optimizer.step()
-        return StepResult(loss, denominator, round(samples), Flags.unpack(flags), squares)
+        return StepResult(loss, denominator, round(samples), Flags.unpack(flags), squares, norm)
 
     def _new_sums(self) -> StepSums:
         engine = self._engine

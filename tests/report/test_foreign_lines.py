@@ -15,7 +15,7 @@ from tests.mpi.jobs import write_job
 from tests.report.synthetic import whole_run
 
 KINDS = ("phase_start", "epoch", "decision", "checkpoint", "resize", "phase_end", "failure")
-KINDS += ("save_failed", "host", "link", "done", "a_kind_of_the_future")
+KINDS += ("progress", "save_failed", "host", "link", "done", "a_kind_of_the_future")
 
 
 @pytest.fixture(name="run")

@@ -105,11 +105,14 @@ def train(folder: Path, *overrides: str) -> PhaseOutcome:
 
 
 def events(folder: Path, *kinds: str) -> list[dict]:
-    """Events of these kinds, or all, without what differs between two equal runs."""
+    """Events of these kinds, or all, without what differs between two equal runs.
+
+    `progress` events, which come by the clock, only if they are named.
+    """
     return [
         {key: value for key, value in event.items() if key not in VOLATILE}
         for event in RunDir(folder).log.read()
-        if not kinds or event["event"] in kinds
+        if (event["event"] in kinds if kinds else event["event"] != "progress")
     ]
 
 

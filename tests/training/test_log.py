@@ -7,7 +7,8 @@ import pytest
 
 from hpc_absa.checkpoint import Published
 from hpc_absa.rundir import RunDir
-from hpc_absa.training.log import EventLogger
+from hpc_absa.training import log as training_log
+from hpc_absa.training.log import EventLogger, ProgressMeter
 
 ON_DISK = Published(Path("step-1.h5"), 100, 0.5)
 
@@ -65,3 +66,20 @@ def test_only_rank_0_writes(run):
     log.save_failed("the disk is full")
     assert console.getvalue() == ""
     assert kinds(run) == []
+
+
+def test_progress_is_due_each_second_at_first_and_every_ten_on_long_runs(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(training_log.time, "monotonic", lambda: now[0])
+    meter, times = ProgressMeter(), []
+    for second in range(4 * 3600):
+        now[0] = float(second)
+        meter.begin_step()
+        now[0] += 0.5
+        meter.end_step(20.0, 10.0, 10)
+        if meter.due():
+            times.append(second)
+            assert meter.take() == {"train_loss": 2.0, "samples_per_second": 20.0}
+    assert times[:3] == [1, 2, 3]
+    assert times[-1] - times[-2] == 10
+    assert len(times) < 3000

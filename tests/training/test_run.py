@@ -206,6 +206,31 @@ def test_the_training_loss_of_an_epoch_is_the_mean_over_the_samples_of_its_steps
     assert len(set(means)) == EPOCHS
 
 
+def test_progress_events_have_loss_norm_and_memory_of_the_steps_since_the_last(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr("hpc_absa.training.log.PROGRESS_SECONDS", (0.0, 0.0))
+    run = begin(tmp_path, Stop())
+    run.engine.max_grad_norm = 1e-3
+    end_step, results, norms = run.end_step, [], []
+
+    def record(step, result):
+        results.append(result)
+        gradients = [p.grad for p in run.state.model.parameters()]
+        norms.append(torch.nn.utils.get_total_norm(gradients).item())
+        end_step(step, result)
+
+    run.end_step = record
+    train(run)
+    written = [e for e in run.directory.log.read() if e["event"] == "progress"]
+    assert [e["step"] for e in written] == list(range(1, len(results) + 1))
+    assert [e["train_loss"] for e in written] == [r.loss / r.samples for r in results]
+    assert all(e["samples_per_second"] > 0 and e["memory"] > 2**20 for e in written)
+    # of the gradient before clipping, where it is clipped
+    assert max(norms) < 1.01e-3 < min(e["grad_norm"] for e in written)
+    assert [e["grad_norm"] for e in written] == [r.unclipped_norm.item() for r in results]
+
+
 def test_a_finished_run_is_restored_with_the_optimizer_and_takes_no_step(uninterrupted):
     folder, bits = uninterrupted
     steps = events(folder, "done")[0]["steps"]

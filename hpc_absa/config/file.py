@@ -69,7 +69,10 @@ def load(path: Path, overrides: tuple[str, ...] = (), *, warn: bool = True) -> J
     Raises:
         UsageError: one line that names file, key, value and what was expected.
     """
-    return from_tables(read(path), str(path), overrides, warn=warn)
+    tables = read(path)
+    if "grid" in tables:
+        raise UsageError(f"{path}: a sweep file, expected a job file: hpc-absa compare {path}")
+    return from_tables(tables, str(path), overrides, warn=warn)
 
 
 def read(path: Path, kind: str = "a job file") -> dict[str, Any]:

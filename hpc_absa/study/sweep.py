@@ -68,8 +68,11 @@ def load(path: Path, overrides: tuple[str, ...] = ()) -> tuple[Sweep, tuple[Cell
     Raises:
         UsageError: one line that names file, key, value and what was expected.
     """
+    tables = config.read(path, "a sweep file")
+    if "grid" not in tables and "schedule" in tables:
+        raise UsageError(f"{path}: a job file, expected a sweep file: hpc-absa run {path}")
     try:
-        sweep = Sweep.model_validate(config.read(path, "a sweep file"))
+        sweep = Sweep.model_validate(tables)
     except ValidationError as error:
         raise UsageError(f"{path}: {explain(error, Sweep)}") from None
     base, origin = _base(sweep, path)

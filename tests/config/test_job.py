@@ -419,3 +419,10 @@ def test_both_names_of_a_key_are_refused():
         config.load(DIGITS, ("train.clip_norm=1.0", "train.max_grad_norm=1.0"))
     with pytest.raises(UsageError, match=r"remainder = 'keep': expected 'carry' \(now"):
         config.load(DIGITS, ("train.remainder=keep",))
+
+
+def test_a_sweep_file_is_named_as_one(tmp_path):
+    path = tmp_path / "sweep.toml"
+    path.write_text('name = "x"\njob = "job.toml"\n[[grid]]\nschedule = ["bl"]\n')
+    with pytest.raises(UsageError, match="a sweep file, expected a job file: hpc-absa compare"):
+        config.load(path)

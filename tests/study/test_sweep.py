@@ -141,3 +141,10 @@ def test_missing_file(tmp_path):
 def test_every_sweep_file_of_the_repository_loads(path):
     _, cells = sweeps.load(path)
     assert len(cells) > 1
+
+
+def test_a_job_file_is_named_as_one(tmp_path):
+    path = tmp_path / "job.toml"
+    path.write_text('name = "x"\n[schedule]\nmethod = "bl"\n')
+    with pytest.raises(UsageError, match="a job file, expected a sweep file: hpc-absa run"):
+        sweeps.load(path)

@@ -25,6 +25,12 @@ from hpc_absa.errors import ExitStatus, UsageError
 if TYPE_CHECKING:
     from hpc_absa.config import Job
 
+KNOWN_TO_EXIST = [
+    (model, "cross_entropy", "sgd")
+    for model in ("digits-cnn", "resnet8", "resnet20", "resnet18-cifar", "resnet18")
+]
+"""Models with their loss and optimizer for which `plan` need not try to build them."""
+
 
 def plan(
     job: JobFile,
@@ -51,7 +57,7 @@ def plan(
 
     loaded = config.load(job, tuple(overrides or ()))
     count = samples or planner.training_samples(loaded)
-    _require_names(loaded)
+    _require_buildable(loaded)
     limit = (
         max_ranks or loaded.ranks.max or loaded.schedule.largest_batch // loaded.train.microbatch
     )
@@ -73,25 +79,18 @@ def plan(
     return ExitStatus.OK
 
 
-def _require_names(job: Job) -> None:
-    """Whether the user's code that the job names exists; only where torch is installed."""
+def _require_buildable(job: Job) -> None:
+    """Refuse what a rank would refuse, where torch is installed."""
     import importlib.util
 
-    from hpc_absa import plugins
-    from hpc_absa.torchvision_import import prepare_torchvision
-
-    prepare_torchvision()
-    names = [
-        ("data.name", job.data.name),
-        ("model.name", job.model.name),
-        ("train.loss", job.train.loss),
-        ("train.optimizer", job.train.optimizer),
-        *(("train.metrics", name) for name in job.train.metrics or ()),
-    ]
+    names = job.model.name, job.train.loss, job.train.optimizer
+    arguments = job.model.arguments or job.loss.arguments or job.optimizer.arguments
+    if names in KNOWN_TO_EXIST and not (arguments or job.train.metrics):
+        return  # torch takes two seconds to import
     if importlib.util.find_spec("torch") is not None:
-        for key, name in names:
-            if plugins.is_reference(name):
-                plugins.resolve(name, key)
+        from hpc_absa.training.named import require_buildable
+
+        require_buildable(job)
 
 
 def _print_plan(title: str, planned: Any) -> None:
@@ -161,14 +160,16 @@ def doctor(
     overrides: Overrides = None,
     as_json: Json = False,
 ) -> int:
-    """Check the installation and this machine, and show how to fix each error.
+    """Check the installation and this machine, and show how to fix what is wrong.
 
     With a job file, also check what the job needs: hosts, slots, cores, Slurm, and one microbatch
-    through its model, loss and data.
-    Example: `hpc-absa doctor jobs/digits.toml`
+    through its model, loss and data, with the memory that it takes.
 
-    With `--json`: `errors`, their number, and `findings`, each with `check`, `status` (ok, absent
-    or error), `detail` and `fix`. Exit status: 0 no errors, 1 errors.
+    Examples: `hpc-absa doctor` · `hpc-absa doctor jobs/digits.toml`
+
+    With `--json`: `errors` and `warnings`, their numbers, and `findings`, each with `check`,
+    `status` (ok, warning or error), `detail` and `fix`. Exit status: 0 no errors, 1 errors;
+    warnings do not change it.
     """
     from hpc_absa import config
     from hpc_absa.doctor import run_checks
@@ -178,16 +179,21 @@ def doctor(
     loaded = config.load(job, tuple(overrides or ())) if job else None
     folder = run_dir or (default_run_dir(loaded) if loaded else Path("runs"))
     findings = []
-    for finding in run_checks(RunDir(folder), loaded):
-        findings.append(finding)
-        if not as_json:
-            print_line(f"{finding.status.upper():7} {finding.check}: {finding.detail}")
+    with rich_console(stderr=True).status("checking") as status:
+        for finding in run_checks(RunDir(folder), loaded):
+            findings.append(finding)
+            status.update(f"checking, after: {finding.check}")
+    number = {state: sum(f.status == state for f in findings) for state in ("error", "warning")}
+    if as_json:  # `faults` is the former name of `errors`
+        errors = number["error"]
+        counts = {"errors": errors, "faults": errors, "warnings": number["warning"]}
+        print_json({**counts, "findings": [finding.to_dict() for finding in findings]})
+        return ExitStatus.FAILED if errors else ExitStatus.OK
+    for state, word in (("error", "ERROR"), ("warning", "WARNING"), ("ok", "good")):
+        for finding in (f for f in findings if f.status == state):
+            print_line(f"{word:7} {finding.check}: {finding.detail}")
             if finding.fix:
                 print_line(f"{'':7} fix: {finding.fix}")
-    errors = sum(finding.status == "error" for finding in findings)
-    if as_json:  # `faults` is the former name of `errors`
-        details = [finding.to_dict() for finding in findings]
-        print_json({"errors": errors, "faults": errors, "findings": details})
-    else:
-        print_line(f"{errors or 'no'} error{'s' * (errors != 1)}")
-    return ExitStatus.FAILED if errors else ExitStatus.OK
+    counted = (f"{n or 'no'} {word}{'s' * (n != 1)}" for word, n in number.items())
+    print_line(", ".join(counted))
+    return ExitStatus.FAILED if number["error"] else ExitStatus.OK

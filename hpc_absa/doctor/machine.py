@@ -48,21 +48,26 @@ class Finding:
 
     check: str
     """Name of the check; scripts may look for it."""
-    status: Literal["ok", "absent", "error"]
-    """`absent`: it does not exist here, and the job does not need it."""
+    status: Literal["ok", "warning", "error"]
+    """`warning`: runs work, but not as well as they could. `error`: they fail."""
     detail: str
     fix: str | None = None
-    """How to correct an error."""
+    """How to correct an error or a warning."""
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, and the same values under their former names `state`, `found` and `cure`."""
-        state = {"ok": "good", "absent": "not there", "error": "fault"}[self.status]
+        state = {"ok": "good", "warning": "warning", "error": "fault"}[self.status]
         return {**asdict(self), "state": state, "found": self.detail, "cure": self.fix}
 
 
 def require(check: str, condition: object, detail: str, fix: str) -> Finding:
     """`ok` where the condition holds, otherwise an error with its fix."""
     return Finding(check, "ok", detail) if condition else Finding(check, "error", detail, fix)
+
+
+def advise(check: str, condition: object, detail: str, fix: str) -> Finding:
+    """`ok` where the condition holds, otherwise a warning with its fix."""
+    return Finding(check, "ok", detail) if condition else Finding(check, "warning", detail, fix)
 
 
 def check_machine(job: Job | None) -> Iterator[Finding]:
@@ -72,14 +77,14 @@ def check_machine(job: Job | None) -> Iterator[Finding]:
     with contextlib.suppress(OSError):
         if file.read_text(errors="replace").strip():
             parameters.append(str(file))
-    yield require(
+    yield advise(
         "Open MPI's parameters",
         not parameters,
         f"set outside of the job: {', '.join(parameters) or 'none'}",
         "unset them (env -u NAME ...) or move the file away, unless your site requires them",
     )
     settings = [setting for setting in outside_settings() if setting.startswith("HOROVOD_")]
-    yield require(
+    yield advise(
         "Horovod's settings",
         not settings,
         f"set outside of the job: {', '.join(settings) or 'none'}",
@@ -115,7 +120,7 @@ def _shared_memory() -> Finding:
     try:
         size = shutil.disk_usage("/dev/shm").total
     except OSError:
-        return Finding("shared memory", "absent", "no /dev/shm")
+        return Finding("shared memory", "ok", "no /dev/shm")
     return require(
         "shared memory",
         size >= SHARED_MEMORY,
@@ -143,7 +148,7 @@ def _cores(job: Job | None) -> Finding:
     if job is None or job.launch.launcher == "slurm" or worldsize.stated_hosts(job):
         return Finding("cores", "ok", f"{cores} for this process")
     ranks, threads = job.ranks.max or job.ranks.initial, job.train.threads_per_rank or 1
-    return require(
+    return advise(
         "cores",
         ranks * threads <= cores,
         f"{cores} for this process; {ranks} ranks of {threads} threads need {ranks * threads}",
@@ -211,7 +216,7 @@ def _run_lock(run: RunDir) -> Finding:
     if lock is None:
         return Finding("run's lock", "ok", "not held")
     holder = f"held by process {lock.pid} on {lock.host}"
-    return require(
+    return advise(
         "run's lock",
         lock.live is not False,
         holder if lock.live is not False else f"{run.lock}: {holder}, which no longer exists",
@@ -246,7 +251,7 @@ def check_cluster(job: Job | None) -> Iterator[Finding]:
         if present := allocation.detect():
             yield Finding("allocation", "ok", str(present))
         else:
-            yield Finding("allocation", "absent", "not in a batch job")
+            yield Finding("allocation", "ok", "not in a batch job")
     except UsageError as error:
         fix = "log out of the allocation and start it again"
         yield Finding("allocation", "error", str(error), fix)
@@ -263,7 +268,7 @@ def _slurm(job: Job | None) -> Iterator[Finding]:
             fix = "log in where sbatch is, or apt-get install slurm-client, or use another launcher"
             yield Finding("slurm client", "error", str(error), fix)
         else:
-            yield Finding("slurm client", "absent", "no sbatch on PATH")
+            yield Finding("slurm client", "ok", "no sbatch on PATH")
         return
     try:
         partition = slurm.partition(
@@ -271,7 +276,7 @@ def _slurm(job: Job | None) -> Iterator[Finding]:
         )
     except SlurmSilentError as error:
         if not needed and "configuration source" in str(error):
-            yield Finding("slurm controller", "absent", "Slurm's client without a cluster")
+            yield Finding("slurm controller", "ok", "Slurm's client without a cluster")
         else:
             fix = "wait, or ask your site; SLURM_CONF must name the cluster's slurm.conf"
             yield Finding("slurm controller", "error", str(error), fix)
@@ -302,7 +307,7 @@ def _slurm(job: Job | None) -> Iterator[Finding]:
 def _hosts(job: Job) -> Iterator[Finding]:
     hosts = worldsize.stated_hosts(job)
     if not hosts:
-        yield Finding("hosts", "absent", "the job names none")
+        yield Finding("hosts", "ok", "the job names none")
         return
     slots = sum(count for _, count in hosts)
     yield require(

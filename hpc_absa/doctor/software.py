@@ -14,8 +14,9 @@ from typing import Any
 
 from hpc_absa import config
 from hpc_absa.config import Job
-from hpc_absa.doctor.machine import Finding, require
+from hpc_absa.doctor.machine import Finding, advise, require
 from hpc_absa.errors import UsageError
+from hpc_absa.report.format import size
 from hpc_absa.supervisor.launchers import mpi_environment, program
 from hpc_absa.supervisor.process import PYTHON
 
@@ -73,11 +74,15 @@ def check_rehearsal(job: Job) -> Finding:
         last = (done.stderr.strip().splitlines() or ["no output"])[-1]
         detail = f"it ended its process: exit status {done.returncode}, {last}"
         return Finding(name, "error", detail, "run the builder of data and model in Python alone")
-    if "absent" in result:
-        return Finding(name, "absent", result["absent"])
+    if "warning" in result:
+        return Finding(name, "warning", result["warning"], result["fix"])
     if "error" in result:
         return Finding(name, "error", result["error"], "change the job, or the code that it names")
-    detail = f"one microbatch of {job.model.name} took {result['seconds']:.1f} s"
+    memory = f"{size(result['memory'])} of memory"
+    if "gpu_memory" in result:
+        memory += f" and {size(result['gpu_memory'])} on the GPU"
+    seconds = f"{result['seconds']:.1f} s"
+    detail = f"one microbatch of {job.model.name} took {seconds}; a rank needs {memory}"
     return Finding(name, "ok", detail)
 
 
@@ -145,7 +150,7 @@ def check_gpu(probed: dict[str, Any]) -> Iterator[Finding]:
     )
     gpus = sum(line.startswith("GPU ") for line in listed.stdout.splitlines()) if listed else 0
     if not gpus:
-        yield Finding("gpu", "absent", "no GPU in this machine (nvidia-smi -L lists none)")
+        yield Finding("gpu", "ok", "no GPU in this machine (nvidia-smi -L lists none)")
         return
     yield require(
         "torch on the GPU",
@@ -154,7 +159,7 @@ def check_gpu(probed: dict[str, Any]) -> Iterator[Finding]:
         "install a CUDA build of torch; check the driver and CUDA_VISIBLE_DEVICES",
     )
     nccl = probed.get("built", {}).get("nccl")
-    yield require(
+    yield advise(
         "horovod on the GPU",
         nccl,
         "gradients are reduced with NCCL"

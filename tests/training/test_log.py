@@ -82,4 +82,4 @@ def test_progress_is_due_each_second_at_first_and_every_ten_on_long_runs(monkeyp
             assert meter.take() == {"train_loss": 2.0, "samples_per_second": 20.0}
     assert times[:3] == [1, 2, 3]
     assert times[-1] - times[-2] == 10
-    assert len(times) < 3000
+    assert len(times) < 3500

@@ -9,8 +9,9 @@ import torch
 
 from hpc_absa import config
 from hpc_absa.comm import SerialCommunicator
-from hpc_absa.errors import CollectiveError, ExitStatus
+from hpc_absa.errors import CollectiveError, ExitStatus, UsageError
 from hpc_absa.training import rehearsal
+from hpc_absa.training.named import require_buildable
 from tests.training import odd_models, runs
 
 ODD = "tests.training.odd_models"
@@ -181,11 +182,46 @@ def test_doctor_rehearses_a_job_in_its_own_process():
     good = config.parse(runs.JOB, "test", ())
     finding = check_rehearsal(good)
     assert (finding.status, finding.check) == ("ok", "rehearsal")
+    assert re.search(r"took [\d.]+ s; a rank needs \d+ MB of memory", finding.detail)
     finding = check_rehearsal(config.parse(runs.JOB, "test", tuple(overrides("narrow"))))
     assert finding.status == "error"
     assert "mat1 and mat2 shapes" in finding.detail
     absent = config.parse(runs.JOB, "test", ("data={name = 'cifar10', root = '/nowhere'}",))
-    assert check_rehearsal(absent).status == "absent"
+    finding = check_rehearsal(absent)
+    assert finding.status == "error"
+    assert "data.root = '/nowhere'" in finding.detail
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.name=resnet21", "model.name: no model"),
+        ("model.wide=3", "model.wide: digits-cnn has no such argument"),
+        ("model.width=wide", "model.name = 'digits-cnn': "),
+        ("loss.delta=3", "loss.delta"),
+        ("optimizer.beta=3", "optimizer.beta"),
+        ("model.name=tests.nowhere:net", "tests.nowhere"),
+        ("data.name=tests.training.runs:no_such", "no_such"),
+        ("schedule.method=tests.nowhere:Rule", "tests.nowhere"),
+    ],
+)
+def test_what_cannot_be_built_is_refused_without_data(override, message):
+    job = config.parse(runs.JOB, "test", ("train.loss=cross_entropy", override))
+    with pytest.raises(UsageError, match=re.escape(message)):
+        require_buildable(job)
+
+
+def test_doctor_checks_a_job_whose_data_is_not_packed_yet(tmp_path):
+    from hpc_absa.doctor.software import check_rehearsal
+
+    data = f"data={{name = 'cifar10', root = '{tmp_path}/cifar10'}}"
+    (tmp_path / "cifar10").mkdir()
+    finding = check_rehearsal(config.parse(runs.JOB, "test", (data,)))
+    assert finding.status == "warning"
+    assert f"hpc-absa data cifar10 --root {tmp_path}/cifar10" in finding.fix
+    finding = check_rehearsal(config.parse(runs.JOB, "test", (data, "model.name=nope")))
+    assert finding.status == "error"
+    assert 'no model "nope"' in finding.detail
 
 
 @pytest.mark.parametrize("name", odd_models.__dict__.keys() & {"Plain"})

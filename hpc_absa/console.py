@@ -21,11 +21,17 @@ from typing import TYPE_CHECKING, TextIO
 if TYPE_CHECKING:
     from rich.console import Console
 
-SUBSTITUTES = {"λ": "lambda", "→": "->", "·": "|", "×": "x", "…": "...", "\u202f": " "}
+SUBSTITUTES = {
+    **{"λ": "lambda", "→": "->", "·": "|", "×": "x", "…": "...", "\u202f": " "},
+    **{"█": "#", "░": ".", "–": "-", "α": "alpha", "κ": "kappa", "≤": "<="},
+}
 """For encodings without these characters; any other character becomes a question mark."""
 
 QUEUE_LINES = 10_000
 """Lines that wait for a terminal that does not accept any, such as one after Ctrl-S."""
+FOOTER_SECONDS = 0.5
+"""Between two updates of the line below all others."""
+CLEAR_LINE = "\r\x1b[K"
 CLOSE_SECONDS = 2.0
 """`LineQueue.close` waits so long for a console that accepts nothing."""
 
@@ -119,10 +125,19 @@ class LineQueue:
     Where the console accepts nothing for long, lines are dropped; the logs have them.
     """
 
-    def __init__(self, show: Callable[[str], None]) -> None:
-        self._show = show
+    def __init__(
+        self, show: Callable[[str], None], footer: Callable[[int], str] | None = None
+    ) -> None:
+        """
+        Args:
+            show: prints a line.
+            footer: the line below all others for a number of columns, such as a progress bar; it
+                is shown on a terminal only.
+        """
+        self._show, self._footer = show, footer if is_terminal(sys.stdout) else None
         self._lines: queue.Queue[str] = queue.Queue(QUEUE_LINES)
         self._last_shown = time.monotonic()
+        self._shown_footer, self._closing = "", False
         threading.Thread(target=self._work, name="console", daemon=True).start()
 
     def __call__(self, line: str) -> None:
@@ -132,18 +147,45 @@ class LineQueue:
     def close(self) -> None:
         """Wait until all lines are shown, or the console has accepted none for some time."""
         begin = time.monotonic()
-        while self._lines.unfinished_tasks:
+        self._closing = True
+        while self._lines.unfinished_tasks or self._shown_footer:
             if time.monotonic() - max(begin, self._last_shown) > CLOSE_SECONDS:
                 return
             time.sleep(0.01)
 
     def _work(self) -> None:
         while True:
-            line = self._lines.get()
+            try:
+                line = self._lines.get(timeout=FOOTER_SECONDS if self._footer else None)
+            except queue.Empty:
+                self._show_footer()
+                continue
             with contextlib.suppress(Exception):
+                self._clear_footer()
                 self._show(line)
             self._last_shown = time.monotonic()
             self._lines.task_done()
+            if self._lines.empty():
+                self._show_footer()
+
+    def _show_footer(self) -> None:
+        with contextlib.suppress(Exception):
+            columns = os.get_terminal_size(sys.stdout.fileno()).columns - 1
+            text = "" if self._closing or not self._footer else self._footer(columns)
+            if text != self._shown_footer:
+                self._clear_footer()
+                print(text, end="", flush=True)
+                self._shown_footer = text
+
+    def _clear_footer(self) -> None:
+        if self._shown_footer:
+            print(CLEAR_LINE, end="", flush=True)
+            self._shown_footer = ""
+
+
+def is_terminal(stream: TextIO) -> bool:
+    """Whether `stream` is a terminal that can clear a line."""
+    return stream.isatty() and os.environ.get("TERM", "dumb") != "dumb"
 
 
 def rich_console(stderr: bool = False) -> Console:

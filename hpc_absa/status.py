@@ -13,15 +13,23 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
 from hpc_absa.report import format as fmt
-from hpc_absa.report.history import History, load, nonfinite_loss
+from hpc_absa.report.history import (
+    History,
+    job_table,
+    load,
+    nonfinite_loss,
+    read_job,
+    require_run,
+)
 from hpc_absa.report.timing import attempts, finite, latest
 from hpc_absa.rundir import RunDir
-from hpc_absa.rundir.events import Event, nan_as_none
+from hpc_absa.rundir.events import Event, effective, nan_as_none
 from hpc_absa.rundir.lock import LockHolder, host, read_lock
 from hpc_absa.supervisor.chain import LinkStatus, chain_status
 
@@ -36,6 +44,13 @@ STATE_STYLES: Mapping[State, str] = {
     "interrupted": "bold red",
     "failed": "bold red",
 }
+
+BAR_WIDTH = 16
+"""Characters of a progress bar."""
+BAR_EVENTS = 200
+"""Last events that it is made from."""
+ACTIVE: tuple[State, ...] = ("queued", "running")
+"""States in which a run may still change by itself."""
 
 
 @dataclass(frozen=True)
@@ -93,17 +108,18 @@ class Status:
         return nan_as_none(asdict(self))
 
 
-def status(path: Path, now: float | None = None) -> Status:
+def status(path: Path, now: float | None = None, history: History | None = None) -> Status:
     """Read where the run in `path` stands; no checkpoint is opened.
 
     Args:
         path: the run directory.
         now: Unix seconds that ages are relative to; by default the present.
+        history: of the run, where it has been read already.
 
     Raises:
         UsageError: `path` is not a run directory.
     """
-    history = load(path)
+    history = history or load(path)
     run, events, kept = RunDir(history.path), history.events, history.kept
     now = time.time() if now is None else now
     lock = read_lock(run.lock)
@@ -261,19 +277,82 @@ def _int(value: float) -> int | None:
 
 
 def render(now: Status, console: Console) -> None:
-    console.print(Text.assemble((now.name, "bold"), "  ", (now.state, STATE_STYLES[now.state])))
-    console.print(Text(now.explanation, style="dim"))
+    console.print(_block(now))
+    if now.next_command:
+        # No wrapping: a command that is broken over lines cannot be copied.
+        command = Text.assemble("Next: ", (now.next_command, "bold"))
+        console.print(command, soft_wrap=True, highlight=False)
+
+
+def _block(now: Status) -> Group:
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="dim", no_wrap=True)
     grid.add_column(overflow="fold")
     for name, text in _lines(now).items():
         if text and text != fmt.MISSING:
             grid.add_row(name, Text(text))
-    console.print(grid)
-    if now.next_command:
-        # No wrapping: a command that is broken over lines cannot be copied.
-        command = Text.assemble("Next: ", (now.next_command, "bold"))
-        console.print(command, soft_wrap=True, highlight=False)
+    title = Text.assemble((now.name, "bold"), "  ", (now.state, STATE_STYLES[now.state]))
+    return Group(title, Text(now.explanation, style="dim"), grid)
+
+
+def watch(path: Path, console: Console, seconds: float = 2.0) -> None:
+    """Render the status again and again until nothing runs; off a terminal, a line on each change.
+
+    Raises:
+        UsageError: `path` is not a run directory.
+    """
+    run = require_run(path)
+    if not console.is_terminal:
+        last = ""
+        while True:
+            now = status(path, history=load(path, run))
+            if (line := _one_line(now)) != last:
+                console.print(line, soft_wrap=True, highlight=False)
+                last = line
+            if now.state not in ACTIVE:
+                return
+            time.sleep(seconds)
+    with Live(console=console, auto_refresh=False) as live:
+        while True:
+            now = status(path, history=load(path, run))
+            live.update(_block(now), refresh=True)
+            if now.state not in ACTIVE:
+                return
+            time.sleep(seconds)
+
+
+def _one_line(now: Status) -> str:
+    words = {
+        "": now.state,
+        "epoch": "" if now.epoch is None else fmt.epoch(now.epoch),
+        "step": "" if now.step is None else str(now.step),
+        "loss": "" if now.train_loss is None else fmt.number(now.train_loss),
+        "accuracy": "" if now.test_accuracy is None else fmt.percent(now.test_accuracy),
+        "batch": "" if now.global_batch is None else str(now.global_batch),
+        "ranks": "" if now.ranks is None else str(now.ranks),
+    }
+    return " · ".join(f"{name} {text}".strip() for name, text in words.items() if text)
+
+
+def progress_bar(run: RunDir, columns: int) -> str:
+    """Where a running job is, in one line of at most `columns` characters; empty before a step."""
+    events = effective(run.log.read()[-BAR_EVENTS:])
+    # An `epoch` event is written once its state is saved, possibly after later ones.
+    epoch = max((finite(event.get("epoch"), -1.0) for event in events), default=-1.0)
+    epochs = finite(job_table(read_job(run)[0], "train").get("epochs"))
+    if epoch < 0 or not epochs > 0:
+        return ""
+    done = min(1.0, epoch / epochs)
+    left = fmt.duration(_seconds_left(events, epochs - epoch))
+    words = [
+        f"epoch {fmt.epoch(epoch)}/{fmt.epoch(epochs)}",
+        f"loss {fmt.number(latest(events, 'train_loss'), 3)}",
+        f"batch {fmt.count(latest(events, 'global_batch'))}",
+        f"ranks {fmt.count(latest(events, 'ranks'))}",
+        f"{left} left",
+    ]
+    bar = "█" * round(BAR_WIDTH * done) + "░" * (BAR_WIDTH - round(BAR_WIDTH * done))
+    return f"{bar} {done:4.0%} · {' · '.join(w for w in words if fmt.MISSING not in w)}"[:columns]
 
 
 def _lines(now: Status) -> dict[str, str]:

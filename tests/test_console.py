@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from hpc_absa import console
 from hpc_absa.console import LineQueue, tolerant
 
 JOB = Path(__file__).parents[1] / "jobs" / "digits.toml"
@@ -52,6 +53,30 @@ def test_characters_that_an_encoding_lacks_are_replaced(tmp_path, encoding, show
     with (tmp_path / "out").open("wb") as file:
         print("λ 3 → 4 · é ☃", file=tolerant(file.fileno(), encoding), flush=True)
     assert (tmp_path / "out").read_bytes() == shown + b"\n"
+
+
+def test_the_footer_stays_below_the_lines_and_is_cleared_at_the_end(monkeypatch, capsys):
+    monkeypatch.setattr(console, "is_terminal", lambda stream: True)
+    monkeypatch.setattr(console, "FOOTER_SECONDS", 0.01)
+    monkeypatch.setattr(console.os, "get_terminal_size", lambda _: os.terminal_size((20, 5)))
+    monkeypatch.setattr(type(sys.stdout), "fileno", lambda self: 1, raising=False)
+    lines = LineQueue(print, lambda columns: f"bar of {columns}")
+    lines("one")
+    while "bar" not in (shown := capsys.readouterr().out):
+        pass
+    lines("two")
+    lines.close()
+    shown += capsys.readouterr().out
+    assert shown.startswith("one\nbar of 19")
+    assert "\r\x1b[Ktwo\n" in shown
+    assert shown.endswith("two\n") or shown.endswith("\r\x1b[K")
+
+
+def test_no_footer_where_there_is_no_terminal(capsys):
+    lines = LineQueue(print, lambda columns: "bar")
+    lines("one")
+    lines.close()
+    assert capsys.readouterr().out == "one\n"
 
 
 def test_a_console_that_blocks_does_not_block_the_caller(monkeypatch):

@@ -1,5 +1,6 @@
 """Where a run stands, in each of its states, from its files alone."""
 
+import io
 import json
 import math
 import os
@@ -13,7 +14,7 @@ from rich.console import Console
 
 from hpc_absa.errors import UsageError
 from hpc_absa.rundir import RunDir
-from hpc_absa.status import render, status
+from hpc_absa.status import progress_bar, render, status, watch
 from hpc_absa.supervisor.chain import Chain, Link
 from tests.report.synthetic import JOB, Log, whole_run
 from tests.supervisor.fake_slurm import FakeSlurm
@@ -271,3 +272,37 @@ def test_chain_of_batch_jobs(tmp_path, monkeypatch):
     assert status(log.path).state == "stopped"
     monkeypatch.setenv("PATH", str(tmp_path))
     assert "Slurm cannot be asked from here" in status(log.path).explanation
+
+
+def test_watch_prints_a_line_for_each_change_where_there_is_no_terminal(tmp_path, monkeypatch):
+    log = Log(tmp_path).start().train_epoch(0.5)
+    write_lock(log, os.getpid())
+    changes = [
+        lambda: None,
+        lambda: log.train_epoch(0.6),
+        lambda: log.end("done", 100).done(),
+    ]
+    monkeypatch.setattr(time, "sleep", lambda seconds: changes.pop(0)())
+    out = io.StringIO()
+    watch(tmp_path, Console(file=out, width=200))
+    first, second, last = out.getvalue().splitlines()
+    assert first.startswith("running · epoch 1 · step 50 · loss 0.6")
+    assert second.startswith("running · epoch 2 · step 100")
+    assert last.startswith("done")
+
+
+def test_watch_renders_the_whole_status_on_a_terminal(tmp_path):
+    whole_run(tmp_path)
+    out = io.StringIO()
+    watch(tmp_path, Console(file=out, width=100, force_terminal=True))
+    assert "97.40 %" in out.getvalue()
+
+
+def test_progress_bar_fits_the_terminal_and_needs_a_step(tmp_path):
+    run = RunDir(Log(tmp_path).path)
+    assert progress_bar(run, 80) == ""
+    Log(tmp_path).start().train_epoch(0.5).train_epoch(0.6)
+    text = progress_bar(run, 120)
+    assert text.startswith("████░░░░░░░░░░░░  25% · epoch 2/8 · loss 0.4 · batch 32 · ranks 1 · ")
+    assert text.endswith("left")
+    assert progress_bar(run, 30) == text[:30]

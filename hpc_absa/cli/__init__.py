@@ -19,6 +19,7 @@ PANELS: dict[str, list[Callable[..., int | None]]] = {
         inspecting.status,
         listing.list_runs,
         inspecting.report,
+        inspecting.serve,
         inspecting.replay,
         inspecting.verify,
         inspecting.spectrum,
@@ -33,9 +34,9 @@ app = typer.Typer(
     help="Train with Horovod over MPI; batch and ranks grow as the Hessian's eigenvalue falls.",
     epilog="Start with: hpc-absa run jobs/digits.toml",
     invoke_without_command=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 for panel, commands in PANELS.items():
     for command in commands:

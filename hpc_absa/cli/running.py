@@ -7,6 +7,7 @@ import gc
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -144,6 +145,7 @@ def _supervise(program: Program, directory: RunDir, fresh: bool, dry_run: bool) 
     """Run or continue what `program` launches in `directory`, to the end or the next stop."""
     from hpc_absa import worldsize
     from hpc_absa.report.tensorboard import TensorBoardLog
+    from hpc_absa.status import progress_bar
     from hpc_absa.supervisor import run_state
     from hpc_absa.supervisor.follower import Follower
     from hpc_absa.supervisor.supervisor import Supervisor
@@ -162,7 +164,8 @@ def _supervise(program: Program, directory: RunDir, fresh: bool, dry_run: bool) 
         ranks = settings.ranks.model_copy(update={"max": worldsize.limit(settings)})
         program.settings = settings.model_copy(update={"ranks": ranks})
         board = TensorBoardLog(directory)
-        lines = console.LineQueue(_show_and_update(board))
+        footer = partial(progress_bar, directory)
+        lines = console.LineQueue(_show_and_update(board), footer)
         supervisor = Supervisor(program, directory, lines)
         if dry_run:
             print(supervisor.launch_command(fresh))
@@ -210,7 +213,7 @@ def _write_figures(run: RunDir, board: TensorBoardLog | None, page: bool) -> Non
 
 def compare(
     sweep: Annotated[Path, Argument(metavar="SWEEP", help="Sweep file (TOML); see jobs/.")],
-    out: Annotated[Path | None, Option(help="Folder; default runs/<sweep name>.")] = None,
+    out: Annotated[Path | None, Option(help="Folder; default runs/NAME.")] = None,
     side_by_side: Annotated[
         int | None,
         Option(min=1, help="Cells that run at the same time, in place of the sweep's."),

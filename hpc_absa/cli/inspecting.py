@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
 from typer import Argument, Option
 
-from hpc_absa.cli.options import Directory, Json, print_json, print_line
+from hpc_absa.cli.options import Directory, Json, folder, print_json, print_line
 from hpc_absa.console import rich_console
 from hpc_absa.errors import ExitStatus
 
 
-def status(directory: Directory, as_json: Json = False) -> int:
+def status(
+    directory: Directory,
+    as_json: Json = False,
+    watch: Annotated[
+        bool, Option("--watch", "-w", help="Show it again every two seconds until the run ends.")
+    ] = False,
+) -> int:
     """Show the state of a run, from its files alone: while it runs, after its end or a crash.
 
-    Example: `hpc-absa status runs/digits`
+    Examples: `hpc-absa status runs/digits` · `hpc-absa status runs/digits --watch`
     """
     from hpc_absa import status as run_status
 
+    if watch and not as_json:
+        run_status.watch(directory, rich_console())
+        return ExitStatus.OK
     current = run_status.status(directory)
     if as_json:
         print_json(current.to_dict())
@@ -28,29 +38,90 @@ def status(directory: Directory, as_json: Json = False) -> int:
 
 
 def report(
-    directories: Annotated[list[Path], Argument(metavar="D...", help="Run directories.")],
-    out: Annotated[Path | None, Option(help="HTML file; for one run D/report.html.")] = None,
+    directories: Annotated[
+        list[Path], Argument(metavar="D...", help="Run directories, or the folder of a sweep.")
+    ],
+    out: Annotated[
+        Path | None, Option(help="HTML file; for one run or sweep D/report.html.")
+    ] = None,
+    figures: Annotated[
+        Path | None,
+        Option(parser=folder, metavar="DIR", help="Also the figures as PDF, SVG and PNG."),
+    ] = None,
+    scalars: Annotated[
+        Path | None,
+        Option(metavar="FILE", help="Also all measurements as a table: FILE.csv or .parquet."),
+    ] = None,
 ) -> int:
-    """Write the figures and tables of one or several runs to one HTML page, and a PNG.
+    """Write the curves and tables of one or several runs to one HTML page, and a PNG.
 
-    Example: `hpc-absa report runs/a runs/b --out comparison.html`
+    The page needs no network. Runs that differ in their seed only are drawn as mean and band.
+
+    Examples: `hpc-absa report runs/digits` · `hpc-absa report runs/a runs/b --out both.html` ·
+    `hpc-absa report runs/cifar10-table` (a sweep) ·
+    `hpc-absa report runs/digits --figures paper --scalars digits.csv`
     """
+    from hpc_absa import status as run_status
+    from hpc_absa.report.compare import run_dirs
     from hpc_absa.report.tensorboard import TensorBoardLog
     from hpc_absa.rundir import RunDir
 
-    for directory in directories:
-        if not any(directory.glob("tensorboard/*")):
-            TensorBoardLog(RunDir(directory)).close()
-    write_report(directories, out)
+    runs = run_dirs(directories)
+    for run in runs:
+        if not any(run.glob("tensorboard/*")):
+            TensorBoardLog(RunDir(run)).close()
+    write_report(directories, out, {run: run_status.status(run).state for run in runs})
+    if figures or scalars:
+        _write_files(runs, figures, scalars)
     return ExitStatus.OK
 
 
-def write_report(directories: list[Path], out: Path | None) -> None:
+def write_report(
+    directories: list[Path], out: Path | None, states: Mapping[Path, str] | None = None
+) -> None:
     """Write the page and its image, and print their paths."""
     from hpc_absa.report import page
 
-    paths = page.write_report(directories, out)
+    paths = page.write_report(directories, out, states)
     print_line(f"report: {paths.html} and {paths.png}")
+
+
+def _write_files(runs: list[Path], figures: Path | None, scalars: Path | None) -> None:
+    from hpc_absa.report.figures import save
+    from hpc_absa.report.history import labels, load
+    from hpc_absa.report.scalars import export
+
+    histories = [load(run) for run in runs]
+    if figures:
+        written = save(histories, figures)
+        print_line(f"figures: {', '.join(path.name for path in written)} in {figures}")
+    if scalars:
+        count = export(dict(zip(labels(histories), histories, strict=True)), scalars)
+        print_line(f"scalars: {scalars}, {count} rows")
+
+
+def serve(
+    directories: Annotated[
+        list[Path], Argument(metavar="D...", help="Run directories, or folders with some.")
+    ],
+    host: Annotated[str, Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, Option(min=0, max=65535, help="0 takes any free port.")] = 8265,
+    token: Annotated[
+        bool, Option("--token", help="Ask for a token on this machine too, as on shared nodes.")
+    ] = False,
+) -> int:
+    """Serve a live, read-only web page over running and finished runs.
+
+    It listens on this machine only. From a laptop, forward the port:
+    `ssh -L 8265:localhost:8265 NODE`. On another address (`--host`) a token is needed, which is in
+    the printed address.
+
+    Examples: `hpc-absa serve runs` · `hpc-absa serve runs/digits --port 0`
+    """
+    from hpc_absa.serve.server import serve as run_server
+
+    run_server(directories, host, port, token, print_line)
+    return ExitStatus.OK
 
 
 def replay(

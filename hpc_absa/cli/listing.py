@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,9 +13,6 @@ from hpc_absa.errors import ExitStatus, UsageError
 
 if TYPE_CHECKING:
     from hpc_absa.status import Status
-
-DEPTH = 3
-"""Folders are searched so deep: a sweep's runs are two below `runs`."""
 
 
 def list_runs(
@@ -33,6 +28,7 @@ def list_runs(
     With `--json`: `runs`, each as `hpc-absa status --json` describes it.
     """
     from hpc_absa import status
+    from hpc_absa.report.compare import find_runs
 
     if not directory.is_dir():
         raise UsageError(f"{directory}: no such folder; expected one that has run directories")
@@ -42,19 +38,6 @@ def list_runs(
     else:
         _render(runs, directory)
     return ExitStatus.OK
-
-
-def find_runs(directory: Path, depth: int = DEPTH) -> Iterator[Path]:
-    """The run directories in a folder, itself included, in the order of their names."""
-    from hpc_absa.rundir import RunDir
-
-    if RunDir(directory).is_run:
-        yield directory
-    elif depth:
-        with os.scandir(directory) as entries:
-            folders = sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
-        for name in folders:
-            yield from find_runs(directory / name, depth - 1)
 
 
 def _render(runs: list[Status], directory: Path) -> None:

@@ -1,67 +1,34 @@
-"""Figures of runs in a light and a dark theme, drawn with Agg: no display is needed.
+"""Figures of runs as image files for papers, drawn with Agg: no display is needed.
 
 The colours are those of Okabe and Ito, which colour-blind readers can tell apart.
 """
 
 from __future__ import annotations
 
-import base64
 import io
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from hpc_absa.report import format as fmt
 from hpc_absa.report.history import Decision, History, job_table, labels
+from hpc_absa.report.scalars import rows
 from hpc_absa.report.timing import CATEGORIES, finite
+from hpc_absa.rundir.files import write_atomic
 
 BLUE, VERMILLION, GREEN = "#0072B2", "#D55E00", "#009E73"
 ORANGE, SKY, PURPLE, YELLOW = "#E69F00", "#56B4E9", "#CC79A7", "#F0E442"
 
 
-@dataclass(frozen=True)
-class Theme:
-    """The colours of figures; the page around them uses the same."""
-
-    paper: str
-    ink: str
-    soft: str
-    """Axes, secondary text."""
-    grid: str
-    band: str
-    """Background of every other phase."""
-    line: str
-    """The curve of a single run."""
-    alarm: str
-    mark: str
-    """Growth points."""
-    runs: tuple[str, ...]
-    """The curves of several runs."""
-
-
-LIGHT = Theme(
-    paper="#ffffff",
-    ink="#1c2126",
-    soft="#5b6570",
-    grid="#e3e7eb",
-    band="#f1f4f7",
-    line=BLUE,
-    alarm=VERMILLION,
-    mark=GREEN,
-    runs=(BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, "#1c2126"),
-)
-DARK = Theme(
-    paper="#161a1f",
-    ink="#e6eaee",
-    soft="#9aa5b1",
-    grid="#2b323a",
-    band="#1f252c",
-    line=SKY,
-    alarm="#FF8A3D",
-    mark="#2CC79A",
-    runs=(SKY, "#FF8A3D", "#2CC79A", PURPLE, YELLOW, "#7FA8FF", "#e6eaee"),
-)
+BACKGROUND, TEXT, SOFT = "#ffffff", "#1c2126", "#5b6570"
+"""`SOFT`: of axes and secondary text."""
+GRID, BAND = "#e3e7eb", "#f1f4f7"
+"""`BAND`: background of every other phase."""
+FAILURE, GROWTH = VERMILLION, GREEN
+"""Failures, and decisions to grow."""
+RUNS = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, TEXT)
+"""The curves of several runs; of a single one the first."""
 
 CATEGORY_STYLE: Mapping[str, tuple[str, str]] = {
     "comp": (BLUE, ""),
@@ -72,6 +39,7 @@ CATEGORY_STYLE: Mapping[str, tuple[str, str]] = {
     "eval": ("#7ccfb5", ""),
     "checkpoint": (YELLOW, ""),
     "start": ("#8a949e", ""),
+    "rehearsal": ("#6f5aa8", ""),
     "resize": (VERMILLION, ""),
     "lost": ("#6b1d1d", "////"),
     "other": ("#c3cad1", ""),
@@ -81,8 +49,10 @@ CATEGORY_STYLE: Mapping[str, tuple[str, str]] = {
 
 WIDTH = 9.0
 """Inches."""
-TRAINING_HEIGHT = 9.2
+TRAINING_HEIGHT = 10.6
+TALK_HEIGHT = 3.4
 PANELS: Mapping[str, tuple[str, float]] = {
+    "loss": ("Loss: train, and test dotted", 1.35),
     "lr": ("Learning rate", 1.0),
     "global_batch": ("Global batch, samples per step", 1.0),
     "ranks": ("Ranks (MPI processes)", 0.8),
@@ -94,38 +64,57 @@ PANELS: Mapping[str, tuple[str, float]] = {
 DASHES = ("-", (0, (5, 2)), (0, (1, 1.2)), (0, (6, 2, 1, 2)))
 """Line styles of several runs: colours repeat, and curves may coincide."""
 
+LOSSES: Mapping[str, Mapping[str, Any]] = {
+    "train_loss": {},
+    "test_loss": {"linestyle": ":", "linewidth": 1.3},
+}
+"""Losses of `epoch` events, and how their lines differ."""
 PARTS = ("training", "seconds")
+FIGURES = {"training": ("training",), "seconds": ("seconds",), "talk": ("talk",)}
+"""Files of `save` and their parts."""
+FORMATS = ("pdf", "svg", "png")
 
 
 def png(histories: Sequence[History]) -> bytes:
     """Both parts in one image."""
-    return _render(histories, LIGHT, PARTS, format="png", dpi=130)
+    return _render(histories, PARTS, format="png", dpi=130)
 
 
-def svg_uri(histories: Sequence[History], theme: Theme, part: str) -> str:
-    """A part as an SVG in a `data:` URI, text as outlines so that no font is needed."""
-    metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    svg = _render(histories, theme, (part,), format="svg", metadata=metadata)
-    return "data:image/svg+xml;base64," + base64.b64encode(svg).decode()
+def save(histories: Sequence[History], folder: Path) -> list[Path]:
+    """Write each figure as PDF, SVG and PNG; returns the paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for name, parts in FIGURES.items():
+        for kind in FORMATS:
+            undated = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}.get(kind, {})
+            content = _render(histories, parts, format=kind, dpi=300, metadata=undated)
+            written.append(folder / f"{name}.{kind}")
+            write_atomic(written[-1], content)
+    return written
 
 
-def draw(histories: Sequence[History], theme: Theme, parts: Sequence[str]) -> Any:
+def draw(histories: Sequence[History], parts: Sequence[str]) -> Any:
     """The figure of one run or several.
 
     `training`: learning rate, batch, ranks, eigenvalue and accuracy over epochs, one panel each. A
     single run has its phases shaded, its threshold and its growth points marked; several runs are
     overlaid, each in its own colour. `seconds`: where each second went, a bar for each phase of
-    one run, or for each of several runs.
+    one run, or for each of several runs. `talk`: the two panels of the talk, accuracy over SGD
+    iterations and the global batch over epochs.
     """
     from matplotlib.figure import Figure
 
-    drawing = {"training": _draw_training, "seconds": _draw_seconds}
-    heights = {"training": TRAINING_HEIGHT, "seconds": seconds_height(histories)}
+    drawing = {"training": _draw_training, "seconds": _draw_seconds, "talk": _draw_talk}
+    heights = {
+        "training": TRAINING_HEIGHT,
+        "seconds": seconds_height(histories),
+        "talk": TALK_HEIGHT,
+    }
     ratios = [heights[part] for part in parts]
     figure = Figure(figsize=(WIDTH, sum(ratios)), layout="constrained")
     rows = figure.subfigures(len(parts), 1, height_ratios=ratios, squeeze=False)[:, 0]
     for part, row in zip(parts, rows, strict=True):
-        drawing[part](row, histories, theme)
+        drawing[part](row, histories)
     return figure
 
 
@@ -136,42 +125,40 @@ def seconds_height(histories: Sequence[History]) -> float:
     return 1.0 + 0.36 * max(1, len(bars)) + 0.24 * math.ceil(len(used) / 4)
 
 
-def _render(
-    histories: Sequence[History], theme: Theme, parts: Sequence[str], **options: Any
-) -> bytes:
+def _render(histories: Sequence[History], parts: Sequence[str], **options: Any) -> bytes:
     import matplotlib as mpl
 
     out = io.BytesIO()
     style: dict[Any, Any] = {
         "axes.axisbelow": True,
-        "axes.edgecolor": theme.soft,
-        "axes.facecolor": theme.paper,
+        "axes.edgecolor": SOFT,
+        "axes.facecolor": BACKGROUND,
         "axes.grid": True,
-        "axes.labelcolor": theme.soft,
+        "axes.labelcolor": SOFT,
         "axes.labelsize": 9.5,
         "axes.spines.right": False,
         "axes.spines.top": False,
-        "axes.titlecolor": theme.ink,
+        "axes.titlecolor": TEXT,
         "axes.titlepad": 5,
         "axes.titlesize": 10,
         "axes.titley": 1.0,
-        "figure.facecolor": theme.paper,
+        "figure.facecolor": BACKGROUND,
         "figure.titlesize": 13,
         "figure.titleweight": "bold",
-        "grid.color": theme.grid,
+        "grid.color": GRID,
         "grid.linewidth": 0.7,
         "legend.fontsize": 8.5,
         "legend.frameon": False,
-        "legend.labelcolor": theme.soft,
+        "legend.labelcolor": SOFT,
         "svg.fonttype": "path",
         "svg.hashsalt": "hpc-absa",
-        "text.color": theme.ink,
+        "text.color": TEXT,
     }
     for axis in ("xtick", "ytick"):
-        style |= {f"{axis}.color": theme.soft, f"{axis}.labelsize": 9}
+        style |= {f"{axis}.color": SOFT, f"{axis}.labelsize": 9}
         style |= {f"{axis}.major.size": 3, f"{axis}.minor.size": 0}
     with mpl.rc_context(style):
-        draw(histories, theme, parts).savefig(out, **options)
+        draw(histories, parts).savefig(out, **options)
     return out.getvalue()
 
 
@@ -180,7 +167,7 @@ def _no_math(text: str) -> str:
     return text.replace("$", r"\$")
 
 
-def _draw_training(figure: Any, histories: Sequence[History], theme: Theme) -> None:
+def _draw_training(figure: Any, histories: Sequence[History]) -> None:
     heights = [height for _, height in PANELS.values()]
     axes = figure.subplots(len(PANELS), 1, sharex=True, height_ratios=heights)
     panels: dict[str, Any] = dict(zip(PANELS, axes, strict=True))
@@ -188,30 +175,54 @@ def _draw_training(figure: Any, histories: Sequence[History], theme: Theme) -> N
         ax.set_title(PANELS[key][0], loc="left")
     single = len(histories) == 1
     if single:
-        _shade_phases(panels, histories[0], theme)
+        _shade_phases(panels, histories[0])
     for i, (history, name) in enumerate(zip(histories, labels(histories), strict=True)):
-        colour = theme.line if single else theme.runs[i % len(theme.runs)]
+        colour = BLUE if single else RUNS[i % len(RUNS)]
         dash = "-" if single else DASHES[i % len(DASHES)]
         line = {"color": colour, "linestyle": dash, "linewidth": 1.8, "solid_capstyle": "butt"}
-        _draw_run(panels, history, name, line, theme, single)
+        _draw_run(panels, history, name, line, single)
     if any(math.isfinite(f.epoch) for history in histories for f in history.interruptions):
-        top, colour = panels["lr"], theme.alarm if single else theme.soft
+        top, colour = panels["lr"], FAILURE if single else SOFT
         top.plot([], [], marker="X", linestyle="", color=colour, label="failure")
         look = {"bbox_to_anchor": (1.0, 1.03), "handletextpad": 0.2, "borderaxespad": 0.1}
         top.legend(loc="lower right", **look)
-    _set_scales(panels, histories, theme)
+    _set_scales(panels, histories)
     title = f"{len(histories)} runs"
     if single:
         method = histories[0].method
         title = histories[0].name + (f" · {method.upper()}" if method else "")
     else:
-        _legend(figure, panels["accuracy"], theme)
+        _legend(figure, panels["accuracy"])
     figure.suptitle(_no_math(title), x=0.01, ha="left")
 
 
-def _legend(figure: Any, ax: Any, theme: Theme) -> None:
+def _draw_talk(figure: Any, histories: Sequence[History]) -> None:
+    accuracy, batch = figure.subplots(1, 2)
+    values = set()
+    for i, (history, name) in enumerate(zip(histories, labels(histories), strict=True)):
+        line = {"color": RUNS[i % len(RUNS)], "linestyle": DASHES[i % len(DASHES)]}
+        points = [(row.get("step"), row.get("test_accuracy")) for row in rows(history)]
+        points = [(step, value) for step, value in points if value is not None]
+        steps, percent = [step for step, _ in points], [100 * finite(v) for _, v in points]
+        accuracy.plot(steps, percent, label=_no_math(name), linewidth=1.8, **line)
+        spans = history.spans["global_batch"]
+        values |= {span.value for span in spans if span.value > 0}
+        epochs = [epoch for span in spans for epoch in (span.begin, span.end)]
+        sizes = [span.value for span in spans for _ in range(2)]
+        batch.plot(epochs, sizes, linewidth=1.8, **line)
+    accuracy.set_title("Test accuracy, %", loc="left")
+    accuracy.set_xlabel("SGD iterations")
+    batch.set_title("Global batch, samples per step", loc="left")
+    batch.set_xlabel("epochs")
+    if values:
+        _powers_of_two(batch, sorted(values))
+    if len(histories) > 1:
+        _legend(figure, accuracy)
+
+
+def _legend(figure: Any, ax: Any) -> None:
     handles, names = ax.get_legend_handles_labels()
-    look = {"loc": "outside lower center", "labelcolor": theme.ink, "fontsize": 9}
+    look = {"loc": "outside lower center", "labelcolor": TEXT, "fontsize": 9}
     figure.legend(handles, names, ncols=min(4, len(names)), **look)
 
 
@@ -220,13 +231,13 @@ def _draw_run(
     history: History,
     name: str,
     line: Mapping[str, Any],
-    theme: Theme,
     single: bool,
 ) -> None:
     for key in ("lr", "global_batch", "ranks"):
         spans = history.spans[key]
         epochs = [epoch for span in spans for epoch in (span.begin, span.end)]
         panels[key].plot(epochs, [span.value for span in spans for _ in range(2)], **line)
+    _draw_losses(panels["loss"], history, line)
     measured = [e for e in history.epochs if math.isfinite(e.test_accuracy)]
     panels["accuracy"].plot(
         [e.epoch for e in measured],
@@ -240,8 +251,8 @@ def _draw_run(
         look = {"ha": "right", "va": "bottom", "fontsize": 9, "fontweight": "bold"}
         last, value = measured[-1].epoch, 100 * measured[-1].test_accuracy
         _annotate(panels["accuracy"], f"{value:.2f}", (last, value), (0, 5), **look)
-    _draw_eigenvalues(panels["eigenvalue"], history, line, theme, single)
-    colour = theme.alarm if single else line["color"]
+    _draw_eigenvalues(panels["eigenvalue"], history, line, single)
+    colour = FAILURE if single else line["color"]
     top = panels["lr"]
     epochs = [f.epoch for f in history.interruptions if math.isfinite(f.epoch)]
     for epoch in epochs if single else ():
@@ -253,24 +264,29 @@ def _draw_run(
         top.plot(epochs, [1.0] * len(epochs), color=colour, transform=at_top, **look)
 
 
+def _draw_losses(ax: Any, history: History, line: Mapping[str, Any]) -> None:
+    table = [row for row in rows(history) if row["event"] == "epoch"]
+    for column, look in LOSSES.items():
+        some = [(row["epoch"], row[column]) for row in table if finite(row.get(column)) > 0]
+        ax.plot([epoch for epoch, _ in some], [loss for _, loss in some], **{**line, **look})
+
+
 def _annotate(ax: Any, text: str, at: tuple[float, float], points: Any, **style: Any) -> None:
     ax.annotate(text, at, xytext=points, textcoords="offset points", **style)
 
 
-def _draw_eigenvalues(
-    ax: Any, history: History, line: Mapping[str, Any], theme: Theme, single: bool
-) -> None:
+def _draw_eigenvalues(ax: Any, history: History, line: Mapping[str, Any], single: bool) -> None:
     """λ at each decision; hollow points are lower bounds, or did not converge."""
     shown = [d for d in history.decisions if d.eigenvalue > 0]
     ax.plot([d.epoch for d in shown], [d.eigenvalue for d in shown], **{**line, "linewidth": 1.2})
     colour = line["color"]
-    hollow = {"marker": "o", "s": 20, "facecolor": theme.paper}
-    growth = {"marker": "^", "s": 62, "edgecolor": theme.paper, "linewidth": 0.8}
+    hollow = {"marker": "o", "s": 20, "facecolor": BACKGROUND}
+    growth = {"marker": "^", "s": 62, "edgecolor": BACKGROUND, "linewidth": 0.8}
     looks: dict[str, dict[str, Any]] = {
         "λ": {"marker": "o", "s": 16, "color": colour},
         "λ, at least": {**hollow, "edgecolor": colour},
-        "λ, not converged": {**hollow, "edgecolor": theme.soft},
-        "λ, batch grows": {**growth, "color": theme.mark if single else colour},
+        "λ, not converged": {**hollow, "edgecolor": SOFT},
+        "λ, batch grows": {**growth, "color": GROWTH if single else colour},
     }
     for label, look in looks.items():
         points = [d for d in shown if _label(d) == label]
@@ -279,11 +295,11 @@ def _draw_eigenvalues(
             ax.scatter(x, y, label=label, zorder=4, **look)
     unusable = [d.epoch for d in history.decisions if not d.eigenvalue > 0 and d.matvecs > 0]
     if unusable and shown:
-        cross = {"marker": "x", "s": 22, "linewidth": 1.3, "color": theme.soft, "zorder": 4}
+        cross = {"marker": "x", "s": 22, "linewidth": 1.3, "color": SOFT, "zorder": 4}
         at_bottom = {"transform": ax.get_xaxis_transform(), "label": "no positive λ"}
         ax.scatter(unusable, [0.04] * len(unusable), **cross, **at_bottom)
     if single:
-        _draw_threshold(ax, history, theme)
+        _draw_threshold(ax, history)
         if shown:
             look = {"bbox_to_anchor": (1.0, 0.985), "handletextpad": 0.3, "borderaxespad": 0.1}
             ax.legend(loc="lower right", ncols=5, columnspacing=1.1, **look)
@@ -297,7 +313,7 @@ def _label(decision: Decision) -> str:
     return "λ" if decision.converged else "λ, not converged"
 
 
-def _draw_threshold(ax: Any, history: History, theme: Theme) -> None:
+def _draw_threshold(ax: Any, history: History) -> None:
     """The value that λ must fall to, from one decision to the next."""
     alpha = finite(job_table(history.job, "schedule").get("alpha"), 0.0)
     reference = r"$\lambda_\mathrm{ref}$"
@@ -306,27 +322,27 @@ def _draw_threshold(ax: Any, history: History, theme: Theme) -> None:
     epochs = [d.epoch for d in estimated]
     values = [d.reference / (alpha or 1.0) if d.reference > 0 else math.nan for d in estimated]
     if any(math.isfinite(value) for value in values):
-        dashed = {"color": theme.soft, "linewidth": 1.1, "linestyle": (0, (4, 2))}
+        dashed = {"color": SOFT, "linewidth": 1.1, "linestyle": (0, (4, 2))}
         ax.step(epochs, values, where="pre", label=name, **dashed)
 
 
-def _shade_phases(panels: Mapping[str, Any], history: History, theme: Theme) -> None:
+def _shade_phases(panels: Mapping[str, Any], history: History) -> None:
     """Shade every other phase, and number those that are wide enough."""
     end = max(history.epochs_visited, 1e-9)
     top = panels["lr"]
     for i, phase in enumerate(history.phases):
         begin, stop = phase.epoch_begin, max(phase.epoch_end, phase.epoch_begin)
         for ax in panels.values() if i % 2 else ():
-            ax.axvspan(begin, stop, color=theme.band, zorder=0, linewidth=0)
+            ax.axvspan(begin, stop, color=BAND, zorder=0, linewidth=0)
         width = (stop - begin) / end
         if width > 0.035:
             text = f"phase {phase.number}" if width > 0.09 else f"{phase.number}"
-            look = {"ha": "center", "va": "top", "fontsize": 8, "color": theme.soft}
+            look = {"ha": "center", "va": "top", "fontsize": 8, "color": SOFT}
             middle = ((begin + stop) / 2, 1.0)
             _annotate(top, text, middle, (0, -3), xycoords=top.get_xaxis_transform(), **look)
 
 
-def _set_scales(panels: Mapping[str, Any], histories: Sequence[History], theme: Theme) -> None:
+def _set_scales(panels: Mapping[str, Any], histories: Sequence[History]) -> None:
     from matplotlib.ticker import MaxNLocator
 
     end = max((h.epochs_visited for h in histories), default=0.0)
@@ -338,7 +354,7 @@ def _set_scales(panels: Mapping[str, Any], histories: Sequence[History], theme: 
     for key in ("lr", "global_batch", "ranks"):
         values = sorted({s.value for h in histories for s in h.spans[key] if s.value > 0})
         if not any(h.spans[key] for h in histories):
-            _empty(panels[key], "no epoch has been finished", theme)
+            _empty(panels[key], "no epoch has been finished")
         elif values and key != "lr":
             _powers_of_two(panels[key], values)
         elif values and values[-1] / values[0] > 15:
@@ -350,14 +366,21 @@ def _set_scales(panels: Mapping[str, Any], histories: Sequence[History], theme: 
     if any(d.eigenvalue > 0 for h in histories for d in h.decisions):
         _log_scale(panels["eigenvalue"])
     else:
-        _empty(panels["eigenvalue"], "no eigenvalue was estimated", theme)
+        _empty(panels["eigenvalue"], "no eigenvalue was estimated")
+    losses = (
+        finite(e.get(k)) for h in histories for e in h.kept if e["event"] == "epoch" for k in LOSSES
+    )
+    if any(loss > 0 for loss in losses):
+        _log_scale(panels["loss"])
+    else:
+        _empty(panels["loss"], "no loss was measured")
     if not any(math.isfinite(e.test_accuracy) for h in histories for e in h.epochs):
-        _empty(bottom, "no test accuracy was measured", theme)
+        _empty(bottom, "no test accuracy was measured")
 
 
-def _empty(ax: Any, message: str, theme: Theme) -> None:
+def _empty(ax: Any, message: str) -> None:
     ax.set_yticks([])
-    look = {"ha": "center", "va": "center", "color": theme.soft, "size": 9.5}
+    look = {"ha": "center", "va": "center", "color": SOFT, "size": 9.5}
     ax.text(0.5, 0.5, message, transform=ax.transAxes, **look)
 
 
@@ -388,7 +411,7 @@ def _log_scale(ax: Any) -> None:
     ax.yaxis.set_minor_formatter("")
 
 
-def _draw_seconds(figure: Any, histories: Sequence[History], theme: Theme) -> None:
+def _draw_seconds(figure: Any, histories: Sequence[History]) -> None:
     bars = _bars(histories)
     totals = [sum(seconds.values()) for _, seconds in bars]
     longest = max(totals, default=0.0)
@@ -405,7 +428,7 @@ def _draw_seconds(figure: Any, histories: Sequence[History], theme: Theme) -> No
             continue
         share = sum(seconds) / sum(totals)
         widths = [s / scale for s in seconds]
-        look = {"color": colour, "hatch": hatch, "edgecolor": theme.paper, "linewidth": 0.6}
+        look = {"color": colour, "hatch": hatch, "edgecolor": BACKGROUND, "linewidth": 0.6}
         label = f"{CATEGORIES[key]}  {fmt.percent(share, 0 if share >= 0.0995 else 1)}"
         ax.barh(range(len(bars)), widths, left=left, height=0.62, label=label, **look)
         left = [a + b for a, b in zip(left, widths, strict=True)]
@@ -413,13 +436,13 @@ def _draw_seconds(figure: Any, histories: Sequence[History], theme: Theme) -> No
         _annotate(ax, fmt.duration(length), (left[i], i), (5, 0), va="center", fontsize=9)
     if longest == 0:
         ax.set_xticks([])
-        _empty(ax, "no second has been counted yet", theme)
+        _empty(ax, "no second has been counted yet")
     ax.set_yticks(range(len(bars)), [name for name, _ in bars])
     ax.set_ylim(max(1, len(bars)) - 0.5, -0.5)
     ax.set_xlim(0, max(left, default=0) * 1.13 or 1)
-    ax.tick_params(axis="y", length=0, labelcolor=theme.ink)
+    ax.tick_params(axis="y", length=0, labelcolor=TEXT)
     if longest > 0:
-        _legend(figure, ax, theme)
+        _legend(figure, ax)
 
 
 def _bars(histories: Sequence[History]) -> list[tuple[str, Mapping[str, float]]]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from hpc_absa.errors import UsageError
+from hpc_absa.report import format as fmt
 from hpc_absa.report.timing import AttemptSeconds, Cost, account, by_phase, cost, finite, in_order
 from hpc_absa.report.timing import total as total_seconds
 from hpc_absa.rundir import RunDir
@@ -111,6 +112,7 @@ class History:
     seconds: Mapping[str, float]
     """Of the whole run, by category; they add up to `wall`."""
     wall: float
+    attempts: tuple[AttemptSeconds, ...]
     cost: Cost
     paused: float
     """Seconds between the first and the last event in which nothing ran."""
@@ -152,19 +154,30 @@ class History:
         values = [final, *(epoch.test_accuracy for epoch in reversed(self.epochs))]
         return next((value for value in values if math.isfinite(value)), math.nan)
 
+    @property
+    def measured(self) -> tuple[str, str]:
+        """The name and the text of what shows best how good the model is."""
+        if math.isfinite(self.test_accuracy):
+            return "test accuracy", fmt.percent(self.test_accuracy)
+        for event in reversed(self.kept):
+            metrics = event.get("metrics")
+            for name, value in metrics.items() if isinstance(metrics, Mapping) else ():
+                if math.isfinite(finite(value)):
+                    return f"test {name}", fmt.number(finite(value))
+            if math.isfinite(loss := finite(event.get("test_loss"))):
+                return "test loss", fmt.number(loss)
+        return "test accuracy", fmt.MISSING
 
-def load(path: Path) -> History:
-    """Read a run directory; raises as `require_run`."""
-    run = require_run(path)
+
+def load(path: Path, run: RunDir | None = None) -> History:
+    """Read a run directory; raises as `require_run`.
+
+    `run` is the directory as it was opened before: only new events are read.
+    """
+    run = run or require_run(path)
     events = in_order(run.log.read())
     kept = effective(events)
-    try:
-        text = run.job.read_text(encoding="utf-8", errors="replace")
-        job = tomllib.loads(text)
-    except OSError:
-        text, job = "", {}
-    except tomllib.TOMLDecodeError:
-        job = {}
+    job, text = read_job(run)
     parts = account(events)
     times = [time for e in events if math.isfinite(time := finite(e.get("time")))]
     epochs = tuple(_record(Epoch, e) for e in kept if e["event"] == "epoch")
@@ -184,12 +197,24 @@ def load(path: Path) -> History:
         done=done,
         seconds=total_seconds(part.seconds for part in parts),
         wall=sum(part.wall for part in parts),
+        attempts=parts,
         cost=cost(events, parts),
         paused=sum(part.paused for part in parts),
         first_event=times[0] if times else math.nan,
         last_event=max(times, default=math.nan),
         missing=tuple(_missing(run, job, events, kept, epochs, phases, done)),
     )
+
+
+def read_job(run: RunDir) -> tuple[dict[str, Any], str]:
+    """The resolved job and its text; both are empty where the file is missing."""
+    try:
+        text = run.job.read_text(encoding="utf-8", errors="replace")
+        return tomllib.loads(text), text
+    except OSError:
+        return {}, ""
+    except tomllib.TOMLDecodeError:
+        return {}, text
 
 
 def require_run(path: Path) -> RunDir:

@@ -1,28 +1,41 @@
-"""One self-contained HTML page about one run or several: no script, nothing external."""
+"""One self-contained HTML page about one run or several; it loads nothing from elsewhere."""
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import functools
+import gzip
+import importlib.util
 import platform
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hpc_absa import __version__
-from hpc_absa.errors import UsageError
-from hpc_absa.report import figures
+from hpc_absa.errors import HpcAbsaError, UsageError
+from hpc_absa.report import curves, figures
 from hpc_absa.report import format as fmt
-from hpc_absa.report.figures import DARK, LIGHT
+from hpc_absa.report.compare import comparison, folded, run_dirs
 from hpc_absa.report.history import History, labels, load
-from hpc_absa.report.tables import Table, run_result, time_table
-from hpc_absa.report.timing import CATEGORIES
+from hpc_absa.report.tables import run_result, time_table
+from hpc_absa.report.timing import CATEGORIES, KINDS
 from hpc_absa.rundir.files import write_atomic
+
+if TYPE_CHECKING:
+    from jinja2 import Template
 
 VERSIONS = ("torch", "horovod", "mpi4py", "h5py", "numpy")
 """Packages whose versions the page lists, from their metadata: none of them is imported."""
+
+LIBRARIES = ("bokeh.min.js", "bokeh-api.min.js")
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data: blob:; "
+"""Content security policy: the page can ask nothing of any other address."""
+OWN_POLICY = POLICY + "script-src 'unsafe-inline'"
+LIVE_POLICY = POLICY + "script-src 'self'; connect-src 'self'"
 
 
 class ReportPaths(NamedTuple):
@@ -30,66 +43,153 @@ class ReportPaths(NamedTuple):
     png: Path
 
 
-def write_report(run_dirs: Sequence[Path], out: Path | None = None) -> ReportPaths:
+@dataclass(frozen=True)
+class Live:
+    """What a page of `hpc-absa serve` has besides."""
+
+    seconds: float
+    """Until it asks for changes."""
+    version: str
+    """Changes with what the page shows."""
+    scripts: tuple[str, ...]
+    """Addresses of the libraries and of `page.js`."""
+    index: str = ""
+    """Address of the list of runs."""
+    logs: tuple[tuple[str, str], ...] = ()
+    """Names and addresses."""
+
+
+def write_report(
+    paths: Sequence[Path], out: Path | None = None, states: Mapping[Path, str] | None = None
+) -> ReportPaths:
     """Write the page and, next to it under the same name, an image of its figures.
 
     Args:
-        run_dirs: one run directory, or several to compare.
-        out: an `.html` file, or a folder for `report.html`; by default the run directory itself,
-            with several runs the current folder.
+        paths: run directories, or folders of them such as that of a sweep.
+        out: an `.html` file, or a folder for `report.html`; by default the given directory itself,
+            with several the current folder.
+        states: of run directories, as `hpc-absa status` has them.
 
     Raises:
         UsageError: no run directory given, or a path is not a run directory.
     """
-    if not run_dirs:
+    if not paths:
         raise UsageError("report: no run directory given; expected at least one")
-    histories = [load(path) for path in run_dirs]
+    histories = [load(path) for path in run_dirs(paths)]
     if out is None:
-        out = Path() if len(histories) > 1 else run_dirs[0]
+        out = Path() if len(paths) > 1 else paths[0]
     if out.suffix.lower() not in (".html", ".htm") or out.is_dir():
         out /= "report.html"
-    paths = ReportPaths(out, out.with_suffix(".png"))
-    paths.html.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(paths.png, figures.png(histories))
-    write_atomic(paths.html, page(histories))
-    return paths
+    written = ReportPaths(out, out.with_suffix(".png"))
+    written.html.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(written.png, figures.png(histories))
+    known = {history.path: (states or {}).get(history.path, "") for history in histories}
+    write_atomic(written.html, page(histories, [known[history.path] for history in histories]))
+    return written
 
 
-def page(histories: Sequence[History]) -> str:
+def page(histories: Sequence[History], states: Sequence[str] = (), live: Live | None = None) -> str:
+    """The page; `states` are those of the runs, where they are known."""
     names = labels(histories)
     runs = list(zip(names, histories, strict=True))
+    known = dict(zip(names, states, strict=False))
     results = [replace(run_result(history, 0, 0), schedule=name) for name, history in runs]
     times = time_table(results, baseline=names[0], label=lambda result: result.schedule)
-    panels = "Learning rate, global batch, ranks, top Hessian eigenvalue and test accuracy"
-    texts = {"training": f"{panels} over epochs", "seconds": "Where each second went"}
     several = len(histories) > 1
+    drawn = curves.curves(dict(runs), known)
+    context = {"live": live} if live else {}
     return _render(
         title=f"{len(histories)} runs" if several else names[0],
         headline="Speed-ups are against the first." if several else headline(histories[0]),
         runs=runs,
-        missing=[
-            f"{name}: {sentence}" if several else sentence
-            for name, history in runs
-            for sentence in history.missing
-        ],
-        images=[
-            (texts[part], *(figures.svg_uri(histories, theme, part) for theme in (LIGHT, DARK)))
-            for part in figures.PARTS
-        ],
+        states={name: state for name, state in known.items() if state},
+        missing=[] if several else histories[0].missing,
+        comparison=comparison(runs, known).to_html() if several else "",
         times=times.to_html(),
         categories=CATEGORIES,
         installed=_installed(),
+        curves=drawn,
+        curves_json=curves.to_json(drawn),
+        scripts=live.scripts if live else (),
+        inline=() if live else _libraries(),
+        policy=LIVE_POLICY if live else OWN_POLICY,
+        **context,
     )
 
 
-def document(table: Table) -> str:
-    return _render(title=table.title, body=table.to_html())
+def library(name: str) -> Path:
+    """A JavaScript file of the installed bokeh package, which is not imported.
+
+    Raises:
+        HpcAbsaError: bokeh is not installed.
+    """
+    spec = importlib.util.find_spec("bokeh")
+    if spec is None or not spec.submodule_search_locations:
+        raise HpcAbsaError("report: bokeh is not installed: pip install 'bokeh>=3.7,<4'")
+    return Path(spec.submodule_search_locations[0]) / "server" / "static" / "js" / name
+
+
+@functools.cache
+def _libraries() -> tuple[str, ...]:
+    """The libraries, compressed: 1.4 MB become 0.5 MB in each page."""
+    files = (library(name).read_bytes() for name in LIBRARIES)
+    return tuple(base64.b64encode(gzip.compress(file, mtime=0)).decode() for file in files)
+
+
+def _phase_bars(history: History) -> list[tuple[str, Mapping[str, float]]]:
+    return [
+        (
+            f"phase {p.number}: {fmt.plural(p.ranks, 'rank')}, batch {fmt.count(p.global_batch)}",
+            p.seconds,
+        )
+        for p in history.phases
+    ]
+
+
+def _run_bars(runs: Sequence[tuple[str, History]]) -> list[tuple[str, Mapping[str, float]]]:
+    return [(name, history.seconds) for name, history in runs]
+
+
+def _total(seconds: Mapping[str, float]) -> float:
+    return sum(seconds.values())
+
+
+def _add_up(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    order = KINDS if all(key in KINDS for part in parts for key in part) else CATEGORIES
+    sums = {key: sum(part.get(key, 0.0) for part in parts) for key in order}
+    return {key: value for key, value in sums.items() if value > 0}
+
+
+def _by_number(phases: Sequence[Any], number: str, values: str) -> dict[int, Any]:
+    return {getattr(phase, number): getattr(phase, values) for phase in phases}
+
+
+FILTERS = {
+    "by_number": _by_number,
+    "folded": folded,
+    "phase_bars": _phase_bars,
+    "run_bars": _run_bars,
+    "total": _total,
+    "add_up": _add_up,
+}
+
+
+def document(title: str, body: str, live: Live | None = None) -> str:
+    """A page with other content, which is HTML."""
+    if live is None:
+        return _render(title=title, body=body, policy=OWN_POLICY)
+    return _render(title=title, body=body, policy=LIVE_POLICY, live=live, scripts=live.scripts)
 
 
 def _render(**context: Any) -> str:
-    template = fmt.templates().get_template("page.html.j2")
-    themes = {"light": LIGHT, "dark": DARK}
-    return template.render(**themes, version=__version__, now=time.time(), **context)
+    return _template().render(version=__version__, now=time.time(), **context)
+
+
+@functools.cache
+def _template() -> Template:
+    environment = fmt.templates().overlay()
+    environment.filters = environment.filters | FILTERS
+    return environment.get_template("page.html.j2")
 
 
 def headline(history: History) -> str:
@@ -101,9 +201,9 @@ def headline(history: History) -> str:
     wanted = fmt.epoch(history.epochs_wanted)
     of = f" of {wanted}" if unfinished and wanted != fmt.MISSING else ""
     result = f"after {fmt.epoch(history.epochs_visited)}{of} epochs"
-    accuracy = fmt.percent(history.test_accuracy)
-    if accuracy != fmt.MISSING:
-        result = f"{accuracy} test accuracy {result}"
+    name, measured = history.measured
+    if measured != fmt.MISSING:
+        result = f"{measured} {name} {result}"
     first, last = history.phases[0], history.phases[-1]
     return (
         f"{method}{'unfinished, ' if unfinished else ''}{result} and "
@@ -113,6 +213,7 @@ def headline(history: History) -> str:
     )
 
 
+@functools.cache
 def _installed() -> str:
     versions = [f"Python {platform.python_version()}"]
     for name in VERSIONS:

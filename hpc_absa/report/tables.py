@@ -71,6 +71,8 @@ class Table:
     columns: tuple[Column, ...]
     rows: tuple[tuple[Cell, ...], ...]
     note: str = ""
+    sortable: bool = False
+    """Whether a reader of the page can sort it."""
 
     def __post_init__(self) -> None:
         for row in self.rows:

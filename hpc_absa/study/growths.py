@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hpc_absa.report.figures import LIGHT
+from hpc_absa.report.figures import GRID, RUNS, TEXT
 from hpc_absa.report.tables import Cell as TableCell
 from hpc_absa.report.tables import Column, Measured, Table, schedule_name, schedule_order, summary
 from hpc_absa.report.timing import finite
@@ -138,9 +138,9 @@ def figure(study: StudyDir, suffix: str = "png") -> bytes | None:
 
 def _draw(ax: Any, runs: Sequence[tuple[Cell, Sequence[Event]]]) -> None:
     ax.set_yscale("log")
-    ax.grid(visible=True, color=LIGHT.grid, linewidth=0.6)
+    ax.grid(visible=True, color=GRID, linewidth=0.6)
     for index, (_, events) in enumerate(runs):
-        colour = LIGHT.runs[index % len(LIGHT.runs)]
+        colour = RUNS[index % len(RUNS)]
         epochs = [finite(event.get("epoch")) for event in events]
         values = [finite(event.get("eigenvalue")) for event in events]
         # Down to a tenth of the value at most: the axis is logarithmic.
@@ -153,13 +153,13 @@ def _draw(ax: Any, runs: Sequence[tuple[Cell, Sequence[Event]]]) -> None:
         for event, epoch, value in zip(events, epochs, values, strict=True):
             if event.get("action") == "grow":
                 look = {"marker": "^", "s": 34, "zorder": 4, "edgecolor": "white"}
-                ax.scatter(epoch, value, color=COLOURS.get(cause_of(event), LIGHT.ink), **look)
+                ax.scatter(epoch, value, color=COLOURS.get(cause_of(event), TEXT), **look)
 
 
 def _marks(ax: Any) -> tuple[list[Any], list[str]]:
     look = {"marker": "^", "linestyle": "", "markersize": 6}
     names = [*(f"growth {name}" for name in CAUSES.values()), "growth otherwise"]
-    colours = [*COLOURS.values(), LIGHT.ink]
+    colours = [*COLOURS.values(), TEXT]
     handles = [ax.plot([], [], color=colour, **look)[0] for colour in colours]
     return handles, names
 

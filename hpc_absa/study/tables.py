@@ -44,7 +44,7 @@ def write(study: StudyDir) -> None:
     study.tables.mkdir(parents=True, exist_ok=True)
     for name, table in of(study).items():
         for suffix, text in table.formats().items():
-            content = page.document(table) if suffix == "html" else text
+            content = page.document(table.title, table.to_html()) if suffix == "html" else text
             write_atomic(study.tables / f"{name}.{suffix}", content)
     for suffix in ("png", "svg"):
         if (image := growths.figure(study, suffix)) is not None:

@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 SCRIPTS := $(wildcard launch/*.sh) .ci/run
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-mpi test-clusters soak bench check format clean distclean
+.PHONY: help setup demo test test-browser test-mpi test-clusters soak bench check format clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -40,6 +40,10 @@ test-mpi: setup ## run only the tests that use mpirun
 
 test-clusters: setup ## run the tests on a four-node Slurm and on hosts in network namespaces
 	$(BIN)/python -m pytest -m "(slurm or namespaces) and not slow" $(PYTEST_ARGS)
+
+test-browser: setup ## run the tests of the pages in Chromium, which must be installed
+	$(BIN)/python -m pip install --quiet --editable '.[browser]'
+	$(BIN)/python -m pytest -m browser $(PYTEST_ARGS)
 
 check: setup ## run ruff, mypy, import-linter and shellcheck
 	$(BIN)/ruff check

@@ -1,0 +1,1 @@
+"""`hpc-absa serve`: a live, read-only web page over running and finished runs."""

@@ -363,6 +363,13 @@ def test_kinds_of_images_are_those_of_convert_rgb():
     assert decode(rotated.getvalue(), "x").size == (20, 30)
 
 
+def test_a_huge_image_is_refused_by_name(root, tmp_path, monkeypatch):
+    """Pillow's limit, which protects against files that decode to more than the memory."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 70_000)
+    with pytest.raises(UsageError, match=r"\.jpg: unreadable image \(Image size .* exceeds limit"):
+        pack("imagefolder", root, {"image_size": S, "encoded": True}, tmp_path / "set.h5")
+
+
 def test_a_damaged_packed_file_is_refused(dataset, tmp_path):
     path = tmp_path / "cut.h5"
     data = dataset.path.read_bytes()

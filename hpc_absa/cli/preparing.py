@@ -125,6 +125,13 @@ def data(
         int | None,
         Option(min=1, help="Resize images to this side in pixels, if their sizes differ."),
     ] = None,
+    encoded: Annotated[
+        bool,
+        Option("--encoded", help="Pack image files as they are; they are decoded in training."),
+    ] = False,
+    unreadable: Annotated[
+        str | None, Option(metavar="stop|skip", help="With --encoded: unreadable files.")
+    ] = None,
     show: Annotated[Path | None, Option(help="Only describe this packed file.")] = None,
 ) -> int:
     """Pack a data set into the one HDF5 file that all ranks read.
@@ -144,7 +151,9 @@ def data(
     if not name:
         raise UsageError("Missing argument 'NAME', or --show FILE.")
     packed = out or (prepare.packed_beside(root) if root else Path(f"{name}.h5"))
-    arguments = {"image_size": image_size} if image_size else {}
+    arguments: dict[str, Any] = {"image_size": image_size} if image_size else {}
+    arguments |= {"encoded": True} if encoded else {}
+    arguments |= {"unreadable": unreadable} if unreadable else {}
     prepare.pack(name, root, arguments, packed, progress=True)
     print_line(
         f"packed: {decoded(packed)}; in the job: [data] name = {name!r}, root = {str(packed)!r}"

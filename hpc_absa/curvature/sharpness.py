@@ -117,9 +117,12 @@ def _bracket(change: Callable[[float], float], guess: float, max_iter: int) -> t
         changed = change(lr)
         if changed > 0:
             high, lr = lr, lr / factor
+        elif changed < 0:
+            low, lr = lr, lr * factor
+        elif high < math.inf:
+            break  # it increases as soon as it changes at all
         else:
-            # no change at all: the step is below the rounding of the weights
-            low, lr = (lr if changed < 0 else low), lr * factor
+            lr *= factor  # the step is below the rounding of the weights
         if low > 0 and high < math.inf:
             break
         factor *= FACTOR

@@ -55,9 +55,13 @@ class PackedReader:
 
     def read(self, part: Part, samples: Indices, epochs: Indices | None = None) -> Batch:
         split = self.dataset.train if part == "train" else self.dataset.test
-        images = torch.from_numpy(split.images[samples])
-        if epochs is not None:
-            images = augment(images, self._seed, epochs, samples, self._padding, self._flip)
+        if epochs is not None and self.dataset.is_encoded:
+            crops = split.images.random_crops(samples, self._seed, epochs, self._flip)
+            images = torch.from_numpy(crops)
+        else:
+            images = torch.from_numpy(split.images[samples])
+            if epochs is not None:
+                images = augment(images, self._seed, epochs, samples, self._padding, self._flip)
         targets = torch.from_numpy(split.labels[samples])
         # Bytes are copied to the device, a quarter of what their float32 would be.
         inputs = normalise(self._to_device(images), self._mean, self._std, self._channels_last)

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hpc_absa.data.encoded_packing import EncodedSource
 from hpc_absa.data.order import permutation
 from hpc_absa.data.sources import Samples, Source, decoded
 from hpc_absa.errors import HpcAbsaError, UsageError
@@ -83,7 +84,7 @@ def tinyimagenet(root: Path, image_size: int = 64) -> Source:
     root = nested if nested.is_dir() else root
     annotations = root / "val" / "val_annotations.txt"
     if not annotations.is_file():
-        return imagefolder(root, image_size)
+        return _decoded_folders(root, image_size)
     notes: Counter[str] = Counter()
     classes, train = _listing(root / "train", notes)
     label_of = {wnid: label for label, wnid in enumerate(classes)}
@@ -97,22 +98,51 @@ def tinyimagenet(root: Path, image_size: int = 64) -> Source:
     return _from_files(train, (files, labels), classes, image_size, notes)
 
 
-def imagenet(root: Path, image_size: int = 224) -> Source:
+def imagenet(
+    root: Path, image_size: int = 224, encoded: bool = False, unreadable: str = "stop"
+) -> Source | EncodedSource:
     """ImageNet (ILSVRC 2012) as folders: `train/<wnid>/*.JPEG` and `val/<wnid>/*.JPEG`."""
-    return imagefolder(root, image_size)
+    return imagefolder(root, image_size, encoded, unreadable)
 
 
-def imagefolder(root: Path, image_size: int | None = None) -> Source:
+def imagefolder(
+    root: Path,
+    image_size: int | None = None,
+    encoded: bool = False,
+    unreadable: str = "stop",
+) -> Source | EncodedSource:
     """`train/<class>/**` and `test/<class>/**` (or `val/`), any image format that Pillow reads.
 
     Args:
         root: The folder with `train`.
         image_size: Images are cropped to a square around the centre and resized to so many pixels;
             None where all have the same size already.
+        encoded: The files are packed as they are, and decoded in training.
+        unreadable: With `encoded`, `"stop"` or `"skip"`: what an unreadable file does.
 
     Raises:
         UsageError: Missing or empty folders, or classes that differ between train and test.
     """
+    if unreadable not in ("stop", "skip"):
+        raise UsageError(f"data.unreadable = {unreadable!r}: expected 'stop' or 'skip'")
+    if not encoded:
+        if unreadable != "stop":
+            raise UsageError(f"data.unreadable = {unreadable!r}: expected encoded = true with it")
+        return _decoded_folders(root, image_size)
+    if image_size is None:
+        raise UsageError("data.image_size: missing, expected the side of the crops in pixels")
+    _check_size(image_size)
+    train, test, classes, notes = _folders(root)
+    return EncodedSource(train, test, classes, image_size, unreadable == "skip", notes)
+
+
+def _decoded_folders(root: Path, image_size: int | None = None) -> Source:
+    train, test, classes, notes = _folders(root)
+    return _from_files(train, test, classes, image_size, notes)
+
+
+def _folders(root: Path) -> tuple[Labelled, Labelled, list[str], Counter[str]]:
+    """Training files, test files, classes, and what was left out."""
     train = root / "train"
     test = next((root / name for name in _TEST_FOLDERS if (root / name).is_dir()), root / "test")
     for folder in (train, test):
@@ -129,7 +159,7 @@ def imagefolder(root: Path, image_size: int | None = None) -> Source:
         raise UsageError(
             f"data.root: {train} and {test} have different classes ({odd} in one of them only)"
         )
-    return _from_files(train_files, test_files, classes, image_size, notes)
+    return train_files, test_files, classes, notes
 
 
 def _cifar(root: Path, kind: str) -> Source:
@@ -137,7 +167,7 @@ def _cifar(root: Path, kind: str) -> Source:
     base = root.parent if root.name == dataset.base_folder else root
     if not (base / dataset.base_folder).is_dir():
         if (root / "train").is_dir():
-            return imagefolder(root)
+            return _decoded_folders(root)
         raise UsageError(
             f"data.root: neither {base / dataset.base_folder} (the original files) nor "
             f"{root}/train/<class>/*.jpg"
@@ -223,11 +253,15 @@ def _from_files(
     notes: Counter[str],
 ) -> Source:
     """A source whose images are decoded while they are packed."""
-    if image_size is not None and (not isinstance(image_size, int) or image_size < 1):
-        raise UsageError(f"data.image_size: {image_size}, expected pixels, a whole number from 1")
+    _check_size(image_size)
     shape = decode(train[0][0], image_size).shape
     samples = [_samples(*part, shape, image_size, notes) for part in (train, test)]
     return Source(samples[0], samples[1], classes, notes=notes)
+
+
+def _check_size(image_size: int | None) -> None:
+    if image_size is not None and (not isinstance(image_size, int) or image_size < 1):
+        raise UsageError(f"data.image_size: {image_size}, expected pixels, a whole number from 1")
 
 
 def _samples(

@@ -19,19 +19,22 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
+from hpc_absa.data.encoded import EncodedImages
 from hpc_absa.data.sources import Samples, Source
 from hpc_absa.errors import HpcAbsaError, UsageError, first_line
 
 FORMAT = "hpc-absa-data"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""The newest that is read; files with pixels have version 1."""
 
 
 @dataclass(frozen=True)
 class Split:
     """Training or test samples, mapped from the file and read-only."""
 
-    images: NDArray[Any]
-    """uint8 [N, C, H, W] for images, float32 [N, C, ...] for other data."""
+    images: Any
+    """uint8 [N, C, H, W] for images, float32 [N, C, ...] for other data: an array, or
+    `encoded.EncodedImages`."""
     labels: NDArray[np.int64]
     """[N], from 0."""
 
@@ -64,6 +67,11 @@ class PackedDataset:
     def is_image(self) -> bool:
         """Whether samples are images (uint8), which can be cropped, flipped and attacked."""
         return self.train.images.dtype == np.uint8
+
+    @property
+    def is_encoded(self) -> bool:
+        """Whether the file has images as they were encoded, of different sizes."""
+        return isinstance(self.train.images, EncodedImages)
 
     @property
     def offered(self) -> dict[str, int]:
@@ -164,11 +172,12 @@ def _read(file: h5py.File, path: Path) -> PackedDataset:
             f"{FORMAT_VERSION}; update hpc-absa or pack it again"
         )
     notes = json.loads(text(file.attrs["notes"])) if "notes" in file.attrs else None
+    split = _encoded if "encoding" in file.attrs else _pixels
     dataset = PackedDataset(
         name=text(file.attrs["name"]),
         arguments=json.loads(text(file.attrs["arguments"])),
-        train=Split(_mapped(file["train/images"], path), _mapped(file["train/labels"], path)),
-        test=Split(_mapped(file["test/images"], path), _mapped(file["test/labels"], path)),
+        train=split(file["train"], path),
+        test=split(file["test"], path),
         classes=tuple(text(name) for name in file["classes"][()]),
         mean=np.asarray(file.attrs["mean"], np.float64),
         std=np.asarray(file.attrs["std"], np.float64),
@@ -176,7 +185,25 @@ def _read(file: h5py.File, path: Path) -> PackedDataset:
         path=path,
         notes=notes or {},
     )
-    return _checked(dataset, read_all=notes is None)
+    return dataset if dataset.is_encoded else _checked(dataset, read_all=notes is None)
+
+
+def _pixels(group: h5py.Group, path: Path) -> Split:
+    return Split(_mapped(group["images"], path), _mapped(group["labels"], path))
+
+
+def _encoded(group: h5py.Group, path: Path) -> Split:
+    encoding = text(group.file.attrs["encoding"])
+    if encoding != "files":
+        raise ValueError(f"its images have the encoding {encoding!r}, expected 'files'")
+    data, labels = _mapped(group["encoded"], path), _mapped(group["labels"], path)
+    starts, lengths, sizes = (_mapped(group[k], path) for k in ("starts", "lengths", "sizes"))
+    if not len(labels) == len(starts) == len(lengths) == len(sizes):
+        raise ValueError(f"{group.name}: index and labels have different lengths")
+    if (starts + lengths).max() > len(data):
+        raise ValueError(f"{group.name}: an image is outside of the data")
+    image_size = int(group.file.attrs["image_size"])
+    return Split(EncodedImages(data, starts, lengths, sizes, image_size, path), labels)
 
 
 def _mapped(dataset: h5py.Dataset, path: Path) -> NDArray[Any]:

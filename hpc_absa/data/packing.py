@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 
 from hpc_absa.data.packed import (
     FORMAT,
-    FORMAT_VERSION,
     PackedDataset,
     check_replaceable,
     header,
@@ -25,10 +24,13 @@ from hpc_absa.errors import HpcAbsaError, first_line
 from hpc_absa.hdf5 import DeferredErrorFile, reserve, write_at
 from hpc_absa.rundir.files import replacing
 
+PIXELS_VERSION = 1
+"""Format version of files with pixels."""
+
 Progress = Callable[[int, int], None]
 """Called with the images done and the images in total."""
 
-_LAYOUT = {
+LAYOUT: dict[str, Any] = {
     "libver": ("v110", "v110"),  # its metadata have checksums; HDF5 1.10 and later read it
     "alignment_threshold": 1,
     "alignment_interval": 64,  # bytes: of every array within the file, so that it can be mapped
@@ -57,12 +59,12 @@ def write_packed(
             replacing(path, durable=True) as temporary,
             DeferredErrorFile(temporary, "x+") as file,
         ):
-            with h5py.File(file, "w", **_LAYOUT) as layout:
-                layout.attrs["format"] = _text(FORMAT)
-                layout.attrs["format_version"] = FORMAT_VERSION
-                layout.attrs["name"] = _text(name)
-                layout.attrs["arguments"] = _text(json.dumps(arguments or {}, sort_keys=True))
-                layout["classes"] = _text(source.classes)
+            with h5py.File(file, "w", **LAYOUT) as layout:
+                layout.attrs["format"] = fixed_text(FORMAT)
+                layout.attrs["format_version"] = PIXELS_VERSION
+                layout.attrs["name"] = fixed_text(name)
+                layout.attrs["arguments"] = fixed_text(json.dumps(arguments or {}, sort_keys=True))
+                layout["classes"] = fixed_text(source.classes)
                 _write_arrays(file.fileno(), layout, source, progress)
             file.check()
             check_replaceable(path)  # again, because packing takes long
@@ -103,7 +105,21 @@ def _write_arrays(
     std = std if source.std is None else source.std
     digest.update(header(source.train, source.test, source.classes, mean, std))
     notes = json.dumps(dict(source.notes))
-    layout.attrs.update(mean=mean, std=std, digest=_text(digest.hexdigest()), notes=_text(notes))
+    layout.attrs.update(
+        mean=mean, std=std, digest=fixed_text(digest.hexdigest()), notes=fixed_text(notes)
+    )
+
+
+def moments_of(
+    blocks: Iterable[NDArray[np.uint8]],
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Mean and standard deviation [C] of images in blocks [k, C, H, W], in pixel units."""
+    moments = None
+    for block in blocks:
+        moments = moments or _Moments(block.shape[1])
+        moments.add(block)
+    assert moments is not None
+    return moments.mean_std()
 
 
 class _Moments:
@@ -132,7 +148,7 @@ class _Moments:
         return np.array(mean) / 255.0, np.where(std > 0.0, std, 1.0)
 
 
-def _text(value: str | Sequence[str]) -> NDArray[Any]:
+def fixed_text(value: str | Sequence[str]) -> NDArray[Any]:
     """Strings of fixed length in HDF5's UTF-8.
 
     Those of variable length are in a heap without a checksum, and one flipped bit in it can make

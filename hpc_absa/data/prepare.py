@@ -10,8 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from hpc_absa.data.packed import FORMAT_VERSION, PackedDataset, check_replaceable, open_packed
-from hpc_absa.data.packing import Progress, write_packed
+from hpc_absa.data.encoded_packing import FORMAT_VERSION, EncodedSource, pack_encoded
+from hpc_absa.data.packed import PackedDataset, check_replaceable, open_packed
+from hpc_absa.data.packing import PIXELS_VERSION, Progress, write_packed
 from hpc_absa.data.sources import Source, load
 from hpc_absa.errors import HpcAbsaError, UsageError
 
@@ -56,7 +57,7 @@ def pack(
         except HpcAbsaError:  # damaged, and packed again for that
             pass
     source = load(name, root, arguments)
-    if not isinstance(source, Source):
+    if not isinstance(source, Source | EncodedSource):
         raise UsageError(
             f"data.name: {name} returned a torch data set, which is read as it is; only a Source "
             "is packed"
@@ -65,7 +66,7 @@ def pack(
 
 
 def pack_source(
-    source: Source,
+    source: Source | EncodedSource,
     name: str,
     arguments: Mapping[str, Any],
     packed: Path,
@@ -74,7 +75,10 @@ def pack_source(
     """As `pack`, of a source that is loaded, into a new file."""
     bar = progress_bar(f"packing {name}") if progress else contextlib.nullcontext()
     with bar as advance:
-        dataset = write_packed(packed, source, name, dict(arguments), advance)
+        if isinstance(source, EncodedSource):
+            dataset = pack_encoded(packed, source, name, dict(arguments), advance)
+        else:
+            dataset = write_packed(packed, source, name, dict(arguments), advance)
     with contextlib.suppress(OSError, ValueError):  # a closed standard error
         for reason, count in sorted(dataset.notes.items()):
             print(f"data: {reason}: {count}", file=sys.stderr)
@@ -101,7 +105,7 @@ def describe(path: Path) -> dict[str, Any]:
     dataset = open_packed(path)
     return {
         "path": str(path),
-        "format_version": FORMAT_VERSION,
+        "format_version": FORMAT_VERSION if dataset.is_encoded else PIXELS_VERSION,
         "name": dataset.name,
         "arguments": dataset.arguments,
         "train": len(dataset.train),

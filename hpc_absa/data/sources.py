@@ -19,6 +19,7 @@ from hpc_absa.errors import UsageError
 
 if TYPE_CHECKING:
     from hpc_absa.data.datasets import Datasets
+    from hpc_absa.data.encoded_packing import EncodedSource
 
 _BLOCK_BYTES = 1 << 24  # of an array at a time: large enough for the disk, small in memory
 _EXPECTED = (
@@ -279,7 +280,9 @@ def _channels(key: str, values: Any, channels: int) -> NDArray[np.float64]:
     return array.astype(np.float64)
 
 
-def load(name: str, root: Path | None, arguments: Mapping[str, Any]) -> Source | Datasets:
+def load(
+    name: str, root: Path | None, arguments: Mapping[str, Any]
+) -> Source | EncodedSource | Datasets:
     """What `[data] name` refers to; of a `Source` labels and file names are read, images later.
 
     Args:
@@ -306,7 +309,9 @@ def load(name: str, root: Path | None, arguments: Mapping[str, Any]) -> Source |
         raise UsageError(f"data.root: {root} does not exist; it should hold the data of {name}")
     offered = {} if root is None else {"root": root}
     source = plugins.call(function, "data", arguments, offered, name)
-    if isinstance(source, Source):
+    from hpc_absa.data.encoded_packing import EncodedSource
+
+    if isinstance(source, Source | EncodedSource):
         return source
     from hpc_absa.data.datasets import as_datasets  # imports torch
 

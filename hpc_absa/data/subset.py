@@ -17,7 +17,7 @@ SEED = 0
 def training_subset(dataset: PackedDataset, count: int) -> PackedDataset:
     """`dataset` with `count` training samples, chosen at random but always the same.
 
-    They are copied into memory; the test set, mean and standard deviation stay those of the whole.
+    Pixels are copied into memory. The rest of the data set stays as it is.
 
     Raises:
         UsageError: there are fewer.
@@ -29,4 +29,5 @@ def training_subset(dataset: PackedDataset, count: int) -> PackedDataset:
             f"{dataset.name}"
         )
     chosen = np.sort(permutation(SEED, 0, len(whole))[:count])
-    return replace(dataset, train=Split(whole.images[chosen], whole.labels[chosen]))
+    images = whole.images.part(chosen) if dataset.is_encoded else whole.images[chosen]
+    return replace(dataset, train=Split(images, whole.labels[chosen]))

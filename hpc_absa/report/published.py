@@ -12,6 +12,10 @@ SCHEDULE_NAMES = {
     "absa": "ABSA",
     "absa-tuned": "ABSA tuned",
     "gns": "GNS",
+    "norm-test": "norm test",
+    "seesaw": "Seesaw",
+    "steps": "steps",
+    "random": "random",
 }
 """Schedules in the order and with the names of the talk's tables."""
 

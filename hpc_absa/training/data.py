@@ -18,6 +18,7 @@ from hpc_absa.config import Job
 from hpc_absa.data import order, sources
 from hpc_absa.data.arrays import PackedReader
 from hpc_absa.data.datasets import MapDataset, MapReader
+from hpc_absa.data.encoded_packing import EncodedSource
 from hpc_absa.data.loader import Batch, Loader, Reader
 from hpc_absa.data.packed import PackedDataset
 from hpc_absa.data.prepare import pack_source, packed_beside, prepare
@@ -114,7 +115,7 @@ def _load(job: Job, packed: Path) -> DataSet:
         return _open(job, packed)
     arguments = job.data.arguments
     source = sources.load(job.data.name, _root(job), arguments)
-    if not isinstance(source, sources.Source):
+    if not isinstance(source, sources.Source | EncodedSource):
         return MapDataset(job.data.name, source)
     packed.parent.mkdir(parents=True, exist_ok=True)
     with plugins.user_code(f"data.name = {job.data.name!r}"):
@@ -209,6 +210,11 @@ def build_reader(job: Job, dataset: DataSet, device: torch.device) -> Reader:
         raise UsageError(
             f"data.input_range = {list(job.data.input_range)}: expected none for images, whose "
             "pixels are from 0 to 1"
+        )
+    if dataset.is_encoded and job.data.padding is not None:
+        raise UsageError(
+            f"data.padding = {job.data.padding}: expected none with encoded = true, whose images "
+            "have random resized crops"
         )
     augmented = augmented_by_default(job.data.name)
     padding, flip = job.data.padding, job.data.flip

@@ -199,8 +199,8 @@ def test_a_flipped_bit_is_detected_or_has_no_effect(tmp_path):
 
 def test_newer_version(packed):
     with h5py.File(packed.path, "r+") as file:
-        file.attrs["format_version"] = 2
-    with pytest.raises(UsageError, match="format version 2, this hpc-absa reads up to 1"):
+        file.attrs["format_version"] = 3
+    with pytest.raises(UsageError, match="format version 3, this hpc-absa reads up to 2"):
         open_packed(packed.path)
 
 

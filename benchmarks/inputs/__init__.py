@@ -1,0 +1,1 @@
+"""Training input from packed files against torchvision."""

@@ -1,0 +1,159 @@
+"""`python -m benchmarks.inputs`: images per second of packing and of training input.
+
+A tree of JPEG files is drawn (`--images`, 100 to 500 pixels, ten classes) in `--folder`, or used
+again if it is there. Training input is measured in turns, one epoch each: torchvision's ImageFolder
+and DataLoader with RandomResizedCrop, flip, ToTensor and Normalize, in as many processes as there
+are cores; ours from packed JPEG, with the same transforms; ours from decoded pixels of the same
+size, with padded crops and flips. The fastest round of each counts.
+
+With `--train` a ResNet-18 (or `--model`) is trained for some steps of 64 images from packed JPEG,
+and the share of the time that it waited for data is printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from hpc_absa import models
+from hpc_absa.data.arrays import PackedReader
+from hpc_absa.data.loader import Loader
+from hpc_absa.data.packed import PackedDataset
+from hpc_absa.data.prepare import pack
+from hpc_absa.progress import SampleStream
+from hpc_absa.torchvision_import import torchvision
+
+BATCH, SIZE = 64, 224
+CORES = len(os.sched_getaffinity(0))
+
+
+def draw(folder: Path, images: int) -> None:
+    """Smooth images with some noise, of about the bytes per pixel of photographs."""
+    random = np.random.default_rng(0)
+    for k in range(images):
+        part = "val" if k % 20 == 0 else "train"
+        path = folder / part / f"class{k // 20 % 10}" / f"{k:06d}.jpg"
+        if path.exists():
+            continue
+        path.parent.mkdir(parents=True, exist_ok=True)
+        width, height = random.integers(100, 501, 2)
+        coarse = random.integers(0, 256, (12, 16, 3), dtype=np.uint8)
+        image = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+        noise = random.normal(0, 6, (height, width, 1))
+        pixels = np.clip(np.asarray(image) + noise, 0, 255).astype(np.uint8)
+        Image.fromarray(pixels).save(path, quality=85)
+
+
+def theirs(folder: Path) -> Callable[[], int]:
+    transforms = torchvision().transforms
+    dataset = torchvision().datasets.ImageFolder(
+        folder / "train",
+        transforms.Compose(
+            [
+                transforms.RandomResizedCrop(SIZE),
+                transforms.RandomHorizontalFlip(),
+                transforms.ToTensor(),
+                transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+            ]
+        ),
+    )
+    loader = torch.utils.data.DataLoader(dataset, BATCH, shuffle=True, num_workers=CORES)
+    return lambda: sum(len(inputs) for inputs, _ in loader)
+
+
+def loader_of(dataset: PackedDataset) -> Loader:
+    stream = SampleStream(len(dataset.train), BATCH, 10**6, every=len(dataset.train))
+    padding = 0 if dataset.is_encoded else SIZE // 8
+    reader = PackedReader(dataset, 0, padding=padding, flip=True, device=torch.device("cpu"))
+    return Loader(dataset, reader, stream, 0)
+
+
+def ours(dataset: PackedDataset) -> Callable[[], int]:
+    loader, steps, place = loader_of(dataset), len(dataset.train) // BATCH, [0]
+
+    def epoch() -> int:
+        count = 0
+        for k in range(place[0], place[0] + steps):
+            count += len(loader.get(k, then=range(k + 1, k + 1 + loader.ahead)).inputs)
+        place[0] += steps
+        return count
+
+    return epoch
+
+
+def packing(folder: Path, out: Path, encoded: bool) -> tuple[PackedDataset, float]:
+    began = time.perf_counter()
+    arguments = {"image_size": SIZE} | ({"encoded": True} if encoded else {})
+    dataset = pack("imagefolder", folder, arguments, out)
+    return dataset, (len(dataset.train) + len(dataset.test)) / (time.perf_counter() - began)
+
+
+def train(dataset: PackedDataset, name: str, steps: int) -> float:
+    """Share of the time of training steps in which the next batch is not there."""
+    loader = loader_of(dataset)
+    model = models.build(name, {}, **dataset.offered)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    waited, began = 0.0, 0.0
+    for k in range(steps + 1):
+        if k == 1:
+            waited, began = 0.0, time.perf_counter()
+        before = time.perf_counter()
+        batch = loader.get(k, then=range(k + 1, k + 1 + loader.ahead))
+        waited += time.perf_counter() - before
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(model(batch.inputs), batch.targets).backward()
+        optimizer.step()
+    return waited / (time.perf_counter() - began)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--images", type=int, default=100_000)
+    parser.add_argument("--folder", type=Path, default=Path("data/drawn"))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--train", type=int, default=0, metavar="STEPS")
+    parser.add_argument("--model", default="resnet18")
+    arguments = parser.parse_args()
+    torch.set_num_threads(CORES if arguments.train else 1)
+    draw(arguments.folder, arguments.images)
+    with tempfile.TemporaryDirectory(dir=arguments.folder.parent) as temporary:
+        rates: dict[str, float] = {}
+        encoded, rates["packing, JPEG"] = packing(
+            arguments.folder, Path(temporary, "encoded.h5"), encoded=True
+        )
+        began = time.perf_counter()
+        loader_of(encoded).get(0)
+        print(f"first batch from packed JPEG after {time.perf_counter() - began:.2f} s")
+        if arguments.train:
+            share = train(encoded, arguments.model, arguments.train)
+            print(f"{arguments.model}, batch {BATCH}: {share:.1%} of the time waiting for data")
+            return
+        decoded, rates["packing, pixels"] = packing(
+            arguments.folder, Path(temporary, "pixels.h5"), encoded=False
+        )
+        sources = {
+            "ImageFolder and DataLoader": theirs(arguments.folder),
+            "packed JPEG": ours(encoded),
+            "packed pixels": ours(decoded),
+        }
+        for _ in range(arguments.rounds):
+            for name, epoch in sources.items():
+                began = time.perf_counter()
+                rates[name] = max(rates.get(name, 0), epoch() / (time.perf_counter() - began))
+    base = rates["ImageFolder and DataLoader"]
+    print("| | images/s | against ImageFolder |\n| --- | --: | --: |")
+    for name, rate in rates.items():
+        against = f"{rate / base:.2f} ×" if not name.startswith("packing,") else ""
+        print(f"| {name} | {rate:.0f} | {against} |")
+
+
+if __name__ == "__main__":
+    main()

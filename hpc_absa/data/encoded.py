@@ -1,0 +1,189 @@
+"""Images that a packed file holds as they were encoded (JPEG, PNG, ...), decoded as they are used.
+
+`EncodedImages` takes the place of the array of pixels in a `Split`: indexed, it gives centre crops
+as uint8 [b, 3, S, S]; `random_crops` gives augmented ones. Images are decoded by a pool of threads;
+Pillow lets other threads run while it decodes and resizes.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hpc_absa.data.resized_crop import center_box, random_boxes, resized
+from hpc_absa.errors import HpcAbsaError, UsageError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image as PILImage
+
+REDUCTIONS = (8, 4, 2)
+"""Fractions of its size at which libjpeg can decode an image."""
+
+
+def decode(data: Any, title: str, need: tuple[int, int] | None = None) -> PILImage:
+    """An encoded image in RGB: what Pillow's `convert("RGB")` gives.
+
+    Args:
+        data: Bytes of a file in any format that Pillow reads.
+        title: Names the image in errors.
+        need: Width and height that are enough; a JPEG is then decoded at 1/2, 1/4 or 1/8 of its
+            size if that is not smaller.
+
+    Raises:
+        UsageError: More than 8 bits per pixel in a mode that Pillow would clip.
+        HpcAbsaError: Not an image, or truncated.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(data)) as opened:
+            mode = opened.mode
+            if mode in ("I", "F") or mode.startswith("I;16"):
+                raise UsageError(
+                    f"{title}: pixels of {32 if mode in ('I', 'F') else 16} bits (Pillow's mode "
+                    f"{mode}) would be clipped to white; convert the images to 8 bits"
+                )
+            if need is not None:
+                opened.draft("RGB", need)
+            return opened.convert("RGB")
+    except UsageError:
+        raise
+    except Exception as error:  # damaged files give errors of many types
+        raise HpcAbsaError(f"{title}: unreadable image ({error})") from error
+
+
+class EncodedImages:
+    """Encoded images [N, 3, S, S] of a packed file; reads and decodes on access."""
+
+    dtype = np.dtype(np.uint8)
+
+    def __init__(
+        self,
+        data: NDArray[np.uint8],
+        starts: NDArray[np.int64],
+        lengths: NDArray[np.int64],
+        sizes: NDArray[np.int64],
+        image_size: int,
+        path: Path,
+        chosen: NDArray[np.int64] | None = None,
+    ) -> None:
+        """
+        Args:
+            data: All encoded images, one after the other; mapped from the file.
+            starts: [N], of each image in `data`.
+            lengths: [N], bytes.
+            sizes: [N, 2], width and height in pixels.
+            image_size: S, side of the crops.
+            path: Of the file, for errors.
+            chosen: The images of a part of the data set.
+        """
+        self._data, self._starts, self._lengths, self._sizes = data, starts, lengths, sizes
+        self.image_size, self._path, self._chosen = image_size, path, chosen
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        count = len(self._starts) if self._chosen is None else len(self._chosen)
+        return count, 3, self.image_size, self.image_size
+
+    @property
+    def nbytes(self) -> int:
+        return int(self._lengths.sum())
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def part(self, chosen: NDArray[np.int64]) -> EncodedImages:
+        """These images only."""
+        if self._chosen is not None:
+            chosen = self._chosen[chosen]
+        return EncodedImages(
+            self._data, self._starts, self._lengths, self._sizes, self.image_size, self._path,
+            chosen,
+        )  # fmt: skip
+
+    def __getitem__(self, samples: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """Centre crops, [b, 3, S, S]."""
+        indices = self._indices(samples)
+        return self._map(lambda k: self._center(indices[k]), len(indices))
+
+    def random_crops(
+        self, samples: NDArray[np.int64], seed: int, epochs: NDArray[np.int64], flip: bool
+    ) -> NDArray[np.uint8]:
+        """Random resized crops, half of them mirrored with `flip`, [b, 3, S, S].
+
+        What happens to an image does not depend on the other images of its batch.
+        """
+        indices = self._indices(samples)
+        widths, heights = self._sizes[indices].T
+        boxes, mirrored = random_boxes(seed, epochs, np.asarray(samples), widths, heights)
+        return self._map(
+            lambda k: self._crop(indices[k], boxes[k], bool(flip and mirrored[k])),
+            len(indices),
+        )
+
+    def _indices(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:
+        samples = np.asarray(samples)
+        return samples if self._chosen is None else self._chosen[samples]
+
+    def _map(self, image: Callable[[int], NDArray[np.uint8]], count: int) -> NDArray[np.uint8]:
+        out = np.empty((count, 3, self.image_size, self.image_size), np.uint8)
+
+        def fill(k: int) -> None:
+            out[k] = image(k).transpose(2, 0, 1)
+
+        list(self._pool.map(fill, range(count)))
+        return out
+
+    @cached_property
+    def _pool(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(len(os.sched_getaffinity(0)), thread_name_prefix="decode")
+
+    def _open(self, index: int, need: tuple[int, int] | None) -> PILImage:
+        start = int(self._starts[index])
+        data = self._data[start : start + int(self._lengths[index])]
+        return decode(data, f"{self._path}: image {index}", need)
+
+    def _center(self, index: int) -> NDArray[np.uint8]:
+        from PIL import Image
+
+        width, height = (int(n) for n in self._sizes[index])
+        size = resized(width, height, self.image_size)
+        image = self._open(index, self._need(width, height, width, height, size))
+        image = image.resize(size, Image.Resampling.BILINEAR)
+        return np.asarray(image.crop(center_box(*size, self.image_size)))
+
+    def _crop(self, index: int, box: NDArray[np.int64], mirrored: bool) -> NDArray[np.uint8]:
+        from PIL import Image
+
+        left, top, width, height = box.tolist()
+        whole_width, whole_height = self._sizes[index].tolist()
+        size = self.image_size, self.image_size
+        need = self._need(whole_width, whole_height, width, height, size)
+        image = self._open(index, need)
+        if image.size == (whole_width, whole_height):
+            # cropped first, so that no pixel outside of the box has an influence
+            image = image.crop((left, top, left + width, top + height))
+            image = image.resize(size, Image.Resampling.BILINEAR)
+        else:
+            x, y = image.size[0] / whole_width, image.size[1] / whole_height
+            edges = left * x, top * y, (left + width) * x, (top + height) * y
+            image = image.resize(size, Image.Resampling.BILINEAR, box=edges)
+        pixels = np.asarray(image)
+        return pixels[:, ::-1] if mirrored else pixels
+
+    def _need(
+        self, width: int, height: int, crop_width: int, crop_height: int, size: tuple[int, int]
+    ) -> tuple[int, int] | None:
+        """Size that the image can be decoded at, if the crop is twice its final size or more."""
+        for reduction in REDUCTIONS:
+            if crop_width >= reduction * size[0] and crop_height >= reduction * size[1]:
+                return -(-width // reduction), -(-height // reduction)
+        return None

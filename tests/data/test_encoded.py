@@ -1,0 +1,386 @@
+"""Packed files with encoded images: what torchvision gives, packing, resuming, damaged files."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from hpc_absa import config
+from hpc_absa.comm import SerialCommunicator
+from hpc_absa.data import encoded_packing
+from hpc_absa.data.arrays import PackedReader
+from hpc_absa.data.encoded import decode
+from hpc_absa.data.encoded_packing import EncodedSource, pack_encoded
+from hpc_absa.data.loader import Loader
+from hpc_absa.data.packed import open_packed
+from hpc_absa.data.prepare import describe, pack
+from hpc_absa.data.resized_crop import random_boxes
+from hpc_absa.data.subset import training_subset
+from hpc_absa.errors import CollectiveError, HpcAbsaError, UsageError
+from hpc_absa.progress import SampleStream
+from hpc_absa.rundir import RunDir
+from hpc_absa.torchvision_import import torchvision
+from hpc_absa.training.clock import Clock
+from hpc_absa.training.setup import build_trainer
+from tests.training import runs
+
+S = 32
+
+
+def picture(width, height, seed=0):
+    """A smooth image with noise, which a JPEG keeps well."""
+    random = np.random.default_rng(seed)
+    coarse = random.integers(0, 256, (4, 5, 3), dtype=np.uint8)
+    image = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+    noise = random.integers(-8, 9, (height, width, 3))
+    return Image.fromarray(np.clip(np.asarray(image) + noise, 0, 255).astype(np.uint8))
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """Two classes of images of different sizes and formats."""
+    folder = tmp_path_factory.mktemp("images")
+    sizes = [(40, 50), (64, 48), (33, 90), (100, 37), (200, 160), (70, 70), (31, 45), (500, 400)]
+    for part, count in (("train", 8), ("val", 3)):
+        for k in range(2 * count):
+            parent = folder / part / "ab"[k % 2]
+            parent.mkdir(parents=True, exist_ok=True)
+            image = picture(*sizes[k % len(sizes)], seed=k)
+            if k % 5 == 1:
+                image = image.convert("L")
+            if k % 5 == 2:
+                image = image.convert("CMYK")
+            if k % 5 == 3:
+                image.convert("P").save(parent / f"{k:02d}.png")
+            else:
+                image.save(parent / f"{k:02d}.jpg", quality=90)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def dataset(root, tmp_path_factory):
+    path = tmp_path_factory.mktemp("packed") / "set.h5"
+    return pack("imagefolder", root, {"image_size": S, "encoded": True}, path)
+
+
+# Against torchvision
+
+
+def folder_of(root, part, transform):
+    return torchvision().datasets.ImageFolder(root / part, transform)
+
+
+def test_centre_crops_are_those_of_torchvision(dataset, root):
+    transforms = torchvision().transforms
+    short = round(S * 256 / 224)
+    theirs = transforms.Compose(
+        [transforms.Resize(short), transforms.CenterCrop(S), transforms.PILToTensor()]
+    )
+    folder = folder_of(root, "val", theirs)
+    ours = dataset.test.images[np.arange(len(folder))]
+    for k, (pixels, label) in enumerate(folder):
+        assert dataset.test.labels[k] == label
+        difference = np.abs(ours[k].astype(int) - pixels.numpy().astype(int))
+        # A JPEG of twice the size or more is decoded at a smaller scale.
+        large = min(Image.open(folder.samples[k][0]).size) >= 2 * short
+        assert difference.max() <= (24 if large else 0)
+        assert difference.mean() < 2
+
+
+def test_random_crops_are_those_of_torchvision_for_the_same_boxes(dataset, root):
+    functional = torchvision().transforms.functional
+    samples = np.arange(len(dataset.train))
+    epochs = np.full(len(samples), 3)
+    ours = dataset.train.images.random_crops(samples, 7, epochs, flip=True)
+    images = [image for image, _ in folder_of(root, "train", None)]
+    widths, heights = (np.array([image.size[k] for image in images]) for k in (0, 1))
+    boxes, mirrored = random_boxes(7, epochs, samples, widths, heights)
+    exact = 0
+    for k, image in enumerate(images):
+        left, top, width, height = boxes[k].tolist()
+        theirs = functional.resized_crop(image, top, left, height, width, [S, S], antialias=True)
+        if mirrored[k]:
+            theirs = functional.hflip(theirs)
+        theirs = np.asarray(theirs).transpose(2, 0, 1).astype(int)
+        difference = np.abs(ours[k].astype(int) - theirs)
+        if width < 2 * S or height < 2 * S:
+            assert difference.max() == 0
+            exact += 1
+        assert difference.mean() < 2.5
+    assert exact >= 10
+    assert 0 < mirrored.sum() < len(samples)
+
+
+def test_boxes_have_the_distribution_of_torchvision():
+    """Area, ratio, position and share of fallbacks, of three sizes."""
+    transform = torchvision().transforms.RandomResizedCrop(224)
+    n = 4000
+    torch.manual_seed(0)
+    for width, height in ((500, 375), (120, 400), (640, 100)):
+        image = Image.new("L", (width, height))
+        theirs = [transform.get_params(image, transform.scale, transform.ratio) for _ in range(n)]
+        top, left, h, w = np.array(theirs).T
+        ours, _ = random_boxes(
+            1, np.zeros(n, np.int64), np.arange(n), np.full(n, width), np.full(n, height)
+        )
+        for mine, other in zip(ours.T, (left, top, w, h), strict=True):
+            assert ks(mine, other) < 1.95 * np.sqrt(2 / n)  # a level of 0.001
+        assert ks(ours[:, 2] * ours[:, 3], w * h) < 1.95 * np.sqrt(2 / n)
+        assert ks(ours[:, 2] / ours[:, 3], w / h) < 1.95 * np.sqrt(2 / n)
+        assert (ours[:, 0] + ours[:, 2] <= width).all()
+        assert (ours[:, 1] + ours[:, 3] <= height).all()
+
+
+def ks(one, other):
+    """Distance of two empirical distributions."""
+    values = np.sort(np.concatenate([one, other]))
+    cdfs = [np.searchsorted(np.sort(x), values, side="right") / len(x) for x in (one, other)]
+    return np.abs(cdfs[0] - cdfs[1]).max()
+
+
+# Order and augmentation
+
+
+def loader(dataset, b=5, seed=3):
+    stream = SampleStream(len(dataset.train), b, epochs=9, every=len(dataset.train))
+    reader = PackedReader(dataset, seed, padding=4, flip=True, device=torch.device("cpu"))
+    return Loader(dataset, reader, stream, seed)
+
+
+def test_a_sample_is_the_same_in_any_batch_and_differs_between_epochs(dataset):
+    whole, parts = loader(dataset, b=16), loader(dataset, b=4)
+    batch = whole.get(0)
+    pieces = torch.cat([parts.get(k).inputs for k in range(4)])
+    assert torch.equal(batch.inputs, pieces)
+    assert batch.inputs.shape == (16, 3, S, S)
+    again = whole.get(1)
+    same = [(batch.samples == s).argmax() for s in again.samples]
+    assert not any(torch.equal(a, batch.inputs[k]) for a, k in zip(again.inputs, same, strict=True))
+
+
+def test_a_loader_that_starts_in_mid_epoch_gives_the_same(dataset):
+    straight, resumed = loader(dataset), loader(dataset)
+    batches = [straight.get(k, then=[k + 1]) for k in range(7)]
+    assert torch.equal(resumed.get(6).inputs, batches[6].inputs)
+
+
+JOB = """
+name = "encoded"
+data = { name = "imagefolder", image_size = 32, encoded = true }
+model = { name = "tests.data.test_encoded:net" }
+schedule = { method = "abs", base_batch = 4, max_batch = 8, kappa = 2 }
+hessian = { samples = 8, tol = 0.1 }
+ranks = { max = 1 }
+checkpoint = { async = false }
+[train]
+epochs = 3
+microbatch = 4
+lr = 0.01
+threads_per_rank = 1
+metrics = ["accuracy", "top5"]
+"""
+
+
+def train(root, folder, stop_after=None):
+    """A run of the job, stopped and continued once after so many steps."""
+    threads = torch.get_num_threads()
+    job = config.parse(JOB, "test", (f"data.root={root}",))
+    for steps in [stop_after, None] if stop_after else [None]:
+        stop, built = runs.Stop(), None
+        built = build_trainer(
+            job, RunDir(folder).create(), SerialCommunicator(), Clock(), stop, io.StringIO(), ()
+        )
+        end_step = built.run.end_step
+
+        def counted(step, result, end_step=end_step, stop=stop, built=built, steps=steps):
+            end_step(step, result)
+            stop.now = built.run.state.progress.position.step == steps
+
+        built.run.end_step = counted
+        built.train()
+    torch.set_num_threads(threads)
+    return built, runs.events(folder, "epoch", "decision")
+
+
+def net(classes):
+    return torch.nn.Sequential(
+        torch.nn.AvgPool2d(8), torch.nn.Flatten(), torch.nn.Linear(48, classes)
+    )
+
+
+def test_training_with_a_stop_in_mid_epoch_gives_the_same_bits(root, tmp_path, monkeypatch):
+    whole, events = train(root, tmp_path / "whole")
+    parts, again = train(root, tmp_path / "parts", stop_after=5)
+    assert runs.state_bits(whole.run.state) == runs.state_bits(parts.run.state)
+    epochs, continued = ([e for e in e2 if e["event"] == "epoch"] for e2 in (events, again))
+    assert continued == epochs
+    assert epochs[-1]["metrics"]["top5"] == 1.0
+    resumed = [e["step"] for e in runs.events(tmp_path / "parts", "phase_start")]
+    assert resumed[1] == 6, "two steps after the first epoch, of four"
+
+
+def test_padding_is_refused(root, tmp_path):
+    job = config.parse(JOB, "test", (f"data.root={root}", "data.padding=4"))
+    with pytest.raises(CollectiveError, match=r"data\.padding = 4: expected none with encoded"):
+        build_trainer(
+            job, RunDir(tmp_path).create(), SerialCommunicator(), Clock(), runs.Stop(),
+            io.StringIO(), (),
+        )  # fmt: skip
+
+
+def test_part_of_the_training_set(dataset):
+    part = training_subset(dataset, 5)
+    assert len(part.train) == len(part.train.images) == 5
+    assert part.train.images.shape == (5, 3, S, S)
+    chosen = [
+        k for k in range(16) if any((dataset.train.images[np.array([k])] == x).all()
+                                    for x in part.train.images[np.arange(5)])
+    ]  # fmt: skip
+    assert len(chosen) == 5
+
+
+def test_what_the_file_says(dataset):
+    described = describe(dataset.path)
+    assert (described["train"], described["test"], described["shape"]) == (16, 6, [3, S, S])
+    assert (described["format_version"], described["dtype"]) == (2, "uint8")
+    crops = dataset.train.images[np.arange(16)]
+    assert dataset.mean == pytest.approx(crops.mean(axis=(0, 2, 3)) / 255)
+    assert dataset.std == pytest.approx((crops / 255).std(axis=(0, 2, 3)))
+    assert dataset.is_image
+
+
+# Packing
+
+
+def files_of(root, count=None):
+    files = sorted((root / "train").rglob("*.*"))[:count]
+    return files, [k % 2 for k in range(len(files))]
+
+
+def source(root, **keys):
+    return EncodedSource(files_of(root), files_of(root, 4), ("a", "b"), S, **keys)
+
+
+def test_a_packing_that_was_stopped_is_continued(root, tmp_path, monkeypatch):
+    monkeypatch.setattr(encoded_packing, "BLOCK", 3)
+    whole = pack_encoded(tmp_path / "whole.h5", source(root), "x", {})
+    packed = []
+
+    def stop(done, total):
+        packed.append(done)
+        if done == 9:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pack_encoded(tmp_path / "parts.h5", source(root), "x", {}, stop)
+    assert not (tmp_path / "parts.h5").exists()
+    reads = []
+    original = encoded_packing._pack
+    monkeypatch.setattr(
+        encoded_packing, "_pack", lambda d, file, o: reads.append(file) or original(d, file, o)
+    )
+    parts = pack_encoded(tmp_path / "parts.h5", source(root), "x", {})
+    assert len(reads) == 20 - 9
+    assert parts.digest == whole.digest
+    assert (parts.train.images[np.arange(16)] == whole.train.images[np.arange(16)]).all()
+    assert {file.name for file in tmp_path.iterdir()} == {"whole.h5", "parts.h5"}
+
+
+def test_other_files_start_again(root, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        pack_encoded(tmp_path / "set.h5", source(root), "x", {}, interrupt)
+    other = EncodedSource(files_of(root, 7), files_of(root, 4), ("a", "b"), S)
+    assert len(pack_encoded(tmp_path / "set.h5", other, "x", {}).train) == 7
+
+
+def interrupt(done, total):
+    raise KeyboardInterrupt
+
+
+@pytest.fixture
+def damaged(root, tmp_path):
+    """A copy of the folder with a truncated file, one that is no image, and one of 16 bits."""
+    folder = tmp_path / "images"
+    for file in (f for f in root.rglob("*") if f.is_file()):
+        copy = folder / file.relative_to(root)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(file.read_bytes())
+    first = folder / "train" / "a" / "00.jpg"
+    first.write_bytes(first.read_bytes()[:700])
+    (folder / "train" / "a" / "text.jpg").write_text("no image")
+    deep = Image.fromarray(np.full((40, 40), 40000, np.uint16))
+    deep.save(folder / "train" / "b" / "deep.png")
+    return folder
+
+
+def test_an_unreadable_file_stops_the_packing_and_is_named(damaged, tmp_path):
+    with pytest.raises(UsageError, match=r"00\.jpg: unreadable image .* data\.unreadable = 'skip'"):
+        pack("imagefolder", damaged, {"image_size": S, "encoded": True}, tmp_path / "set.h5")
+    assert not (tmp_path / "set.h5").exists()
+
+
+def test_unreadable_files_are_left_out_and_listed(damaged, tmp_path):
+    arguments = {"image_size": S, "encoded": True, "unreadable": "skip"}
+    packed = pack("imagefolder", damaged, arguments, tmp_path / "set.h5")
+    assert len(packed.train) == 15
+    assert packed.notes["unreadable images, left out"] == 3
+    lines = (tmp_path / "set.h5.unreadable.txt").read_text().splitlines()
+    assert [line.split(": ")[0].rpartition("/")[2] for line in lines] == [
+        "00.jpg", "text.jpg", "deep.png"
+    ]  # fmt: skip
+    assert "16 bits" in lines[2]
+    assert packed.train.images[np.arange(15)].shape == (15, 3, S, S)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ({"encoded": True}, "data.image_size: missing"),
+        ({"image_size": S, "unreadable": "skip"}, "expected encoded = true"),
+        ({"image_size": S, "encoded": True, "unreadable": "no"}, "expected 'stop' or 'skip'"),
+    ],
+)
+def test_wrong_arguments(root, tmp_path, arguments, line):
+    with pytest.raises(UsageError, match=line):
+        pack("imagefolder", root, arguments, tmp_path / "set.h5")
+
+
+def test_kinds_of_images_are_those_of_convert_rgb():
+    """EXIF orientation is not applied, CMYK and palettes become RGB: as in ImageFolder."""
+    for mode in ("L", "P", "CMYK", "1", "LA", "RGBA"):
+        image = picture(20, 30).convert("RGB").convert(mode)
+        out = io.BytesIO()
+        image.save(out, "TIFF")
+        expected = np.asarray(Image.open(io.BytesIO(out.getvalue())).convert("RGB"))
+        assert (np.asarray(decode(out.getvalue(), "x")) == expected).all()
+    rotated = io.BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture(20, 30).save(rotated, "JPEG", exif=exif)
+    assert decode(rotated.getvalue(), "x").size == (20, 30)
+
+
+def test_a_huge_image_is_refused_by_name(root, tmp_path, monkeypatch):
+    """Pillow's limit, which protects against files that decode to more than the memory."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 70_000)
+    with pytest.raises(UsageError, match=r"\.jpg: unreadable image \(Image size .* exceeds limit"):
+        pack("imagefolder", root, {"image_size": S, "encoded": True}, tmp_path / "set.h5")
+
+
+def test_a_damaged_packed_file_is_refused(dataset, tmp_path):
+    path = tmp_path / "cut.h5"
+    data = dataset.path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+    with pytest.raises(HpcAbsaError, match="damaged"):
+        open_packed(path)
+
+
+def test_the_journal_has_a_line_for_each_block(root, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        pack_encoded(tmp_path / "set.h5", source(root), "x", {}, interrupt)
+    first, second = (tmp_path / ".set.h5.partial.jsonl").read_text().splitlines()
+    assert set(json.loads(first)) == {"files"}
+    assert json.loads(second)["part"] == "train"

@@ -122,7 +122,7 @@ def replay(run: RunDir, questions: int, answers: dict[float, Answers]) -> tuple[
 def _subject(run: RunDir) -> Subject:
     job, comm, cpu = config.load(run.job), SerialCommunicator(), torch.device("cpu")
     dataset = open_data(job, run, comm)
-    course = stream_of(job, len(dataset.train.labels))
+    course = stream_of(job, len(dataset.train))
     batches = build_loader(job, dataset, course, cpu)
     sample = hessian_sample(job, batches, course, job.hessian.samples)
     return Subject(job, *build_model_and_loss(job, dataset, cpu), sample)

@@ -20,7 +20,7 @@ def perturb(
     inputs: Any,
     targets: Any,
     step: Tensor,
-    valid: tuple[Tensor, Tensor],
+    valid: tuple[Tensor, Tensor] | None,
     count: int | None = None,
     call: Call = lambda model, inputs: model(inputs),
 ) -> Any:
@@ -40,7 +40,8 @@ def perturb(
         targets: as the loss takes them.
         step: ε in the units of `inputs`, broadcastable to them (for ε in pixel units, ε divided by
             the normalization's standard deviation).
-        valid: smallest and largest value of an input, each broadcastable to `inputs`.
+        valid: smallest and largest value of an input, each broadcastable to `inputs`; None: those
+            of the batch.
         count: only the first `count` inputs are changed; all by default.
         call: how the model is called.
     """
@@ -69,9 +70,10 @@ def perturb(
             raise
         found = gradients(n)
     for index, gradient in zip(floats, found, strict=True):
-        x = leaves[index][:count]
-        moved = torch.clamp(x + step * gradient[:count].sign(), min=valid[0], max=valid[1])
-        leaves[index] = torch.cat([moved, leaves[index][count:]]) if count < n else moved
+        x = leaves[index]
+        low, high = valid or (x.amin(), x.amax())
+        moved = torch.clamp(x[:count] + step * gradient[:count].sign(), min=low, max=high)
+        leaves[index] = torch.cat([moved, x[count:]]) if count < n else moved
     return tree_unflatten(leaves, structure)
 
 

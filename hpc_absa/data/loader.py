@@ -20,8 +20,6 @@ from hpc_absa.data.order import permutation
 Part = Literal["train", "test"]
 Indices = NDArray[np.int64]
 
-RANGE_OF_IMAGES = (0.0, 1.0)
-
 
 class Batch(NamedTuple):
     """Samples as a model and a loss take them, on the model's device."""
@@ -161,9 +159,9 @@ class Loader:
         for batch, number in pending:
             yield batch.result(), number
 
-    def sample(self, indices: Indices) -> Batch:
-        """Training samples without augmentation of ours, for the Hessian."""
-        return self.reader.read("train", indices)
+    def sample(self, indices: Indices, part: Part = "train") -> Batch:
+        """Samples without augmentation of ours, such as for the Hessian."""
+        return self.reader.read(part, indices)
 
     def _order(self, epoch: int) -> Indices:
         """An epoch's order; those next to it are kept for microbatches that straddle its end."""

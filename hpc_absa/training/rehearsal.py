@@ -92,8 +92,7 @@ def _rehearse(trainer: Trainer) -> None:
         if trainer.adversary and run.adversarial_fraction:
             _require_floats(inputs)
             with user_code(f"{model_name}: the gradient by its inputs, for adversarial examples"):
-                adversary = trainer.adversary
-                step, valid = adversary.step, adversary.bounds(inputs)
+                step, valid = trainer.adversary.step, trainer.adversary.valid
                 perturb(model, trainer.loss, inputs, targets, step, valid, call=call)
         if run.rule.wants_eigenvalue(progress.schedule):
             _rehearse_hessian(trainer, indices)

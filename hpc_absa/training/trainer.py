@@ -32,10 +32,6 @@ class Adversary:
     valid: tuple[Tensor, Tensor] | None
     """Smallest and largest valid input, likewise; None: those of the microbatch."""
 
-    def bounds(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """What adversarial examples of these inputs are clamped to."""
-        return self.valid or (inputs.amin(), inputs.amax())
-
 
 class Trainer:
     """Trains on the present ranks, until done, stopped, or to be continued with more ranks."""
@@ -151,7 +147,7 @@ class Trainer:
                 inputs,
                 targets,
                 self.adversary.step,
-                self.adversary.bounds(inputs),
+                self.adversary.valid,
                 count,
                 call,
             )

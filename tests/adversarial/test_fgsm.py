@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from hpc_absa.adversarial.fgsm import perturb
+from hpc_absa.adversarial.fgsm import has_floats, perturb
 
 EPSILON = 0.03
 MEAN = torch.tensor([0.5, 0.4, 0.3]).view(1, 3, 1, 1)
@@ -220,3 +220,37 @@ def test_a_loss_with_its_denominator(model, pixels, targets):
     torch.testing.assert_close(
         attack(model, pixels, targets, loss=loss), attack(model, pixels, targets)
     )
+
+
+# Nested inputs
+
+
+class TwoInputs(nn.Module):
+    def forward(self, inputs):
+        return (inputs["x"] * inputs["scale"]).sum(1) + inputs["ids"].sum(1)
+
+
+def nested(n=4):
+    generator = torch.Generator().manual_seed(0)
+    x, scale = torch.randn(2, n, 3, generator=generator)
+    return {"x": x, "scale": scale, "ids": torch.arange(3 * n).view(n, 3), "name": "a"}
+
+
+@pytest.mark.parametrize("count", [None, 2])
+def test_all_floating_point_tensors_of_nested_inputs_are_moved(count):
+    inputs = nested()
+    step, targets = torch.tensor(0.1), torch.zeros(4)
+
+    def loss(outputs, targets):
+        return (outputs - targets).mean()  # whose gradient is x by scale, and scale by x
+
+    moved = perturb(TwoInputs(), loss, inputs, targets, step, None, count)
+    rows = slice(count)
+    for name, gradient in (("x", inputs["scale"]), ("scale", inputs["x"])):
+        low, high = inputs[name].amin(), inputs[name].amax()
+        expected = inputs[name].clone()
+        expected[rows] = (expected + 0.1 * gradient.sign()).clamp(low, high)[rows]
+        torch.testing.assert_close(moved[name], expected)
+    assert moved["ids"] is inputs["ids"]
+    assert moved["name"] == "a"
+    assert not has_floats({"ids": inputs["ids"], "name": "a"})

@@ -15,9 +15,14 @@ from hpc_absa import allocation, config, schedules
 from hpc_absa.config import Job, Launchable, Script
 from hpc_absa.errors import ExitStatus, UsageError
 from hpc_absa.rundir import RunDir
+from hpc_absa.rundir.lock import CLOCK_TOLERANCE
 from hpc_absa.supervisor.launchers import Command
 from hpc_absa.supervisor.process import PYTHON, Exit, Failure
 from hpc_absa.worldsize import ranks_for
+
+TRACEBACK = "Traceback (most recent call last):"
+MOST_LINES = 30
+"""Of a traceback that are shown; the log has all."""
 
 SCRIPT = "script"
 """`data.name` in the `job.toml` of a script's run."""
@@ -67,6 +72,16 @@ class Program(ABC):
     def failed_after(self, outcome: str, ended: Exit) -> Failure | None:
         """What went wrong in the ranks after the end of their phase with `outcome`."""
         return None
+
+    def traceback(self, run: RunDir, rank: int | None, since: float) -> list[str]:
+        """The lines of an exception in the user's own code, for the console.
+
+        Args:
+            run: the run directory.
+            rank: that failed, None for any.
+            since: Unix seconds of the launch.
+        """
+        return []
 
 
 class JobProgram(Program):
@@ -129,12 +144,12 @@ class ScriptProgram(Program):
         return job.model_copy(update={"ranks": ranks})
 
     def failed(self, ended: Exit, began: bool) -> Failure | None:
-        command = shlex.join(self.settings.command)
+        command, status = shlex.join(self.settings.command), f"exited with status {ended.code}"
+        if ended.code and began:
+            return Failure(f"{command}: {status} within its hpc_absa.Run", exit_code=ended.code)
         if ended.code:
-            when = "" if began else " before its hpc_absa.Run began"
-            line = ended.last_line() or "no output"
-            reason = f"{command}: exited with status {ended.code}{when}: {line}"
-            return Failure(reason, exit_code=ended.code, early=not began)
+            reason = f"{command}: {status} before its hpc_absa.Run began: {ended.last_line()}"
+            return Failure(reason, exit_code=ended.code, early=True)
         if began:
             reason = f"{command}: exited before its hpc_absa.Run was at its end"
             return Failure(reason, exit_code=ExitStatus.FAILED, final=True)
@@ -144,9 +159,18 @@ class ScriptProgram(Program):
     def failed_after(self, outcome: str, ended: Exit) -> Failure | None:
         if ended.code <= 0 or ended.killed_rank():
             return None
-        reason = f"{shlex.join(self.settings.command)}: exited with status {ended.code} after its "
-        reason += f"hpc_absa.Run had ended ({outcome}): {ended.last_line() or 'no output'}"
+        command, status = shlex.join(self.settings.command), f"exited with status {ended.code}"
+        reason = f"{command}: {status} after its hpc_absa.Run had ended ({outcome})"
         return Failure(reason, exit_code=ExitStatus.FAILED, final=True)
+
+    def traceback(self, run: RunDir, rank: int | None, since: float) -> list[str]:
+        ranks = "*" if rank is None else f"{rank:04d}"
+        for log in sorted(run.logs.glob(f"phase-*-rank-{ranks}.log"), reverse=True):
+            if log.stat().st_mtime >= since - CLOCK_TOLERANCE:
+                _, mark, lines = log.read_text(errors="replace").rpartition(TRACEBACK)
+                if mark:
+                    return [TRACEBACK, *lines.strip("\n").splitlines()[-MOST_LINES:]]
+        return []
 
     def _require_same(self, run: RunDir) -> None:
         """Refuse to continue a run of another command, or of a job file."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import asdict
 from importlib.util import find_spec
@@ -54,7 +55,7 @@ class Supervisor:
         self._resources = resources or resources_of(self._settings, self._on_host_change)
         self._lock = RunLock(run)
         self._process: LauncherProcess | None = None
-        self._ranks = 0
+        self._ranks, self._launched = 0, 0.0
         self._relaunching = False
         """The ranks were asked to save and exit so that a returned host can be used."""
         self.stopped_by: int | None = None
@@ -149,6 +150,7 @@ class Supervisor:
             self._run.failure.unlink(missing_ok=True)
             self._resources.report_success()
             if failure := self._program.failed_after(outcome, ended):
+                self._show_traceback(None)
                 if outcome == "done":
                     return failure
                 self._show(f"warning: {failure.reason}")
@@ -168,6 +170,7 @@ class Supervisor:
         log = self._run.logs / f"world-{number:06d}-{self._settings.launch.launcher}.log"
         with log.open("a", encoding="utf-8") as file:
             file.write(f"$ {start}\n")
+        self._launched = time.time()
         self._process = LauncherProcess(start, log, self._lock.descriptor, self._show)
         # While the ranks start: the next launch reads a checkpoint, and the import takes 0.2 s.
         import hpc_absa.checkpoint  # noqa: F401
@@ -213,10 +216,15 @@ class Supervisor:
 
     def _report(self, failure: Failure) -> None:
         place = f"rank {failure.rank} on {failure.host}: " if failure.rank is not None else ""
+        self._show_traceback(failure.rank)
         self._show(f"failed: {place}{failure.reason}")
         fields = asdict(failure)
         del fields["final"], fields["early"]
         self._run.log.append("failure", None, **fields)
+
+    def _show_traceback(self, rank: int | None) -> None:
+        for line in self._program.traceback(self._run, rank, self._launched):
+            self._show(line)
 
     def _on_host_change(self, host: str, action: str, reason: str) -> None:
         self._show(f"host {host}: {action.replace('_', ' ')}, {reason}")

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -127,6 +128,7 @@ def test_the_printed_command_is_the_executed_one(launch, tmp_path):
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_killed_rank_of_a_script_costs_no_bit(tmp_path, ranks):
     """Against the same script alone, which is not killed any more."""
+    pytest.importorskip("hpc_absa.training.script")
     script = Path(__file__).with_name("elastic_script.py")
     words = [sys.executable, "-m", "tests.supervisor.quick_kill", "launch", "--run-dir", "r"]
     words += [f"--ranks={ranks}", f"--max-ranks={ranks}", "--", "python", str(script), "killed"]
@@ -161,7 +163,7 @@ def test_a_killed_rank_of_a_script_costs_no_bit(tmp_path, ranks):
             "exited with status 1 before its hpc_absa.Run began: "
             "ImportError: no module of that name",
         ),
-        ("--late", 1, 1, "after its hpc_absa.Run had ended (done): no room for the figures"),
+        ("--late", 1, 1, "exited with status 1 after its hpc_absa.Run had ended (done)"),
     ],
 )
 def test_a_script_that_does_not_end_its_run(launch, tmp_path, word, code, launches, line):
@@ -310,3 +312,14 @@ def test_ranks_on_other_hosts_get_the_run_directory(tmp_path, monkeypatch):
     assert "-x HPC_ABSA_RUN_DIR -x HPC_ABSA_MAX_RANKS" in line
     assert started.environment["HPC_ABSA_MAX_RANKS"] == "4"
     assert str(started).startswith(f"cd {tmp_path} && ") is (os.getcwd() != str(tmp_path))
+
+
+def test_the_traceback_of_the_script_is_shown(saved):
+    """That of the last launch, at the end of a log of its ranks."""
+    trace = "Traceback (most recent call last):\n  File x\nValueError: mine\n"
+    saved.rank_log(1, 0).write_text(f"a line\n{trace.replace('mine', 'old')}more\n{trace}")
+    saved.rank_log(1, 1).write_text("no exception\n")
+    shown = program("true").traceback(saved, None, since=0)
+    assert shown == trace.splitlines()
+    assert program("true").traceback(saved, 1, since=0) == []
+    assert program("true").traceback(saved, 0, since=time.time() + 60) == []

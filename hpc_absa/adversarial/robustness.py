@@ -179,7 +179,7 @@ def _fgsm(
     targets: Tensor,
 ) -> Attacked:
     """FGSM on the samples that are classified correctly."""
-    with attacks.frozen(model):
+    with fgsm.frozen(model):
         right = attacks.correct(model, inputs, targets)
     moved = fgsm.perturb(model, loss, inputs, targets, size, valid)
     keep = right.view(-1, *(1,) * (inputs.dim() - 1))
@@ -228,7 +228,7 @@ def measure(
     def classify() -> list[NDArray[np.bool_]]:
         for _, inputs, _ in mine[:1]:
             attacks.require_attackable(inputs)
-        with attacks.frozen(model):
+        with fgsm.frozen(model):
             return [attacks.correct(model, x, y).cpu().numpy() for _, x, y in mine]
 
     right = raise_on_all_ranks(comm, classify)
@@ -256,7 +256,7 @@ def _measure(
     numbers = [number for number, _, _ in mine]
     sizes, rights, updates, example = [], [], 0, None
     for (_, inputs, targets), moved in zip(mine, attacked, strict=True):
-        with attacks.frozen(model), torch.no_grad():
+        with fgsm.frozen(model), torch.no_grad():
             predicted = model(moved.inputs.clone()).argmax(1)
         right = predicted == targets
         rights.append(right.cpu().numpy())

@@ -294,9 +294,10 @@ def read_latencies(path: Any, names: Sequence[str], bits: Sequence[int]) -> Floa
     table = np.zeros((len(names), len(bits)))
     for index, name in enumerate(names):
         try:
-            table[index] = [float(cell) for cell in given[name]]
+            row = [float(cell) for cell in given[name]]
         except ValueError:
-            table[index] = math.nan
+            row = []
+        table[index] = row if len(row) == len(bits) else math.nan
         if not (np.isfinite(table[index]).all() and (table[index] >= 0).all()):
             values = ",".join(given[name])
             raise UsageError(f"{path}: {name},{values}: expected {len(bits)} latencies in ms")

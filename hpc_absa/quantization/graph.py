@@ -21,8 +21,7 @@ from hpc_absa.errors import UsageError, first_line
 Quantizable = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
 _ADDITIONS = (operator.add, operator.iadd, torch.add)
-_THROUGH = (_BatchNorm, nn.ReLU, nn.Identity, nn.Dropout, nn.Dropout2d)
-_THROUGH_FUNCTIONS = (torch.relu, nn.functional.relu, nn.functional.dropout)
+_THROUGH = (_BatchNorm, nn.Identity, nn.Dropout, nn.Dropout2d)
 
 
 @dataclass(frozen=True)
@@ -154,17 +153,11 @@ def _added(graph: fx.GraphModule, names: list[str]) -> tuple[tuple[int, ...], ..
 
 
 def _source(node: object, modules: dict[str, nn.Module], names: list[str]) -> str | None:
-    """The layer whose output an operand is, through operations on each element or channel."""
-    while isinstance(node, fx.Node):
-        if node.op == "call_module":
-            if node.target in names:
-                return str(node.target)
-            if not isinstance(modules[str(node.target)], _THROUGH):
-                return None
-        elif not (
-            (node.op == "call_function" and node.target in _THROUGH_FUNCTIONS)
-            or (node.op == "call_method" and node.target in ("relu", "relu_", "contiguous"))
-        ):
+    """The layer whose output an operand is, but for a batch norm or dropout."""
+    while isinstance(node, fx.Node) and node.op == "call_module":
+        if node.target in names:
+            return str(node.target)
+        if not isinstance(modules[str(node.target)], _THROUGH):
             return None
         node = node.args[0] if node.args else None
     return None

@@ -59,9 +59,11 @@ def save(
         "bits": dict(bits),
         "ranges": {name: asdict(ranges[name][number]) for name, number in bits.items()},
     }
-    arrays = {name: t.detach().cpu().numpy() for name, t in network.folded.state_dict().items()}
+    state = network.folded.state_dict().items()
+    arrays: dict[str, Any] = {name: tensor.detach().cpu().numpy() for name, tensor in state}
     with replacing(path) as temporary, temporary.open("wb") as file:
-        np.savez(file, **{_DESCRIPTION: np.array(json.dumps(description))}, **arrays)
+        arrays[_DESCRIPTION] = np.array(json.dumps(description))
+        np.savez(file, **arrays)
 
 
 def network(file: str) -> nn.Module:

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,13 +71,10 @@ def analyse(
         if comm.rank == 0:
             out.mkdir(parents=True, exist_ok=True)
         points = []
-        for number, (name, path) in enumerate(files, 1):
-            with Console(stderr=True, quiet=comm.rank > 0).status("analyse") as status:
-                prefix = f"{number} of {len(files)}, {path}"
-                points.append(
-                    _point(name, path, root, out, comm, options, attacks,
-                           lambda part, prefix=prefix, s=status: s.update(f"{prefix}: {part}"))
-                )  # fmt: skip
+        with Console(stderr=True, quiet=comm.rank > 0).status("analyse") as status:
+            for number, (name, path) in enumerate(files, 1):
+                progress = partial(_progress, status, f"{number} of {len(files)}, {path}")
+                points.append(_point(name, path, root, out, comm, options, attacks, progress))
         if comm.rank == 0:
             if as_json:
                 print(json.dumps({"points": points}, allow_nan=False))
@@ -89,6 +87,10 @@ def analyse(
         return 0
 
     return on_ranks(command)
+
+
+def _progress(status: Any, checkpoint: str, part: str) -> None:
+    status.update(f"{checkpoint}: {part}")
 
 
 def _checkpoints(directories: Sequence[Path], last: bool) -> list[tuple[str, Path]]:

@@ -24,6 +24,9 @@ PUBLISHED = {
 }
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def resnet20():
     """The network, and every hundredth test image with its class."""
@@ -46,7 +49,8 @@ def run(resnet20, norm, hard, adaptive, **settings):
     return left, float(size.mean()), float(size.max()), int(found.updates.sum())
 
 
-def check(resnet20, norm, hard, adaptive):
+@pytest.mark.parametrize(("norm", "hard", "adaptive"), PUBLISHED)
+def test_the_table(resnet20, norm, hard, adaptive):
     left, mean, largest, updates = PUBLISHED[norm, hard, adaptive]
     found = run(resnet20, norm, hard, adaptive, reference=True)
     assert found[0] == left
@@ -59,20 +63,9 @@ def check(resnet20, norm, hard, adaptive):
         assert ours[1] <= mean * 1.01
 
 
-def test_the_fastest_row_of_the_table(resnet20):
-    check(resnet20, "linf", False, True)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("norm", "hard", "adaptive"), PUBLISHED)
-def test_the_table(resnet20, norm, hard, adaptive):
-    check(resnet20, norm, hard, adaptive)
-
-
-@pytest.mark.slow
 def test_pgd_needs_larger_perturbations_for_the_same_success(resnet20):
     model, inputs, targets = resnet20
-    _, _, std = 0, 0, torch.tensor(shared_data.STD).view(1, 3, 1, 1)
+    std = torch.tensor(shared_data.STD).view(1, 3, 1, 1)
     epsilon = 4 / 255 / std
     found = pgd(model, functional.cross_entropy, inputs, targets, epsilon,
                 shared_data.valid_range(), steps=10)  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import tomllib
 from pathlib import Path
@@ -71,8 +72,10 @@ def finetune(
     raise_on_all_ranks(comm, prepare)
     stop = StopRequest(comm, run.stop_request)
     try:
-        trainer = build_trainer(tuning, run, comm, Clock(), stop, sys.stderr, ())
-        trainer.train()
+        with (directory / "logs" / f"finetune-rank-{comm.rank}.log").open("a") as log:
+            with contextlib.redirect_stdout(log):
+                trainer = build_trainer(tuning, run, comm, Clock(), stop, sys.stderr, ())
+                trainer.train()
         return trainer.model
     finally:
         stop.close()

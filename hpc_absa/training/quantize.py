@@ -154,7 +154,7 @@ class Quantizer:
                 tuned = self.evaluate(model)
                 before = measured[2]
                 measured.insert(3, Measured(
-                    "mixed, fine-tuned", before.size, before.bops, before.latency, before.omega,
+                    "mixed, tuned", before.size, before.bops, before.latency, before.omega,
                     tuned.accuracy, tuned.loss,
                 ))  # fmt: skip
                 files += [str(directory)]

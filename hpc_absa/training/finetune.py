@@ -72,10 +72,10 @@ def finetune(
     raise_on_all_ranks(comm, prepare)
     stop = StopRequest(comm, run.stop_request)
     try:
-        with (directory / "logs" / f"finetune-rank-{comm.rank}.log").open("a") as log:
-            with contextlib.redirect_stdout(log):
-                trainer = build_trainer(tuning, run, comm, Clock(), stop, sys.stderr, ())
-                trainer.train()
+        output = directory / "logs" / f"finetune-rank-{comm.rank}.log"
+        with output.open("a") as file, contextlib.redirect_stdout(file):
+            trainer = build_trainer(tuning, run, comm, Clock(), stop, sys.stderr, ())
+            trainer.train()
         return trainer.model
     finally:
         stop.close()

@@ -168,7 +168,13 @@ def analyse(
     from hpc_absa.training import analyse as command
 
     options = command.Options(
-        samples, k, surface, _words(attacks), attack_samples, _numbers("--epsilon", epsilon), last
+        samples,
+        k,
+        surface=surface,
+        attacks=_words(attacks),
+        attack_samples=attack_samples,
+        epsilons=_numbers("--epsilon", epsilon),
+        last=last,
     )
     return command.analyse(directories, root, out, as_json, options)
 

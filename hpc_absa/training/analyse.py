@@ -49,6 +49,10 @@ class Options:
     """Training samples of the Hessian."""
     k: int = 2
     """Top eigenvalues."""
+    trace_matvecs: int = 30
+    """Products for the trace."""
+    density_steps: int = 40
+    """Products for each probe vector of the density."""
     surface: int = 0
     """Points along each side of the loss surface; 0 for none."""
     attacks: tuple[str, ...] = ("fgsm", "pgd", "tr-l2-easy")
@@ -163,6 +167,7 @@ def measure(
     test = evaluate(loaded.model, loaded.loss, share, comm)
     found = spectrum_of(
         loaded, comm, samples=options.samples, k=options.k, layers=False,
+        trace_matvecs=options.trace_matvecs, density_steps=options.density_steps,
         progress=lambda part, products: progress(f"{part}, {products} products"),
     )  # fmt: skip
     progress("loss surface")

@@ -24,7 +24,7 @@ PUBLISHED = {
 }
 
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def test_the_table(resnet20, norm, hard, adaptive):
     found = run(resnet20, norm, hard, adaptive, reference=True)
     assert found[0] == left
     assert found[1] == pytest.approx(mean, rel=0.02)
-    assert found[2] == pytest.approx(largest, rel=0.05)
+    assert found[2] == pytest.approx(largest, rel=0.1)
     assert found[3] == pytest.approx(updates, rel=0.02)
     if adaptive:
         ours = run(resnet20, norm, hard, adaptive)

@@ -126,13 +126,13 @@ def quantize(
     options = command.Options(
         tuple(int(number) for number in _numbers("--bits", bits)),
         limits or (("size", "0.5"),),
-        latency_table,
-        samples,
-        matvecs,
-        test_samples,
-        check,
-        finetune,
-        lr,
+        latencies=latency_table,
+        samples=samples,
+        matvecs=matvecs,
+        test_samples=test_samples,
+        check=check,
+        finetune=finetune,
+        lr=lr,
     )
     source = _source(checkpoint, root, weights, mean, std, overrides)
     return command.quantize(source, out, as_json, options)

@@ -36,9 +36,9 @@ class Measured:
     """ms, of the layers that can choose."""
     omega: float
     """ΣΩ of the layers that can choose."""
-    accuracy: float
-    loss: float
-    """On the test samples."""
+    accuracy: float | None
+    """On the test samples; None where the job measures none."""
+    loss: float | None
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,8 @@ def tables(result: Quantization) -> Iterator[Table]:
         latency = "" if m.latency is None else f"{m.latency:.4g}"
         table.add_row(
             m.name, f"{m.size / 1e6:.4g}", f"{m.bops / 1e6:.4g}", latency, f"{m.omega:.3g}",
-            f"{100 * m.accuracy:.2f}", f"{m.loss:.4f}",
+            "" if m.accuracy is None else f"{100 * m.accuracy:.2f}",
+            "" if m.loss is None else f"{m.loss:.4f}",
         )  # fmt: skip
     yield table
     if check := result.check:

@@ -32,10 +32,8 @@ from hpc_absa.rundir import RunDir
 from hpc_absa.rundir.files import write_atomic
 from hpc_absa.training import analyse_plot
 from hpc_absa.training.attack import attack_model
-from hpc_absa.training.evaluate import evaluate
 from hpc_absa.training.load import Loaded, Source, load, on_ranks
 from hpc_absa.training.spectrum import spectrum_of
-from hpc_absa.training.trainer import EVALUATION_BATCH
 
 Point = Mapping[str, Any]
 """What is known about one checkpoint, as JSON values (`measure`)."""
@@ -163,8 +161,8 @@ def measure(
     """Everything about one checkpoint (a collective)."""
     start = time.perf_counter()
     progress("accuracy")
-    share = loaded.loader.evaluation(comm.rank, comm.size, EVALUATION_BATCH)
-    test = evaluate(loaded.model, loaded.loss, share, comm)
+    indices = raise_on_all_ranks(comm, lambda: loaded.test_indices(None))
+    test = loaded.evaluate(loaded.model, comm, "test", indices)
     found = spectrum_of(
         loaded, comm, samples=options.samples, k=options.k, layers=False,
         trace_matvecs=options.trace_matvecs, density_steps=options.density_steps,
@@ -250,14 +248,18 @@ def table(points: Sequence[Point]) -> Table:
         robust = (point["robust"].get(name) for name in attacks)
         made.add_row(
             point["run"], f"{point['epoch']:.3g}", str(point["batch"]),
-            f"{100 * point['test_accuracy']:.2f}", _number(point["train_loss"]),
+            _percent(point["test_accuracy"], 2), _number(point["train_loss"]),
             _number(point["eigenvalues"][0]), _number(second),
             f"{_number(point['trace'])} ± {_number(point['trace_error'], 2)}",
             "?" if low is None or high is None else f"{100 * low:.0f} – {100 * high:.0f}",
-            *("" if value is None else f"{100 * value:.1f}" for value in robust),
+            *(_percent(value) for value in robust),
         )  # fmt: skip
     return made
 
 
 def _number(value: float | None, digits: int = 4) -> str:
     return "?" if value is None else f"{value:.{digits}g}"
+
+
+def _percent(value: float | None, digits: int = 1) -> str:
+    return "" if value is None else f"{100 * value:.{digits}f}"

@@ -27,7 +27,7 @@ def draw(points: Sequence[Point], path: Path) -> None:
     _over_epochs(axes[0, 0], runs, lambda p: p["eigenvalues"][0], "top eigenvalue λ₁", log=True)
     _over_epochs(axes[0, 1], runs, lambda p: p["trace"], "trace", log=True)
     _over_epochs(axes[0, 2], runs, _negative, "negative eigenvalues, %")
-    _over_epochs(axes[0, 3], runs, lambda p: 100 * p["test_accuracy"], "test accuracy, %")
+    _over_epochs(axes[0, 3], runs, _accuracy, "test accuracy, %")
     _slices(axes[1, 0], runs)
     _densities(axes[1, 1], runs)
     _robustness(axes[1, 2], runs)
@@ -42,6 +42,10 @@ def draw(points: Sequence[Point], path: Path) -> None:
 def _negative(point: Point) -> float | None:
     share = point["negative"][1]
     return None if share is None else 100 * share
+
+
+def _accuracy(point: Point) -> float | None:
+    return None if point["test_accuracy"] is None else 100 * point["test_accuracy"]
 
 
 def _colours(runs: Mapping[str, Any]) -> dict[str, str]:

@@ -18,6 +18,7 @@ from hpc_absa.adversarial.robustness import Batch, Examples, InputSpace, Options
 from hpc_absa.comm import Communicator, raise_on_all_ranks
 from hpc_absa.console import rich_console
 from hpc_absa.curvature.export import to_dict
+from hpc_absa.data.packed import PackedDataset
 from hpc_absa.training.load import Loaded, Source, load, on_ranks
 
 
@@ -50,10 +51,10 @@ def attack_model(
     progress: Callable[[str], None] = lambda name: None,
 ) -> tuple[Robustness, list[Examples]]:
     """Every attack on the test samples (a collective)."""
-    loader = loaded.loader
-    scale = loader.pixel_scale / 255 if loader.dataset.is_image else loader.pixel_scale
-    space = InputSpace(loader.pixel_range, scale)
-    indices = loaded.test_indices(options.samples)
+    reader = loaded.loader.reader
+    scale = reader.input_scale() / (255 if _is_image(loaded) else 1)
+    space = InputSpace(reader.input_range(), scale)
+    indices = raise_on_all_ranks(comm, lambda: loaded.test_indices(options.samples))
     chunks = [indices[i : i + robustness.BATCH] for i in range(0, len(indices), robustness.BATCH)]
     batches = [partial(_batch, loaded, chunk) for chunk in chunks]
     made = robustness.build(options, loaded.model, loaded.loss, space)
@@ -82,13 +83,19 @@ def table(found: Robustness) -> Table:
 def draw(found: Robustness, examples: list[Examples], loaded: Loaded, path: Path) -> None:
     """Write the figure, with examples of the last attack that fooled samples, if images."""
     dataset = loaded.dataset
-    shown = examples[-1] if examples and dataset.is_image and dataset.channels in (1, 3) else None
+    if not isinstance(dataset, PackedDataset) or not (
+        examples and dataset.is_image and dataset.channels in (1, 3)
+    ):
+        plot.draw(found, None, (), lambda inputs: inputs, path)
+        return
+    mean, std = dataset.mean[:, None, None], dataset.std[:, None, None]
+    plot.draw(found, examples[-1], dataset.classes, lambda inputs: inputs * std + mean, path)
 
-    def pixels(inputs: NDArray[np.float32]) -> NDArray[np.float64]:
-        return inputs * dataset.std[:, None, None] + dataset.mean[:, None, None]
 
-    plot.draw(found, shown, dataset.classes, pixels, path)
+def _is_image(loaded: Loaded) -> bool:
+    return isinstance(loaded.dataset, PackedDataset) and loaded.dataset.is_image
 
 
 def _batch(loaded: Loaded, indices: NDArray[np.int64]) -> Batch:
-    return indices, *loaded.loader.test_sample(indices)
+    inputs, targets = loaded.loader.reader.read("test", indices)
+    return indices, inputs, targets

@@ -31,10 +31,9 @@ from hpc_absa.quantization.fake import Ranges
 from hpc_absa.quantization.graph import Network, trace
 from hpc_absa.quantization.result import Check, Measured, Quantization
 from hpc_absa.quantization.sensitivity import Sensitivity, sensitivities
-from hpc_absa.training.evaluate import Evaluation, evaluate
+from hpc_absa.training.evaluate import Evaluation
 from hpc_absa.training.finetune import finetune
 from hpc_absa.training.load import Loaded, Source, load, on_ranks
-from hpc_absa.training.trainer import EVALUATION_BATCH
 
 
 @dataclass(frozen=True)
@@ -53,6 +52,8 @@ class Options:
     """At equal distances in the test set; None for all."""
     check: int = 0
     """Random allocations to compare with; also compares Ω with measured losses. 0 for neither."""
+    check_samples: int = 2048
+    """Training samples on which the check measures losses."""
     finetune: int = 0
     """Epochs."""
     lr: float = 1e-4
@@ -232,19 +233,14 @@ class Quantizer:
     def evaluate(self, model: nn.Module) -> Evaluation:
         """On the test samples."""
         indices = self.loaded.test_indices(self.options.test_samples)
-        starts = range(0, len(indices), EVALUATION_BATCH)[self.comm.rank :: self.comm.size]
-        batches = (
-            self.loaded.loader.test_sample(indices[start : start + EVALUATION_BATCH])
-            for start in starts
-        )
-        return evaluate(model, self.loaded.loss, batches, self.comm)
+        return self.loaded.evaluate(model, self.comm, "test", indices)
 
     def training_loss(self, model: nn.Module) -> float:
-        """On the training samples of the traces."""
-        step, size = self.loaded.stream.microbatch, self.sample.size
-        starts = range(0, size, step)[self.comm.rank :: self.comm.size]
-        batches = (self.sample.load(start, min(start + step, size)) for start in starts)
-        return evaluate(model, self.loaded.loss, batches, self.comm).loss
+        """On the first training samples of those that the Hessian is averaged over."""
+        indices = self.loaded.training_sample(self.options.check_samples).indices
+        loss = self.loaded.evaluate(model, self.comm, "train", indices).loss
+        assert loss is not None
+        return loss
 
     def check(
         self,
@@ -277,14 +273,15 @@ class Quantizer:
     def save(self, path: Path, bits: Mapping[str, int], ranges: Ranges) -> None:
         """Write the quantized network, by rank 0."""
         if self.comm.rank == 0:
-            job, dataset = self.loaded.job, self.loaded.dataset
+            job, classes = self.loaded.job, len(self.loaded.dataset.classes)
             model = {"name": job.model.name, "arguments": job.model.arguments}
-            classes = len(dataset.classes)
-            stored.save(path, self.network, bits, ranges, model, dataset.shape, classes)
+            shape = tuple(self.sample.load(0, 1)[0].shape[1:])
+            stored.save(path, self.network, bits, ranges, model, shape, classes)
 
-    def _trace(self, inputs: Tensor) -> Network:
-        if not inputs.is_floating_point():
-            raise UsageError(f"quantize: inputs are {inputs.dtype}, expected floating point")
+    def _trace(self, inputs: Any) -> Network:
+        if not isinstance(inputs, Tensor) or not inputs.is_floating_point():
+            kind = str(inputs.dtype) if isinstance(inputs, Tensor) else type(inputs).__name__
+            raise UsageError(f"quantize: inputs are {kind}, expected one floating-point tensor")
         return trace(self.loaded.model, inputs)
 
     def _latencies(self) -> Any:

@@ -65,7 +65,7 @@ def test_weights_from_elsewhere(run, tmp_path):
         other.model.state_dict()["features.0.weight"],
         loaded.model.state_dict()["features.0.weight"],
     )
-    inputs, _ = other.loader.test_sample(np.arange(3))
+    inputs, _ = other.loader.reader.read("test", np.arange(3))
     pixels = torch.from_numpy(loaded.dataset.test.images[:3] / 255.0)
     torch.testing.assert_close(inputs, ((pixels - 0.5) / 0.25).float())
     for source, match in (
@@ -143,7 +143,7 @@ def test_quantize(run, tmp_path, capsys):
     assert (tmp_path / "q.png").read_bytes().startswith(b"\x89PNG")
     # the file is a model that a job can name, and fine-tuning was a run of it
     model = stored.network(str(tmp_path / "q.npz"))
-    inputs, _ = load(Source(run), SERIAL).loader.test_sample(np.arange(5))
+    inputs, _ = load(Source(run), SERIAL).loader.reader.read("test", np.arange(5))
     assert model(inputs).shape == (5, 4)
     tuned = load(Source(tmp_path / "q-finetuned"), SERIAL)
     assert tuned.attributes["epoch"] == 2

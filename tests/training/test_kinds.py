@@ -161,7 +161,7 @@ def test_adversarial_examples_of_any_float_input_within_its_range(tmp_path):
         ("regression", ["loss.delta=2"], r"loss.delta: mse has no such argument; it takes none"),
         ("text", ["loss.ignore_index='x'"], r"loss.ignore_index = 'x': expected a number"),
         ("text", ["data.flip=true"], r"data.flip = True: expected none, because .* returned"),
-.* r"),
+        ("text", ["data.train_samples=9"], r"data.train_samples = 9: expected none, because .* r"),
         ("text", ["data.normalize=false"], r"data.normalize = False: expected none, because .* re"),
         ("text", ["train.microbatch=64", "schedule.base_batch=64", "schedule.max_batch=64"],
          r"train.microbatch = 64: expected at most the 41 training samples"),

@@ -85,6 +85,20 @@ class FakeQuantized(nn.Module):
         )
 
 
+def shifted(network: Network, name: str, bits: int, factor: float) -> fx.GraphModule:
+    """A copy of the folded network in which the weight W of one layer is `W + factor (Q(W) − W)`.
+
+    The mean of the losses with factors 1 and -1, less that without, is the quadratic part of the
+    rise, in which the gradient at W is not.
+    """
+    graph = copy.deepcopy(network.folded)
+    weight = graph.get_submodule(name).weight
+    assert isinstance(weight, Tensor)
+    with torch.no_grad():
+        weight.add_(quantized_weight(weight, bits) - weight, alpha=factor)
+    return graph.eval()
+
+
 Ranges = Mapping[str, Mapping[int, Range]]
 """Of each layer's input, by layer and bits."""
 

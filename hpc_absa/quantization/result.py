@@ -49,7 +49,12 @@ class Check:
     """Of the float network on the training samples."""
     rises: tuple[float, ...]
     """[L], of that loss, when one layer's weight alone has the fewest bits."""
+    quadratic_rises: tuple[float, ...]
+    """[L], their part of even order: the mean over the change of the weight and its opposite. Ω
+    estimates it; the rest of a rise is the gradient's, which is zero at a minimum."""
     rank_correlation: float
+    """Spearman's, between Ω and the quadratic rises."""
+    plain_rank_correlation: float
     """Spearman's, between Ω and the rises."""
     chosen_loss: float
     """Of the allocation, on the same samples."""
@@ -106,9 +111,9 @@ def tables(result: Quantization) -> Iterator[Table]:
     yield table
     if check := result.check:
         table = _table("Check on the training samples", "quantity", "value")
-        table.add_row(
-            "rank correlation of Ω and the rise of the loss", f"{check.rank_correlation:.3f}"
-        )
+        title = f"rank correlation of Ω and the rise with {result.bits[0]} bits in one layer"
+        table.add_row(f"{title}, quadratic part", f"{check.rank_correlation:.3f}")
+        table.add_row(title, f"{check.plain_rank_correlation:.3f}")
         table.add_row("loss of the float network", f"{check.loss:.5g}")
         table.add_row("loss of the mixed network", f"{check.chosen_loss:.5g}")
         if check.random_losses:

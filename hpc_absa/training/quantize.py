@@ -254,13 +254,18 @@ class Quantizer:
 
         fewest = self.options.bits[0]
         loss = self.training_loss(self.network.folded)
-        rises = []
+        rises, quadratic = [], []
         for sensitivity in found:
             name = sensitivity.layer.name
             self.progress(f"loss with {fewest} bits in {name}")
-            alone = fake.quantized(self.network, {name: fewest}, None)
-            rises.append(self.training_loss(alone) - loss)
-        correlation = float(spearmanr([s.omega[0] for s in found], rises).statistic)
+            there, back = (
+                self.training_loss(fake.shifted(self.network, name, fewest, factor)) - loss
+                for factor in (1.0, -1.0)
+            )
+            rises.append(there)
+            quadratic.append((there + back) / 2)
+        omegas = [s.omega[0] for s in found]
+        correlation, plain = (float(spearmanr(omegas, r).statistic) for r in (quadratic, rises))
         used = Limit("size", problem.total("size", choice), relative=False)
         losses = []
         for index, other in enumerate(random_choices(problem, used, self.options.check)):
@@ -268,7 +273,10 @@ class Quantizer:
             bits = self.allocation(other)
             losses.append(self.training_loss(fake.quantized(self.network, bits, ranges)))
         mixed = fake.quantized(self.network, self.allocation(choice), ranges)
-        return Check(loss, tuple(rises), correlation, self.training_loss(mixed), tuple(losses))
+        return Check(
+            loss, tuple(rises), tuple(quadratic), correlation, plain,
+            self.training_loss(mixed), tuple(losses),
+        )  # fmt: skip
 
     def save(self, path: Path, bits: Mapping[str, int], ranges: Ranges) -> None:
         """Write the quantized network, by rank 0."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -92,27 +93,34 @@ def _uses_batch_statistics(model: nn.Module) -> bool:
     return any(isinstance(m, _BatchNorm) and m.running_mean is None for m in model.modules())
 
 
-def _gradients(
-    model: nn.Module, leaves: list[Any], floats: list[int], value: Callable[[list[Any]], Tensor]
-) -> list[Tensor]:
-    """Of `value(leaves)` by the leaves at the indices `floats`."""
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients of parameters; flags are restored."""
     training = [module for module in model.modules() if module.training]
-    # Without parameters that require grad, a plain `backward` is enough; `torch.autograd.grad`
-    # does not work with reentrant activation checkpointing.
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.eval()
     try:
         for parameter in trainable:
             parameter.requires_grad_(False)
         with torch.enable_grad():
-            given = list(leaves)
-            for index in floats:
-                given[index] = leaves[index].detach().requires_grad_()
-            # clones, which the model may change in place
-            value([x.clone() if isinstance(x, Tensor) else x for x in given]).backward()
+            yield
     finally:
         for parameter in trainable:
             parameter.requires_grad_(True)
         for module in training:
             module.training = True
+
+
+def _gradients(
+    model: nn.Module, leaves: list[Any], floats: list[int], value: Callable[[list[Any]], Tensor]
+) -> list[Tensor]:
+    """Of `value(leaves)` by the leaves at the indices `floats`."""
+    # Without parameters that require grad, a plain `backward` is enough; `torch.autograd.grad`
+    # does not work with reentrant activation checkpointing.
+    with frozen(model):
+        given = list(leaves)
+        for index in floats:
+            given[index] = leaves[index].detach().requires_grad_()
+        # clones, which the model may change in place
+        value([x.clone() if isinstance(x, Tensor) else x for x in given]).backward()
     return [torch.zeros_like(x) if x.grad is None else x.grad for x in (given[i] for i in floats)]

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from hpc_absa import __version__, console
-from hpc_absa.cli import inspecting, listing, models, preparing, running
+from hpc_absa.cli import inspecting, listing, models, preparing, running, studying
 from hpc_absa.errors import ExitStatus, HpcAbsaError
 
 PANELS: dict[str, list[Callable[..., int | None]]] = {
@@ -22,7 +22,12 @@ PANELS: dict[str, list[Callable[..., int | None]]] = {
         inspecting.serve,
         inspecting.replay,
         inspecting.verify,
+    ],
+    "Study a model": [
         inspecting.spectrum,
+        studying.attack,
+        studying.quantize,
+        studying.analyse,
     ],
     "Before a run": [models.init, preparing.plan, preparing.data, preparing.doctor],
     "After a run": [models.evaluate, models.export],

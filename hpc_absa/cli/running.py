@@ -221,6 +221,10 @@ def compare(
     retry: Annotated[bool, Option("--retry", help="Run failed cells again.")] = False,
     overrides: Overrides = None,
     allow_changed: AllowChanged = None,
+    attacks: Annotated[
+        str | None,
+        Option(metavar="A,B", help="Also a table of accuracy under attack: fgsm,pgd,tr-l2-easy."),
+    ] = None,
     dry_run: Annotated[bool, Option("--dry-run", help="Print states and tables only.")] = False,
 ) -> int:
     """Run a grid of schedules, batch sizes and seeds, and print its tables.
@@ -233,7 +237,7 @@ def compare(
     Exit status: 0 all cells done, 1 some failed (`--retry` runs them again), 75 stopped.
     """
     console.never_fail()
-    from hpc_absa.study import tables
+    from hpc_absa.study import robust, tables
     from hpc_absa.study.runner import Progress, Runner
     from hpc_absa.study.sweep import StudyDir, load
 
@@ -251,6 +255,10 @@ def compare(
             retry=retry,
             allow_changed=tuple(allow_changed or ()),
         ).run()
+        if attacks and status in (ExitStatus.OK, ExitStatus.FAILED):
+            if not robust.measure(study, attacks, print_line):
+                status = ExitStatus.FAILED
+            tables.write(study)
     for table in tables.of(study).values():
         print(f"\n{table.to_markdown()}", end="")
     if not dry_run:

@@ -17,7 +17,7 @@ from hpc_absa.section import Count, NonNegative, OpenSection, Positive, Section,
 NoSpaces = Annotated[str, Field(pattern=r"^\S*$")]
 """A string that goes into a batch script as one argument."""
 
-OPTIMIZERS = ("sgd", "adamw", "lars", "lamb")
+OPTIMIZERS = ("sgd", "adamw", "lars", "lamb", "adahessian")
 LOSSES = ("cross_entropy", "bce_with_logits", "mse", "l1", "huber")
 METRICS = ("accuracy", "top5", "f1", "perplexity", "mse", "mae")
 """Built-in names; `top` with any other number is one as well."""

@@ -35,6 +35,7 @@ CATEGORY_STYLE: Mapping[str, tuple[str, str]] = {
     "comm": (SKY, ""),
     "adversarial": (PURPLE, ""),
     "hessian": (ORANGE, ""),
+    "diagonal": ("#f3cf80", ""),
     "data": (GREEN, ""),
     "eval": ("#7ccfb5", ""),
     "checkpoint": (YELLOW, ""),

@@ -21,6 +21,9 @@ from hpc_absa.report.published import (
 
 TALK_CATEGORIES = {"comp": "comp", "comm": "comm", "resize": "resize", "hessian": "Hessian"}
 
+MORE_CATEGORIES = ("adversarial", "diagonal")
+"""Columns that the talk does not have, where there is anything to put into them."""
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -281,16 +284,15 @@ def time_table(
     means = {row: _mean_seconds(some) for row, some in groups.items()}
     walls = {row: summary([result.wall for result in some]) for row, some in groups.items()}
     totals = {row: wall.mean if wall else sum(means[row].values()) for row, wall in walls.items()}
-    # Columns that the talk does not have, where there is anything to put into them.
     used = {key for seconds in means.values() for key, value in seconds.items() if value > 0}
-    extra = ["adversarial"] if "adversarial" in used else []
-    extra += ["rest"] if used - set(TALK_CATEGORIES) - {"adversarial"} else []
+    extra = [key for key in MORE_CATEGORIES if key in used]
+    extra += ["rest"] if used - set(TALK_CATEGORIES) - set(MORE_CATEGORIES) else []
     against = totals.get(schedule_name(baseline), next(iter(totals.values()), math.nan))
     rows: list[tuple[Cell, ...]] = []
     for row, seconds in means.items():
         talk: list[Cell] = [seconds.get(key) or None for key in TALK_CATEGORIES]
-        rest = totals[row] - sum(seconds.get(k, 0.0) for k in (*TALK_CATEGORIES, "adversarial"))
-        others = {"adversarial": seconds.get("adversarial"), "rest": rest}
+        rest = totals[row] - sum(seconds.get(k, 0.0) for k in (*TALK_CATEGORIES, *MORE_CATEGORIES))
+        others = {**{key: seconds.get(key) for key in MORE_CATEGORIES}, "rest": rest}
         speed_up = against / totals[row] if totals[row] else None
         rows.append((row, *talk, *(others[k] for k in extra), walls[row] or totals[row], speed_up))
     notes = []

@@ -24,6 +24,7 @@ CATEGORIES: Mapping[str, str] = {
     "comm": "communicating",
     "adversarial": "adversarial examples",
     "hessian": "Hessian",
+    "diagonal": "Hessian diagonal (AdaHessian)",
     "data": "waiting for data",
     "eval": "evaluating",
     "checkpoint": "checkpointing",
@@ -42,7 +43,7 @@ CATEGORIES: Mapping[str, str] = {
 KINDS: Mapping[str, tuple[str, ...]] = {
     "computing": ("comp", "adversarial"),
     "communicating": ("comm",),
-    "curvature": ("hessian",),
+    "curvature": ("hessian", "diagonal"),
     "saving": ("checkpoint",),
     "evaluating": ("eval",),
     "waiting for data": ("data",),

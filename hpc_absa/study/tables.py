@@ -10,12 +10,14 @@ from hpc_absa.report.history import load
 from hpc_absa.report.published import published_table
 from hpc_absa.report.tables import RunResult, Table, run_result
 from hpc_absa.rundir.files import write_atomic
-from hpc_absa.study import growths
+from hpc_absa.study import growths, robust
 from hpc_absa.study.sweep import Cell, StudyDir
 
 
 def of(study: StudyDir) -> dict[str, Table]:
     """`accuracy`, `time` and `growths`, of the cells that are done; a note counts the others.
+
+    `robustness` as well, where cells were attacked.
 
     The talk's numbers are shown next to those of a sweep whose job is the talk's.
     """
@@ -33,10 +35,12 @@ def of(study: StudyDir) -> dict[str, Table]:
 
     done.sort(key=lambda result: (tables.schedule_order(result.schedule)[0], result.max_batch))
     baseline = next((label(result) for result in done if result.schedule == "bl"), "")
+    robustness = robust.table(study)
     return {
         "accuracy": tables.accuracy_table(results, published=talk == "accuracy"),
         "time": tables.time_table(done, baseline=baseline, label=label, published=talk == "time"),
         "growths": growths.table(study),
+        **({"robustness": robustness} if robustness else {}),
     }
 
 

@@ -11,6 +11,7 @@ KINDS = (
     "adversarial",
     "comm",
     "hessian",
+    "diagonal",
     "data",
     "eval",
     "checkpoint",

@@ -26,7 +26,8 @@ from hpc_absa.comm import Communicator, connect, raise_on_all_ranks
 from hpc_absa.config import Job
 from hpc_absa.curvature.loss import Loss
 from hpc_absa.data.datasets import MapDataset
-from hpc_absa.data.loader import Loader
+from hpc_absa.data.loader import Loader, Part
+from hpc_absa.data.packed import PackedDataset
 from hpc_absa.errors import CheckpointError, HpcAbsaError, UsageError
 from hpc_absa.models.weights import read_weights
 from hpc_absa.plan import stream_of
@@ -40,8 +41,17 @@ from hpc_absa.training.data import (
     hessian_sample,
     open_data,
 )
-from hpc_absa.training.setup import build_model_and_loss, device_of, threads_per_rank
+from hpc_absa.training.evaluate import Evaluation, evaluate
+from hpc_absa.training.setup import (
+    build_metrics,
+    build_model_and_loss,
+    device_of,
+    threads_per_rank,
+)
 from hpc_absa.training.state import load_model
+
+EVALUATION_BATCH = 256
+"""Samples of one forward pass."""
 
 
 @dataclass(frozen=True)
@@ -86,10 +96,28 @@ class Loaded:
         return hessian_sample(self.job, self.loader, self.stream, samples)
 
     def test_indices(self, samples: int | None) -> NDArray[np.int64]:
-        """`samples` of the test set at equal distances, as it may be sorted by class; or all."""
+        """`samples` of the test set at equal distances, as it may be sorted by class; or all.
+
+        Raises:
+            UsageError: there is no test set.
+        """
+        if self.dataset.test is None:
+            raise UsageError(f"{self.dataset.name}: it has no test set, which is needed here")
         total = len(self.dataset.test)
         count = min(samples or total, total)
         return np.arange(count, dtype=np.int64) * total // count
+
+    def evaluate(
+        self, model: nn.Module, comm: Communicator, part: Part, indices: NDArray[np.int64]
+    ) -> Evaluation:
+        """Loss and metrics of another model of these samples (a collective)."""
+        size = (
+            EVALUATION_BATCH if isinstance(self.dataset, PackedDataset) else self.stream.microbatch
+        )
+        starts = range(0, len(indices), size)[comm.rank :: comm.size]
+        batches = self.loader.batches(part, (indices[start : start + size] for start in starts))
+        metrics = build_metrics(self.job, self.dataset, self.loss)
+        return evaluate(model, self.loss, metrics, batches, comm)
 
 
 def load(source: Source, comm: Communicator) -> Loaded:

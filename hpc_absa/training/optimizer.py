@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from hpc_absa import plugins
 from hpc_absa.config import Train
 from hpc_absa.errors import UsageError
+from hpc_absa.training.adahessian import AdaHessian
 
 for _method in vars(torch.optim.Optimizer).values():
     _plain = getattr(_method, "__wrapped__", None)
@@ -148,6 +149,7 @@ BUILT_IN: Mapping[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": AdamW,
     "lars": LARS,
     "lamb": LAMB,
+    "adahessian": AdaHessian,
 }
 
 

@@ -25,7 +25,12 @@ def spectrum(source: Source, out: Path | None, as_json: bool, **settings: Any) -
     def command(comm: Communicator) -> int:
         if out:
             raise_on_all_ranks(comm, lambda: export.require_replaceable(Path(f"{out}.h5")))
-        result = spectrum_of(load(source, comm), comm, **settings)
+        loaded = load(source, comm)
+        with Console(stderr=True, quiet=comm.rank > 0).status("spectrum") as status:
+            result = spectrum_of(
+                loaded, comm, **settings,
+                progress=lambda part, count: status.update(f"{part}, {count} products so far"),
+            )  # fmt: skip
         if comm.rank == 0:
             _print(result, out, as_json)
         return 0
@@ -38,13 +43,10 @@ def spectrum_of(
 ) -> curvature.Spectrum:
     """The spectrum over the first `samples` of the decisions' sample (a collective)."""
     sample = loaded.training_sample(samples)
-    with Console(stderr=True, quiet=comm.rank > 0).status("spectrum") as status:
-        return curvature.spectrum(
-            loaded.model, loaded.loss, sample, comm, samples=sample.size,
-            microbatch=loaded.stream.microbatch,
-            **settings,
-            progress=lambda part, products: status.update(f"{part}, {products} products so far"),
-        )  # fmt: skip
+    return curvature.spectrum(
+        loaded.model, loaded.loss, sample, comm, samples=sample.size,
+        microbatch=loaded.stream.microbatch, **settings,
+    )  # fmt: skip
 
 
 def _print(result: curvature.Spectrum, out: Path | None, as_json: bool) -> None:

@@ -16,6 +16,7 @@ from hpc_absa.curvature.loss import Loss, split
 from hpc_absa.data.loader import Loader, Microbatch
 from hpc_absa.progress import Step
 from hpc_absa.records import PhaseOutcome
+from hpc_absa.training.adahessian import AdaHessian, StepDiagonal
 from hpc_absa.training.evaluate import Evaluation, call, evaluate
 from hpc_absa.training.metrics import Metric
 from hpc_absa.training.rehearsal import rehearse
@@ -65,6 +66,9 @@ class Trainer:
         self.run, self.loader, self.loss, self.adversary = run, loader, loss, adversary
         self.metrics, self.evaluation_batch = metrics, evaluation_batch
         self.bfloat16, self.reproducible, self.names = bfloat16, reproducible, names
+        self.diagonal = StepDiagonal(
+            self.model, loss, loader, run.comm, run.stream.microbatch, reproducible
+        )
 
     @property
     def model(self) -> nn.Module:
@@ -94,6 +98,7 @@ class Trainer:
 
     def train_step(self, item: Step) -> None:
         """One optimizer step."""
+        self.estimate_diagonal(item)
         clock, fraction = self.run.clock, self.run.adversarial_fraction
         step, upcoming = self.run.begin_step(item), self.upcoming(item)
         for index, k in enumerate(step.microbatches, start=1):
@@ -107,6 +112,13 @@ class Trainer:
                     loss = self.microbatch_loss(self.forward(inputs), targets, samples)
                 step.backward(loss, samples)
         self.run.end_step(item, step.optimize())
+
+    def estimate_diagonal(self, item: Step) -> None:
+        """For AdaHessian: the diagonal of the Hessian of the step's loss, if it is due."""
+        optimizer = self.run.state.optimizer
+        if isinstance(optimizer, AdaHessian) and optimizer.due:
+            with self.run.clock("diagonal"):
+                self.diagonal.estimate(optimizer, item.microbatches)
 
     def upcoming(self, item: Step) -> list[int]:
         """This rank's microbatches of the step, and those after it that the loader prepares."""

@@ -150,7 +150,7 @@ def test_optimizers_by_name():
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["train.optimizer=adm"], r"optimizer = 'adm': expected one of sgd, adamw, lars, lamb"),
+        (["train.optimizer=adm"], r"optimizer = 'adm': expected one of sgd, adamw, lars, lamb, ad"),
         (["train.optimizer=adamw", "train.momentum=0.5"], r"momentum = 0.5: expected none with"),
         (["optimizer.betas=[0, 1]"], r"optimizer.betas = .*: sgd has no such argument here; valid"),
         (
@@ -196,7 +196,7 @@ def test_the_learning_rate_of_adam_like_optimizers_follows_the_root_of_the_batch
     assert job(schedule, f"train.optimizer={optimizer}", "schedule.lr_rule=linear").schedule.lr_rule
 
 
-@pytest.mark.parametrize("name", ["adamw", "lars", "lamb", f"{__name__}:Mine"])
+@pytest.mark.parametrize("name", ["adamw", "lars", "lamb", "adahessian", f"{__name__}:Mine"])
 def test_a_stopped_run_continues_with_the_same_bits(tmp_path, name):
     changes = (f"train.optimizer={name}", "train.epochs=2", "hessian.samples=8")
     whole = runs.trainer(tmp_path / "whole", *changes)

@@ -1,0 +1,1 @@
+"""Mixed-precision quantization by the Hessian (HAWQ): sensitivities, bit allocation, evaluation."""

@@ -1,0 +1,117 @@
+"""The analysis of one run or several as a figure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#1c2126")
+"""Of Okabe and Ito, which colour-blind readers can tell apart."""
+
+Point = Mapping[str, Any]
+
+
+def draw(points: Sequence[Point], path: Path) -> None:
+    """Write the figure; the extension gives the format."""
+    from matplotlib.figure import Figure
+
+    runs: dict[str, list[Point]] = {}
+    for point in points:
+        runs.setdefault(point["run"], []).append(point)
+    surfaces = [(name, run[-1]) for name, run in runs.items() if run[-1].get("surface")]
+    figure = Figure(figsize=(16, 8 + 3.6 * bool(surfaces)), layout="constrained")
+    parts = figure.subfigures(1 + bool(surfaces), 1, squeeze=False,
+                              height_ratios=[8, 3.6][: 1 + bool(surfaces)])[:, 0]  # fmt: skip
+    axes = parts[0].subplots(2, 4)
+    _over_epochs(axes[0, 0], runs, lambda p: p["eigenvalues"][0], "top eigenvalue λ₁", log=True)
+    _over_epochs(axes[0, 1], runs, lambda p: p["trace"], "trace", log=True)
+    _over_epochs(axes[0, 2], runs, _negative, "negative eigenvalues, %")
+    _over_epochs(axes[0, 3], runs, _accuracy, "test accuracy, %")
+    _slices(axes[1, 0], runs)
+    _densities(axes[1, 1], runs)
+    _robustness(axes[1, 2], runs)
+    _against_batch(axes[1, 3], runs)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    parts[0].legend(handles, labels, loc="outside upper center", ncols=min(6, len(labels)))
+    if surfaces:
+        _surfaces(parts[1], surfaces)
+    figure.savefig(path, dpi=120)
+
+
+def _negative(point: Point) -> float | None:
+    share = point["negative"][1]
+    return None if share is None else 100 * share
+
+
+def _accuracy(point: Point) -> float | None:
+    return None if point["test_accuracy"] is None else 100 * point["test_accuracy"]
+
+
+def _colours(runs: Mapping[str, Any]) -> dict[str, str]:
+    return {name: COLOURS[index % len(COLOURS)] for index, name in enumerate(runs)}
+
+
+def _over_epochs(axis: Any, runs: Any, value: Any, title: str, log: bool = False) -> None:
+    for name, colour in _colours(runs).items():
+        pairs = [(point["epoch"], value(point)) for point in runs[name]]
+        pairs = [(x, y) for x, y in pairs if y is not None]
+        xs, ys = [x for x, _ in pairs], [y for _, y in pairs]
+        axis.plot(xs, ys, "o-", color=colour, label=name, markersize=4)
+    if log and axis.has_data() and all(min(line.get_ydata(), default=1) > 0 for line in axis.lines):
+        axis.set_yscale("log")
+    axis.set(xlabel="epoch", title=title)
+
+
+def _slices(axis: Any, runs: Any) -> None:
+    for name, colour in _colours(runs).items():
+        for line in runs[name][-1]["slices"][:1]:
+            axis.plot(line["distances"], line["losses"], color=colour)
+    axis.set(xlabel="distance along the top eigenvector", title="training loss, newest checkpoint")
+
+
+def _densities(axis: Any, runs: Any) -> None:
+    for name, colour in _colours(runs).items():
+        density = runs[name][-1]["density"]
+        pairs = zip(density["grid"], density["density"], strict=True)
+        kept = [(x, y) for x, y in pairs if x is not None and y]
+        if kept:
+            axis.semilogy(*zip(*kept, strict=True), color=colour)
+    axis.set_ylim(bottom=1e-7)
+    axis.set(xlabel="eigenvalue", title="density, newest checkpoint")
+
+
+def _robustness(axis: Any, runs: Any) -> None:
+    colours = _colours(runs)
+    attacks = ["clean", *runs[next(iter(runs))][-1]["robust"]]
+    width = 0.8 / len(runs)
+    for index, (name, colour) in enumerate(colours.items()):
+        last = runs[name][-1]
+        values = {"clean": last["clean"], **last["robust"]}
+        places = [i + index * width for i in range(len(attacks))]
+        heights = [100 * values.get(attack, 0) for attack in attacks]
+        axis.bar(places, heights, width, color=colour)
+    axis.set_xticks([i + 0.4 - width / 2 for i in range(len(attacks))], attacks, fontsize=8)
+    axis.set(title="accuracy under attack, newest checkpoint, %")
+
+
+def _against_batch(axis: Any, runs: Any) -> None:
+    """The largest batch of each run and its last λ₁."""
+    for name, colour in _colours(runs).items():
+        last = runs[name][-1]
+        if last["eigenvalues"][0] is not None:
+            axis.plot(last["largest_batch"], last["eigenvalues"][0], "o", color=colour)
+            axis.annotate(f" {last['method']}", (last["largest_batch"], last["eigenvalues"][0]))
+    axis.set_xscale("log", base=2)
+    axis.set(xlabel="largest batch", title="top eigenvalue λ₁, newest checkpoint")
+
+
+def _surfaces(figure: Any, surfaces: Sequence[tuple[str, Point]]) -> None:
+    axes = figure.subplots(1, len(surfaces), squeeze=False)[0]
+    for axis, (name, point) in zip(axes, surfaces, strict=True):
+        grid = point["surface"]
+        filled = [[float("nan") if v is None else v for v in row] for row in grid["losses"]]
+        columns = [list(column) for column in zip(*filled, strict=True)]
+        drawn = axis.contourf(grid["first"], grid["second"], columns, levels=20)
+        figure.colorbar(drawn, ax=axis)
+        axis.set(xlabel="v₁", ylabel="v₂", title=f"loss, {name}")

@@ -26,6 +26,7 @@ _EXPECTED = (
     "expected uint8 [N, C, H, W] for images or floating-point [N, F] or [N, C, ...] for other "
     "data; return a torch.utils.data.Dataset for inputs of another kind"
 )
+_OTHER_TARGETS = "return a torch.utils.data.Dataset for targets of another kind"
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Samples:
         if classes.shape != pixels.shape[:1]:
             raise UsageError(
                 f"{part} labels are {_type(classes)}, expected integers [{len(pixels)}], the "
-                "class index of each sample"
+                f"class index of each sample; {_OTHER_TARGETS}"
             )
 
         def blocks() -> Iterator[NDArray[Any]]:
@@ -86,7 +87,7 @@ class Samples:
         if labels.dtype.kind not in "biu" or labels.ndim != 1:
             raise UsageError(
                 f"{part} labels are {_type(labels)}, expected integers [N], the class index of "
-                "each sample"
+                f"each sample; {_OTHER_TARGETS}"
             )
         shape, given = tuple(int(n) for n in self.shape), np.dtype(self.dtype)
         declared = f"{given} {list(shape)}"

@@ -7,7 +7,6 @@ import torch
 
 from hpc_absa import config
 from hpc_absa.cli import models as commands
-from hpc_absa.data import sources
 from hpc_absa.errors import CollectiveError, HpcAbsaError, UsageError
 from hpc_absa.models import build
 from hpc_absa.rundir import RunDir
@@ -136,4 +135,3 @@ def test_the_job_of_init_with_its_comments_removed_is_a_job(tmp_path):
     text = "\n".join(line[2:] if line.startswith(chosen) else line for line in lines)
     job = config.parse(text, "test")
     assert job.optimizer.arguments["betas"] == [0.9, 0.95]
-    assert sources.load(job.data.name, None, {}).classes

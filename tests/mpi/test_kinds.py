@@ -2,9 +2,11 @@
 
 import h5py
 import pytest
+import torch
 
 from hpc_absa.rundir import RunDir
 from tests.mpi.jobs import final_weights
+from tests.training import runs
 
 pytestmark = pytest.mark.mpi
 
@@ -35,12 +37,22 @@ max = {ranks}
 """
 
 
-def test_two_ranks_have_the_bits_of_one(mpirun, tmp_path):
+def in_this_process(folder, monkeypatch):
+    """One rank without a worker."""
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(runs, "JOB", JOB.format(workers=0, ranks=1))
+    runs.train(folder)
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(False)
+
+
+def test_two_ranks_have_the_bits_of_one(mpirun, tmp_path, monkeypatch):
     weights, measured = [], []
-    for ranks in (1, 2):
-        job, run = tmp_path / f"{ranks}.toml", tmp_path / f"run{ranks}"
-        job.write_text(JOB.format(workers=ranks - 1, ranks=ranks))
-        mpirun(ranks, "hpc_absa", "train", job, "--run-dir", run, timeout=200)
+    in_this_process(tmp_path / "run1", monkeypatch)
+    job = tmp_path / "job.toml"
+    job.write_text(JOB.format(workers=1, ranks=2))
+    mpirun(2, "hpc_absa", "train", job, "--run-dir", tmp_path / "run2", timeout=200)
+    for run in (tmp_path / "run1", tmp_path / "run2"):
         weights.append(final_weights(run).tobytes())
         events = RunDir(run).log.read()
         assert events[-1]["event"] == "done"

@@ -105,6 +105,22 @@ def launcher_rank(environment: Mapping[str, str] | None = None) -> int:
     return next((int(value) for value in values if value.isdecimal()), 0)
 
 
+LOCAL_RANK_VARIABLES = (
+    "OMPI_COMM_WORLD_LOCAL_RANK",
+    "MPI_LOCALRANKID",  # MPICH, Intel MPI
+    "MV2_COMM_WORLD_LOCAL_RANK",
+    "HOROVOD_LOCAL_RANK",
+    "SLURM_LOCALID",
+)
+
+
+def launcher_local_rank(environment: Mapping[str, str] | None = None) -> int:
+    """This process's rank among those of its host according to its launcher, 0 without one."""
+    variables = os.environ if environment is None else environment
+    values = (variables.get(name, "") for name in LOCAL_RANK_VARIABLES)
+    return next((int(value) for value in values if value.isdecimal()), 0)
+
+
 def counted(names: Iterable[str]) -> Hosts:
     """Hosts with a slot for each appearance of their name, in order of first appearance."""
     return list(Counter(name for name in names if name).items())

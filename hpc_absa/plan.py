@@ -57,7 +57,8 @@ def training_samples(job: Job) -> int:
     Raises:
         UsageError: they are not.
     """
-    if (size := known_size(job.data.name)) is None:
+    stated = job.data.arguments.get("samples") if job.data.name == "script" else None
+    if (size := stated or known_size(job.data.name)) is None:
         raise UsageError(
             f"data.name = {job.data.name!r}: its size is not known here; give --samples N"
         )

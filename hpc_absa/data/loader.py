@@ -95,7 +95,8 @@ class Loader:
             seed: of the order.
         """
         self.dataset, self.reader = dataset, reader
-        self._stream, self._seed = stream, seed
+        self.seed = seed
+        self._stream = stream
         self._orders: dict[int, Indices] = {}
         self._pending: dict[int, Pending] = {}
 
@@ -167,7 +168,7 @@ class Loader:
         """An epoch's order; those next to it are kept for microbatches that straddle its end."""
         order = self._orders.get(epoch)
         if order is None:
-            order = permutation(self._seed, epoch, len(self.dataset.train))
+            order = permutation(self.seed, epoch, len(self.dataset.train))
             near = {e: kept for e, kept in self._orders.items() if abs(e - epoch) == 1}
             self._orders = {**near, epoch: order}
         return order

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.utils.hooks import RemovableHandle
 
 ALWAYS_COMPARED = 1 << 16
 """Elements up to which a buffer is compared by value after each forward pass. Of larger ones only
@@ -101,6 +102,7 @@ class ModelBuffers:
         self.model = model
         self._device = next(model.parameters()).device
         self._layers = [Layer(module) for module in _standard_layers(model)]
+        self._handles: list[RemovableHandle] = []
         self._sizes = [layer.module.num_features for layer in self._layers]
         self._features = torch.tensor(
             [size for size in self._sizes for _ in range(2)], dtype=torch.int64, device=self._device
@@ -182,6 +184,11 @@ class ModelBuffers:
             buffer.start = _from_float64(mean, start, buffer.start)
             buffer.set(buffer.start.clone())
 
+    def close(self) -> None:
+        """Let forward passes update the buffers as PyTorch does."""
+        for handle in self._handles:
+            handle.remove()
+
     # Normalizations
 
     def _adopt_layers(self) -> None:
@@ -197,8 +204,10 @@ class ModelBuffers:
             if module._buffers.get("num_batches_tracked") is not None:
                 self._counters[index] = module.num_batches_tracked
                 module._buffers["num_batches_tracked"] = self._counters[index]
-            module.register_forward_pre_hook(self._before_call(layer))
-            module.register_forward_hook(self._after_call(layer), always_call=True)
+            self._handles += [
+                module.register_forward_pre_hook(self._before_call(layer)),
+                module.register_forward_hook(self._after_call(layer), always_call=True),
+            ]
 
     def _before_call(self, layer: Layer) -> Any:
         scratch = torch.zeros((), dtype=torch.int64, device=self._device)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,22 +50,16 @@ def evaluate(
         batches: inputs and targets, and the number of samples.
         comm: all ranks.
     """
-    training = [module for module in model.modules() if module.training]
-    model.eval()
     losses: list[tuple[float, float]] = []
     sums: list[list[Sequence[float]]] = [[] for _ in metrics]
-    try:
-        with torch.no_grad():  # tensors of inference mode could remain in a module's cache
-            for (inputs, targets), samples in batches:
-                outputs = call(model, inputs)
-                mean, denominator = mean_and_denominator(loss, outputs, targets, samples)
-                if denominator:
-                    losses.append((mean.item() * denominator, denominator))
-                for metric, of_batches in zip(metrics, sums, strict=True):
-                    of_batches.append(metric.sums(outputs, targets))
-    finally:
-        for module in training:
-            module.training = True
+    with evaluating(model):
+        for (inputs, targets), samples in batches:
+            outputs = call(model, inputs)
+            mean, denominator = mean_and_denominator(loss, outputs, targets, samples)
+            if denominator:
+                losses.append((mean.item() * denominator, denominator))
+            for metric, of_batches in zip(metrics, sums, strict=True):
+                of_batches.append(metric.sums(outputs, targets))
     ranks = comm.allgather_object((losses, sums))
     total, denominator = _sum([pair for losses, _ in ranks for pair in losses], 2)
     values = {}
@@ -74,6 +69,19 @@ def evaluate(
         if value is not None:
             values[metric.name] = value
     return Evaluation(total / denominator if denominator else None, values)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Within, the model is in evaluation mode, and nothing requires gradients."""
+    training = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():  # tensors of inference mode could remain in a module's cache
+            yield
+    finally:
+        for module, flag in training:
+            module.training = flag
 
 
 def call(model: nn.Module, inputs: Any) -> Any:

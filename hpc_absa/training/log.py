@@ -27,7 +27,7 @@ class EventLogger:
     """Appends events and prints lines on rank 0; does nothing on other ranks."""
 
     def __init__(self, run: RunDir, rank: int, console: TextIO) -> None:
-        """`console` is the launcher's output; the rank's log file gets the same lines."""
+        """`console` is the launcher's output; standard output gets the same lines."""
         self._run, self._active, self._console = run, rank == 0, console
         self._pending: list[tuple[str, int, dict[str, Any]]] = []
         self._queued = self._written = 0  # events ever put into `_pending`, and taken out of it
@@ -39,8 +39,9 @@ class EventLogger:
         if not self._active:
             return
         self._last_line = time.monotonic()
-        for output in (self._console, sys.stdout):  # neither raises: `console.never_fail`
-            print(line, file=output, flush=True)
+        print(line, file=self._console, flush=True)  # does not raise: `console.never_fail`
+        if self._console is not sys.stdout:
+            print(line, flush=True)
 
     def progress(self, line: str) -> None:
         """Print `line` if nothing was printed for `LINE_INTERVAL`."""

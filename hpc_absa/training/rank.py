@@ -40,66 +40,114 @@ def main(
     comm = connect()
     gc.freeze()  # what the imports created stays
     gc.enable()
-    console = _duplicate(sys.stdout)
-    run = RunDir(run_path)
-    locks = RunLock(run), RunLock(run, path=run.ranks_lock)
-    watchdog: Watchdog | None = None
+    session = Session(comm, RunDir(run_path), duplicate(sys.stdout))
     try:
-        raise_on_all_ranks(comm, lambda: _require_all_ranks(comm))
-        job = raise_on_all_ranks(comm, lambda: config.load(job_path, overrides))
-        raise_on_all_ranks(comm, lambda: _prepare(job, run, comm, *locks))
-        clock = Clock()
-        clock.add("start", _seconds_since_start())
-        watchdog = Watchdog(
-            comm,
-            comm.allgather_object(host()),
-            clock,
-            job.launch.heartbeat_timeout,
-            job.launch.progress_timeout,
-            _on_hang(run, comm, console),
-        )
-        stop = StopRequest(comm, run.stop_request)
-        outcome = train(job, run, comm, clock, console, stop, allow_changed)
-        outcome = _last_request(outcome, run, comm, stop)
-        watchdog.close()
-    except CollectiveError as error:
-        if watchdog:
-            watchdog.close()
-        if comm.rank == 0:
-            _report(error, run, comm, console)
-        comm.close()
-        return _exit_status(error.status)
+        job = session.begin(lambda: config.load(job_path, overrides))
+        outcome = session.end(train(job, session, allow_changed))
     except BaseException as error:
-        _abort(error, run, comm, console)
-        raise AssertionError("abort does not return") from error
-    finally:
-        for lock in locks:
-            lock.release()
-    if comm.rank == 0 and outcome.kind != "done" and SUPERVISED not in os.environ:
+        return session.fail(error)
+    if comm.rank == 0 and outcome.kind != "done" and not supervised():
         command = _next_command(outcome, comm, job_path, run_path, overrides)
-        print(command, file=console, flush=True)
+        print(command, file=session.console, flush=True)
     comm.close()
-    return _exit_status(ExitStatus.STOPPED if outcome.kind == "stopped" else ExitStatus.OK)
+    return exit_status(ExitStatus.STOPPED if outcome.kind == "stopped" else ExitStatus.OK)
 
 
-def train(
-    job: Job,
-    run: RunDir,
-    comm: Communicator,
-    clock: Clock,
-    console: TextIO,
-    stop: StopRequest,
-    allow_changed: tuple[str, ...],
-) -> PhaseOutcome:
+def train(job: Job, session: Session, allow_changed: tuple[str, ...]) -> PhaseOutcome:
     """Build the trainer and train (a collective)."""
+    comm, run, clock = session.comm, session.directory, session.clock
     with clock("start"):
-        trainer = build_trainer(job, run, comm, clock, stop, console, allow_changed)
-        _redirect_output(run, trainer.run.state.progress.phase, comm.rank)
+        trainer = build_trainer(job, run, comm, clock, session.stop, session.console, allow_changed)
+        redirect_output(run, trainer.run.state.progress.phase, comm.rank)
     try:
         return trainer.train()
     except CollectiveError:
         trainer.run.wait_for_writes()
         raise
+
+
+class Session:
+    """What surrounds the training of one rank: locks, stop requests, heartbeats, failures.
+
+    `begin` and then `end`, or `fail` for an error in between.
+    """
+
+    def __init__(self, comm: Communicator, directory: RunDir, console: TextIO) -> None:
+        """
+        Args:
+            comm: all ranks.
+            directory: of the run.
+            console: for lines to the user, where standard output goes to a log file.
+        """
+        self.comm, self.directory, self.console = comm, directory, console
+        self.clock = Clock()
+        self._locks = RunLock(directory), RunLock(directory, path=directory.ranks_lock)
+        self._watchdog: Watchdog | None = None
+        self._stop: StopRequest | None = None
+
+    @property
+    def stop(self) -> StopRequest:
+        """Whether the run was asked to stop, from `begin` on."""
+        assert self._stop
+        return self._stop
+
+    def begin(self, load: Callable[[], Job], *, write_job: bool = True) -> Job:
+        """Lock the run directory and start to watch (a collective); returns the job from `load`.
+
+        Without a supervisor, the job is written into the directory.
+
+        Raises:
+            CollectiveError: the ranks or the job are not right, or the directory is in use.
+        """
+        comm, run = self.comm, self.directory
+        raise_on_all_ranks(comm, lambda: _require_all_ranks(comm))
+        job = raise_on_all_ranks(comm, load)
+        raise_on_all_ranks(comm, lambda: _prepare(job, run, comm, *self._locks, write_job))
+        self.clock.restart()
+        self.clock.add("start", _seconds_since_start())
+        self._watchdog = Watchdog(
+            comm,
+            comm.allgather_object(host()),
+            self.clock,
+            job.launch.heartbeat_timeout,
+            job.launch.progress_timeout,
+            _on_hang(run, comm, self.console),
+        )
+        self._stop = StopRequest(comm, run.stop_request)
+        return job
+
+    def end(self, outcome: PhaseOutcome) -> PhaseOutcome:
+        """Unlock, and watch no more (a collective); a stop may have been requested meanwhile."""
+        outcome = _last_request(outcome, self.directory, self.comm, self.stop)
+        self.close()
+        return outcome
+
+    def fail(self, error: BaseException) -> int:
+        """End after an error: the exit status if all ranks have it, otherwise ends all of them."""
+        if not isinstance(error, CollectiveError):
+            _abort(error, self.directory, self.comm, self.console)
+            raise AssertionError("abort does not return") from error
+        if self._watchdog:
+            self._watchdog.close()
+        if self.comm.rank == 0:
+            _report(error, self.directory, self.comm, self.console)
+        self.comm.close()
+        self.close()
+        return exit_status(error.status)
+
+    def close(self) -> None:
+        """Unlock, and watch no more."""
+        if self._watchdog:
+            self._watchdog.close()
+        if self._stop:
+            self._stop.close()
+        for lock in self._locks:
+            lock.release()
+
+
+def supervised() -> bool:
+    """Whether `hpc-absa run` or `launch` has started this rank, and starts the next phase."""
+    return SUPERVISED in os.environ
 
 
 def _last_request(
@@ -132,17 +180,25 @@ def _require_all_ranks(comm: Communicator) -> None:
         )
 
 
-def _prepare(job: Job, run: RunDir, comm: Communicator, lock: RunLock, ranks_lock: RunLock) -> None:
+def _prepare(
+    job: Job,
+    run: RunDir,
+    comm: Communicator,
+    lock: RunLock,
+    ranks_lock: RunLock,
+    write_job: bool,
+) -> None:
     """Rank 0 sets up the run directory, unless a supervisor has done so."""
     if comm.rank != 0:
         return
     run.create()
     run.joined.touch()
-    if SUPERVISED not in os.environ:
+    if not supervised():
         lock.acquire()
         run.stop_request.unlink(missing_ok=True)
-        run.write_job(config.dump(job))
-    ranks_lock.acquire(wait=SUPERVISED in os.environ)
+        if write_job:
+            run.write_job(config.dump(job))
+    ranks_lock.acquire(wait=supervised())
 
 
 def _next_command(
@@ -157,9 +213,9 @@ def _next_command(
     return f"next phase: mpirun -np {outcome.next_ranks} {command}"
 
 
-def _exit_status(status: ExitStatus) -> int:
+def exit_status(status: ExitStatus) -> int:
     """0 under a supervisor: a launcher would print messages about any other."""
-    return int(ExitStatus.OK if SUPERVISED in os.environ else status)
+    return int(ExitStatus.OK if supervised() else status)
 
 
 # Errors
@@ -167,7 +223,7 @@ def _exit_status(status: ExitStatus) -> int:
 
 def _report(error: CollectiveError, run: RunDir, comm: Communicator, console: TextIO) -> None:
     """Pass a user's error to the supervisor, or print it if there is none."""
-    if SUPERVISED in os.environ:
+    if supervised():
         _write_failure(run, str(error), comm.rank, host(), error.status, final=True)
     elif launcher_rank() == 0:  # not once for each of many worlds of one rank
         print(f"hpc-absa: {error}", file=console, flush=True)
@@ -216,13 +272,13 @@ def _write_failure(
 # Output
 
 
-def _duplicate(stream: TextIO) -> TextIO:
+def duplicate(stream: TextIO) -> TextIO:
     """The launcher's end of `stream`, which remains when this rank's output goes to its log."""
-    encoding = "utf-8" if SUPERVISED in os.environ else stream.encoding
+    encoding = "utf-8" if supervised() else stream.encoding
     return tolerant(os.dup(stream.fileno()), encoding)
 
 
-def _redirect_output(run: RunDir, phase: int, rank: int) -> None:
+def redirect_output(run: RunDir, phase: int, rank: int) -> None:
     """Send this rank's standard output and error, also of native libraries, to its log file."""
     log = run.rank_log(phase, rank)
     descriptor = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)

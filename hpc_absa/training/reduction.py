@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from hpc_absa import summation
 from hpc_absa.comm import Communicator
+from hpc_absa.errors import UsageError
 from hpc_absa.worldsize import share
 
 
@@ -60,6 +61,10 @@ class Reduction(Protocol):
         """Sum small tensors of equal shape, one for each lane of this rank, over all ranks."""
         ...
 
+    def close(self) -> None:
+        """Leave the parameters as they were, without gradients."""
+        ...
+
 
 class OverlappedReduction:
     """Horovod's ring-allreduce, overlapped with the backward pass.
@@ -79,10 +84,12 @@ class OverlappedReduction:
         self._repeated = False
         self._observed = False
         self._last = False
-        if comm.size > 1:
-            for index, bucket in enumerate(self._buckets):
-                for parameter in bucket.parameters:
-                    parameter.register_post_accumulate_grad_hook(self._hook(index))
+        self._hooks = [
+            parameter.register_post_accumulate_grad_hook(self._hook(index))
+            for index, bucket in enumerate(self._buckets)
+            for parameter in bucket.parameters
+            if comm.size > 1
+        ]
 
     def lanes(self, microbatches: range) -> list[range]:
         return [share(microbatches, self._comm.rank, self._comm.size)]
@@ -112,6 +119,13 @@ class OverlappedReduction:
         """There is one lane."""
 
     def finish(self, sums: Tensor, flags: Tensor) -> tuple[Tensor, Tensor]:
+        for bucket in self._buckets:
+            for parameter, gradient in zip(bucket.parameters, bucket.gradients, strict=True):
+                if parameter.grad is not gradient:
+                    raise UsageError(
+                        "a parameter's .grad was replaced during a step, as zero_grad() does: "
+                        "expected no such call, because every step begins with zero gradients"
+                    )
         both = torch.cat([sums, flags])
         handle = self._comm.allreduce_async_(both, "sums")
         for index in range(len(self._buckets)):
@@ -126,6 +140,13 @@ class OverlappedReduction:
 
     def sum_lanes(self, lanes: list[Tensor]) -> Tensor:
         return self._comm.allreduce_(torch.stack(lanes).sum(dim=0))
+
+    def close(self) -> None:
+        for handle in self._hooks:
+            handle.remove()
+        for bucket in self._buckets:
+            for parameter in bucket.parameters:
+                parameter.grad = None
 
     def _hook(self, index: int) -> Any:
         def on_gradient(parameter: Tensor) -> None:
@@ -235,6 +256,10 @@ class ReproducibleReduction:
         assert total is not None
         return self._comm.allreduce_recursive_doubling_(total)
 
+    def close(self) -> None:
+        for parameter in self._parameters:
+            parameter.grad = None
+
     def _take_gradients(self, sums: Tensor) -> Tensor:
         """The gradients and `sums` as one flat tensor; the gradients are then None."""
         parts = [
@@ -258,8 +283,11 @@ class GradientHooks:
         self.used = [0.0] * len(self.parameters)
         """Backward passes that computed a gradient of each parameter."""
         self._gradients: dict[int, Tensor] | None = None
-        for index, parameter in enumerate(self.parameters):
-            parameter.register_hook(self._hook(index))
+        self._handles = [p.register_hook(self._hook(i)) for i, p in enumerate(self.parameters)]
+
+    def close(self) -> None:
+        for handle in self._handles:
+            handle.remove()
 
     @contextmanager
     def measuring(self, total: Tensor | None) -> Iterator[None]:

@@ -150,6 +150,7 @@ class Run:
         self._flags = Flags()
         self._next_ranks = options.ranks_for(state.progress.schedule.global_batch)
         self._schedule_before = state.progress.schedule
+        self._ending_phase = state.progress.phase
         self._last_save = time.monotonic()
         self._nonfinite_step: int | None = None
         self._measured = ""
@@ -418,10 +419,8 @@ class Run:
         self.save()
         if not grows:
             return
-        if self._next_ranks > self.comm.size:
-            self._outcome = "resize"
-        else:
-            self._end_phase("in_place", self.comm.size, self.state.progress.phase - 1)
+        if not self.end_for_more_ranks():
+            self._end_phase("in_place", self.comm.size)
             self.begin_phase()
 
     def _record_decision(
@@ -457,8 +456,15 @@ class Run:
 
     # Phases
 
+    def end_for_more_ranks(self) -> bool:
+        """End the phase if the batch feeds more ranks than there are; whether it does."""
+        if self._next_ranks > self.comm.size:
+            self._outcome = "resize"
+        return self._next_ranks > self.comm.size
+
     def begin_phase(self) -> None:
         """Record the start of a phase."""
+        self._ending_phase = self.state.progress.phase
         progress, environment = self.state.progress, self.options.environment
         self.log.emit(
             "phase_start",
@@ -502,9 +508,9 @@ class Run:
         outcome = self._outcome or "done"
         with self.clock("checkpoint"), self.stop.saving():
             require_durable(self._checkpointer, self.save)
-        progress, resize = self.state.progress, outcome == "resize"
-        ranks = self._next_ranks if resize else self.comm.size
-        self._end_phase(outcome, ranks, progress.phase - resize)
+        progress = self.state.progress
+        ranks = self._next_ranks if outcome == "resize" else self.comm.size
+        self._end_phase(outcome, ranks)
         if outcome == "done":
             accuracy, step = progress.test_accuracy, self._nonfinite_step
             self.log.emit(
@@ -523,13 +529,13 @@ class Run:
             )
         return PhaseOutcome(outcome, ranks, progress.phase)
 
-    def _end_phase(self, outcome: str, next_ranks: int, phase: int) -> None:
+    def _end_phase(self, outcome: str, next_ranks: int) -> None:
         ranks = self.comm.allgather_object(self.clock.seconds())
         self.clock.restart()
         position = self.state.progress.position
         self.log.emit(
             "phase_end",
-            phase,
+            self._ending_phase,
             seconds={kind: sum(s[kind] for s in ranks) / len(ranks) for kind in ranks[0]},
             outcome=outcome,
             ranks=self.comm.size,

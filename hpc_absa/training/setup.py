@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import math
 import os
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from hpc_absa import config, summation, worldsize
-from hpc_absa.checkpoint import CheckpointManager, Content
+from hpc_absa.checkpoint import CheckpointManager
 from hpc_absa.checkpoint.async_checkpointer import AsyncCheckpointer
-from hpc_absa.checkpoint.restore import newest_good
 from hpc_absa.comm import Communicator, raise_on_all_ranks
 from hpc_absa.config import Job
-from hpc_absa.curvature.estimate import estimate_eigenvalue
 from hpc_absa.curvature.loss import Loss
-from hpc_absa.curvature.sharpness import critical_sharpness
 from hpc_absa.data.datasets import MapDataset
 from hpc_absa.errors import CheckpointError, UsageError
 from hpc_absa.models import build as build_model
@@ -28,9 +24,9 @@ from hpc_absa.models import build_loss
 from hpc_absa.models.losses import IGNORED
 from hpc_absa.models.weights import read_weights
 from hpc_absa.plan import stream_of
-from hpc_absa.progress import Position, Progress
+from hpc_absa.progress import Position, Progress, SampleStream
 from hpc_absa.rundir import RunDir
-from hpc_absa.rundir.events import Event
+from hpc_absa.schedules import Rule
 from hpc_absa.schedules import build as build_rule
 from hpc_absa.torchvision_import import prepare_torchvision
 from hpc_absa.training import metrics
@@ -43,15 +39,16 @@ from hpc_absa.training.data import (
     hessian_samples,
     open_data,
 )
+from hpc_absa.training.estimator import make_estimator
 from hpc_absa.training.faults import StopRequest
 from hpc_absa.training.log import EventLogger
 from hpc_absa.training.metrics import Metric
 from hpc_absa.training.reduction import OverlappedReduction, ReproducibleReduction
-from hpc_absa.training.run import Draw, Run, RunOptions
+from hpc_absa.training.resume import resized_from, resume
+from hpc_absa.training.run import Estimator, Run, RunOptions
 from hpc_absa.training.state import TrainState, load_model, to_array
 from hpc_absa.training.step import StepEngine
 from hpc_absa.training.trainer import Adversary, Trainer
-from hpc_absa.training.virtual_step import update_direction
 
 
 def build_trainer(
@@ -74,7 +71,7 @@ def build_trainer(
     if device.type == "cuda":
         clock.synchronize = torch.cuda.synchronize
     if job.train.reproducible:
-        _make_reproducible(comm)
+        make_reproducible(comm)
     dataset = open_data(job, directory, comm)
     stream = stream_of(job, len(dataset.train))
     loader = raise_on_all_ranks(comm, lambda: build_loader(job, dataset, stream, device))
@@ -87,74 +84,25 @@ def build_trainer(
     )
     state = TrainState(model, optimizer, Progress(Position(), rule.initial()))
     manager = CheckpointManager(directory.checkpoints, job.checkpoint.keep)
-    resumed_from = _resume(job, dataset, manager, comm, state, allow_changed)
+    resumed_from = resume(job, dataset.digest, manager, comm, state, allow_changed)
     if resumed_from is None and job.model.weights:
         raise_on_all_ranks(comm, lambda: load_weights(job, model))
-    reduction = ReproducibleReduction if job.train.reproducible else OverlappedReduction
-    engine = StepEngine(
-        model,
-        optimizer,
-        reduction(model, comm),
-        seed=job.seed,
-        clock=clock,
-        max_grad_norm=job.train.max_grad_norm,
-    )
+    engine = build_engine(job, model, optimizer, comm, clock)
     sample_of = raise_on_all_ranks(comm, lambda: hessian_samples(job, loader, stream))
-
-    def estimator(start: Tensor | None, threshold: float | None, poll: Any, draw: Draw) -> Any:
-        sample = sample_of(draw)
-        settings: dict[str, Any] = {
-            "samples": sample.size,
-            "microbatch": stream.microbatch,
-            "tol": job.hessian.tol,
-            "max_iter": job.hessian.max_iter,
-            "threshold": threshold,
-            "poll": poll,
-            "reproducible": job.train.reproducible,
-        }
-        if job.hessian.method == "sharpness":
-            last = state.progress.eigenvalue
-            usable = last is not None and math.isfinite(last) and last > 0
-            settings["guess"] = 2 / last if last is not None and usable else job.train.lr
-            direction = partial(update_direction, model, optimizer)
-            return critical_sharpness(model, loss, sample, comm, direction, **settings)
-        settings["start"] = None if job.hessian.fresh else start
-        return estimate_eigenvalue(model, loss, sample, comm, method=job.hessian.method, **settings)
-
-    log = EventLogger(directory, comm.rank, console)
-    checkpointer = AsyncCheckpointer(
-        manager,
+    run = build_run(
+        job,
+        directory,
         comm,
-        background=job.checkpoint.background,
-        shard_bytes=job.checkpoint.shard_bytes,
-        on_error=job.checkpoint.on_error,
-        warn=log.save_failed,
-    )
-    limit = worldsize.limit(job)
-    options = RunOptions(
-        seed=job.seed,
+        stop,
+        EventLogger(directory, comm.rank, console),
+        state,
+        rule,
+        stream,
+        engine,
+        make_estimator(job, state, loss, comm, sample_of),
+        manager,
         data_digest=dataset.digest,
-        job=config.dump(job),
-        save_seconds=job.checkpoint.every_seconds,
-        rank_limit=limit,
-        ranks_for=lambda batch: worldsize.ranks_for(job, batch, limit),
-        on_nonfinite_loss=job.train.on_nonfinite_loss,
         resumed_from=resumed_from,
-        previous_phase=_resized_from(directory),
-        environment={"threads_per_rank": torch.get_num_threads(), "device": str(device)},
-    )
-    run = Run(
-        comm=comm,
-        directory=directory,
-        stream=stream,
-        rule=rule,
-        state=state,
-        engine=engine,
-        estimator=estimator,
-        checkpointer=checkpointer,
-        stop=stop,
-        log=log,
-        options=options,
     )
     epsilon = getattr(job.schedule, "epsilon", None)
     reader = loader.reader
@@ -171,6 +119,80 @@ def build_trainer(
         bfloat16=job.train.precision == "bfloat16",
         reproducible=job.train.reproducible,
         names=(f"model.name = {job.model.name!r}", f"train.loss = {job.train.loss!r}"),
+    )
+
+
+def build_engine(
+    job: Job,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    comm: Communicator,
+    clock: Clock,
+    update: Callable[[float], None] | None = None,
+) -> StepEngine:
+    """What takes the steps; `update` as in `StepEngine`."""
+    reduction = ReproducibleReduction if job.train.reproducible else OverlappedReduction
+    return StepEngine(
+        model,
+        optimizer,
+        reduction(model, comm),
+        seed=job.seed,
+        clock=clock,
+        max_grad_norm=job.train.max_grad_norm,
+        update=update,
+    )
+
+
+def build_run(
+    job: Job,
+    directory: RunDir,
+    comm: Communicator,
+    stop: StopRequest,
+    log: EventLogger,
+    state: TrainState,
+    rule: Rule,
+    stream: SampleStream,
+    engine: StepEngine,
+    estimator: Estimator,
+    manager: CheckpointManager,
+    *,
+    data_digest: str,
+    resumed_from: str | None,
+) -> Run:
+    """The run of these parts, with the settings of the job."""
+    checkpointer = AsyncCheckpointer(
+        manager,
+        comm,
+        background=job.checkpoint.background,
+        shard_bytes=job.checkpoint.shard_bytes,
+        on_error=job.checkpoint.on_error,
+        warn=log.save_failed,
+    )
+    limit = worldsize.limit(job)
+    options = RunOptions(
+        seed=job.seed,
+        data_digest=data_digest,
+        job=config.dump(job),
+        save_seconds=job.checkpoint.every_seconds,
+        rank_limit=limit,
+        ranks_for=lambda batch: worldsize.ranks_for(job, batch, limit),
+        on_nonfinite_loss=job.train.on_nonfinite_loss,
+        resumed_from=resumed_from,
+        previous_phase=resized_from(directory),
+        environment={"threads_per_rank": torch.get_num_threads(), "device": str(engine.device)},
+    )
+    return Run(
+        comm=comm,
+        directory=directory,
+        stream=stream,
+        rule=rule,
+        state=state,
+        engine=engine,
+        estimator=estimator,
+        checkpointer=checkpointer,
+        stop=stop,
+        log=log,
+        options=options,
     )
 
 
@@ -269,7 +291,7 @@ def device_of(job: Job, comm: Communicator) -> torch.device:
     return torch.device("cuda", comm.local_rank)
 
 
-def _make_reproducible(comm: Communicator) -> None:
+def make_reproducible(comm: Communicator) -> None:
     def check() -> None:
         if not summation.fits(comm.size):
             raise UsageError(
@@ -281,51 +303,3 @@ def _make_reproducible(comm: Communicator) -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
-
-
-# Resuming
-
-
-def _resume(
-    job: Job,
-    dataset: DataSet,
-    manager: CheckpointManager,
-    comm: Communicator,
-    state: TrainState,
-    allow_changed: tuple[str, ...],
-) -> str | None:
-    """Restore the newest good checkpoint into `state`; its name, None without any."""
-    restored = newest_good(manager, comm)
-    if restored is None:
-        return None
-    if comm.rank == 0:
-        for damaged in restored.damaged:
-            print(f"skipped a damaged checkpoint: {damaged}", flush=True)
-    path = restored.path
-
-    def accept() -> None:
-        _require_same_job(job, dataset, restored.content, str(path), allow_changed)
-        state.restore(restored.content, path.name)
-
-    raise_on_all_ranks(comm, accept)
-    return path.name
-
-
-def _require_same_job(
-    job: Job, dataset: DataSet, content: Content, path: str, allow_changed: tuple[str, ...]
-) -> None:
-    """Refuse a checkpoint from which this job could not continue with the same result."""
-    digest = content.groups["data"].attributes["digest"]
-    if digest != dataset.digest:
-        raise CheckpointError(f"{path}: of another data set: {digest}, not {dataset.digest}")
-    saved = config.parse(str(content.groups["job"].attributes["text"]), path, warn=False)
-    config.refuse_changes(saved, job, path, allow_changed)
-
-
-def _resized_from(directory: RunDir) -> Event | None:
-    """The `phase_end` event of the phase before, if that ended to continue with more ranks."""
-    last = directory.log.last("phase_end", "failure")
-    if last is None or last["event"] != "phase_end" or last.get("outcome") != "resize":
-        return None
-    numbers = (last.get("ranks"), last.get("time"))
-    return last if all(isinstance(number, int | float) for number in numbers) else None

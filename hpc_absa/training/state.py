@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 import zlib
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from hpc_absa.comm import Communicator
 from hpc_absa.errors import CheckpointError, CollectiveError, ExitStatus
 from hpc_absa.progress import Position, Progress
 from hpc_absa.records import ScheduleState
+from hpc_absa.training import nested
 
 OPTIMIZER_NAMES = {"momentum_buffer": "momentum"}
 """Names of optimizer state in a checkpoint, where they differ from torch's."""
@@ -33,6 +34,17 @@ COLUMNS = 4096
 """Of the sums in `digest`."""
 
 
+JSON = "json"
+"""The array of a group with what is no tensor, as JSON in UTF-8 (`hpc_absa.training.nested`)."""
+
+
+class Stateful(Protocol):
+    """An object whose state is in the checkpoint: a scheduler, a moving average, a scaler."""
+
+    def state_dict(self) -> Any: ...
+    def load_state_dict(self, state_dict: Any, /) -> Any: ...
+
+
 @dataclass
 class TrainState:
     """What training changes, and what a checkpoint contains."""
@@ -42,17 +54,66 @@ class TrainState:
     progress: Progress
     eigenvector: Tensor | None = None
     """[P], of the last estimate; the next one starts from it."""
+    others: Mapping[str, Stateful] = field(default_factory=dict)
+    """By name, whatever else has a state."""
+    with_groups: bool = False
+    """Whether the options of the optimizer's parameter groups, such as the learning rates, are part
+    of the state; those of a job file are in the job."""
+    restore_groups: bool = True
+    """Whether `restore` takes them over."""
 
     def tensors(self) -> dict[Key, Tensor]:
         """The tensors that a checkpoint contains, themselves, by group and name."""
         tensors = {("model", name): tensor for name, tensor in self.model.state_dict().items()}
-        for name, parameter in self.model.named_parameters():
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                if isinstance(value, Tensor):
-                    tensors["optimizer", f"{OPTIMIZER_NAMES.get(key, key)}.{name}"] = value
+        tensors |= self._optimizer_tensors()
         if self.eigenvector is not None:
             tensors["curvature", "eigenvector"] = self.eigenvector
-        return tensors
+        return tensors | self.other_tensors()
+
+    def other_tensors(self) -> dict[Key, Tensor]:
+        """Those of `others`.
+
+        Raises:
+            UsageError: a state is not made of tensors, numbers and strings.
+        """
+        if not self.others:
+            return {}
+        found: nested.Tensors = {}
+        nodes = {
+            name: nested.encode(other.state_dict(), name, found, f"state[{name!r}]")
+            for name, other in self.others.items()
+        }
+        found[JSON] = nested.to_tensor(nodes)
+        return {("state", name): tensor for name, tensor in found.items()}
+
+    def _optimizer_tensors(self) -> dict[Key, Tensor]:
+        found: nested.Tensors = {}
+        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        state: list[Any] = []
+        for of, values in self.optimizer.state.items():
+            name = names.get(of) if isinstance(of, nn.Parameter) else None
+            nodes = {
+                key: nested.encode(
+                    value, f"{OPTIMIZER_NAMES.get(key, key)}.{name or of}", found, "optimizer"
+                )
+                for key, value in (values.items() if isinstance(values, dict) else [])
+            }
+            state.append([name, None if name else of, nodes])
+        groups = [
+            {
+                "params": [names[p] for p in group["params"]],
+                "options": nested.encode(
+                    {key: value for key, value in group.items() if key != "params"},
+                    f"group.{index}",
+                    found,
+                    "optimizer",
+                ),
+            }
+            for index, group in enumerate(self.optimizer.param_groups)
+            if self.with_groups
+        ]
+        found[JSON] = nested.to_tensor({"state": state, "groups": groups})
+        return {("optimizer", name): tensor for name, tensor in found.items()}
 
     def scalars(self, seed: int, data_digest: str, job: str, **attributes: Scalar) -> Content:
         """Everything else that a checkpoint contains.
@@ -85,6 +146,7 @@ class TrainState:
             {
                 "model": Group(),
                 "optimizer": Group({"name": type(self.optimizer).__name__.lower()}),
+                **({"state": Group()} if self.others else {}),
                 "schedule": _group(schedule),
                 "data": Group(data),
                 "progress": _group({name: getattr(progress, name) for name in rest}),
@@ -104,6 +166,7 @@ class TrainState:
         groups = content.groups
         load_model(self.model, groups["model"].arrays, origin)
         self._restore_optimizer(groups["optimizer"].arrays)
+        self._restore_others(groups, origin)
         vector = groups["curvature"].arrays.get("eigenvector")
         self.eigenvector = None if vector is None else torch.from_numpy(vector.copy())
         data = groups["data"].attributes
@@ -121,12 +184,75 @@ class TrainState:
 
     def _restore_optimizer(self, arrays: Mapping[str, np.ndarray]) -> None:
         parameters = dict(self.model.named_parameters())
+        if JSON in arrays:
+            saved_state = nested.from_array(arrays[JSON])
+            for name, other, nodes in saved_state["state"]:
+                of = parameters[name] if name else other
+                self.optimizer.state[of] = {
+                    key: nested.decode(node, _optimizer_tensor(key, arrays, parameters.get(name)))
+                    for key, node in nodes.items()
+                }
+            if self.with_groups and self.restore_groups:
+                self._restore_groups(saved_state["groups"], arrays, parameters)
+            return
         keys = {saved: key for key, saved in OPTIMIZER_NAMES.items()}
         for saved, array in arrays.items():
             key, _, name = saved.partition(".")
             if name in parameters:
                 value = _like(parameters[name], array)
                 self.optimizer.state[parameters[name]][keys.get(key, key)] = value
+
+    def _restore_groups(
+        self,
+        groups: list[Any],
+        arrays: Mapping[str, np.ndarray],
+        parameters: Mapping[str, nn.Parameter],
+    ) -> None:
+        """Also the parameters of each group: some are added during a run, as to unfreeze them."""
+        param_groups = self.optimizer.param_groups
+        del param_groups[len(groups) :]
+        for index, saved in enumerate(groups):
+            if index == len(param_groups):
+                param_groups.append({})
+            options = nested.decode(saved["options"], _optimizer_tensor("", arrays, None))
+            param_groups[index].clear()
+            param_groups[index].update(
+                params=[parameters[name] for name in saved["params"]], **options
+            )
+
+    def _restore_others(self, groups: Mapping[str, Group], origin: str) -> None:
+        arrays = groups["state"].arrays if "state" in groups else {}
+        nodes = nested.from_array(arrays[JSON]) if JSON in arrays else {}
+        for name in sorted(nodes.keys() ^ self.others.keys()):
+            where = "the run" if name in self.others else "the checkpoint"
+            raise CheckpointError(f"{origin}: of another run: state[{name!r}] is only in {where}")
+        device = next(self.model.parameters()).device
+
+        def tensor(node: Mapping[str, Any]) -> Tensor:
+            saved = nested.saved_tensor(node, arrays[node["tensor"]])
+            return saved if node["device"] == "cpu" else saved.to(device)
+
+        for name, other in self.others.items():
+            other.load_state_dict(nested.decode(nodes[name], tensor))
+
+
+def _optimizer_tensor(
+    key: str, arrays: Mapping[str, np.ndarray], parameter: Tensor | None
+) -> Callable[[Mapping[str, Any]], Tensor]:
+    """Restores a tensor of `optimizer.state[parameter][key]`, as `Optimizer.load_state_dict` does.
+
+    It is on the parameter's device, but a step counter where it was, and has its memory format.
+    """
+
+    def restore(node: Mapping[str, Any]) -> Tensor:
+        saved = nested.saved_tensor(node, arrays[node["tensor"]])
+        if parameter is None or (key == "step" and node["device"] == "cpu"):
+            return saved
+        if saved.shape != parameter.shape:
+            return saved.to(parameter.device)
+        return torch.empty_like(parameter, dtype=saved.dtype, requires_grad=False).copy_(saved)
+
+    return restore
 
 
 def require_equal(tensors: Mapping[Key, Tensor], comm: Communicator) -> None:
@@ -149,6 +275,18 @@ def require_equal(tensors: Mapping[Key, Tensor], comm: Communicator) -> None:
                     "changes it depending on the rank; nothing was saved",
                     ExitStatus.FAILED,
                 )
+
+
+def broadcast_model(model: nn.Module, comm: Communicator) -> None:
+    """Give all ranks the weights and buffers of rank 0 (a collective)."""
+    if comm.size == 1:
+        return
+    for tensor in model.state_dict().values():
+        if isinstance(tensor, Tensor):
+            values = tensor.detach().contiguous().clone()
+            comm.broadcast_(values.view(-1).view(torch.uint8))
+            with torch.no_grad():
+                tensor.copy_(values)
 
 
 def digest(tensor: Tensor) -> int:

@@ -14,7 +14,7 @@ their number, a weighted sum with the sum of the weights. The gradient of a step
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import astuple, dataclass
 
@@ -101,6 +101,7 @@ class StepEngine:
         seed: int,
         clock: Clock,
         max_grad_norm: float | None = None,
+        update: Callable[[float], None] | None = None,
     ) -> None:
         """Replaces running statistics, and registers hooks on normalizations and parameters.
 
@@ -111,12 +112,17 @@ class StepEngine:
             seed: with the index of a microbatch, of the random generators in its forward pass.
             clock: charged with computing and communication.
             max_grad_norm: clip the gradient of a step to this norm; None for no clipping.
+            update: updates the parameters from the gradients, with the schedule's learning rate; by
+                default a step of the optimizer, whose groups get that rate times their ratio.
         """
         self.model, self.optimizer, self.reduction = model, optimizer, reduction
         self.seed, self.clock, self.max_grad_norm = seed, clock, max_grad_norm
         base = optimizer.defaults.get("lr")
         self.lr_ratios = [group["lr"] / base if base else 1.0 for group in optimizer.param_groups]
         """Of each parameter group: its learning rate is this times that of the schedule."""
+        self.update = update or self._update
+        self.scale: Callable[[Tensor], Tensor] = lambda loss: loss
+        """Applied to the loss that is differentiated: float16 needs larger gradients."""
         self.buffers = ModelBuffers(model)
         self.hooks = GradientHooks(model)
         self.device = next(model.parameters()).device
@@ -160,6 +166,17 @@ class StepEngine:
         """This rank's microbatches."""
         return self.reduction.lanes(microbatches)
 
+    def close(self) -> None:
+        """Remove the hooks; the model and its parameters are plain ones again."""
+        self.buffers.close()
+        self.hooks.close()
+        self.reduction.close()
+
+    def _update(self, lr: float) -> None:
+        for group, ratio in zip(self.optimizer.param_groups, self.lr_ratios, strict=True):
+            group["lr"] = lr * ratio
+        self.optimizer.step()
+
 
 class TrainStep:
     """A step in progress on one rank; made by `StepEngine.begin`."""
@@ -182,6 +199,7 @@ class TrainStep:
         self._total, self._lane = self._new_sums(), self._new_sums()
         self._changed: list[Collected] = []  # one for each lane
         self._last = False
+        self._result: StepResult | None = None
         engine.reduction.begin()
 
     @property
@@ -195,7 +213,7 @@ class TrainStep:
             hooks = self._engine.hooks
             hooks.used = [0.0] * len(hooks.parameters)
             for k in lane:
-                self._seed_generators(k)
+                self.seed_generators(k)
                 self._last = k == self._mine[-1]
                 yield k
             self._lane.used += torch.tensor(hooks.used, device=self._engine.device)
@@ -203,11 +221,13 @@ class TrainStep:
             self._total.flat += self._lane.flat
             self._changed.append(self._lane.buffers)
 
-    def _seed_generators(self, k: int) -> None:
+    def seed_generators(self, k: int) -> int:
+        """Seed torch's random generators for the forward pass of microbatch `k`; the seed."""
         seed = order.microbatch_seed(self._engine.seed, k)
         torch.default_generator.manual_seed(seed)  # torch.manual_seed takes 0.5 ms
         if self._engine.device.type == "cuda":
             torch.cuda.manual_seed(seed)
+        return seed
 
     def following(self, k: int) -> int | None:
         """The microbatch that this rank computes after `k`, also in the next step, if known."""
@@ -237,12 +257,21 @@ class TrainStep:
         if isinstance(denominator, float) and not denominator:
             return  # no loss here, as where all targets are ignored
         with engine.reduction.backward(last=self._last), engine.hooks.measuring(square):
-            scaled.backward()
+            engine.scale(scaled).backward()
         lane.loss += total.detach()
         lane.denominator += denominator
 
     def optimize(self) -> StepResult:
-        """Sum over all ranks, and update buffers and parameters."""
+        """Sum over all ranks, unless `reduce` was called, and update the parameters."""
+        result = self.reduce()
+        with self._engine.clock("comp"):
+            self._engine.update(self._lr)
+        return result
+
+    def reduce(self) -> StepResult:
+        """Sum over all ranks, and update buffers; the gradients are then those of the step."""
+        if self._result is not None:
+            return self._result
         engine, count = self._engine, len(self._step.microbatches)
         with engine.clock("comm"):
             flat, flags = engine.reduction.finish(self._total.flat, self._flags.pack(engine.device))
@@ -267,10 +296,10 @@ class TrainStep:
                 norm = torch.nn.utils.clip_grad_norm_(
                     engine.model.parameters(), engine.max_grad_norm
                 )
-            for group, ratio in zip(engine.optimizer.param_groups, engine.lr_ratios, strict=True):
-                group["lr"] = self._lr * ratio
-            engine.optimizer.step()
-        return StepResult(loss, denominator, round(samples), Flags.unpack(flags), squares, norm)
+        self._result = StepResult(
+            loss, denominator, round(samples), Flags.unpack(flags), squares, norm
+        )
+        return self._result
 
     def _new_sums(self) -> StepSums:
         engine = self._engine

@@ -1,0 +1,89 @@
+"""A script's training set: its batches as the script's own collate function makes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_map_only
+from torch.utils.data import default_collate
+
+from hpc_absa.data.datasets import Datasets, MapDataset, MapReader, as_datasets
+from hpc_absa.data.loader import Batch, Indices, Loader
+from hpc_absa.errors import UsageError
+from hpc_absa.progress import SampleStream
+
+NAME = "script"
+"""Of the data, in the job and in messages."""
+
+Collate = Callable[[list[Any]], Any]
+
+
+def open_dataset(dataset: Any, collate_fn: Collate | None) -> MapDataset:
+    """A map-style data set, whose batches are what `collate_fn` returns.
+
+    Raises:
+        UsageError: it is of another kind, or its samples cannot be read or collated.
+    """
+    collate = partial(_collate, collate_fn or default_collate)
+    datasets = as_datasets(Datasets(dataset, collate_fn=collate))
+    assert datasets is not None
+    return MapDataset(NAME, datasets)
+
+
+def _collate(collate_fn: Collate, samples: list[Any]) -> tuple[Any, None]:
+    """The whole batch, whatever it is, as the inputs."""
+    return collate_fn(samples), None
+
+
+class ScriptLoader(Loader):
+    """The loader of a script's data; of a `range` it only knows the order."""
+
+    def __init__(
+        self,
+        dataset: MapDataset | range,
+        stream: SampleStream,
+        seed: int,
+        workers: int,
+        device: torch.device,
+        hessian_batch: Callable[[list[int]], Any] | None,
+    ) -> None:
+        """`hessian_batch` gives (inputs, targets) of samples by their indices."""
+        if isinstance(dataset, range):
+            super().__init__(Datasets(dataset), _NoReader(), stream, seed)
+        else:
+            reader = MapReader(dataset, seed, workers=workers, device=device)
+            super().__init__(dataset, reader, stream, seed)
+        self._device, self._hessian_batch = device, hessian_batch
+
+    def sample(self, indices: Indices) -> Batch:
+        """
+        Raises:
+            UsageError: the batch is no pair.
+        """
+        if self._hessian_batch:
+            batch = self._hessian_batch(indices.tolist())
+        else:
+            batch = super().sample(indices).inputs
+        if type(batch) not in (tuple, list) or len(batch) != 2:
+            raise UsageError(
+                f"absa.Run: a batch for the Hessian is a {type(batch).__name__}: expected "
+                "(inputs, targets); give hessian_batch, a function of indices that returns them"
+            )
+        return Batch(*tree_map_only(torch.Tensor, lambda t: t.to(self._device), tuple(batch)))
+
+
+class _NoReader:
+    """Of a script that reads its data itself."""
+
+    ahead = 0
+
+    def close(self) -> None:
+        pass
+
+    def read(self, *arguments: Any) -> Any:
+        raise UsageError("step.batches: expected a run with dataset; use step.microbatches")
+
+    submit = input_range = input_scale = read

@@ -1,0 +1,58 @@
+"""Continuing a run from its newest good checkpoint."""
+
+from __future__ import annotations
+
+from hpc_absa import config
+from hpc_absa.checkpoint import CheckpointManager, Content
+from hpc_absa.checkpoint.restore import newest_good
+from hpc_absa.comm import Communicator, raise_on_all_ranks
+from hpc_absa.config import Job
+from hpc_absa.errors import CheckpointError
+from hpc_absa.rundir import RunDir
+from hpc_absa.rundir.events import Event
+from hpc_absa.training.state import TrainState
+
+
+def resume(
+    job: Job,
+    data_digest: str,
+    manager: CheckpointManager,
+    comm: Communicator,
+    state: TrainState,
+    allow_changed: tuple[str, ...],
+) -> str | None:
+    """Restore the newest good checkpoint into `state`; its name, None without any."""
+    restored = newest_good(manager, comm)
+    if restored is None:
+        return None
+    if comm.rank == 0:
+        for damaged in restored.damaged:
+            print(f"skipped a damaged checkpoint: {damaged}", flush=True)
+    path = restored.path
+
+    def accept() -> None:
+        _require_same_job(job, data_digest, restored.content, str(path), allow_changed)
+        state.restore(restored.content, path.name)
+
+    raise_on_all_ranks(comm, accept)
+    return path.name
+
+
+def _require_same_job(
+    job: Job, data_digest: str, content: Content, path: str, allow_changed: tuple[str, ...]
+) -> None:
+    """Refuse a checkpoint from which this job could not continue with the same result."""
+    digest = content.groups["data"].attributes["digest"]
+    if digest != data_digest:
+        raise CheckpointError(f"{path}: of another data set: {digest}, not {data_digest}")
+    saved = config.parse(str(content.groups["job"].attributes["text"]), path, warn=False)
+    config.refuse_changes(saved, job, path, allow_changed)
+
+
+def resized_from(directory: RunDir) -> Event | None:
+    """The `phase_end` event of the phase before, if that ended to continue with more ranks."""
+    last = directory.log.last("phase_end", "failure")
+    if last is None or last["event"] != "phase_end" or last.get("outcome") != "resize":
+        return None
+    numbers = (last.get("ranks"), last.get("time"))
+    return last if all(isinstance(number, int | float) for number in numbers) else None

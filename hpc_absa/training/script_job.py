@@ -1,0 +1,176 @@
+"""The job of a user's script: what its `Run` was given, as the tables of a job file.
+
+So `job.toml` says how a run was made, and a run is not continued with other arguments.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hpc_absa import config
+from hpc_absa.allocation import MAX_RANKS, RUN_DIR
+from hpc_absa.config import Job
+from hpc_absa.errors import UsageError
+from hpc_absa.training.batches import NAME
+
+TRAIN_KEYS = (
+    "annealing",
+    "lr_decay",
+    "max_grad_norm",
+    "milestones",
+    "on_nonfinite_loss",
+    "threads_per_rank",
+)
+"""Keys of `[train]` that a script may set; the others are arguments, or the script's own."""
+
+
+def directory_of(given: str | os.PathLike[str] | None) -> Path:
+    """The run directory: the argument, or `HPC_ABSA_RUN_DIR`, or `runs/SCRIPT`.
+
+    Raises:
+        UsageError: argument and variable name different folders.
+    """
+    environment = os.environ.get(RUN_DIR)
+    if given is None:
+        return Path(environment or Path("runs") / (Path(sys.argv[0]).stem or "script"))
+    if environment and Path(given).resolve() != Path(environment).resolve():
+        raise UsageError(
+            f"absa.Run: the script's run directory is {os.fspath(given)}, and {RUN_DIR} is "
+            f"{environment}: expected the same, hpc-absa launch --run-dir {os.fspath(given)}"
+        )
+    return Path(given)
+
+
+def rank_limit(size: int, given: Any) -> int:
+    """The most ranks that a decision may choose: without a supervisor those that there are."""
+    limit = int(os.environ.get(MAX_RANKS, size))
+    return min(limit, given) if isinstance(given, int) and given > 0 else limit
+
+
+def job_of(
+    name: str,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    loss: Any,
+    samples: int,
+    size: int,
+    tables: Mapping[str, Any],
+) -> Job:
+    """The job.
+
+    Args:
+        name: of the run.
+        model: its type is recorded.
+        optimizer: its type and the options of its parameter groups are recorded.
+        loss: its name is recorded.
+        samples: of the training set.
+        size: number of ranks.
+        tables: `seed`, `schedule`, and the tables `data`, `train`, `hessian`, `ranks` and
+            `checkpoint`.
+
+    Raises:
+        UsageError: one line that names key, value and what was expected.
+    """
+    ranks = dict(tables["ranks"])
+    ranks["max"] = limit = rank_limit(size, ranks.get("max"))
+    if isinstance(ranks.get("initial"), int):
+        ranks["initial"] = min(ranks["initial"], limit)
+    own = {"lr": base_lr(optimizer), "optimizer": reference(optimizer)}
+    if loss is not None:
+        own["loss"] = reference(loss)
+    return config.from_tables(
+        {
+            **tables,
+            "name": name,
+            "data": {"name": NAME, "samples": samples, **tables["data"]},
+            "model": {"name": NAME, "type": reference(model)},
+            "train": {**own, **tables["train"]},
+            "optimizer": {"groups": [_options(group) for group in optimizer.param_groups]},
+            "ranks": ranks,
+        },
+        "absa.Run",
+    )
+
+
+def reference(value: Any) -> str:
+    """`module:name` of a function, or of the type of an object."""
+    named = value if hasattr(value, "__qualname__") else type(value)
+    return f"{named.__module__}:{named.__qualname__}"
+
+
+def base_lr(optimizer: torch.optim.Optimizer) -> float:
+    """The learning rate of the first group as the script gave it, without that of a scheduler."""
+    group = optimizer.param_groups[0]
+    return float(group.get("initial_lr", group["lr"]))
+
+
+def plain(value: Any) -> Any:
+    """A number of an optimizer's options as a float; others as they are."""
+    if isinstance(value, Tensor) and value.numel() == 1:
+        value = value.item()
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+
+def _options(group: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a parameter group that TOML can have."""
+    options: dict[str, Any] = {"parameters": sum(p.numel() for p in group["params"])}
+    for key, value in group.items():
+        if key in ("params", "lr", "initial_lr"):
+            continue
+        if isinstance(value, list | tuple) and all(isinstance(v, int | float) for v in value):
+            options[key] = [plain(v) for v in value]
+        elif isinstance(value := plain(value), float | bool | str):
+            options[key] = value
+    options["lr"] = plain(group.get("initial_lr", group["lr"]))
+    return options
+
+
+# Checks
+
+
+def require_arguments(
+    model: nn.Module, optimizer: torch.optim.Optimizer, states: Mapping[str, Any], train_keys: Any
+) -> None:
+    """Refuse arguments of `Run` that do not fit together.
+
+    Raises:
+        UsageError: one line.
+    """
+    for key in train_keys:
+        if key not in TRAIN_KEYS:
+            raise UsageError(
+                f"absa.Run: train[{key!r}]: expected one of {', '.join(TRAIN_KEYS)}; the "
+                "optimizer, the loss and the device are the script's"
+            )
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise UsageError(
+            "absa.Run: the model is wrapped in DistributedDataParallel; expected the model itself, "
+            "whose gradients the run reduces"
+        )
+    if hasattr(optimizer, "skip_synchronize"):
+        raise UsageError(
+            "absa.Run: the optimizer is Horovod's DistributedOptimizer; expected the optimizer "
+            "itself, since the run reduces the gradients"
+        )
+    own = {id(parameter) for parameter in model.parameters()}
+    for group in optimizer.param_groups:
+        if "lr" not in group:
+            raise UsageError("absa.Run: expected an optimizer whose parameter groups have lr")
+        if any(id(parameter) not in own for parameter in group["params"]):
+            raise UsageError(
+                "absa.Run: the optimizer has parameters that the model has not, whose gradients "
+                "would not be reduced: make them part of the model"
+            )
+    for name, state in states.items():
+        if not (hasattr(state, "state_dict") and hasattr(state, "load_state_dict")):
+            raise UsageError(
+                f"absa.Run: state[{name!r}] is of type {type(state).__name__}: expected an object "
+                "with state_dict and load_state_dict"
+            )

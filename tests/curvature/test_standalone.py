@@ -1,0 +1,57 @@
+"""`hpc_absa.top_eigenvalue` and `spectrum` against dense Hessians of the examples' models."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import hpc_absa as absa
+from tests.curvature.examples import NAMES, dense_hessian, small
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_eigenvalue_and_the_spectrum_are_those_of_the_dense_hessian(name):
+    model, loss, batches = small(name)
+    hessian = dense_hessian(model, loss, batches)
+    eigenvalues, vectors = np.linalg.eigh(hessian)
+    top = absa.top_eigenvalue(model, loss, batches, tol=1e-6, max_iter=100)
+    assert top.value == pytest.approx(eigenvalues[-1], rel=1e-5)
+    assert top.converged
+    assert abs(top.vector.numpy() @ vectors[:, -1]) == pytest.approx(1, abs=1e-2)
+    assert top.samples == sum(len(targets) for _, targets in batches)
+    result = absa.spectrum(
+        model, loss, batches, k=2, tol=1e-4, layers=False, trace_matvecs=45,
+        density_steps=25, density_probes=1, slice_points=0,
+    )  # fmt: skip
+    np.testing.assert_allclose(result.top.values, eigenvalues[:-3:-1], rtol=1e-3)
+    assert abs(result.trace.value - np.trace(hessian)) <= 4 * result.trace.error
+    assert result.samples == top.samples
+    nodes = result.density.nodes[result.density.weights > 1e-12]
+    assert nodes.max() == pytest.approx(eigenvalues[-1], rel=1e-3)
+    assert nodes.min() == pytest.approx(eigenvalues[0], rel=1e-3, abs=1e-6)
+
+
+def test_a_loader_is_read_up_to_the_number_of_samples_and_the_model_left_as_it_was():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2), nn.Dropout(0.5)).train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    read = []
+
+    def loader():
+        for number in range(100):
+            read.append(number)
+            yield torch.randn(4, 3), torch.zeros(4, dtype=torch.int64)
+
+    assert absa.top_eigenvalue(model, nn.CrossEntropyLoss(), loader(), samples=9).samples == 12
+    assert read == [0, 1, 2]
+    assert all(module.training for module in model.modules())
+    assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("loader", "message"),
+    [([], "expected at least one batch"), ([{"x": 1}], r"expected batches \(inputs, targets\)")],
+)
+def test_a_loader_without_pairs_is_refused(loader, message):
+    with pytest.raises(ValueError, match=message):
+        absa.top_eigenvalue(nn.Linear(1, 1), nn.MSELoss(), loader)

@@ -1,0 +1,402 @@
+"""`hpc_absa.Run` around a training loop of the user's own, in this process on one rank."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import Dataset
+
+import hpc_absa as absa
+from hpc_absa.errors import ExitStatus, HpcAbsaError
+from hpc_absa.rundir import RunDir
+from tests.training.runs import events
+
+SAMPLES, MICROBATCH, EPOCHS = 70, 4, 4
+
+
+class Noisy(Dataset):
+    """Regression with noise that is drawn whenever a sample is read."""
+
+    def __init__(self):
+        generator = torch.Generator().manual_seed(0)
+        self.inputs = torch.randn(SAMPLES, 3, generator=generator)
+        self.read = []
+
+    def __len__(self):
+        return SAMPLES
+
+    def __getitem__(self, index):
+        self.read.append(index)
+        x = self.inputs[index] + 0.1 * torch.randn(3) + 0.1 * float(np.random.randn())
+        return x, self.inputs[index].sum()
+
+
+def network():
+    torch.manual_seed(3)
+    return nn.Sequential(
+        nn.Linear(3, 6),
+        nn.BatchNorm1d(6),
+        nn.Tanh(),
+        nn.Dropout(0.2),
+        nn.Linear(6, 1),
+        nn.Flatten(0),
+    )
+
+
+class Counter:
+    """A user's own state."""
+
+    def __init__(self):
+        self.steps, self.history = 0, []
+
+    def state_dict(self):
+        return {"steps": self.steps, "history": self.history, "none": None, 3: (1.5, "x")}
+
+    def load_state_dict(self, state):
+        assert state["none"] is None
+        assert state[3] == (1.5, "x")
+        self.steps, self.history = state["steps"], state["history"]
+
+
+class Script:
+    """A user's script with everything in it; `stop_at` asks for a stop during that step."""
+
+    def __init__(self, folder, *, dataset=None, stop_at=None, **options):
+        self.folder, self.stop_at = folder, stop_at
+        self.model = network()
+        first, *others = self.model.parameters()
+        self.optimizer = torch.optim.AdamW(
+            [{"params": [first], "lr": 0.03}, {"params": others}], lr=0.01, amsgrad=True
+        )
+        self.scheduler = torch.optim.lr_scheduler.StepLR(self.optimizer, 1, gamma=0.9)
+        self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+        self.counter, self.dataset = Counter(), dataset or Noisy()
+        self.options = {
+            "schedule": absa.ABS(base_batch=8, max_batch=32, kappa=1),
+            "hessian": {"samples": 16, "max_iter": 2},
+            "checkpoint": {"async": False},
+            "train": {"threads_per_rank": 1},
+            **options,
+        }
+
+    def run(self):
+        with absa.Run(
+            self.folder,
+            model=self.model,
+            optimizer=self.optimizer,
+            epochs=EPOCHS,
+            microbatch=MICROBATCH,
+            loss=nn.MSELoss(),
+            dataset=self.dataset,
+            evaluate=self.evaluate,
+            lr_scheduler=self.scheduler,
+            state={"average": self.average, "counter": self.counter},
+            **self.options,
+        ) as run:
+            for step in run:
+                for inputs, targets in step.batches:
+                    step.backward(nn.functional.mse_loss(self.model(inputs), targets))
+                step.reduce()
+                nn.utils.clip_grad_norm_(self.model.parameters(), 0.5)
+                step.optimize()
+                self.average.update_parameters(self.model)
+                self.counter.steps += 1
+                self.counter.history.append(step.loss)
+                if step.number == self.stop_at:
+                    RunDir(self.folder).stop_request.touch()
+        return self
+
+    def evaluate(self):
+        assert not self.model.training
+        loss = nn.functional.mse_loss(self.model(self.dataset.inputs), self.dataset.inputs.sum(1))
+        return {"loss": loss, "steps": self.counter.steps}
+
+    def bits(self):
+        """Everything that the run changes."""
+        state = [
+            self.model.state_dict(),
+            self.optimizer.state_dict(),
+            self.scheduler.state_dict(),
+            self.average.state_dict(),
+            self.counter.state_dict(),
+        ]
+        file = io.BytesIO()
+        torch.set_printoptions(precision=17, threshold=10**6)
+        file.write(repr(state).encode())
+        return file.getvalue()
+
+
+def decisions(folder):
+    return [e["next_batch"] for e in events(folder, "decision") if e["action"] == "grow"]
+
+
+@pytest.mark.parametrize("reproducible", [False, True])
+def test_a_run_that_is_stopped_anywhere_continues_bit_for_bit(tmp_path, reproducible):
+    whole = Script(tmp_path / "whole", reproducible=reproducible).run()
+    assert decisions(tmp_path / "whole") == [16, 32]
+    steps = whole.counter.steps
+    for stop_at in (1, 9, steps - 1):
+        folder = tmp_path / f"stopped{stop_at}"
+        with pytest.raises(SystemExit) as stopped:
+            Script(folder, reproducible=reproducible, stop_at=stop_at).run()
+        assert stopped.value.code == ExitStatus.STOPPED
+        resumed = Script(folder, reproducible=reproducible).run()
+        assert resumed.counter.steps == steps
+        assert resumed.bits() == whole.bits()
+        assert events(folder, "done") == events(tmp_path / "whole", "done")
+
+
+@pytest.mark.slow
+def test_workers_read_the_same_batches_also_where_the_batch_grows(tmp_path):
+    whole = Script(tmp_path / "whole").run()
+    for stop_at in (None, 9):
+        folder = tmp_path / f"workers{stop_at}"
+        if stop_at:
+            with pytest.raises(SystemExit):
+                Script(folder, num_workers=2, stop_at=stop_at).run()
+        assert Script(folder, num_workers=2).run().bits() == whole.bits()
+
+
+def test_every_sample_is_read_once_an_epoch_in_the_order_of_the_seed(tmp_path):
+    script = Script(tmp_path, schedule=absa.FB(base_batch=8))
+    script.run()
+    used = EPOCHS * SAMPLES // 8 * 8
+    reads = script.dataset.read[-used:]  # after those that identify the data set
+    for epoch in range(EPOCHS - 1):
+        assert sorted(reads[epoch * SAMPLES : (epoch + 1) * SAMPLES]) == list(range(SAMPLES))
+    assert reads[:SAMPLES] != reads[SAMPLES : 2 * SAMPLES]
+
+
+def test_groups_keep_their_own_learning_rates_times_the_factor_of_the_schedule(tmp_path):
+    schedule = absa.FB(base_batch=8, max_batch=16, warmup_epochs=0)
+    script, seen = Script(tmp_path, schedule=schedule), []
+    script.optimizer.register_step_pre_hook(
+        lambda optimizer, *_: seen.append([group["lr"] for group in optimizer.param_groups])
+    )
+    script.run()
+    # the linear rule doubles both, and torch's scheduler decays them
+    assert seen[0] == [0.06, 0.02]
+    assert seen[-1] == pytest.approx([0.06 * 0.9 ** (EPOCHS - 1), 0.02 * 0.9 ** (EPOCHS - 1)])
+    assert [g["lr"] for g in script.optimizer.param_groups] == pytest.approx(
+        [0.03 * 0.9**EPOCHS, 0.01 * 0.9**EPOCHS]
+    )
+
+
+def test_a_sum_with_its_denominator_is_the_mean_over_the_step(tmp_path):
+    inputs = Noisy().inputs
+    weights = torch.arange(SAMPLES) % 3
+
+    def train(folder, microbatch, weighted):
+        model = nn.Sequential(nn.Linear(3, 1), nn.Flatten(0))
+        nn.init.ones_(model[0].weight)
+        nn.init.zeros_(model[0].bias)
+        with absa.Run(
+            folder,
+            model=model,
+            optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+            schedule=absa.FB(base_batch=8),
+            epochs=1,
+            microbatch=microbatch,
+            samples=SAMPLES,
+        ) as run:
+            for step in run:
+                for indices in step.microbatches:
+                    w = weights[indices]
+                    errors = w * (model(inputs[indices]) - 1).square()
+                    step.backward(weighted(errors.sum(), w.sum()))
+                step.optimize()
+        return model[0].weight
+
+    whole = train(tmp_path / "whole", 8, lambda total, count: total / count)
+    parts = train(tmp_path / "parts", 2, lambda total, count: (total, count))
+    torch.testing.assert_close(parts, whole)
+
+
+def test_a_scaler_of_the_loss_changes_nothing_where_nothing_overflows(tmp_path):
+    def train(folder, scaler):
+        script = Script(folder, scaler=scaler)
+        script.run()
+        return script
+
+    plain = train(tmp_path / "plain", None)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=3)
+    scaled = train(tmp_path / "scaled", scaler)
+    assert scaler.get_scale() > 2.0**10
+    for ours, theirs in zip(plain.model.parameters(), scaled.model.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert absa.load_checkpoint(tmp_path / "scaled").state["scaler"]["scale"] == scaler.get_scale()
+
+
+def test_a_checkpoint_is_read_as_plain_tensors_and_values(tmp_path):
+    script = Script(tmp_path).run()
+    checkpoint = absa.load_checkpoint(tmp_path)
+    assert checkpoint.state["counter"]["history"] == script.counter.history
+    assert checkpoint.step == script.counter.steps
+    for name, tensor in script.model.state_dict().items():
+        assert torch.equal(checkpoint.model[name], tensor)
+    average = AveragedModel(network())
+    average.load_state_dict(checkpoint.state["average"])
+    assert torch.equal(average.module[0].weight, script.average.module[0].weight)
+
+
+# The end
+
+
+def test_a_finished_run_gives_its_model_and_no_steps(tmp_path):
+    done = Script(tmp_path).run()
+    count = len(events(tmp_path))
+    again = Script(tmp_path).run()
+    assert again.bits() == done.bits()
+    assert len(events(tmp_path)) == count
+
+
+def test_a_loop_that_is_left_early_ends_the_run(tmp_path):
+    model = nn.Sequential(nn.Linear(3, 1), nn.BatchNorm1d(1), nn.Flatten(0))
+    for _ in range(2):
+        with absa.Run(
+            tmp_path,
+            model=model,
+            optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+            schedule=absa.FB(base_batch=8),
+            epochs=1,
+            microbatch=4,
+            dataset=Noisy(),
+        ) as run:
+            for step in run:
+                for inputs, targets in step.batches:
+                    step.backward((model(inputs) - targets).square().mean())
+                step.optimize()
+                if step.number == 3:
+                    break
+    [done] = events(tmp_path, "done")
+    assert done["steps"] == 3
+    # The model is a plain one again.
+    before = model[1].running_mean.clone()
+    model(torch.randn(8, 3))
+    assert not torch.equal(model[1].running_mean, before)
+
+
+def test_an_error_of_the_script_is_raised_and_the_run_can_be_continued(tmp_path):
+    script = Script(tmp_path)
+    script.evaluate = lambda: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        script.run()
+    assert Script(tmp_path).run().counter.steps
+    assert events(tmp_path, "done")
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"train": {"momentum": 0.9}}, r"train\['momentum'\]: expected one of annealing"),
+        ({"samples": 70}, "expected either dataset or samples"),
+        ({"hessian": {"sample": 3}}, "hessian.sample = 3: unknown key, expected 'samples'"),
+        ({"seed": -1}, "seed = -1: expected greater than or equal to 0"),
+        ({"schedule": absa.ABS(base_batch=6)}, "schedule.base_batch = 6: expected a multiple"),
+        (
+            {
+                "scaler": torch.amp.GradScaler("cpu"),
+                "schedule": absa.GNS(base_batch=8, max_batch=16),
+            },
+            "scaler",
+        ),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused_by_name(tmp_path, options, message):
+    with pytest.raises(HpcAbsaError, match=message) as error:
+        Script(tmp_path, **options).run()
+    assert "\n" not in str(error.value)
+
+
+def test_a_state_that_is_not_made_of_plain_values_is_refused_by_name(tmp_path):
+    script = Script(tmp_path)
+    script.counter.history = [{"model": network()}]
+    with pytest.raises(
+        HpcAbsaError, match=r"state\['counter'\]\['history'\]\[0\]\['model'\] is of"
+    ):
+        script.run()
+
+
+def test_a_run_is_not_continued_with_other_arguments(tmp_path):
+    with pytest.raises(SystemExit):
+        Script(tmp_path, stop_at=3).run()
+    with pytest.raises(HpcAbsaError, match="seed = 0 there, 1 here"):
+        Script(tmp_path, seed=1).run()
+    other = Script(tmp_path)
+    other.optimizer.param_groups[1]["weight_decay"] = 0.5
+    with pytest.raises(HpcAbsaError, match=r"optimizer.groups = .*weight_decay"):
+        other.run()
+    other.options["allow_changed"] = ["optimizer.groups"]
+    assert other.run().optimizer.param_groups[1]["weight_decay"] == 0.5
+
+
+def use(folder, body):
+    """A run whose first step is given to `body`."""
+    model = nn.Sequential(nn.Linear(3, 1), nn.Flatten(0))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with absa.Run(
+        folder,
+        model=model,
+        optimizer=optimizer,
+        schedule=absa.FB(base_batch=8),
+        epochs=1,
+        microbatch=4,
+        dataset=Noisy(),
+        train={"threads_per_rank": 1},
+    ) as run:
+        for step in run:
+            body(step, model, optimizer)
+
+
+def each(step, model, then):
+    for inputs, targets in step.batches:
+        then((model(inputs) - targets).square().mean())
+
+
+def zero_grad(step, model, optimizer):
+    for inputs, targets in step.batches:
+        optimizer.zero_grad()
+        step.backward((model(inputs) - targets).square().mean())
+    step.optimize()
+
+
+def step_twice(step, model, optimizer):
+    each(step, model, step.backward)
+    step.reduce()
+    optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (lambda step, model, optimizer: None, "without step.optimize"),
+        (lambda step, model, optimizer: step.optimize(), "a loop over all of its microbatches"),
+        (lambda step, model, _: each(step, model, lambda loss: loss.backward()), "step.backward"),
+        (lambda step, *_: step.backward(torch.ones(())), "expected one call for each microbatch"),
+        (zero_grad, r"\.grad was replaced during a step"),
+        (step_twice, r"optimizer.step\(\) was called: expected step.optimize"),
+    ],
+)
+def test_a_loop_that_uses_a_step_in_another_way_is_refused(tmp_path, body, message):
+    with pytest.raises(HpcAbsaError, match=message):
+        use(tmp_path, body)
+
+
+def test_the_job_of_a_script_says_how_it_was_made(tmp_path):
+    Script(tmp_path).run()
+    text = RunDir(tmp_path).job.read_text()
+    for line in (
+        'type = "torch.nn.modules.container:Sequential"',
+        'AdamW"',
+        "samples = 70",
+        'method = "abs"',
+    ):
+        assert line in text
+    assert json.loads(json.dumps(events(tmp_path, "epoch")[0]))["metrics"]["steps"] > 0

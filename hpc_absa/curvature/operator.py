@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -26,6 +25,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from hpc_absa import summation
 from hpc_absa.comm import Communicator
 from hpc_absa.curvature import fast, twice
+from hpc_absa.curvature.graphs import Graph, flatten, gauss_newton_graph, hessian_graph
 from hpc_absa.curvature.loss import Loss as Loss
 from hpc_absa.curvature.loss import check_mean, mean_and_denominator
 from hpc_absa.curvature.twice import CurvatureError, Exchange
@@ -138,7 +138,7 @@ class HessianOperator:
             if reproducible
             else [share(microbatches, comm.rank, comm.size)]
         )
-        self._graphs: dict[int, _Graph] = {}
+        self._graphs: dict[int, Graph] = {}
         self._denominators: dict[int, float] = {}
         """d_m of this rank's microbatches."""
         self._plain: set[int] = set()
@@ -162,7 +162,7 @@ class HessianOperator:
     def gradient(self) -> Tensor:
         """`∇L` of the sample, [P]."""
         self.gradients += 1
-        return self._weighted_sum(lambda index: _flatten(self._graph(index).gradient))
+        return self._weighted_sum(lambda index: flatten(self._graph(index).gradient))
 
     def matvec(
         self, vector: Tensor, on_microbatch: Callable[[int, Tensor], None] | None = None
@@ -262,7 +262,7 @@ class HessianOperator:
         inputs, _ = self._load(0)
         self.plan = fast.make_plan(self.model, inputs)[0] if self.accelerate else fast.PLAIN
 
-    def _graph(self, index: int) -> _Graph:
+    def _graph(self, index: int) -> Graph:
         if index in self._graphs:
             return self._graphs[index]
         assert self.plan is not None
@@ -285,7 +285,7 @@ class HessianOperator:
 
     def _differentiated(
         self, index: int, inputs: Any, targets: Any, plan: fast.Plan
-    ) -> _Graph | None:
+    ) -> Graph | None:
         """None if the loss is not finite because of the plan."""
         leaves = {name: fast.leaf(p, plan) for name, p in self.parameters.items()}
         outputs = fast.forward(self.model, inputs, leaves, plan)
@@ -298,7 +298,7 @@ class HessianOperator:
             loss, self._denominators[index] = self._mean(index, outputs, targets)
             return loss
 
-        differentiate = _hessian if self.matrix == "hessian" else _gauss_newton
+        differentiate = hessian_graph if self.matrix == "hessian" else gauss_newton_graph
         graph = differentiate(mean, outputs, tuple(leaves.values()))
         return graph if graph.finite or plan is fast.PLAIN or not plan.folds else None
 
@@ -314,87 +314,6 @@ class HessianOperator:
             fast.arranged(piece.view_as(p).to(p))
             for piece, p in zip(pieces, parameters, strict=True)
         ]
-
-
-@dataclass(frozen=True)
-class _Graph:
-    """A microbatch's gradient and its matrix-vector product; tensors are shaped as parameters."""
-
-    gradient: Sequence[Tensor]
-    product: Callable[[Sequence[Tensor], bool], Tensor]
-    """`(v, keep) ↦ H_m v`, [P]; unless `keep`, the autograd graph is freed."""
-    finite: bool
-    """The loss is finite."""
-
-
-def _hessian(mean: Callable[[Any], Tensor], outputs: Any, leaves: Sequence[Tensor]) -> _Graph:
-    """`v ↦ ∇(∇L · v)`."""
-    loss = mean(outputs)
-    with twice.named_errors(loss):
-        gradient = _gradients(loss, leaves)
-    twice.require_twice_differentiable(loss, gradient)
-
-    def product(v: Sequence[Tensor], keep: bool) -> Tensor:
-        with twice.named_errors(loss):
-            return _flatten(_vjp(gradient, leaves, v, keep))
-
-    return _Graph(gradient, product, bool(loss.isfinite()))
-
-
-def _gauss_newton(mean: Callable[[Any], Tensor], outputs: Any, leaves: Sequence[Tensor]) -> _Graph:
-    """`v ↦ Jᵀ H_f J v`: J the Jacobian of the outputs f, H_f the Hessian of the loss by f.
-
-    Positive semidefinite for convex losses: the Hessian without the outputs' own curvature
-    (Schraudolph 2002, section 3). `J v` is the derivative of `Jᵀ u` by u, multiplied with v.
-    """
-    if not isinstance(outputs, Tensor):
-        raise CurvatureError(
-            f"model: expected one tensor of outputs, got {type(outputs).__name__}; the "
-            "Gauss-Newton matrix needs the loss as a function of one tensor"
-        )
-    detached = outputs.detach().requires_grad_()
-    loss = mean(detached)
-    (slope,) = _gradients(loss, (detached,))
-    if not outputs.requires_grad:
-        zeros = [torch.zeros_like(leaf) for leaf in leaves]
-        return _Graph(zeros, lambda v, keep: _flatten(zeros), bool(loss.isfinite()))
-    u = slope.detach().clone().requires_grad_()
-    with twice.named_errors(outputs):
-        pulled = torch.autograd.grad(outputs, leaves, u, create_graph=True, materialize_grads=True)
-    twice.require_twice_differentiable(loss, [slope])
-    twice.require_twice_differentiable(outputs, pulled)
-
-    def product(v: Sequence[Tensor], keep: bool) -> Tensor:
-        with twice.named_errors(outputs):
-            tangent = _vjp(pulled, (u,), v)
-            return _flatten(_vjp((outputs,), leaves, _vjp((slope,), (detached,), tangent), keep))
-
-    return _Graph([p.detach() for p in pulled], product, bool(loss.isfinite()))
-
-
-def _gradients(loss: Tensor, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Differentiable; zero if the loss does not depend on the inputs."""
-    if not loss.requires_grad:
-        return [torch.zeros_like(i) for i in inputs]
-    return torch.autograd.grad(loss, inputs, create_graph=True, materialize_grads=True)
-
-
-def _vjp(
-    outputs: Sequence[Tensor],
-    inputs: Sequence[Tensor],
-    cotangents: Sequence[Tensor],
-    keep: bool = True,
-) -> Sequence[Tensor]:
-    """`torch.autograd.grad` that allows outputs, and inputs, on which nothing depends."""
-    used = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad]
-    if not used:
-        return [torch.zeros_like(i) for i in inputs]
-    tensors, vectors = zip(*used, strict=True)
-    return torch.autograd.grad(tensors, inputs, vectors, retain_graph=keep, materialize_grads=True)
-
-
-def _flatten(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.cat([t.detach().reshape(-1).to(tensors[0].device) for t in tensors])
 
 
 def _bounds(samples: int, microbatch: int, equal: bool) -> list[tuple[int, int]]:

@@ -14,11 +14,11 @@ from hpc_absa.curvature.eigen import (
     LanczosPolynomials,
     error_bound,
     lanczos,
-    leading,
     power,
     random_overlap,
     randomized,
 )
+from hpc_absa.curvature.leading import leading
 
 VALUES = st.one_of(
     # Squares of values below 1e-154 underflow, and with them norms.

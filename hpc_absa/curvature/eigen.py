@@ -221,20 +221,30 @@ class Lanczos:
         """The next basis vector, not normalized, and its length."""
 
     def run(self, tol: float, threshold: float | None = None) -> Result:
-        """Continue until the error is at most `tol`, or `max_iter` products were made.
+        """Iterate until the error is at most `tol`, or `max_iter` products were made.
 
         Args:
             tol: relative error at which the eigenvalue counts as converged (`Eigenpair.error`).
-            threshold: the caller asks whether the eigenvalue is at most this. A Ritz value above it
-                ends the iteration (`Result.stopped`); a value below has converged only once the
-                bound from above is below as well.
+            threshold: a Ritz value above it ends the iteration (`Result.stopped`).
         """
         while True:
             if self.steps:
-                ritz = self._ritz(tol, threshold)
+                ritz = self._ritz(tol)
                 stopped = threshold is not None and ritz.value > threshold
                 if stopped or ritz.converged or self.steps == len(self.basis):
-                    return self._result(ritz, stopped, threshold)
+                    return self._result(ritz, stopped)
+            if not self._extend():
+                return not_finite(self.basis[0], self.steps)
+
+    def separate(self, tol: float, limit: float) -> Result:
+        """Continue until the bound from above is at most `limit`, or certainly cannot be."""
+        while True:
+            ritz = self._ritz(tol)
+            below = ritz.value + ritz.error <= limit
+            if below and ritz.overlap:
+                below = self.polynomials.excludes(limit, ritz.overlap)
+            if below or ritz.value > limit or self.steps == len(self.basis) or not ritz.overlap:
+                return self._result(ritz, False, limit if below else math.inf)
             if not self._extend():
                 return not_finite(self.basis[0], self.steps)
 
@@ -256,13 +266,13 @@ class Lanczos:
             self.polynomials.betas.append(self.beta)
         return True
 
-    def _ritz(self, tol: float, threshold: float | None) -> _RitzValue:
+    def _ritz(self, tol: float) -> _RitzValue:
         """The top Ritz value, and whether its error is within the tolerance."""
         values, vectors = np.linalg.eigh(self.projection[: self.steps, : self.steps])
         value, coefficients = float(values[-1]), vectors[:, -1]
         residuals = self.beta * np.abs(vectors[-1])
         floor = negligible(self.basis) * float(np.abs(values).max())
-        ritz = _RitzValue(value, float(values[0]), coefficients, float(residuals[-1]), floor)
+        ritz = _RitzValue(value, float(values[0]), coefficients, float(residuals[-1]))
         if self.steps == self.size or self.beta <= floor:
             return dataclasses.replace(ritz, error=floor, converged=True)
         error, limit = ritz.residual, max(tol * abs(value), floor)
@@ -272,18 +282,14 @@ class Lanczos:
         if self.overlap is not None:
             least = self.overlap * abs(float(coefficients[0]))
         converged = error <= limit and self.polynomials.excludes(value + limit, least)
-        if converged and threshold is not None:
-            converged = value + error <= threshold
-            converged = converged and self.polynomials.excludes(threshold, least)
         return dataclasses.replace(ritz, error=error, converged=converged, overlap=least)
 
-    def _result(self, ritz: _RitzValue, stopped: bool, threshold: float | None) -> Result:
+    def _result(self, ritz: _RitzValue, stopped: bool, excluded: float = math.inf) -> Result:
+        """With the error bound; eigenvalues above `excluded` are known to be excluded."""
         error = ritz.error
         if ritz.overlap:
             bound = self.polynomials.upper_bound(ritz.value, ritz.overlap)
-            if ritz.converged and threshold is not None:
-                bound = min(bound, threshold)  # which is excluded; `bound` is not sharp
-            error = max(error, bound - ritz.value)
+            error = max(error, min(bound, excluded) - ritz.value)
         coefficients = torch.from_numpy(ritz.coefficients.copy())
         pair = Eigenpair(
             ritz.value,
@@ -304,7 +310,6 @@ class _RitzValue:
     """The smallest Ritz value."""
     coefficients: Floats
     residual: float
-    floor: float
     error: float = math.nan
     """Without the bound from above."""
     converged: bool = False

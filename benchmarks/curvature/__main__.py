@@ -16,7 +16,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -30,6 +30,7 @@ from benchmarks.curvature.tolerance import reference
 from hpc_absa.comm import SerialCommunicator
 from hpc_absa.curvature.estimate import estimate_eigenvalue
 from hpc_absa.curvature.operator import HessianOperator, evaluation_mode
+from hpc_absa.curvature.pieces import Pieces
 
 TARGETS = (1e-2, 1e-4)
 PEERS = ("PyHessian", "eigenthings", "curvlinops")
@@ -110,6 +111,10 @@ def main() -> None:
     for case in CASES:
         if options.networks and case.network not in options.networks:
             continue
+        if options.samples:
+            case = replace(case, samples=options.samples, microbatch=128)
+        if options.rounds:
+            case = replace(case, rounds=options.rounds)
         results.append(_run(case, options))
         passed = time.perf_counter() - begin
         print(f"{passed:.0f} s: {case.name}", file=sys.stderr, flush=True)
@@ -126,6 +131,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--networks", nargs="+", help="only these")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--no-peers", action="store_true")
+    parser.add_argument("--samples", type=int, help="instead of each case's own, by 128")
+    parser.add_argument("--rounds", type=int, help="instead of each case's own")
     parser.add_argument("--out", type=Path, help="also write the tables there")
     return parser.parse_args()
 
@@ -211,7 +218,8 @@ def _product(model: nn.Module, sample: Samples, microbatch: int) -> Work:
     with evaluation_mode(model):
         operator = HessianOperator(
             model, functional.cross_entropy, sample, SerialCommunicator(),
-            samples=sample.size, microbatch=min(microbatch, 64), keep_graphs=sample.size,
+            samples=sample.size, keep_graphs=sample.size,
+            microbatch=Pieces.of(model, sample, sample.size, microbatch, None, 1).whole,
         )  # fmt: skip
         vector = operator.gradient()
         operator.matvec(vector)

@@ -9,6 +9,8 @@ answer that leaves out the sampling error.
 from __future__ import annotations
 
 import argparse
+import json
+import time
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,35 +56,46 @@ def main() -> None:
     parser.add_argument("--pool", type=int, default=1437, help="data that λ is defined over")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after")
+    parser.add_argument("--out", type=Path, help="also write each sample's λ there, as JSON lines")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    begin = time.perf_counter()
     answers: dict[tuple[str, float], Answers] = defaultdict(Answers)
-    for name in options.networks:
-        for steps in options.steps:
-            model, pool = trained(
-                name, options.data, steps=steps, seed=options.seed, device=options.device
+    stages = [(name, steps) for name in options.networks for steps in options.steps]
+    for number, (name, steps) in enumerate(stages, 1):
+        model, pool = trained(
+            name, options.data, steps=steps, seed=options.seed, device=options.device
+        )
+        pool = Samples(pool.inputs[: options.pool], pool.targets[: options.pool])
+        truth = reference(model, pool, 1e-4)
+        for method in options.methods:
+            defaults = Hessian(**SCHEDULES[method].hessian_defaults)
+            if options.samples:
+                defaults = defaults.model_copy(update={"samples": options.samples})
+            ratios, errors = [], []
+            for trial in range(options.trials):
+                passed = time.perf_counter() - begin
+                if passed > options.seconds * number / len(stages) and trial > 1:
+                    break
+                generator = torch.Generator().manual_seed(trial + 10_000 * options.seed)
+                shape = (defaults.samples,)
+                chosen = torch.randint(0, pool.size, shape, generator=generator)
+                sample = pool.chosen(chosen.to(pool.inputs.device))
+                value, error = ask(model, sample, defaults, truth, method, answers)
+                ratios.append(value / truth)
+                errors.append(error / value)
+                if options.out is not None:
+                    line = {"network": name, "steps": steps, "method": method}
+                    line |= {"truth": truth, "value": value, "sampling_error": error}
+                    with options.out.open("a") as file:
+                        file.write(json.dumps(line) + "\n")
+            ratio, error = torch.tensor(ratios), torch.tensor(errors)
+            print(
+                f"{name}, {steps} steps, {method}: λ {truth:.4g}; λ of a sample / λ "
+                f"{ratio.mean():.2f} ± {ratio.std():.2f}; sampling error {error.mean():.2f}",
+                flush=True,
             )
-            pool = Samples(pool.inputs[: options.pool], pool.targets[: options.pool])
-            truth = reference(model, pool, 1e-4)
-            for method in options.methods:
-                defaults = Hessian(**SCHEDULES[method].hessian_defaults)
-                if options.samples:
-                    defaults = defaults.model_copy(update={"samples": options.samples})
-                ratios, errors = [], []
-                for trial in range(options.trials):
-                    generator = torch.Generator().manual_seed(trial + 10_000 * options.seed)
-                    shape = (defaults.samples,)
-                    chosen = torch.randint(0, pool.size, shape, generator=generator)
-                    sample = pool.chosen(chosen.to(pool.inputs.device))
-                    value, error = ask(model, sample, defaults, truth, method, answers)
-                    ratios.append(value / truth)
-                    errors.append(error / value)
-                ratio, error = torch.tensor(ratios), torch.tensor(errors)
-                print(
-                    f"{name}, {steps} steps, {method}: λ {truth:.4g}; λ of a sample / λ "
-                    f"{ratio.mean():.2f} ± {ratio.std():.2f}; sampling error {error.mean():.2f}",
-                    flush=True,
-                )
     print("\n| method, t / λ | below | value alone | unconverged | stopped early |", end=" ")
     print("though below, of | gradients |")
     print("| --- | --- | --- | --- | --- | --- | --- |")

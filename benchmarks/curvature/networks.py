@@ -99,15 +99,16 @@ def build(name: str) -> nn.Module:
     return models.build(name, {}, 3, 32, 10)
 
 
-def data(name: str, path: Path | None, count: int = 20480) -> Samples:
+def data(name: str, path: Path | None, count: int = 12500) -> Samples:
     """The training data of a network."""
     if name.startswith("resnet") and path is not None:
         if path.suffix == ".npz":
             with np.load(path) as file:
-                images, labels = file["images"][:count], file["labels"][:count]
+                images, labels = file["images"], file["labels"]
         else:
-            with h5py.File(path) as file:
-                images, labels = file["train/images"][:count], file["train/labels"][:count]
+            with h5py.File(path) as file:  # which may be sorted by class
+                every = max(1, len(file["train/labels"]) // count)
+                images, labels = file["train/images"][::every], file["train/labels"][::every]
         inputs = torch.from_numpy(images)
         if inputs.shape[-1] == 3:
             inputs = inputs.permute(0, 3, 1, 2)

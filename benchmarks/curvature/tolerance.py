@@ -8,6 +8,7 @@ start.
 from __future__ import annotations
 
 import argparse
+import time
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,8 +59,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=1, help="samples for each of these")
     parser.add_argument("--max-iter", type=int, default=40)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    begin = time.perf_counter()
     print("| network, steps | tol | estimates | converged | outside | products | ≤ 10, 15, 20 |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for name in options.networks:
@@ -71,6 +74,8 @@ def main() -> None:
                 )
                 for number in range(options.repeats):
                     for samples in options.samples:
+                        if time.perf_counter() - begin > options.seconds:
+                            break
                         generator = torch.Generator().manual_seed(1000 * seed + number)
                         chosen = torch.randint(0, pool.size, (samples,), generator=generator)
                         sample = pool.chosen(chosen.to(pool.inputs.device))

@@ -214,6 +214,10 @@ class HessianOperator:
         differentiate the model.
         """
         self._prepare()
+        if len(self.bounds) == self.comm.size == 1:
+            value = term(0)
+            self.denominators = [self._denominators[0]]
+            return value.to(self.dtype) if self.denominators[0] else value * math.nan
         tree, error = summation.Tree(), None
         for lane in self._lanes:
             if not lane:
@@ -361,6 +365,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(twice.plain_autograd())
+        stack.enter_context(_full_precision())
         if any(isinstance(module, nn.RNNBase) for module in model.modules()):
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         try:
@@ -376,6 +381,17 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
                 module.training = training
             random.setstate(python)
             np.random.set_state(numpy_)
+
+
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    """Convolutions on a GPU without TensorFloat-32, whose products are accurate to 1e-3 only."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 class FunctionModel(nn.Module):

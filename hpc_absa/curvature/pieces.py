@@ -24,8 +24,14 @@ from hpc_absa.curvature.sampling import Scatter
 PIECE_BYTES = 128 << 20
 """Activations of the samples that a CPU differentiates at a time: 64 for a ResNet-20, where a
 product takes 10 % less time than by 128 (`benchmarks/curvature.md`); a perceptron's whole batch."""
+SMALL_BYTES = 32 << 20
+"""Pieces have as many activations, also if that is more than a microbatch, where the ranks do not
+then run out of work: small pieces take up to twice as long for the same samples."""
 KEEP_BYTES = 64 << 20
 """Activations whose graphs are always kept; a graph takes some four times as much."""
+EARLY_BYTES = 8 << 20
+"""Activations of the coarse sample from which an early test pays: below, as on a GPU, its small
+pieces take as long as large ones."""
 COARSE_FRACTION = 8
 """The search starts on this part of the sample, where a product costs as much less."""
 COARSE_SAMPLES = 16
@@ -43,6 +49,8 @@ class Pieces:
     coarse_samples: int
     kept: int
     """Samples per rank whose graphs are kept."""
+    tests_early: bool
+    """A test on an eighth of the sample costs much less than a product with the whole sample."""
 
     @classmethod
     def of(
@@ -52,19 +60,28 @@ class Pieces:
         samples: int,
         microbatch: int,
         keep_samples: int | None,
+        ranks: int | None,
     ) -> Pieces:
+        """With `ranks` None, whatever their number."""
+        if microbatch < 1:
+            raise ValueError(f"microbatch: expected 1 or more, got {microbatch}")
         size = activation_bytes(model, sample, microbatch)
-        kept = max(3 * microbatch // 2, KEEP_BYTES // size)
+        kept = keep_samples
+        if kept is None:
+            kept = max(3 * microbatch // 2, KEEP_BYTES // size)
         coarse_samples = max(COARSE_SAMPLES, samples // COARSE_FRACTION)
+        on_cpu = next(model.parameters()).device.type == "cpu"
         if uses_batch_statistics(model):  # the Hessian depends on the piece: it is training's
             coarse_samples = max(coarse_samples, microbatch)
-            whole = coarse = microbatch
-        else:
-            whole, coarse = microbatch, min(microbatch, coarse_samples)
-            if next(model.parameters()).device.type == "cpu":
-                whole = min(whole, max(1, PIECE_BYTES // size))
-                coarse = min(coarse, max(COARSE_SAMPLES, PIECE_BYTES // size // 4))
-        return cls(whole, coarse, coarse_samples, kept if keep_samples is None else keep_samples)
+            return cls(microbatch, microbatch, coarse_samples, kept, False)
+        if not on_cpu:
+            return cls(microbatch, min(microbatch, coarse_samples), coarse_samples, kept, False)
+        piece = min(microbatch, max(1, PIECE_BYTES // size))
+        if ranks is not None:
+            piece = max(piece, min(-(-samples // ranks), SMALL_BYTES // size))
+        coarse = min(microbatch, coarse_samples, max(COARSE_SAMPLES, PIECE_BYTES // size // 4))
+        early = coarse_samples * size >= EARLY_BYTES
+        return cls(piece, coarse, coarse_samples, kept, early)
 
 
 @dataclass

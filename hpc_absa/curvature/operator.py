@@ -341,16 +341,17 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 @contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
+def evaluation_mode(model: nn.Module, full_precision: bool = False) -> Iterator[None]:
     """Evaluation mode; on exit the training flags and all random states are restored bit for bit.
 
     Random states are those of Python, NumPy and torch. Parameters, buffers and `.grad` need no
     restoring, because `fast.forward` runs the model on copies. Attributes that modules set while
     they run, as weight normalization does, are restored.
 
-    Attention uses the only kernel that can be differentiated twice. Recurrent layers do not use
-    cuDNN, which cannot differentiate them in evaluation mode. Activation checkpointing and
-    `torch.compile` are disabled (`twice.plain_autograd`).
+    With `full_precision`, convolutions on a GPU do not use TensorFloat-32, with which products are
+    accurate to 1e-3 only. Attention uses the only kernel that can be differentiated twice.
+    Recurrent layers do not use cuDNN, which cannot differentiate them in evaluation mode.
+    Activation checkpointing and `torch.compile` are disabled (`twice.plain_autograd`).
     """
     flags = [(module, module.training) for module in model.modules()]
     attributes = [
@@ -365,7 +366,8 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(twice.plain_autograd())
-        stack.enter_context(_full_precision())
+        if full_precision:
+            stack.enter_context(_without_tf32())
         if any(isinstance(module, nn.RNNBase) for module in model.modules()):
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         try:
@@ -384,8 +386,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _full_precision() -> Iterator[None]:
-    """Convolutions on a GPU without TensorFloat-32, whose products are accurate to 1e-3 only."""
+def _without_tf32() -> Iterator[None]:
     before = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False
     try:

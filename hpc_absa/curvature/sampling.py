@@ -4,8 +4,7 @@ Let u be the top eigenvector of the Hessian H of all data, and H_S the Hessian o
 Then `λ(H_S) ≥ uᵀ H_S u`, and the mean of `uᵀ H_S u` over samples is λ(H). So with its standard
 error s and a quantile q of Student's t distribution, `λ(H) ≤ λ(H_S) + q s` except in the stated
 share of samples. The standard error is taken from the scatter over groups of the sample, along the
-top eigenvector of H_S instead of u; and it is taken as 15 % of the value at least, because the few
-samples that matter most, and make the scatter large, may all be missing.
+top eigenvector of H_S instead of u.
 """
 
 from __future__ import annotations
@@ -45,14 +44,9 @@ class Scatter:
         deviations = self.values - self.weights @ self.values
         return float(((self.weights * deviations) ** 2).sum().mul(count / (count - 1)).sqrt())
 
-    def margin(self, level: float, least: float = 0.0) -> float:
-        """The true mean is above `mean + margin` with probability `level`.
-
-        Args:
-            level: the probability.
-            least: the standard error is at least this.
-        """
-        return student_t(level, self.groups - 1) * max(self.standard_error, least)
+    def margin(self, level: float) -> float:
+        """The true mean is above `mean + margin` with probability `level`."""
+        return student_t(level, self.groups - 1) * self.standard_error
 
 
 def student_t(level: float, freedom: int) -> float:

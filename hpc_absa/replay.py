@@ -151,6 +151,9 @@ def _evidence(
         seconds=finite(event.get("seconds"), 0.0),
         converged=bool(event.get("converged")),
         stopped_above_threshold=bool(event.get("stopped_above_threshold")),
+        error=event.get("error"),
+        sampling_error=event.get("sampling_error"),
+        upper_bound=event.get("upper_bound"),
     )
     if not eigenvalue.stopped_above_threshold:
         return eigenvalue, None

@@ -11,12 +11,14 @@ import argparse
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import TypeVar
 
 import torch
 from torch.nn import functional
 
-from benchmarks.curvature.__main__ import Images, gradient, trained
+from benchmarks.curvature.__main__ import gradient
+from benchmarks.curvature.networks import Samples, trained
 from hpc_absa.comm import Communicator, connect
 from hpc_absa.curvature.estimate import estimate_eigenvalue
 
@@ -25,7 +27,7 @@ T = TypeVar("T")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("data", help="images packed by `hpc-absa data` (CIFAR-10)")
+    parser.add_argument("data", type=Path, help="images packed by `hpc-absa data` (CIFAR-10)")
     parser.add_argument("--model", default="resnet20")
     parser.add_argument("--images", type=int, default=512)
     parser.add_argument("--steps", type=int, default=20, help="of training before, on rank 0")
@@ -33,11 +35,12 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     comm = connect()
-    model, images = trained(options)
+    model, pool = trained(options.model, options.data, steps=options.steps)
+    images = pool.chosen(torch.arange(options.images))
     for tensor in model.state_dict().values():
         comm.broadcast_(tensor.contiguous())
     own = len(images.inputs) // comm.size
-    share = Images(images.inputs[:own], images.targets[:own])
+    share = Samples(images.inputs[:own], images.targets[:own])
     estimate = partial(
         estimate_eigenvalue, model, functional.cross_entropy, images, comm,
         method="lanczos", samples=options.images, microbatch=64, tol=1e-3, max_iter=20,

@@ -1,11 +1,10 @@
-"""Lanczos and power iteration for the largest eigenvalues of a symmetric operator.
+"""Lanczos and power iteration for the largest eigenvalue of a symmetric operator.
 
-`lanczos` finds the largest one with a bound from above, `leading` several of them.
+`Lanczos` finds it with a bound from above; `hpc_absa.curvature.leading` finds several.
 
 Shapes:
     P  size of the operator
     m  basis vectors
-    k  eigenvalues wanted
 
 Vectors have the operator's dtype (float32 in training), coefficients are float64. "Largest" is by
 value, not by magnitude.
@@ -15,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,12 +33,14 @@ Broadcast = Callable[[Tensor], Tensor]
 MISSES = 1 / 200
 """Share of the error bounds that need not hold, over the random part of the start."""
 
-CHECK_PRODUCTS = 6
-"""Products spent on a random vector that checks an invariant subspace."""
-
 _CHUNK = 1 << 15
 """Elements of a dot product that a CPU sums in their own dtype; the chunks' sums are added in
 float64. Accurate to 5e-7 in float32, and five times as fast as converting the vectors."""
+
+
+_CANCELLATION = 0.1
+"""A vector that is shorter than this after orthogonalization, relative to before, is orthogonalized
+again: its rounding errors, 5e-7 before, are then that much larger."""
 
 
 def no_broadcast(scalars: Tensor) -> Tensor:
@@ -67,64 +68,15 @@ def combine(vectors: Tensor, weights: Tensor) -> Tensor:
     return torch.mv(vectors.T, weights.to(vectors.dtype).to(vectors.device))
 
 
+def _without(vector: Tensor, vectors: Tensor, weights: Tensor) -> Tensor:
+    """`v − Σ_i c_i v_i`."""
+    weights = weights.to(vectors.dtype).to(vectors.device)
+    return torch.addmv(vector, vectors.T, weights, alpha=-1)
+
+
 def negligible(like: Tensor) -> float:
     """64 ulp: a product below this, relative to ‖H‖, cannot be distinguished from zero."""
     return 64 * torch.finfo(like.dtype).eps
-
-
-class Subspace:
-    """An orthonormal basis V, its image W = HV and the projection T = VᵀHV."""
-
-    def __init__(self, like: Tensor, capacity: int, broadcast: Broadcast) -> None:
-        self.V = like.new_empty(capacity, like.numel())
-        self.W = like.new_empty(capacity, like.numel())
-        self.T = np.zeros((0, 0))
-        self.broadcast = broadcast
-
-    def __len__(self) -> int:
-        return len(self.T)
-
-    def project_out(self, vector: Tensor) -> Tensor:
-        """`(I − VVᵀ) v`; in floating point to be repeated for orthogonality."""
-        basis = self.V[: len(self)]
-        return vector - combine(basis, self.broadcast(dots(basis, vector)))
-
-    def orthogonal(self, vector: Tensor) -> Tensor | None:
-        """`(I − VVᵀ) v` normalized; None where it is zero or not finite."""
-        length = norm(vector, self.broadcast)
-        if not (math.isfinite(length) and length > 0):
-            return None
-        vector = vector / length
-        for _ in range(3):  # "twice is enough" (Parlett 6.9), once more for float32
-            vector = self.project_out(vector)
-            length = norm(vector, self.broadcast)
-            if length < negligible(vector):
-                return None
-            vector = vector / length
-        return vector
-
-    def add(self, vector: Tensor, image: Tensor) -> bool:
-        """Append a unit vector and its product; False, and no change, if that is not finite."""
-        m = len(self)
-        self.V[m], self.W[m] = vector, image
-        column = self.broadcast(dots(self.V[: m + 1], image)).numpy()
-        if not np.isfinite(column).all():
-            return False
-        projection = np.zeros((m + 1, m + 1))
-        projection[:m, :m] = self.T
-        projection[m, :] = projection[:, m] = column
-        self.T = projection
-        return True
-
-    def ritz(self) -> tuple[Floats, Tensor]:
-        """Ritz values, largest first [m], and the Ritz vectors' coefficients, one a row [m, m]."""
-        values, columns = np.linalg.eigh(self.T)
-        return values[::-1], torch.from_numpy(columns.T[::-1].copy())
-
-    def residual(self, value: float, coefficients: Tensor) -> Tensor:
-        """`H y − θ y` of a Ritz pair, [P]."""
-        m = len(self)
-        return combine(self.W[:m], coefficients) - value * combine(self.V[:m], coefficients)
 
 
 @dataclass(frozen=True)
@@ -240,6 +192,145 @@ class LanczosPolynomials:
         return value + high
 
 
+class Lanczos:
+    """The largest eigenvalue by Lanczos with full re-orthogonalization.
+
+    An iteration ends when the bound from above (`LanczosPolynomials`) is within the tolerance. The
+    residual alone would not do: it shows that some eigenvalue is near, not that it is the largest.
+
+    Args:
+        matvec: the operator.
+        start: [P]; from `randomized`, unless `overlap` is given.
+        max_iter: maximum number of products. That many basis vectors are in memory.
+        overlap: how much smaller the start's component along the top eigenvector is assumed to be,
+            at worst, than along the vector found. By default nothing is assumed beyond the random
+            part of the start (`random_overlap`): the error bound then holds in 199 of 200 cases
+            for any operator.
+        broadcast: makes scalars the same on all ranks.
+
+    Raises:
+        ValueError: `max_iter` is not positive.
+    """
+
+    def __init__(
+        self,
+        matvec: Matvec,
+        start: Tensor,
+        *,
+        max_iter: int,
+        overlap: float | None = None,
+        broadcast: Broadcast = no_broadcast,
+    ) -> None:
+        if max_iter < 1:
+            raise ValueError(f"max_iter: expected 1 or more, got {max_iter}")
+        self.matvec, self.broadcast, self.overlap = matvec, broadcast, overlap
+        self.steps, self.size = 0, start.numel()
+        self.basis = start.new_empty(min(max_iter, self.size), self.size)
+        self.projection = np.zeros((len(self.basis), len(self.basis)))
+        self.polynomials = LanczosPolynomials([], [])
+        self.residual, self.beta = start, norm(start, broadcast)
+        """The next basis vector, not normalized, and its length."""
+
+    def run(self, tol: float, threshold: float | None = None) -> Result:
+        """Iterate until the error is at most `tol`, or `max_iter` products were made.
+
+        Args:
+            tol: relative error at which the eigenvalue counts as converged (`Eigenpair.error`).
+            threshold: a Ritz value above it ends the iteration (`Result.stopped`).
+        """
+        while True:
+            if self.steps:
+                ritz = self._ritz(tol)
+                stopped = threshold is not None and ritz.value > threshold
+                if stopped or ritz.converged or self.steps == len(self.basis):
+                    return self._result(ritz, stopped)
+            if not self._extend():
+                return not_finite(self.basis[0], self.steps)
+
+    def separate(self, tol: float, limit: float) -> Result:
+        """Continue until the bound from above is at most `limit`, or certainly cannot be."""
+        while True:
+            ritz = self._ritz(tol)
+            below = ritz.value + ritz.error <= limit
+            if below and ritz.overlap:
+                below = self.polynomials.excludes(limit, ritz.overlap)
+            if below or ritz.value > limit or self.steps == len(self.basis) or not ritz.overlap:
+                return self._result(ritz, False, limit if below else math.inf)
+            if not self._extend():
+                return not_finite(self.basis[0], self.steps)
+
+    def _extend(self) -> bool:
+        """One product; False if it is not finite."""
+        V = self.basis[: self.steps + 1]
+        torch.div(self.residual, self.beta, out=V[-1])
+        image = self.matvec(V[-1])
+        column = self.broadcast(dots(V, image))
+        self.steps += 1
+        if not torch.isfinite(column).all():
+            return False
+        self.projection[self.steps - 1, : self.steps] = column  # eigh reads the lower triangle
+        rest = _without(image, V, column)
+        beta = norm(rest, self.broadcast)
+        if beta < _CANCELLATION * float(column.norm()):  # "twice is enough" (Parlett 6.9)
+            rest = _without(rest, V, self.broadcast(dots(V, rest)))
+            beta = norm(rest, self.broadcast)
+        self.residual, self.beta = rest, beta
+        if self.beta > 0:
+            self.polynomials.alphas.append(float(column[-1]))
+            self.polynomials.betas.append(self.beta)
+        return True
+
+    def _ritz(self, tol: float) -> _RitzValue:
+        """The top Ritz value, and whether its error is within the tolerance."""
+        values, vectors = np.linalg.eigh(self.projection[: self.steps, : self.steps])
+        value, coefficients = float(values[-1]), vectors[:, -1]
+        residuals = self.beta * np.abs(vectors[-1])
+        floor = negligible(self.basis) * float(np.abs(values).max())
+        ritz = _RitzValue(value, float(values[0]), coefficients, float(residuals[-1]))
+        if self.steps == self.size or self.beta <= floor:
+            return dataclasses.replace(ritz, error=floor, converged=True)
+        error, limit = ritz.residual, max(tol * abs(value), floor)
+        if self.steps > 1:
+            error = error_bound(error, value, float(values[-2] + residuals[-2]))
+        least = random_overlap(self.size)
+        if self.overlap is not None:
+            least = self.overlap * abs(float(coefficients[0]))
+        converged = error <= limit and self.polynomials.excludes(value + limit, least)
+        return dataclasses.replace(ritz, error=error, converged=converged, overlap=least)
+
+    def _result(self, ritz: _RitzValue, stopped: bool, excluded: float = math.inf) -> Result:
+        """With the error bound; eigenvalues above `excluded` are known to be excluded."""
+        error = ritz.error
+        if ritz.overlap:
+            bound = self.polynomials.upper_bound(ritz.value, ritz.overlap)
+            error = max(error, min(bound, excluded) - ritz.value)
+        coefficients = torch.from_numpy(ritz.coefficients.copy())
+        pair = Eigenpair(
+            ritz.value,
+            combine(self.basis[: self.steps], coefficients),
+            relative(ritz.residual, ritz.value),
+            relative(error, ritz.value),
+            ritz.converged,
+        )
+        return Result((pair,), self.steps, ritz.lowest, stopped, coefficients)
+
+
+@dataclass(frozen=True)
+class _RitzValue:
+    """The top Ritz value of a `Lanczos` iteration; errors are absolute."""
+
+    value: float
+    lowest: float
+    """The smallest Ritz value."""
+    coefficients: Floats
+    residual: float
+    error: float = math.nan
+    """Without the bound from above."""
+    converged: bool = False
+    overlap: float = 0.0
+    """Of the start with the top eigenvector, at least; 0 if the subspace is invariant."""
+
+
 def lanczos(
     matvec: Matvec,
     start: Tensor,
@@ -250,240 +341,18 @@ def lanczos(
     broadcast: Broadcast = no_broadcast,
     threshold: float | None = None,
 ) -> Result:
-    """The largest eigenvalue by Lanczos with full re-orthogonalization.
-
-    The iteration ends when the bound from above (`LanczosPolynomials`) is within the tolerance. The
-    residual alone would not do: it shows that some eigenvalue is near, not that it is the largest.
-
-    Args:
-        matvec: the operator.
-        start: [P]; from `randomized`, unless `overlap` is given.
-        tol: relative error at which the eigenvalue counts as converged (`Eigenpair.error`).
-        max_iter: maximum number of products. That many basis vectors are in memory.
-        overlap: how much smaller the start's component along the top eigenvector is assumed to be,
-            at worst, than along the vector found. By default nothing is assumed beyond the random
-            part of the start (`random_overlap`): the error bound then holds in 199 of 200 cases
-            for any operator.
-        broadcast: makes scalars the same on all ranks.
-        threshold: the caller asks whether the eigenvalue is at most this. A Ritz value above it
-            ends the iteration (`Result.stopped`); a value below has converged only once the bound
-            from above is below as well.
-
-    Raises:
-        ValueError: `max_iter` is not positive.
-    """
-    if max_iter < 1:
-        raise ValueError(f"max_iter: expected 1 or more, got {max_iter}")
-    size = start.numel()
-    basis = start.new_empty(min(max_iter, size), size)
-    projection = torch.zeros(len(basis), len(basis), dtype=torch.float64)
-    polynomials = LanczosPolynomials([], [])
-    vector = start / norm(start, broadcast)
-    for m in range(1, len(basis) + 1):
-        V = basis[:m]
-        V[-1] = vector
-        image = matvec(vector)
-        column = broadcast(dots(V, image))
-        if not torch.isfinite(column).all():
-            return _not_finite(start, m)
-        projection[m - 1, :m] = column  # eigh reads the lower triangle
-        rest = image - combine(V, column)
-        rest -= combine(V, broadcast(dots(V, rest)))  # "twice is enough" (Parlett 6.9)
-        beta = norm(rest, broadcast)
-        values, vectors = torch.linalg.eigh(projection[:m, :m])
-        value, coefficients = float(values[-1]), vectors[:, -1]
-        residuals = beta * vectors[-1].abs()
-        floor = negligible(start) * float(values.abs().max())
-        limit = max(tol * abs(value), floor)
-        stopped = threshold is not None and value > threshold
-        complete = m == size or beta <= floor
-        if complete:
-            error, converged = floor, True
-        else:
-            polynomials.alphas.append(float(column[-1]))
-            polynomials.betas.append(beta)
-            error = float(residuals[-1])
-            if m > 1:
-                error = error_bound(error, value, float(values[-2] + residuals[-2]))
-            least = random_overlap(size)
-            if overlap is not None:
-                least = overlap * abs(float(coefficients[0]))
-            converged = error <= limit and polynomials.excludes(value + limit, least)
-            if converged and threshold is not None:
-                converged = value + error <= threshold and polynomials.excludes(threshold, least)
-        if stopped or converged:
-            break
-        vector = rest / beta
-    if not complete:
-        error = max(error, polynomials.upper_bound(value, least) - value)
-    pair = Eigenpair(
-        value,
-        combine(V, coefficients),
-        _relative(float(residuals[-1]), value),
-        _relative(error, value),
-        converged,
-    )
-    return Result((pair,), m, float(values[0]), stopped, coefficients.clone())
+    """The largest eigenvalue by `Lanczos`."""
+    search = Lanczos(matvec, start, max_iter=max_iter, overlap=overlap, broadcast=broadcast)
+    return search.run(tol, threshold)
 
 
-def leading(
-    matvec: Matvec,
-    starts: Sequence[Tensor],
-    *,
-    tol: float,
-    max_iter: int,
-    k: int,
-    broadcast: Broadcast = no_broadcast,
-) -> Result:
-    """The `k` largest eigenvalues, for a spectrum; `lanczos` has the better bound for one.
-
-    The basis begins with `starts`, orthogonalized, and grows by the residual `H y − θ y` of the
-    first leading Ritz pair that has not converged. From a single start this residual points along
-    the next Lanczos vector, so the method is Lanczos. From several starts it continues with the
-    best pair of their span, where a block method would multiply the whole block each time.
-
-    An invariant subspace gives no information about the rest of the spectrum. There a random vector
-    is added and followed for `CHECK_PRODUCTS` products; the result is accepted only if it stays the
-    same. This check is always made, because a single Krylov space contains only one copy of a
-    repeated eigenvalue.
-
-    Args:
-        matvec: the operator.
-        starts: initial guesses [P], best first; zero and linearly dependent ones are skipped.
-        tol: relative error at which a pair counts as converged (`Eigenpair.error`).
-        max_iter: maximum number of products. That many basis vectors and products are in memory.
-        k: eigenvalues wanted.
-        broadcast: makes scalars the same on all ranks.
-
-    Raises:
-        ValueError: `starts` is empty, or `max_iter` is not positive.
-    """
-    if not starts or max_iter < 1:
-        raise ValueError(f"expected a start and max_iter >= 1, got {len(starts)} and {max_iter}")
-    size = starts[0].numel()
-    space = Subspace(starts[0], min(max_iter, size), broadcast)
-    queue = list(starts)
-    generator = torch.Generator().manual_seed(0)
-    ritz: list[_RitzPair] = []
-    lowest, matvecs = math.inf, 0
-    unchecked: list[float] | None = None
-    check_products = 0
-    while matvecs < max_iter and len(space) < size:
-        direction = _next_direction(space, queue, ritz)
-        if direction is None:
-            direction = _random_direction(space, generator)
-            unchecked, check_products = [pair.value for pair in ritz[:k]], CHECK_PRODUCTS
-        if direction is None:
-            break
-        image = matvec(direction)
-        matvecs += 1
-        if not space.add(direction, image):
-            return _not_finite(starts[0], matvecs)
-        ritz = _leading(space, k, tol)
-        lowest = min(lowest, float(space.ritz()[0][-1]))
-        if check_products > 0:
-            queue, check_products = [*queue, image], check_products - 1
-        if queue or len(space) < min(size, k + 1) or not all(p.converged for p in ritz[:k]):
-            continue
-        if (
-            unchecked is not None
-            and len(unchecked) == len(ritz[:k])
-            and np.allclose(unchecked, [pair.value for pair in ritz[:k]], rtol=tol, atol=0)
-        ):
-            break
-        # As if the subspace were invariant, so that the next direction is a random one.
-        ritz = [dataclasses.replace(pair, residual=0.0) for pair in ritz]
-    coefficients = space.ritz()[1]
-    top = tuple(_eigenpair(space, c, p) for c, p in zip(coefficients, ritz[:k], strict=False))
-    return Result(top, matvecs, lowest, False, coefficients[0])
-
-
-@dataclass(frozen=True)
-class _RitzPair:
-    """A leading Ritz pair, its vector not computed."""
-
-    value: float
-    residual_vector: Tensor
-    """`H y − θ y`, [P]."""
-    residual: float
-    """Absolute."""
-    error: float
-    """Absolute."""
-    converged: bool
-
-
-def _leading(space: Subspace, k: int, tol: float) -> list[_RitzPair]:
-    """The `k` leading pairs and one more, with their error bounds."""
-    values, coefficients = space.ritz()
-    count = min(k + 1, len(space))
-    vectors = [space.residual(values[i], coefficients[i]) for i in range(count)]
-    residuals = [norm(vector, space.broadcast) for vector in vectors]
-    floor = negligible(space.V) * float(np.abs(values).max())
-    pairs = []
-    for i, residual in enumerate(residuals):
-        error = residual
-        if i + 1 < count:
-            error = error_bound(residual, values[i], values[i + 1] + residuals[i + 1])
-        if i > 0:
-            error = max(error, error_bound(residual, values[i - 1] - residuals[i - 1], values[i]))
-        if len(space) < 3:
-            error = min(2 * error, residual)  # the gap is poorly known from two vectors
-        if len(space) == space.V.shape[1]:
-            error = min(error, floor)
-        converged = bool(error <= max(tol * abs(float(values[i])), floor))
-        pairs.append(_RitzPair(float(values[i]), vectors[i], residual, error, converged))
-    return pairs
-
-
-def _next_direction(
-    space: Subspace, queue: list[Tensor], leading: list[_RitzPair]
-) -> Tensor | None:
-    """A unit vector that extends the basis: a queued guess, or a leading pair's residual."""
-    while queue:
-        direction = space.orthogonal(queue.pop(0))
-        if direction is not None:
-            return direction
-    for pair in [pair for pair in leading if not pair.converged] + leading:
-        if _leaves_space(space, [pair]):
-            direction = space.orthogonal(pair.residual_vector)
-            if direction is not None:
-                return direction
-    return None
-
-
-def _leaves_space(space: Subspace, pairs: Sequence[_RitzPair]) -> bool:
-    floor = negligible(space.V) * float(np.abs(space.ritz()[0]).max())
-    return any(pair.residual > floor for pair in pairs)
-
-
-def _random_direction(space: Subspace, generator: torch.Generator) -> Tensor | None:
-    for _ in range(3):
-        guess = torch.randn(space.V.shape[1], generator=generator, dtype=torch.float64)
-        direction = space.orthogonal(guess.to(space.V))
-        if direction is not None:
-            return direction
-    return None
-
-
-def _relative(absolute: float, value: float) -> float:
+def relative(absolute: float, value: float) -> float:
     if absolute == 0:
         return 0.0
     return absolute / abs(value) if value else math.inf
 
 
-def _eigenpair(space: Subspace, coefficients: Tensor, pair: _RitzPair) -> Eigenpair:
-    vector = combine(space.V[: len(space)], coefficients)
-    vector = vector / norm(vector, space.broadcast)
-    return Eigenpair(
-        pair.value,
-        vector,
-        _relative(pair.residual, pair.value),
-        _relative(pair.error, pair.value),
-        pair.converged,
-    )
-
-
-def _not_finite(like: Tensor, matvecs: int) -> Result:
+def not_finite(like: Tensor, matvecs: int) -> Result:
     """The result where a product contains a NaN or an infinity."""
     nan = math.nan
     pair = Eigenpair(nan, torch.full_like(like, nan), nan, nan, False)
@@ -519,7 +388,7 @@ def power(
         value = float(broadcast(dots(vector[None], image))[0])
         residual = norm(image - value * vector, broadcast)
         if not (math.isfinite(value) and math.isfinite(residual)):
-            return _not_finite(start, matvecs)
+            return not_finite(start, matvecs)
         lowest = min(lowest, value)
         history.append(value)
         error = min(residual, _aitken(history))
@@ -527,7 +396,7 @@ def power(
         stationary = error <= max(tol * abs(value), floor)
         converged = stationary and (value >= 0 or shift > 0)
         pair = Eigenpair(
-            value, vector, _relative(residual, value), _relative(error, value), converged
+            value, vector, relative(residual, value), relative(error, value), converged
         )
         stopped = threshold is not None and value > threshold
         if stopped or converged or matvecs == max_iter:

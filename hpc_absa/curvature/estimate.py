@@ -1,5 +1,7 @@
 """The top eigenvalue of the Hessian, as decisions need it: on a sample, to a tolerance, cheaply.
 
+`_Search` has the steps; `docs/curvature.md` explains them.
+
 Shapes:
     P  trainable parameters
     N  samples
@@ -12,46 +14,45 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
-from weakref import WeakKeyDictionary
+from typing import Literal
 
-import torch
 from torch import Tensor, nn
 
 from hpc_absa.comm import Communicator
-from hpc_absa.curvature import eigen, fast
+from hpc_absa.curvature import eigen
 from hpc_absa.curvature.operator import (
     HessianOperator,
     HessianSample,
     Interrupted,
     Loss,
     evaluation_mode,
-    trainable_parameters,
-    uses_batch_statistics,
 )
+from hpc_absa.curvature.pieces import Hessians, Pieces
 from hpc_absa.records import Eigenvalue
 
 __all__ = ["Estimate", "HessianSample", "Interrupted", "estimate_eigenvalue"]
 
 Method = Literal["lanczos", "power"]
 
-PIECE_BYTES = 128 << 20
-"""Activations of the samples that a CPU differentiates at a time: 64 for a ResNet-20, where a
-product takes 10 % less time than by 128 (`benchmarks/curvature.md`); a perceptron's whole batch."""
-KEEP_BYTES = 64 << 20
-"""Activations whose graphs are always kept; a graph takes some four times as much."""
-COARSE_FRACTION = 8
-"""The search starts on this part of the sample, where a product costs as much less."""
-COARSE_SAMPLES = 16
-"""The smallest coarse sample: the Hessian of fewer differs too much from the whole sample's."""
+TF32_TOLERANCE = 2e-3
+"""For a smaller tolerance, convolutions on a GPU do not use TensorFloat-32: with it, 8 of 24
+estimates were outside 1e-4, and none outside 1e-3. Without it, a ResNet-18 takes 2.4 times as long.
+"""
 COARSE_TOLERANCE = 0.05
 """Of the coarse search: only its vector is used, and the sampling error is larger than this."""
 COARSE_MAX_ITER = 6
 COARSE_OVERLAP = 1.0
 """As `OVERLAP`, for the coarse search's own tolerance."""
 COARSE_MARGIN = 2.0
-"""A coarse value this many times the threshold is above it: on 16 to 64 samples the eigenvalue is
-1.0 to 1.5 times the whole sample's (`docs/curvature.md`)."""
+"""A coarse value this many times the threshold is tested on as many other samples."""
+COARSE_LEVEL = 0.05
+"""Probability that this test finds λ of the whole sample above a threshold that it is below."""
+LEVEL = 0.001
+"""Probability that λ of all data is above its upper bound, over the choice of the sample. At 0.01,
+10 of 5,439 growths at 0.9 λ were false on networks, now 2 are (`benchmarks/curvature.md`)."""
+GROUPS = 16
+"""Groups of samples whose scatter gives the sampling error of an upper bound: Student's t with
+fewer degrees of freedom makes the bound much larger. Half as many for the coarse test."""
 COARSE_NOISE = 0.1
 """Random part of the coarse search's start."""
 OVERLAP = 0.03
@@ -68,11 +69,6 @@ class Estimate:
     eigenvalue: Eigenvalue
     vector: Tensor
     """[P] float32, unit length: parameters that require grad, in `model.parameters()` order."""
-    error: float
-    """Estimated relative error of the value as an eigenvalue of this sample's Hessian."""
-    sampling_error: float
-    """Standard error of the value over the choice of the sample, from the scatter of the
-    microbatches, absolute; NaN with fewer than two microbatches."""
     lowest: float
     """Smallest Ritz value; a negative one proves a direction of negative curvature."""
     coarse_matvecs: int
@@ -114,21 +110,20 @@ def estimate_eigenvalue(
         comm: communicator.
         method: `lanczos` or `power`.
         samples: N, at most `sample.size`.
-        microbatch: samples differentiated at a time at most; on a CPU fewer if their activations
-            exceed `PIECE_BYTES`. It does not depend on the number of ranks.
+        microbatch: samples differentiated at a time; on a CPU fewer if their activations exceed
+            `pieces.PIECE_BYTES`, more if they are below `pieces.SMALL_BYTES`.
         tol: relative error at which the estimate counts as converged.
         max_iter: maximum number of products with the whole sample's Hessian.
         start: [P], the vector of the previous estimate, or None.
-        threshold: the caller only needs to know whether λ > threshold. A Rayleigh quotient above it
-            proves that, as it is never above λ; a coarse value above `COARSE_MARGIN` times the
-            threshold is accepted as well. The estimate then ends unconverged, with
-            `eigenvalue.stopped_above_threshold`. A value below the threshold converges only if its
-            upper bound is below, too.
+        threshold: the caller asks whether λ of all data is at most this, and needs the value only
+            if it is (`Eigenvalue.upper_bound`). A Rayleigh quotient above the threshold shows that
+            it is not, because λ is never below; so does a test on part of the sample. The estimate
+            then ends unconverged, with `stopped_above_threshold`.
         poll: called before each product, with the same result on all ranks; True interrupts.
         keep_samples: samples per rank whose autograd graph stays in memory between products, where
             a product costs two gradients instead of three. By default one and a half microbatches
             (an estimate then takes about twice the memory of a training step), or more as long as
-            their activations are within `KEEP_BYTES`.
+            their activations are within `pieces.KEEP_BYTES`.
         reproducible: value and vector are bit for bit the same for any power-of-two number of
             ranks.
 
@@ -139,155 +134,134 @@ def estimate_eigenvalue(
     if method not in ("lanczos", "power"):
         raise ValueError(f"method: expected 'lanczos' or 'power', got {method!r}")
     begin = time.perf_counter()
-    coarse_samples = max(COARSE_SAMPLES, samples // COARSE_FRACTION)
-    batch_statistics = uses_batch_statistics(model)
-    if batch_statistics:  # the Hessian then depends on the microbatch: it is that of training
-        coarse_samples = max(coarse_samples, microbatch)
-
-    def solver(samples: int, microbatch: int) -> _Solver:
-        operator = HessianOperator(
-            model, loss_fn, sample, comm, samples=samples, microbatch=microbatch, poll=poll,
-            keep_graphs=max(1, kept_samples // max(microbatch, 1)), reproducible=reproducible,
+    with evaluation_mode(model, full_precision=tol < TF32_TOLERANCE):
+        hessians = Hessians(
+            model, loss_fn, sample, comm, samples, poll, reproducible,
+            Pieces.of(
+                model, sample, samples, microbatch, keep_samples,
+                None if reproducible else comm.size,
+            ),
         )  # fmt: skip
-        return _Solver(operator, method)
-
-    with evaluation_mode(model):
-        sample_bytes = activation_bytes(model, sample, microbatch)
-        kept_samples = max(3 * microbatch // 2, KEEP_BYTES // sample_bytes)
-        if keep_samples is not None:
-            kept_samples = keep_samples
-        coarse_microbatch = min(microbatch, coarse_samples)
-        if next(model.parameters()).device.type == "cpu" and not batch_statistics:
-            piece = max(1, PIECE_BYTES // sample_bytes)
-            microbatch = min(microbatch, piece)
-            coarse_microbatch = min(coarse_microbatch, max(COARSE_SAMPLES, piece // 4))
-        used = solver(samples, microbatch)
-        processed = coarse_matvecs = 0
-        result: eigen.Result | None = None
-        if method == "lanczos" and 2 * coarse_samples <= samples:
-            coarse = solver(coarse_samples, coarse_microbatch)
-            result = coarse.solve(
-                coarse.start(start, COARSE_NOISE), COARSE_TOLERANCE, COARSE_MAX_ITER,
-                None if threshold is None else COARSE_MARGIN * threshold, COARSE_OVERLAP,
-            )  # fmt: skip
-            coarse.operator.close()
-            used.operator.plan = coarse.operator.plan
-            if result.stopped or math.isnan(result.top.value):
-                used = coarse
-            else:
-                processed, coarse_matvecs = coarse.operator.samples_processed, result.matvecs
-                result = used.solve(result.top.vector, tol, max_iter, threshold, OVERLAP)
-        if result is None:
-            result = used.solve(used.start(start), tol, max_iter, threshold)
-        sampling_error = used.sampling_error(result)
-    top = result.top
+        found = _Search(hessians, method, tol, max_iter, threshold).run(start)
+    result = found.result
     value = Eigenvalue(
-        value=top.value,
-        residual=top.residual,
+        value=result.top.value,
+        residual=result.top.residual,
         matvecs=result.matvecs,
-        samples=used.operator.samples,
+        samples=found.samples,
         seconds=time.perf_counter() - begin,
-        converged=top.converged and not result.stopped,
+        converged=result.top.converged and not result.stopped,
         stopped_above_threshold=result.stopped,
-        sampling_error=sampling_error if math.isfinite(sampling_error) else None,
+        error=result.top.error,
+        sampling_error=found.sampling_error,
+        upper_bound=found.upper_bound,
     )
-    return Estimate(
-        value,
-        comm.broadcast_(top.vector.float().contiguous()),
-        top.error,
-        sampling_error,
-        result.lowest,
-        coarse_matvecs,
-        processed + used.operator.samples_processed,
-    )
+    vector = comm.broadcast_(result.top.vector.float().contiguous())
+    return Estimate(value, vector, result.lowest, found.coarse_matvecs, hessians.samples_processed)
 
 
-_ACTIVATION_BYTES: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+@dataclass(frozen=True)
+class _Found:
+    """What a search has found."""
+
+    result: eigen.Result
+    samples: int
+    coarse_matvecs: int
+    sampling_error: float | None = None
+    upper_bound: float | None = None
 
 
-def activation_bytes(model: nn.Module, sample: HessianSample, microbatch: int) -> int:
-    """Bytes that autograd saves per sample in a forward pass, without the parameters'.
+class _Search:
+    """The steps of an estimate: coarse search, search on the whole sample, upper bound."""
 
-    Measured once for each model, on a microbatch as training has it.
-    """
-    if model not in _ACTIVATION_BYTES:
-        count = max(1, min(microbatch, sample.size))
-        leaves = {n: fast.leaf(p, fast.PLAIN) for n, p in trainable_parameters(model).items()}
-        fixed = {t.untyped_storage().data_ptr() for t in (*leaves.values(), *model.parameters())}
-        saved: dict[int, int] = {}
-
-        def pack(tensor: Tensor) -> Tensor:
-            saved[tensor.untyped_storage().data_ptr()] = tensor.nbytes
-            return tensor.detach()
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            outputs = fast.forward(model, sample.load(0, count)[0], leaves, fast.PLAIN)
-        del outputs
-        total = sum(size for storage, size in saved.items() if storage not in fixed)
-        _ACTIVATION_BYTES[model] = max(1, total // count)
-    return _ACTIVATION_BYTES[model]
-
-
-class _Solver:
-    """An eigensolver on one Hessian that records the products of the microbatches."""
-
-    def __init__(self, operator: HessianOperator, method: Method) -> None:
-        self.operator, self.method = operator, method
-        self.vectors: list[Tensor] = []
-        """v_1 … v_j, the vectors multiplied so far; with `power` the last one only."""
-        self.products: list[Tensor] = []
-        """[M, number of vectors] for each v_j: `v_iᵀ ∇²L_m v_j` of this rank's microbatches m."""
-
-    def start(self, previous: Tensor | None, noise: float = 1.0) -> Tensor:
-        """The previous vector, where it fits the model, or the gradient; with noise."""
-        operator = self.operator
-        if previous is not None and previous.numel() == operator.size:
-            vector = previous.to(operator.device, operator.dtype)
-        else:
-            vector = operator.gradient()
-        return eigen.randomized(vector, noise, broadcast=operator.comm.broadcast_)
-
-    def solve(
+    def __init__(
         self,
-        start: Tensor,
+        hessians: Hessians,
+        method: Method,
         tol: float,
         max_iter: int,
         threshold: float | None,
-        overlap: float | None = None,
-    ) -> eigen.Result:
-        """Search from `start`; a Ritz value above `threshold` ends the search."""
-        limits: dict[str, Any] = {
-            "tol": tol, "max_iter": max_iter, "threshold": threshold,
-            "broadcast": self.operator.comm.broadcast_,
-        }  # fmt: skip
+    ) -> None:
+        self.hessians, self.method, self.tol = hessians, method, tol
+        self.max_iter, self.threshold = max_iter, threshold
+        self.coarse_matvecs = 0
+
+    def run(self, start: Tensor | None) -> _Found:
+        """Search from `start`, where it fits the model, or from the gradient."""
+        samples, pieces = self.hessians.samples, self.hessians.pieces
+        operator = self.hessians.of(0, samples, pieces.whole)
         if self.method == "power":
-            return eigen.power(self._matvec, start, **limits)
-        return eigen.lanczos(self._matvec, start, overlap=overlap, **limits)
+            result = eigen.power(
+                operator.matvec, _start(operator, start), tol=self.tol, max_iter=self.max_iter,
+                threshold=self.threshold, broadcast=operator.comm.broadcast_,
+            )  # fmt: skip
+            return self._bounded(result, None)
+        overlap: float | None = None
+        if 2 * pieces.coarse_samples > samples:
+            vector = _start(operator, start)
+        else:
+            coarse = self._coarse(start)
+            if coarse.stopped or math.isnan(coarse.top.value):
+                return _Found(coarse, pieces.coarse_samples, 0)
+            vector, overlap = coarse.top.vector, OVERLAP
+            self.coarse_matvecs = coarse.matvecs
+            operator.plan = self.hessians.plan
+        lanczos = eigen.Lanczos(
+            operator.matvec, vector, max_iter=self.max_iter, overlap=overlap,
+            broadcast=operator.comm.broadcast_,
+        )  # fmt: skip
+        found = self._bounded(lanczos.run(self.tol, self.threshold), lanczos)
+        operator.close()
+        return found
 
-    def _matvec(self, vector: Tensor) -> Tensor:
-        self.vectors = [*self.vectors, vector] if self.method == "lanczos" else [vector]
-        products = torch.zeros(len(self.operator.weights), len(self.vectors), dtype=torch.float64)
+    def _coarse(self, start: Tensor | None) -> eigen.Result:
+        """Search on the coarse sample; `stopped` if λ is known to be above the threshold."""
+        count = self.hessians.pieces.coarse_samples
+        operator = self.hessians.of(0, count, self.hessians.pieces.coarse)
+        search = eigen.Lanczos(
+            operator.matvec, _start(operator, start, COARSE_NOISE), max_iter=COARSE_MAX_ITER,
+            overlap=COARSE_OVERLAP, broadcast=operator.comm.broadcast_,
+        )  # fmt: skip
+        margin = None if self.threshold is None else COARSE_MARGIN * self.threshold
+        result = search.run(COARSE_TOLERANCE, margin)
+        if result.stopped and not (self.hessians.pieces.tests_early and self._above(result.top)):
+            result = search.run(COARSE_TOLERANCE)
+        operator.close()
+        return result
 
-        def record(index: int, product: Tensor) -> None:
-            for column, other in enumerate(self.vectors):
-                products[index, column] = float(other @ product)
+    def _above(self, coarse: eigen.Eigenpair) -> bool:
+        """Whether λ of the whole sample is above the threshold, by a test on other samples.
 
-        image = self.operator.matvec(vector, record)
-        self.products.append(products)
-        return image
+        `λ ≥ vᵀHv` for the coarse vector v, and v does not depend on the samples that are not in
+        the coarse sample; as many of them give the mean over the rest, with its standard error.
+        """
+        assert self.threshold is not None
+        count, samples = self.hessians.pieces.coarse_samples, self.hessians.samples
+        others = self.hessians.scatter(coarse.vector, count, 2 * count, GROUPS // 2)
+        part = count / (samples - count)
+        margin = others.margin(COARSE_LEVEL) * math.sqrt(max(0.0, 1 - part))
+        least = others.mean - margin
+        return (count * coarse.value + (samples - count) * least) / samples > self.threshold
 
-    def sampling_error(self, result: eigen.Result) -> float:
-        """Standard error of `yᵀ H y` for `y = Σ c_j v_j`, from `yᵀ ∇²L_m y` of all microbatches."""
-        weights = torch.tensor(self.operator.weights, dtype=torch.float64)
-        c = result.coefficients
-        m, count = len(c), len(weights)
-        if count < 2 or not 0 < m <= len(self.products):
-            return math.nan
-        values = torch.zeros(count, dtype=torch.float64)
-        for j, products in enumerate(self.products[-m:]):  # v_jᵀ ∇²L_m v_i for i ≤ j
-            factors = 2 * c[: j + 1] * c[j]
-            factors[j] /= 2
-            values += products[:, -(j + 1) :] @ factors
-        values = self.operator.comm.allreduce_(values)
-        variance = (weights**2 * (values - weights @ values) ** 2).sum() * count / (count - 1)
-        return float(variance.sqrt())
+    def _bounded(self, result: eigen.Result, lanczos: eigen.Lanczos | None) -> _Found:
+        """With the upper bound, if λ may be below the threshold."""
+        samples, top = self.hessians.samples, result.top
+        if self.threshold is None or result.stopped or not top.converged:
+            return _Found(result, samples, self.coarse_matvecs)
+        scatter = self.hessians.scatter(top.vector, 0, samples, GROUPS)
+        margin = scatter.margin(LEVEL)
+        if lanczos is not None:
+            result = lanczos.separate(self.tol, self.threshold - margin)
+        upper = result.top.value + abs(result.top.value) * result.top.error + margin
+        if math.isclose(upper, self.threshold, rel_tol=1e-12):  # up to rounding
+            upper = self.threshold
+        return _Found(result, samples, self.coarse_matvecs, scatter.standard_error, upper)
+
+
+def _start(operator: HessianOperator, previous: Tensor | None, noise: float = 1.0) -> Tensor:
+    """The previous vector, where it fits the model, or the gradient; with noise."""
+    if previous is not None and previous.numel() == operator.size:
+        vector = previous.to(operator.device, operator.dtype)
+    else:
+        vector = operator.gradient()
+    return eigen.randomized(vector, noise, broadcast=operator.comm.broadcast_)

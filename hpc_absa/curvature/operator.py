@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -26,6 +25,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from hpc_absa import summation
 from hpc_absa.comm import Communicator
 from hpc_absa.curvature import fast, twice
+from hpc_absa.curvature.graphs import Graph, flatten, gauss_newton_graph, hessian_graph
 from hpc_absa.curvature.loss import Loss as Loss
 from hpc_absa.curvature.loss import check_mean, mean_and_denominator
 from hpc_absa.curvature.twice import CurvatureError, Exchange
@@ -138,7 +138,7 @@ class HessianOperator:
             if reproducible
             else [share(microbatches, comm.rank, comm.size)]
         )
-        self._graphs: dict[int, _Graph] = {}
+        self._graphs: dict[int, Graph] = {}
         self._denominators: dict[int, float] = {}
         """d_m of this rank's microbatches."""
         self._plain: set[int] = set()
@@ -162,7 +162,7 @@ class HessianOperator:
     def gradient(self) -> Tensor:
         """`∇L` of the sample, [P]."""
         self.gradients += 1
-        return self._weighted_sum(lambda index: _flatten(self._graph(index).gradient))
+        return self._weighted_sum(lambda index: flatten(self._graph(index).gradient))
 
     def matvec(
         self, vector: Tensor, on_microbatch: Callable[[int, Tensor], None] | None = None
@@ -214,6 +214,10 @@ class HessianOperator:
         differentiate the model.
         """
         self._prepare()
+        if len(self.bounds) == self.comm.size == 1:
+            value = term(0)
+            self.denominators = [self._denominators[0]]
+            return value.to(self.dtype) if self.denominators[0] else value * math.nan
         tree, error = summation.Tree(), None
         for lane in self._lanes:
             if not lane:
@@ -262,7 +266,7 @@ class HessianOperator:
         inputs, _ = self._load(0)
         self.plan = fast.make_plan(self.model, inputs)[0] if self.accelerate else fast.PLAIN
 
-    def _graph(self, index: int) -> _Graph:
+    def _graph(self, index: int) -> Graph:
         if index in self._graphs:
             return self._graphs[index]
         assert self.plan is not None
@@ -285,7 +289,7 @@ class HessianOperator:
 
     def _differentiated(
         self, index: int, inputs: Any, targets: Any, plan: fast.Plan
-    ) -> _Graph | None:
+    ) -> Graph | None:
         """None if the loss is not finite because of the plan."""
         leaves = {name: fast.leaf(p, plan) for name, p in self.parameters.items()}
         outputs = fast.forward(self.model, inputs, leaves, plan)
@@ -298,7 +302,7 @@ class HessianOperator:
             loss, self._denominators[index] = self._mean(index, outputs, targets)
             return loss
 
-        differentiate = _hessian if self.matrix == "hessian" else _gauss_newton
+        differentiate = hessian_graph if self.matrix == "hessian" else gauss_newton_graph
         graph = differentiate(mean, outputs, tuple(leaves.values()))
         return graph if graph.finite or plan is fast.PLAIN or not plan.folds else None
 
@@ -314,87 +318,6 @@ class HessianOperator:
             fast.arranged(piece.view_as(p).to(p))
             for piece, p in zip(pieces, parameters, strict=True)
         ]
-
-
-@dataclass(frozen=True)
-class _Graph:
-    """A microbatch's gradient and its matrix-vector product; tensors are shaped as parameters."""
-
-    gradient: Sequence[Tensor]
-    product: Callable[[Sequence[Tensor], bool], Tensor]
-    """`(v, keep) ↦ H_m v`, [P]; unless `keep`, the autograd graph is freed."""
-    finite: bool
-    """The loss is finite."""
-
-
-def _hessian(mean: Callable[[Any], Tensor], outputs: Any, leaves: Sequence[Tensor]) -> _Graph:
-    """`v ↦ ∇(∇L · v)`."""
-    loss = mean(outputs)
-    with twice.named_errors(loss):
-        gradient = _gradients(loss, leaves)
-    twice.require_twice_differentiable(loss, gradient)
-
-    def product(v: Sequence[Tensor], keep: bool) -> Tensor:
-        with twice.named_errors(loss):
-            return _flatten(_vjp(gradient, leaves, v, keep))
-
-    return _Graph(gradient, product, bool(loss.isfinite()))
-
-
-def _gauss_newton(mean: Callable[[Any], Tensor], outputs: Any, leaves: Sequence[Tensor]) -> _Graph:
-    """`v ↦ Jᵀ H_f J v`: J the Jacobian of the outputs f, H_f the Hessian of the loss by f.
-
-    Positive semidefinite for convex losses: the Hessian without the outputs' own curvature
-    (Schraudolph 2002, section 3). `J v` is the derivative of `Jᵀ u` by u, multiplied with v.
-    """
-    if not isinstance(outputs, Tensor):
-        raise CurvatureError(
-            f"model: expected one tensor of outputs, got {type(outputs).__name__}; the "
-            "Gauss-Newton matrix needs the loss as a function of one tensor"
-        )
-    detached = outputs.detach().requires_grad_()
-    loss = mean(detached)
-    (slope,) = _gradients(loss, (detached,))
-    if not outputs.requires_grad:
-        zeros = [torch.zeros_like(leaf) for leaf in leaves]
-        return _Graph(zeros, lambda v, keep: _flatten(zeros), bool(loss.isfinite()))
-    u = slope.detach().clone().requires_grad_()
-    with twice.named_errors(outputs):
-        pulled = torch.autograd.grad(outputs, leaves, u, create_graph=True, materialize_grads=True)
-    twice.require_twice_differentiable(loss, [slope])
-    twice.require_twice_differentiable(outputs, pulled)
-
-    def product(v: Sequence[Tensor], keep: bool) -> Tensor:
-        with twice.named_errors(outputs):
-            tangent = _vjp(pulled, (u,), v)
-            return _flatten(_vjp((outputs,), leaves, _vjp((slope,), (detached,), tangent), keep))
-
-    return _Graph([p.detach() for p in pulled], product, bool(loss.isfinite()))
-
-
-def _gradients(loss: Tensor, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Differentiable; zero if the loss does not depend on the inputs."""
-    if not loss.requires_grad:
-        return [torch.zeros_like(i) for i in inputs]
-    return torch.autograd.grad(loss, inputs, create_graph=True, materialize_grads=True)
-
-
-def _vjp(
-    outputs: Sequence[Tensor],
-    inputs: Sequence[Tensor],
-    cotangents: Sequence[Tensor],
-    keep: bool = True,
-) -> Sequence[Tensor]:
-    """`torch.autograd.grad` that allows outputs, and inputs, on which nothing depends."""
-    used = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad]
-    if not used:
-        return [torch.zeros_like(i) for i in inputs]
-    tensors, vectors = zip(*used, strict=True)
-    return torch.autograd.grad(tensors, inputs, vectors, retain_graph=keep, materialize_grads=True)
-
-
-def _flatten(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.cat([t.detach().reshape(-1).to(tensors[0].device) for t in tensors])
 
 
 def _bounds(samples: int, microbatch: int, equal: bool) -> list[tuple[int, int]]:
@@ -418,16 +341,17 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 @contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
+def evaluation_mode(model: nn.Module, full_precision: bool = False) -> Iterator[None]:
     """Evaluation mode; on exit the training flags and all random states are restored bit for bit.
 
     Random states are those of Python, NumPy and torch. Parameters, buffers and `.grad` need no
     restoring, because `fast.forward` runs the model on copies. Attributes that modules set while
     they run, as weight normalization does, are restored.
 
-    Attention uses the only kernel that can be differentiated twice. Recurrent layers do not use
-    cuDNN, which cannot differentiate them in evaluation mode. Activation checkpointing and
-    `torch.compile` are disabled (`twice.plain_autograd`).
+    With `full_precision`, convolutions on a GPU do not use TensorFloat-32, with which products are
+    accurate to 1e-3 only. Attention uses the only kernel that can be differentiated twice.
+    Recurrent layers do not use cuDNN, which cannot differentiate them in evaluation mode.
+    Activation checkpointing and `torch.compile` are disabled (`twice.plain_autograd`).
     """
     flags = [(module, module.training) for module in model.modules()]
     attributes = [
@@ -442,6 +366,8 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(twice.plain_autograd())
+        if full_precision:
+            stack.enter_context(_without_tf32())
         if any(isinstance(module, nn.RNNBase) for module in model.modules()):
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         try:
@@ -457,6 +383,16 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
                 module.training = training
             random.setstate(python)
             np.random.set_state(numpy_)
+
+
+@contextmanager
+def _without_tf32() -> Iterator[None]:
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 class FunctionModel(nn.Module):

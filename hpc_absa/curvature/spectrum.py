@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from hpc_absa.comm import Communicator
 from hpc_absa.curvature import eigen
 from hpc_absa.curvature.eigen import Floats
+from hpc_absa.curvature.leading import leading
 from hpc_absa.curvature.operator import (
     HessianOperator,
     HessianSample,
@@ -196,7 +197,7 @@ def _top_eigenvalues(
     broadcast: eigen.Broadcast,
 ) -> TopEigenvalues:
     starts = [gradient, random_vector(gradient, 0)]
-    result = eigen.leading(matvec, starts, tol=tol, max_iter=max_iter, k=k, broadcast=broadcast)
+    result = leading(matvec, starts, tol=tol, max_iter=max_iter, k=k, broadcast=broadcast)
     return TopEigenvalues(
         np.array([pair.value for pair in result.pairs]),
         np.array([pair.residual for pair in result.pairs]),

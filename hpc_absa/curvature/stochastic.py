@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hpc_absa.curvature.eigen import Broadcast, Floats, Matvec, Subspace, dots, no_broadcast
+from hpc_absa.curvature.eigen import Broadcast, Floats, Matvec, dots, no_broadcast
+from hpc_absa.curvature.leading import Subspace
 
 
 @dataclass(frozen=True)

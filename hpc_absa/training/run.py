@@ -57,7 +57,10 @@ from hpc_absa.training.metrics import shown
 from hpc_absa.training.state import TrainState, require_equal
 from hpc_absa.training.step import Flags, StepEngine, StepResult, TrainStep
 
-EVIDENCE = ("residual", "converged", "stopped_above_threshold", "seconds", "sampling_error")
+EVIDENCE = (
+    "residual", "converged", "stopped_above_threshold", "seconds", "error", "sampling_error",
+    "upper_bound",
+)  # fmt: skip
 """Fields of an eigenvalue that a decision event has under the same names."""
 
 

@@ -88,7 +88,6 @@ def test_every_key_of_a_schedule_has_its_default_by_method():
 def test_defaults_of_the_hessian_that_depend_on_the_method():
     cells = {row[0].strip("`"): row[3] for row in rows("`[hessian]`")}
     tuned = defaults("absa-tuned")["hessian"]
-    assert f"{tuned['samples']} for `absa-tuned`" in cells["samples"]
     assert f"{tuned['tol']} for `absa-tuned`" in cells["tol"]
 
 

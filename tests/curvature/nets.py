@@ -143,11 +143,17 @@ def dense(model: nn.Module, loss_fn: Callable, sample: Samples, samples: int) ->
 
 
 def autograd_hessian(
-    model: nn.Module, loss_fn: Callable, sample: Samples, samples: int, exchanged: bool = False
+    model: nn.Module,
+    loss_fn: Callable,
+    sample: Samples,
+    samples: int,
+    exchanged: bool = False,
+    vectors: Tensor | None = None,
 ) -> Tensor:
     """The Hessian [P, P] by double backward on the model's own parameters, on one batch.
 
-    With `exchanged`, hardsigmoid is a piecewise linear function and nothing is checkpointed.
+    With `vectors` [n, P] their products with it. With `exchanged`, hardsigmoid is a piecewise
+    linear function and nothing is checkpointed.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     flags = [(module, module.training) for module in model.modules()]
@@ -173,9 +179,11 @@ def autograd_hessian(
             )
             stack.enter_context(run)
             stack.enter_context(mock.patch.object(nn.functional, "hardsigmoid", hardsigmoid))
+        stack.enter_context(torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH))
         try:
             first = gradient(loss_fn(model(copy.deepcopy(inputs)), targets), True)
-            return torch.stack([gradient(entry, False) for entry in first]).detach()
+            entries = first if vectors is None else vectors @ first
+            return torch.stack([gradient(entry, False) for entry in entries]).detach()
         finally:
             for module, training in flags:
                 module.training = training

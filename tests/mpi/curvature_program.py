@@ -19,10 +19,13 @@ def bits(kind: str, comm: Communicator) -> list[str]:
     model, loss, sample = build(kind, dtype=torch.float64)
     found = estimate_eigenvalue(
         model, loss, sample, comm, method="lanczos", samples=22, microbatch=3, tol=1e-6,
-        max_iter=40, reproducible=True,
+        max_iter=40, reproducible=True, threshold=1e6,
     )  # fmt: skip
     value = found.eigenvalue
-    numbers = (value.value, value.residual, found.error, found.sampling_error, found.lowest)
+    numbers = (
+        value.value, value.residual, value.error, value.sampling_error, value.upper_bound,
+        found.lowest,
+    )  # fmt: skip
     digest = hashlib.sha256(found.vector.numpy().tobytes()).hexdigest()
     return [*(number.hex() for number in numbers), digest]
 
@@ -54,18 +57,19 @@ def main(kinds: list[str]) -> None:
         model, loss, sample = build(kind, dtype=torch.float32)
         result = estimate_eigenvalue(
             model, loss, sample, comm,
-            method="lanczos", samples=22, microbatch=8, tol=1e-3, max_iter=40,
+            method="lanczos", samples=22, microbatch=8, tol=1e-3, max_iter=40, threshold=1e6,
         )  # fmt: skip
         digest = hashlib.sha256(result.vector.numpy().tobytes()).hexdigest()
         value = result.eigenvalue
         mine = (value.value.hex(), value.residual.hex(), value.matvecs, value.converged)
-        everyone = comm.allgather_object((*mine, result.sampling_error.hex(), digest))
+        everyone = comm.allgather_object((*mine, value.upper_bound.hex(), digest))
         found[kind] = {
             "value": value.value,
             "converged": value.converged,
             "same": len(set(everyone)) == 1,
             "vector": result.vector.tolist(),
-            "sampling_error": result.sampling_error,
+            "sampling_error": value.sampling_error,
+            "upper_bound": value.upper_bound,
         }
     messages = set(comm.allgather_object(refusal(comm)))
     found["bits"] = {kind: bits(kind, comm) for kind in kinds}

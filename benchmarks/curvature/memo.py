@@ -1,0 +1,51 @@
+"""Products that are computed once, so that one sample can be asked many questions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+from torch import Tensor
+
+from hpc_absa.curvature.operator import HessianOperator
+
+
+@contextmanager
+def memoized_products() -> Iterator[None]:
+    """Within it, model and sample must not change."""
+    known: dict[Any, Any] = {}
+    multiply, differentiate = HessianOperator.matvec, HessianOperator.gradient
+
+    def key(self: HessianOperator, vector: Tensor | None) -> Any:
+        bits = None if vector is None else hash(vector.cpu().numpy().tobytes())
+        return getattr(self.sample, "first", 0), self.samples, self.microbatch, bits
+
+    def gradient(self: HessianOperator) -> Tensor:
+        own = key(self, None)
+        if own not in known:
+            known[own] = differentiate(self)
+        return known[own].clone()
+
+    def matvec(
+        self: HessianOperator, vector: Tensor, record: Callable[[int, Tensor], None] | None = None
+    ) -> Tensor:
+        own = key(self, vector)
+        if own not in known:
+            terms: list[tuple[int, Tensor]] = []
+            image = multiply(self, vector, lambda index, term: terms.append((index, term)))
+            known[own] = image, terms, list(self.denominators)
+        else:
+            self.matvecs += 1
+        image, terms, self.denominators = known[own]
+        for index, term in terms:
+            if record is not None:
+                record(index, term)
+        return image.clone()
+
+    with (
+        mock.patch.object(HessianOperator, "matvec", matvec),
+        mock.patch.object(HessianOperator, "gradient", gradient),
+    ):
+        yield

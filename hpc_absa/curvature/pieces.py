@@ -1,0 +1,176 @@
+"""The Hessians of a sample and of its parts, and how many samples are differentiated at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from hpc_absa.comm import Communicator
+from hpc_absa.curvature import eigen, fast
+from hpc_absa.curvature.operator import (
+    HessianOperator,
+    HessianSample,
+    Loss,
+    trainable_parameters,
+    uses_batch_statistics,
+)
+from hpc_absa.curvature.sampling import Scatter
+
+PIECE_BYTES = 128 << 20
+"""Activations of the samples that a CPU differentiates at a time: 64 for a ResNet-20, where a
+product takes 10 % less time than by 128 (`benchmarks/curvature.md`); a perceptron's whole batch."""
+SMALL_BYTES = 32 << 20
+"""Pieces have as many activations, also if that is more than a microbatch, where the ranks do not
+then run out of work: small pieces take up to twice as long for the same samples."""
+KEEP_BYTES = 64 << 20
+"""Activations whose graphs are always kept; a graph takes some four times as much."""
+EARLY_BYTES = 8 << 20
+"""Activations of the coarse sample from which an early test pays: below, as on a GPU, its small
+pieces take as long as large ones."""
+COARSE_FRACTION = 8
+"""The search starts on this part of the sample, where a product costs as much less."""
+COARSE_SAMPLES = 16
+"""The smallest coarse sample: the Hessian of fewer differs too much from the whole sample's."""
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """How many samples are differentiated at a time, and kept."""
+
+    whole: int
+    """Samples of a piece of the whole sample."""
+    coarse: int
+    """Samples of a piece of the coarse sample."""
+    coarse_samples: int
+    kept: int
+    """Samples per rank whose graphs are kept."""
+    tests_early: bool
+    """A test on an eighth of the sample costs much less than a product with the whole sample."""
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        sample: HessianSample,
+        samples: int,
+        microbatch: int,
+        keep_samples: int | None,
+        ranks: int | None,
+    ) -> Pieces:
+        """With `ranks` None, whatever their number."""
+        if microbatch < 1:
+            raise ValueError(f"microbatch: expected 1 or more, got {microbatch}")
+        size = activation_bytes(model, sample, microbatch)
+        kept = keep_samples
+        if kept is None:
+            kept = max(3 * microbatch // 2, KEEP_BYTES // size)
+        coarse_samples = max(COARSE_SAMPLES, samples // COARSE_FRACTION)
+        on_cpu = next(model.parameters()).device.type == "cpu"
+        if uses_batch_statistics(model):  # the Hessian depends on the piece: it is training's
+            coarse_samples = max(coarse_samples, microbatch)
+            return cls(microbatch, microbatch, coarse_samples, kept, False)
+        if not on_cpu:
+            return cls(microbatch, min(microbatch, coarse_samples), coarse_samples, kept, False)
+        piece = min(microbatch, max(1, PIECE_BYTES // size))
+        if ranks is not None:
+            piece = max(piece, min(-(-samples // ranks), SMALL_BYTES // size))
+        coarse = min(microbatch, coarse_samples, max(COARSE_SAMPLES, PIECE_BYTES // size // 4))
+        early = coarse_samples * size >= EARLY_BYTES
+        return cls(piece, coarse, coarse_samples, kept, early)
+
+
+@dataclass
+class Hessians:
+    """The Hessians of parts of the sample."""
+
+    model: nn.Module
+    loss_fn: Loss
+    sample: HessianSample
+    comm: Communicator
+    samples: int
+    poll: Callable[[], bool] | None
+    reproducible: bool
+    pieces: Pieces
+    made: list[HessianOperator] = field(default_factory=list)
+
+    @property
+    def plan(self) -> fast.Plan | None:
+        """What is replaced in the model, once an operator was used."""
+        return next((operator.plan for operator in self.made if operator.plan), None)
+
+    @property
+    def samples_processed(self) -> int:
+        """Samples differentiated so far: once for a gradient, twice for a product."""
+        return sum(operator.samples_processed for operator in self.made)
+
+    def of(self, start: int, stop: int, piece: int, keep: bool = True) -> HessianOperator:
+        """The Hessian of samples [start, stop), by `piece` at a time."""
+        operator = HessianOperator(
+            self.model, self.loss_fn, _Part(self.sample, start, stop) if start else self.sample,
+            self.comm, samples=stop - start, microbatch=piece, poll=self.poll,
+            keep_graphs=max(1, self.pieces.kept // max(piece, 1)) if keep else 0,
+            reproducible=self.reproducible,
+        )  # fmt: skip
+        operator.plan = self.plan
+        self.made.append(operator)
+        return operator
+
+    def scatter(self, vector: Tensor, start: int, stop: int, groups: int) -> Scatter:
+        """`vᵀ ∇²L_g v` for `groups` parts of the samples, by one product."""
+        operator = self.of(start, stop, max(2, (stop - start) // groups), keep=False)
+        values = torch.zeros(len(operator.bounds), dtype=torch.float64)
+
+        def record(index: int, product: Tensor) -> None:
+            values[index] = float(eigen.dots(product[None], vector)[0])
+
+        operator.matvec(vector, record)
+        operator.close()
+        weights = torch.tensor(operator.weights, dtype=torch.float64)
+        return Scatter(self.comm.allreduce_(values), weights)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Samples [first, stop) of a sample."""
+
+    sample: HessianSample
+    first: int
+    stop: int
+
+    @property
+    def size(self) -> int:
+        return self.stop - self.first
+
+    def load(self, start: int, stop: int) -> tuple[Any, Any]:
+        return self.sample.load(self.first + start, self.first + stop)
+
+
+_ACTIVATION_BYTES: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+
+
+def activation_bytes(model: nn.Module, sample: HessianSample, microbatch: int) -> int:
+    """Bytes that autograd saves per sample in a forward pass, without the parameters'.
+
+    Measured once for each model, on a microbatch as training has it.
+    """
+    if model not in _ACTIVATION_BYTES:
+        count = max(1, min(microbatch, sample.size))
+        leaves = {n: fast.leaf(p, fast.PLAIN) for n, p in trainable_parameters(model).items()}
+        fixed = {t.untyped_storage().data_ptr() for t in (*leaves.values(), *model.parameters())}
+        saved: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            saved[tensor.untyped_storage().data_ptr()] = tensor.nbytes
+            return tensor.detach()
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            outputs = fast.forward(model, sample.load(0, count)[0], leaves, fast.PLAIN)
+        del outputs
+        total = sum(size for storage, size in saved.items() if storage not in fixed)
+        _ACTIVATION_BYTES[model] = max(1, total // count)
+    return _ACTIVATION_BYTES[model]

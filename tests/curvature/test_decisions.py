@@ -1,0 +1,137 @@
+"""Is λ of all data at most t? Answers on random samples, with the stated error rates."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from hpc_absa.comm import SerialCommunicator
+from hpc_absa.config.tables import Hessian
+from hpc_absa.curvature import pieces
+from hpc_absa.curvature.estimate import estimate_eigenvalue
+from hpc_absa.curvature.operator import FunctionModel
+from hpc_absa.curvature.sampling import Scatter, student_t
+from hpc_absa.schedules import SCHEDULES
+from tests.curvature.nets import Samples
+
+PRESETS = {
+    method: Hessian(**SCHEDULES[method].hessian_defaults) for method in ("abs", "absa-tuned")
+}  # those of absa are those of abs
+SIZE = 60
+
+
+@pytest.mark.parametrize(
+    ("level", "freedom", "quantile"),
+    [(0.01, 15, 2.602), (0.01, 7, 2.998), (0.05, 7, 1.895), (0.05, 15, 1.753), (0.001, 15, 3.733)],
+)
+def test_quantiles(level, freedom, quantile):
+    assert student_t(level, freedom) == pytest.approx(quantile, rel=5e-3)
+
+
+def test_no_quantile_from_one_group():
+    assert student_t(0.01, 0) == math.inf
+    assert math.isnan(Scatter(torch.ones(1).double(), torch.ones(1).double()).standard_error)
+
+
+def test_the_standard_error_of_a_mean():
+    values = np.random.default_rng(0).normal(size=9)
+    scatter = Scatter(torch.from_numpy(values), torch.full((9,), 1 / 9).double())
+    assert scatter.mean == pytest.approx(values.mean())
+    assert scatter.standard_error == pytest.approx(values.std(ddof=1) / 3)
+    # a group without a weight, as one with ignored targets only, does not count
+    weights = torch.tensor([1 / 9] * 9 + [0.0]).double()
+    more = Scatter(torch.cat([scatter.values, torch.tensor([50.0]).double()]), weights)
+    assert more.groups == 9
+    assert more.standard_error == pytest.approx(scatter.standard_error)
+
+
+def question(settings, share, seed, spread, **options):
+    """The answer on one sample of a problem whose λ over all data is 1.
+
+    The loss of a sample is `(aᵀw)² / 2`, so its Hessian is `aaᵀ`. Every `a` is normal, times a
+    factor that makes a few samples far more important than others, as in trained networks.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    samples = settings.samples
+    scale = torch.cat([torch.tensor([1.0, 0.9]), torch.full((SIZE - 2,), 0.3)]) ** 0.5
+    factors = torch.exp(spread * torch.randn(samples, 1, generator=generator) - spread**2)
+    inputs = torch.randn(samples, SIZE, generator=generator) * scale * factors
+    model = FunctionModel(lambda p, x: x @ p, torch.zeros(SIZE))
+    return estimate_eigenvalue(
+        model, lambda o, t: o.square().mean() / 2, Samples(inputs, inputs), SerialCommunicator(),
+        method="lanczos", samples=samples, microbatch=64, tol=settings.tol,
+        max_iter=settings.max_iter, threshold=share, **options,
+    )  # fmt: skip
+
+
+def grown(settings, share, seeds, spread):
+    count = 0
+    for seed in seeds:
+        value = question(settings, share, seed, spread).eigenvalue
+        count += value.converged and value.at_most <= share
+    return count
+
+
+@pytest.mark.parametrize("method", PRESETS)
+@pytest.mark.parametrize("spread", [0.0, 0.7])
+def test_growth_is_not_false(method, spread):
+    assert grown(PRESETS[method], 0.9, range(40), spread) == 0
+    assert grown(PRESETS[method], 2.0 if spread == 0 else 8.0, range(10), spread) >= 7
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("method", PRESETS)
+@pytest.mark.parametrize("spread", [0.0, 0.4, 0.7])
+def test_no_false_growth_in_1000_samples(method, spread):
+    assert SCHEDULES["absa"].hessian_defaults == SCHEDULES["abs"].hessian_defaults
+    assert grown(PRESETS[method], 0.9, range(1000), spread) == 0
+
+
+def test_the_bound_contains_the_error_and_the_sampling_error():
+    value = question(PRESETS["abs"], 6.0, 0, 0.4).eigenvalue
+    assert value.converged
+    margin = student_t(0.001, 15) * value.sampling_error
+    assert value.upper_bound == pytest.approx(value.value * (1 + value.error) + margin, rel=1e-3)
+    assert value.value < value.upper_bound <= 6.0
+
+
+def test_in_doubt_it_is_not_below():
+    """The value is below the threshold, its bound is not; the value has converged all the same."""
+    full = question(PRESETS["abs"], 6.0, 0, 0.4).eigenvalue
+    threshold = (full.value + full.upper_bound) / 2
+    value = question(PRESETS["abs"], threshold, 0, 0.4).eigenvalue
+    assert value.converged
+    assert value.value < threshold < value.at_most
+
+
+def test_no_bound_without_a_threshold():
+    value = question(PRESETS["abs"], None, 0, 0.4).eigenvalue
+    assert value.upper_bound is None
+    assert value.at_most == value.value
+
+
+@pytest.fixture
+def _small_pieces_are_cheap(monkeypatch):
+    monkeypatch.setattr(pieces, "EARLY_BYTES", 0)
+
+
+def early(seeds, share, spread):
+    """Of samples whose own λ is at most `share`, how many are found above it on a part."""
+    found = []
+    for seed in seeds:
+        value = question(PRESETS["abs"], None, seed, spread).eigenvalue
+        threshold = share * value.value
+        answer = question(PRESETS["abs"], threshold, seed, spread).eigenvalue
+        found.append(answer.stopped_above_threshold and answer.samples < PRESETS["abs"].samples)
+    return sum(found)
+
+
+@pytest.mark.usefixtures("_small_pieces_are_cheap")
+def test_the_test_on_a_part_of_the_sample():
+    """It ends most searches far above the threshold, and few below it: 5 % at most."""
+    assert early(range(12), 0.15, 0.4) >= 8
+    assert early(range(30), 1.0, 0.7) <= 4

@@ -19,6 +19,8 @@ from hpc_absa.curvature.estimate import Estimate, Interrupted
 from hpc_absa.curvature.operator import HessianOperator, HessianSample, Loss, evaluation_mode
 from hpc_absa.records import Eigenvalue
 
+MARGIN = 1e-3
+"""By which λ_c exceeds the threshold where the loss increases at the first learning rate."""
 FACTOR = 2.0
 """Between the first two learning rates of the search; it is multiplied by itself at each pass."""
 
@@ -56,7 +58,8 @@ def critical_sharpness(
         tol: relative width of the interval at which the value counts as converged.
         max_iter: maximum number of forward passes over the sample, after the first one.
         guess: learning rate to begin with, positive.
-        threshold: a value above it is not refined (`stopped_above_threshold`).
+        threshold: the caller only needs to know whether λ_c is above it; then the search begins at
+            the learning rate of this value, and ends if the loss increases there.
         poll: called before each pass, with the same result on all ranks; True interrupts.
         reproducible: as for `HessianOperator`.
 
@@ -86,14 +89,15 @@ def critical_sharpness(
             loss = operator.loss(update * -lr)
             return loss - start if math.isfinite(loss) else math.inf
 
-        low, high = _bracket(change, guess, max_iter)
+        most = math.inf
+        if threshold is not None:
+            most = guess = 2 / (threshold * (1 + MARGIN))
+        low, high = _bracket(change, guess, max_iter if math.isfinite(start) else 0, most)
         while low > 0 and high < math.inf and high / low > 1 + tol and passes < max_iter:
-            if threshold is not None and 2 / high > threshold:
-                break
             middle = math.sqrt(low * high)
             low, high = (low, middle) if change(middle) > 0 else (middle, high)
+    stopped = threshold is not None and high <= most
     bounded = low > 0 and high < math.inf
-    stopped = bounded and threshold is not None and 2 / high > threshold
     middle = math.sqrt(low * high) if bounded else math.nan
     value = 2 / (high if stopped else middle)
     width = (high - low) / middle
@@ -110,13 +114,20 @@ def critical_sharpness(
     return Estimate(eigenvalue, vector, width / 2, math.nan, math.nan, 0, (passes + 2) * samples)
 
 
-def _bracket(change: Callable[[float], float], guess: float, max_iter: int) -> tuple[float, float]:
-    """Learning rates at which the loss decreases and increases; 0 and infinity if unknown."""
+def _bracket(
+    change: Callable[[float], float], guess: float, max_iter: int, most: float
+) -> tuple[float, float]:
+    """Learning rates at which the loss decreases and increases; 0 and infinity if unknown.
+
+    An increase at `guess = most` ends the search.
+    """
     low, high, factor, lr = 0.0, math.inf, FACTOR, guess
     for _ in range(max_iter):
         changed = change(lr)
         if changed > 0:
             high, lr = lr, lr / factor
+            if high <= most < math.inf:
+                break
         elif changed < 0:
             low, lr = lr, lr * factor
         elif high < math.inf:

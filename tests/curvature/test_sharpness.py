@@ -68,8 +68,13 @@ def test_a_value_above_the_threshold_is_not_refined():
     assert found.stopped_above_threshold
     assert not found.converged
     assert 2.0 < found.value <= 5.0
-    assert found.matvecs < measure(*problem).eigenvalue.matvecs
-    assert measure(*problem, threshold=6.0).eigenvalue.converged
+    assert found.matvecs == 1
+    below = measure(*problem, threshold=6.0).eigenvalue
+    assert below.converged
+    assert below.value == pytest.approx(5.0, rel=0.01)
+    at_it = measure(*problem, threshold=5.0).eigenvalue
+    assert at_it.converged
+    assert at_it.value == pytest.approx(5.0, rel=0.01)
 
 
 @pytest.mark.parametrize(
@@ -85,6 +90,13 @@ def test_a_direction_without_a_critical_learning_rate(direction):
     found = measure(*quadratic([5.0, 1.0], [2.0, 1.0]), direction=direction, max_iter=8).eigenvalue
     assert not found.converged
     assert math.isnan(found.value)
+
+
+def test_a_loss_that_is_not_finite():
+    model, _, sample = quadratic([5.0, 1.0], [2.0, 1.0])
+    found = measure(model, lambda out, target: out.mean() * math.nan, sample, threshold=1.0)
+    assert math.isnan(found.eigenvalue.value)
+    assert not found.eigenvalue.stopped_above_threshold
 
 
 def test_the_model_is_unchanged():

@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 SCRIPTS := $(wildcard launch/*.sh) .ci/run
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-browser test-mpi test-clusters soak bench check format clean distclean
+.PHONY: help setup demo docs test test-browser test-mpi test-clusters soak bench check format clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -20,6 +20,10 @@ setup: ## build the environment in .venv (the other targets do this if needed)
 demo: setup ## train the digits job with ABSA, from 1 rank to 4, and write a report
 	$(BIN)/hpc-absa run jobs/digits.toml --run-dir runs/demo --fresh
 	@ls runs/demo/report.html runs/demo/report.png
+
+docs: setup ## build the documentation site into site/; warnings are errors
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 test: setup check ## run the checks of `make check`, then the test suite
 	$(BIN)/python -m pytest -m "not slow and not slurm and not namespaces" \
@@ -57,7 +61,7 @@ format: setup ## format the code and sort the imports with ruff
 	$(BIN)/ruff format
 
 clean: ## remove caches, build files and runs/demo
-	rm -rf runs/demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf runs/demo site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find hpc_absa tests launch -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean ## also remove the environment (compiled wheels stay in ~/.cache/hpc-absa)

@@ -25,7 +25,7 @@ from hpc_absa.cli.options import (
     folder,
     print_line,
 )
-from hpc_absa.errors import ExitStatus, HpcAbsaError, UsageError
+from hpc_absa.errors import ExitStatus, UsageError
 
 if TYPE_CHECKING:
     from hpc_absa.report.tensorboard import TensorBoardLog
@@ -207,8 +207,8 @@ def _write_figures(run: RunDir, board: TensorBoardLog | None, page: bool) -> Non
             board.close()
         if page and run.events.exists():
             write_report([run.path], None)
-    except (OSError, HpcAbsaError) as error:
-        print_line(f"warning: the report could not be written: {error}")
+    except Exception as error:  # whatever it is, the run has not failed
+        print_line(f"warning: the report could not be written: {type(error).__name__}: {error}")
 
 
 def compare(

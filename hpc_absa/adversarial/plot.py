@@ -22,7 +22,7 @@ def draw(
     pixels: Any,
     path: Path,
 ) -> None:
-    """Write the figure; the extension gives the format.
+    """Write the figure as PNG.
 
     Args:
         found: what was measured.
@@ -41,7 +41,7 @@ def draw(
     _sizes(curves, found)
     if examples and below:
         _examples(below[0], examples, classes, pixels)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, metadata={"Software": "hpc-absa"})
 
 
 def _accuracy(axis: Any, found: Robustness) -> None:

@@ -23,7 +23,7 @@ def draw(
     point: tuple[float, float],
     path: Path,
 ) -> None:
-    """Write the figure; the extension gives the format.
+    """Write the figure as PNG.
 
     Args:
         layers: of the whole network.
@@ -42,7 +42,7 @@ def draw(
     _omegas(rows[1], layers, bits, chosen)
     if front:
         _front(rows[2], front, point)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, metadata={"Software": "hpc-absa"})
 
 
 def _bars(axis: Any, layers: Sequence[Sensitivity], label: str, values: Any, errors: Any) -> None:

@@ -29,6 +29,7 @@ from hpc_absa.quantization.graph import Network, trace
 from hpc_absa.rundir.files import replacing
 
 REFERENCE = "hpc_absa.quantization.stored:network"
+FORMAT = "hpc-absa-quantized"
 _DESCRIPTION = "description"
 
 
@@ -60,9 +61,10 @@ def save(
         "ranges": {name: asdict(ranges[name][number]) for name, number in bits.items()},
     }
     state = network.folded.state_dict().items()
-    arrays: dict[str, Any] = {name: tensor.detach().cpu().numpy() for name, tensor in state}
+    text = json.dumps({"format": FORMAT, **description}).encode()
+    arrays: dict[str, Any] = {_DESCRIPTION: np.frombuffer(text, np.uint8)}
+    arrays |= {name: tensor.detach().cpu().numpy() for name, tensor in state}
     with replacing(path) as temporary, temporary.open("wb") as file:
-        arrays[_DESCRIPTION] = np.array(json.dumps(description))
         np.savez(file, **arrays)
 
 
@@ -74,7 +76,7 @@ def network(file: str) -> nn.Module:
     """
     arrays = read_weights(Path(file))
     try:
-        description = json.loads(str(arrays.pop(_DESCRIPTION)))
+        description = json.loads(arrays.pop(_DESCRIPTION).tobytes())
         name, arguments = description["model"]["name"], description["model"]["arguments"]
         shape, bits = tuple(description["shape"]), description["bits"]
         ranges = {n: {bits[n]: Range(**found)} for n, found in description["ranges"].items()}

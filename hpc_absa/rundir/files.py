@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from hpc_absa.errors import UsageError
+
 
 @contextmanager
 def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
@@ -35,6 +37,29 @@ def write_atomic(path: Path, content: str | bytes, *, durable: bool = False) -> 
     """Write `content` to `path`, complete or not at all."""
     with replacing(path, durable=durable) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+MARK = b"hpc-absa"
+"""In the first bytes of every result file of ours that a later result may replace."""
+
+
+def require_replaceable(path: Path) -> None:
+    """Refuse to replace a file that is not a result of ours, and to write where no folder is.
+
+    Raises:
+        UsageError: there is such a file, or no folder.
+    """
+    if not path.parent.is_dir():
+        raise UsageError(f"{path}: no folder {path.parent} to write to; make it first")
+    try:
+        with path.open("rb") as file:
+            ours = MARK in file.read(1 << 16)
+    except FileNotFoundError:
+        return
+    except OSError:
+        ours = False
+    if not ours:
+        raise UsageError(f"{path}: exists and is not of hpc-absa; choose another --out")
 
 
 def create_once(path: Path, content: str) -> bool:

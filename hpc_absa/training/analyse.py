@@ -29,11 +29,13 @@ from hpc_absa.curvature.operator import HessianOperator, evaluation_mode
 from hpc_absa.curvature.spectrum import Spectrum
 from hpc_absa.errors import UsageError
 from hpc_absa.rundir import RunDir
-from hpc_absa.rundir.files import write_atomic
+from hpc_absa.rundir.files import require_replaceable, write_atomic
 from hpc_absa.training import analyse_plot
 from hpc_absa.training.attack import attack_model
 from hpc_absa.training.load import Loaded, Source, load, on_ranks
 from hpc_absa.training.spectrum import spectrum_of
+
+FORMAT = "hpc-absa-analysis"
 
 Point = Mapping[str, Any]
 """What is known about one checkpoint, as JSON values (`measure`)."""
@@ -70,8 +72,7 @@ def analyse(
         raise_on_all_ranks(comm, attacks.check)
         files = raise_on_all_ranks(comm, lambda: _checkpoints(directories, options.last))
         files = comm.broadcast_object(files)  # a run may still be adding some
-        if comm.rank == 0:
-            out.mkdir(parents=True, exist_ok=True)
+        raise_on_all_ranks(comm, lambda: _prepare(out) if comm.rank == 0 else None)
         points = []
         with Console(stderr=True, quiet=comm.rank > 0).status("analyse") as status:
             for number, (name, path) in enumerate(files, 1):
@@ -84,11 +85,18 @@ def analyse(
                 rich_console().print(table(points))
             figure = out / "analysis.png"
             analyse_plot.draw(points, figure)
-            write_atomic(out / "analysis.json", json.dumps({"points": points}, allow_nan=False))
+            found = {"format": FORMAT, "points": points}
+            write_atomic(out / "analysis.json", json.dumps(found, allow_nan=False))
             print(f"written: {out / 'analysis.json'} and {figure}", file=sys.stderr)
         return 0
 
     return on_ranks(command)
+
+
+def _prepare(out: Path) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    for name in ("analysis.json", "analysis.png"):
+        require_replaceable(out / name)
 
 
 def _progress(status: Any, checkpoint: str, part: str) -> None:

@@ -13,7 +13,7 @@ Point = Mapping[str, Any]
 
 
 def draw(points: Sequence[Point], path: Path) -> None:
-    """Write the figure; the extension gives the format."""
+    """Write the figure as PNG."""
     from matplotlib.figure import Figure
 
     runs: dict[str, list[Point]] = {}
@@ -36,7 +36,7 @@ def draw(points: Sequence[Point], path: Path) -> None:
     parts[0].legend(handles, labels, loc="outside upper center", ncols=min(6, len(labels)))
     if surfaces:
         _surfaces(parts[1], surfaces)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, metadata={"Software": "hpc-absa"})
 
 
 def _negative(point: Point) -> float | None:

@@ -19,6 +19,7 @@ from hpc_absa.comm import Communicator, raise_on_all_ranks
 from hpc_absa.console import rich_console
 from hpc_absa.curvature.export import to_dict
 from hpc_absa.data.packed import PackedDataset
+from hpc_absa.rundir.files import require_replaceable
 from hpc_absa.training.load import Loaded, Source, load, on_ranks
 
 
@@ -27,6 +28,8 @@ def attack(source: Source, out: Path | None, as_json: bool, options: Options) ->
 
     def command(comm: Communicator) -> int:
         raise_on_all_ranks(comm, options.check)
+        if out:
+            raise_on_all_ranks(comm, lambda: require_replaceable(Path(f"{out}.png")))
         loaded = load(source, comm)
         with Console(stderr=True, quiet=comm.rank > 0).status("attack") as status:
             found, examples = attack_model(loaded, comm, options, status.update)

@@ -31,6 +31,7 @@ from hpc_absa.quantization.fake import Ranges
 from hpc_absa.quantization.graph import Network, trace
 from hpc_absa.quantization.result import Check, Measured, Quantization
 from hpc_absa.quantization.sensitivity import Sensitivity, sensitivities
+from hpc_absa.rundir.files import require_replaceable
 from hpc_absa.training.evaluate import Evaluation
 from hpc_absa.training.finetune import finetune
 from hpc_absa.training.load import Loaded, Source, load, on_ranks
@@ -59,8 +60,12 @@ class Options:
     lr: float = 1e-4
     """Of fine-tuning."""
 
-    def check_values(self) -> None:
-        """Raises a UsageError for what is out of range."""
+    def check_values(self, out: Path | None) -> None:
+        """Raises a UsageError for what is out of range, or where `out` cannot be written."""
+        if self.finetune and out is None:
+            raise UsageError("--finetune: expected also --out, for the run directory of the epochs")
+        for suffix in ("json", "npz", "png") if out else ():
+            require_replaceable(Path(f"{out}.{suffix}"))
         if list(self.bits) != sorted(set(self.bits)) or len(self.bits) < 2:
             raise UsageError(f"--bits {self.bits}: expected two or more ascending numbers: 4,8")
         if not (self.bits[0] >= 2 and self.bits[-1] <= 16):
@@ -75,9 +80,7 @@ def quantize(source: Source, out: Path | None, as_json: bool, options: Options) 
     """Print the allocation and what it costs; the entry point of one rank."""
 
     def command(comm: Communicator) -> int:
-        raise_on_all_ranks(comm, options.check_values)
-        if options.finetune and out is None:
-            raise UsageError("--finetune: expected also --out, for the run directory of the epochs")
+        raise_on_all_ranks(comm, lambda: options.check_values(out))
         loaded = load(source, comm)
         with Console(stderr=True, quiet=comm.rank > 0).status("quantize") as status:
             result = Quantizer(loaded, comm, options, status.update).run(out)

@@ -35,7 +35,7 @@ def test_the_mean_of_the_products_tends_to_the_diagonal():
     x = torch.randn(6).double().requires_grad_()
     optimizer = AdaHessian([x])
     draws = []
-    for steps in range(4000):
+    for steps in range(1500):
         optimizer.state[x] = {"step": torch.tensor(float(steps))}
         (z,) = optimizer.signs()
         draws.append(z * (matrix @ z))
@@ -43,7 +43,7 @@ def test_the_mean_of_the_products_tends_to_the_diagonal():
     variance = matrix.square().sum(1) - matrix.diagonal().square()
     error = (variance / len(draws)).sqrt()
     assert ((found.mean(0) - matrix.diagonal()).abs() < 4.5 * error).all()
-    torch.testing.assert_close(found.var(0), variance, rtol=0.1, atol=0)
+    torch.testing.assert_close(found.var(0), variance, rtol=0.2, atol=0)
 
 
 def test_power_0_is_momentum():

@@ -92,6 +92,7 @@ def test_attack(run, tmp_path, capsys):
     options = attack.Options(
         ("fgsm", "pgd", "tr-l2-easy", "tr-linf-easy-fixed"), 40, (16.0,), radius=0.05, iterations=60
     )
+    (tmp_path / "a.png").write_bytes(b"of hpc-absa")  # of a run of the command before
     assert attack.attack(Source(run), tmp_path / "a", True, options) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["samples"] == 40
@@ -164,6 +165,20 @@ def test_what_cannot_be_quantized_is_one_line(run, capsys, settings, match):
     options = quantize.Options(samples=8, matvecs=6, **settings)
     assert quantize.quantize(Source(run), None, True, options) == 2
     assert re.search(match, one_line(capsys))
+
+
+def test_files_of_others_are_not_replaced(run, tmp_path, capsys):
+    (tmp_path / "a.png").write_bytes(b"a photograph")
+    (tmp_path / "q.npz").write_bytes(b"weights")
+    (tmp_path / "analysis.json").write_text("{}")
+    assert attack.attack(Source(run), tmp_path / "a", True, attack.Options()) == 2
+    assert "a.png: exists and is not of hpc-absa; choose another --out" in one_line(capsys)
+    assert quantize.quantize(Source(run), tmp_path / "q", True, quantize.Options()) == 2
+    assert "q.npz: exists and is not of hpc-absa" in one_line(capsys)
+    assert quantize.quantize(Source(run), tmp_path / "no" / "q", True, quantize.Options()) == 2
+    assert f"no folder {tmp_path}/no to write to" in one_line(capsys)
+    assert analyse.analyse([run], None, tmp_path, True, analyse.Options()) == 2
+    assert "analysis.json: exists and is not of hpc-absa" in one_line(capsys)
 
 
 def test_sensitivities_are_of_the_layers_blocks(run):

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.data import default_collate
 
 from hpc_absa.data.datasets import Datasets, MapDataset, MapReader, as_datasets
-from hpc_absa.data.loader import Batch, Indices, Loader
+from hpc_absa.data.loader import Batch, Indices, Loader, Part
 from hpc_absa.errors import UsageError
 from hpc_absa.progress import SampleStream
 
@@ -58,7 +58,7 @@ class ScriptLoader(Loader):
             super().__init__(dataset, reader, stream, seed)
         self._device, self._hessian_batch = device, hessian_batch
 
-    def sample(self, indices: Indices) -> Batch:
+    def sample(self, indices: Indices, part: Part = "train") -> Batch:
         """
         Raises:
             UsageError: the batch is no pair.
@@ -66,7 +66,7 @@ class ScriptLoader(Loader):
         if self._hessian_batch:
             batch = self._hessian_batch(indices.tolist())
         else:
-            batch = super().sample(indices).inputs
+            batch = super().sample(indices, part).inputs
         if type(batch) not in (tuple, list) or len(batch) != 2:
             raise UsageError(
                 f"absa.Run: a batch for the Hessian is a {type(batch).__name__}: expected "

@@ -1,0 +1,28 @@
+"""The same under `hpc-absa launch`; with another schedule it also grows."""
+
+import sys
+
+import torch
+
+import hpc_absa as absa
+from benchmarks.elastic.plain import BATCH, EPOCHS, LanguageModel, Lines, loss_fn
+from benchmarks.elastic.torchrun import trace
+
+
+def main(folder):
+    torch.manual_seed(0)
+    model, train_set = LanguageModel(), Lines()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    with absa.Run(model=model, optimizer=optimizer, loss=loss_fn, dataset=train_set, epochs=EPOCHS,
+                  schedule=absa.BL(base_batch=BATCH, max_batch=BATCH), microbatch=BATCH // 2,
+                  drop_last=True, checkpoint={"every_seconds": 1.0}) as run:  # fmt: skip
+        for step in run:
+            for inputs, targets in step.batches:
+                step.backward(loss_fn(model(inputs), targets))
+            step.optimize()
+            trace(run.rank, step.number)
+    torch.save(model.state_dict(), f"{folder}/model.pt")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -50,19 +50,21 @@ def _render(runs: list[Status], directory: Path) -> None:
     if not runs:
         print(f"{directory}: no runs")
         return
-    table = Table()
-    for column in ("run", "state", "epoch", "step", "ranks", "batch", "failures", "time used"):
-        table.add_column(column, justify="left" if column in ("run", "state") else "right")
+    table = Table(box=None, pad_edge=False)
+    for column in ("run", "state"):
+        table.add_column(column, no_wrap=True)
+    for column in ("epoch", "ranks", "batch", "failures", "time used"):
+        table.add_column(column, no_wrap=True, justify="right")
     for run in runs:
-        epochs = f"{fmt.epoch(run.epoch)} of {fmt.epoch(run.epochs)}" if run.epochs else ""
         table.add_row(
             run.path,
             Text(run.state, STATE_STYLES[run.state]),
-            epochs,
-            fmt.count(run.step),
+            f"{fmt.epoch(run.epoch)}/{fmt.epoch(run.epochs)}" if run.epochs else fmt.MISSING,
             fmt.count(run.ranks),
             fmt.count(run.global_batch),
             str(run.failures or ""),
             fmt.duration(run.seconds_used),
         )
-    rich_console().print(table)
+    console = rich_console()
+    console.width = 1000  # a path is never cut off; a terminal that is too narrow wraps the lines
+    console.print(table)

@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from hpc_absa.cli.listing import find_runs, list_runs
+from hpc_absa.cli.listing import list_runs
 from hpc_absa.errors import UsageError
+from hpc_absa.report.compare import find_runs
 from hpc_absa.rundir import RunDir
 from tests.supervisor.digits import PATH
 

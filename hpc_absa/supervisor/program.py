@@ -147,8 +147,10 @@ class ScriptProgram(Program):
         command, status = shlex.join(self.settings.command), f"exited with status {ended.code}"
         if ended.code and began:
             return Failure(f"{command}: {status} within its hpc_absa.Run", exit_code=ended.code)
+        if ended.code and not (line := ended.last_line()):
+            return None  # the launcher itself failed
         if ended.code:
-            reason = f"{command}: {status} before its hpc_absa.Run began: {ended.last_line()}"
+            reason = f"{command}: {status} before its hpc_absa.Run began: {line}"
             return Failure(reason, exit_code=ended.code, early=True)
         if began:
             reason = f"{command}: exited before its hpc_absa.Run was at its end"

@@ -105,9 +105,10 @@ def critical_sharpness(
         seconds=time.perf_counter() - begin,
         converged=bounded and high / low <= 1 + tol and not stopped,
         stopped_above_threshold=stopped,
+        error=width / 2,
     )
     vector = comm.broadcast_((update / torch.linalg.vector_norm(update)).float().contiguous())
-    return Estimate(eigenvalue, vector, width / 2, math.nan, math.nan, 0, (passes + 2) * samples)
+    return Estimate(eigenvalue, vector, math.nan, 0, (passes + 2) * samples)
 
 
 def _bracket(change: Callable[[float], float], guess: float, max_iter: int) -> tuple[float, float]:

@@ -6,8 +6,10 @@ import contextlib
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
 from hpc_absa.comm import SerialCommunicator
@@ -25,12 +27,15 @@ from hpc_absa.curvature.twice import CurvatureError, Exchange, custom_functions
 
 def check_curvature(
     model: nn.Module, loss_fn: Loss, sample: HessianSample, *, microbatch: int
-) -> None:
+) -> list[str]:
     """Check the Hessian on one microbatch, on this rank alone. It costs about four products.
 
     Checked are: a second derivative exists; the loss is a mean over samples, or states its
     denominator; the Hessian is symmetric; and if the model uses custom autograd functions, it is
     the derivative of the gradient, by differences in float64.
+
+    Returns:
+        What a user should know: a sentence for each function that costs more in the Hessian.
 
     Raises:
         CurvatureError: one line that names what the model or the loss does, and the remedy.
@@ -50,11 +55,34 @@ def check_curvature(
         if not sliced and samples > 1 and not uses_batch_statistics(model):
             _check_mean_of_halves(model, loss_fn, sample, samples)
         leaves = {name: fast.leaf(p, fast.PLAIN) for name, p in operator.parameters.items()}
-        outputs = fast.forward(model, inputs, leaves, fast.PLAIN)
+        with _Seen() as seen:
+            outputs = fast.forward(model, inputs, leaves, fast.PLAIN)
         with Exchange():
             loss, _ = mean_and_denominator(loss_fn, outputs, fast.copied(targets), samples)
         if names := custom_functions(loss):
             _check_differences(model, loss_fn, sample, samples, names)
+    return [note for functions, note in _NOTES.items() if functions & seen.functions]
+
+
+_NOTES = {
+    frozenset({F.scaled_dot_product_attention, F.multi_head_attention_forward}): "Hessian: "
+    "attention runs by plain operations, because fused kernels have no second derivative; it needs "
+    "memory for every pair of tokens",
+}
+
+
+class _Seen(TorchFunctionMode):
+    """Records the functions that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.functions: set[Any] = set()
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        self.functions.add(func)
+        return func(*args, **(kwargs or {}))
 
 
 def _require_symmetric(u: Tensor, v: Tensor, hu: Tensor, hv: Tensor) -> None:

@@ -49,7 +49,7 @@ COARSE_LEVEL = 0.05
 """Probability that this test finds λ of the whole sample above a threshold that it is below."""
 LEVEL = 0.001
 """Probability that λ of all data is above its upper bound, over the choice of the sample. At 0.01,
-10 of 5,439 growths at 0.9 λ were false on networks, now 2 are (`benchmarks/curvature.md`)."""
+7 of 4,210 growths at 0.9 λ were false on networks, now 2 are (`benchmarks/curvature.md`)."""
 GROUPS = 16
 """Groups of samples whose scatter gives the sampling error of an upper bound: Student's t with
 fewer degrees of freedom makes the bound much larger. Half as many for the coarse test."""

@@ -124,7 +124,9 @@ def _rehearse_hessian(trainer: Trainer, indices: NDArray[np.int64]) -> None:
     )
     with user_code(f"{trainer.names[0]}: its Hessian, which the schedule needs", hint):
         sample = _Sample(trainer.loader, indices)
-        check_curvature(trainer.model, trainer.loss, sample, microbatch=sample.size)
+        notes = check_curvature(trainer.model, trainer.loss, sample, microbatch=sample.size)
+    for note in notes:
+        trainer.run.log.print(note)
 
 
 class _Sample:

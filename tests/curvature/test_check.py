@@ -172,3 +172,10 @@ def test_a_loss_that_the_model_computes():
     check(WithLoss("mean"), lambda o, t: o["loss"], data)
     with pytest.raises(CurvatureError, match="not a mean over samples"):
         check(WithLoss("sum"), lambda o, t: o["loss"], data)
+
+
+def test_what_costs_more_is_told():
+    model, loss, text = build("attention", dtype=torch.float32)
+    (note,) = check_curvature(model, loss, text, microbatch=6)
+    assert "attention runs by plain operations" in note
+    assert check_curvature(*build("mlp"), microbatch=6) == []

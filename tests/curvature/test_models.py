@@ -250,8 +250,8 @@ class Attentive(nn.Module):
 
     def forward(self, x):
         x = torch.stack([x, x.flip(1), x**2], 1)
-        x = x + self.a(x, x, x, need_weights=False)[0]
         with sdpa_kernel(self.kernel):
+            x = x + self.a(x, x, x, need_weights=False)[0]
             q, k, v = self.qkv(x)[:, None].chunk(3, -1)
             x = x + F.scaled_dot_product_attention(q, k, v, is_causal=True)[:, 0]
         return self.head(x.mean(1))

@@ -9,8 +9,10 @@ import torch
 from hpc_absa.comm import Communicator, connect
 from hpc_absa.curvature.estimate import estimate_eigenvalue
 from hpc_absa.curvature.export import to_dict
+from hpc_absa.curvature.operator import HessianOperator, evaluation_mode
 from hpc_absa.curvature.spectrum import spectrum
 from hpc_absa.curvature.twice import CurvatureError
+from tests.curvature.architectures import distributed
 from tests.curvature.nets import build
 
 
@@ -28,6 +30,17 @@ def bits(kind: str, comm: Communicator) -> list[str]:
     )  # fmt: skip
     digest = hashlib.sha256(found.vector.numpy().tobytes()).hexdigest()
     return [*(number.hex() for number in numbers), digest]
+
+
+def architectures(comm: Communicator) -> dict[str, list[float]]:
+    """A product with the Hessian of each, in float64."""
+    found = {}
+    for kind in ("experts", "language", "checkpointed", "frozen", "packed"):
+        model, loss, sample = distributed(kind, 22)
+        with evaluation_mode(model):
+            operator = HessianOperator(model, loss, sample, comm, samples=22, microbatch=5)
+            found[kind] = operator.matvec(torch.ones(operator.size).double()).tolist()
+    return found
 
 
 def refusal(comm: Communicator) -> str:
@@ -71,6 +84,7 @@ def main(kinds: list[str]) -> None:
             "sampling_error": value.sampling_error,
             "upper_bound": value.upper_bound,
         }
+    found["architectures"] = architectures(comm)
     messages = set(comm.allgather_object(refusal(comm)))
     found["bits"] = {kind: bits(kind, comm) for kind in kinds}
     model, loss, sample = build("mlp", dtype=torch.float64)

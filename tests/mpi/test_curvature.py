@@ -12,7 +12,8 @@ from hpc_absa.comm import SerialCommunicator
 from hpc_absa.curvature.estimate import estimate_eigenvalue
 from hpc_absa.curvature.export import to_dict
 from hpc_absa.curvature.spectrum import spectrum
-from tests.curvature.nets import build, dense
+from tests.curvature.architectures import LanguageModel, distributed
+from tests.curvature.nets import autograd_hessian, build, dense
 from tests.mpi import curvature_program
 
 PROGRAM = Path(curvature_program.__file__)
@@ -39,6 +40,14 @@ def test_every_world_finds_the_same(mpirun, ranks):
     (refusal,) = answer["refusals"]
     assert "not a mean over samples" in refusal
     _check_spectrum(answer["found"].pop("spectrum"))
+    for kind, product in answer["found"].pop("architectures").items():
+        model, loss, sample = distributed(kind, 22)
+        ones = torch.ones(1, len(product)).double()
+        if kind == "language":
+            loss = LanguageModel.loss
+        (expected,) = autograd_hessian(model, loss, sample, 22, vectors=ones)
+        found = torch.tensor(product, dtype=torch.float64)
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-10)
     for kind, bits in answer["found"].pop("bits").items():
         assert bits == curvature_program.bits(kind, SerialCommunicator()), kind
     for kind in KINDS:

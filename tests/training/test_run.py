@@ -57,7 +57,7 @@ def estimator(start, threshold, poll, draw):
         raise Interrupted
     vector = torch.ones(49) if start is None else start + 1
     eigenvalue = Eigenvalue(1.0, 0.0, 1, SAMPLES, 0.0, converged=True)
-    return Estimate(eigenvalue, vector, 0.0, 0.0, 1.0, 0, SAMPLES)
+    return Estimate(eigenvalue, vector, 1.0, 0, SAMPLES)
 
 
 def begin(folder, stop, estimator=estimator):

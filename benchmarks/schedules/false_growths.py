@@ -86,7 +86,7 @@ def decide(by: ABS, state: ScheduleState, draw: Draw, counts: Counts) -> tuple[b
 
 
 def _estimate(eigenvalue: Eigenvalue) -> Estimate:
-    return Estimate(eigenvalue, torch.zeros(1), math.nan, math.nan, math.nan, 0, 0)
+    return Estimate(eigenvalue, torch.zeros(1), math.nan, 0, 0)
 
 
 def simulate(most: int, scatter: float, fallen: float, trials: int) -> Counts:

@@ -22,7 +22,7 @@ def estimate(value, error=None, bound=None, converged=True, stopped=False):
         sampling_error=error,
         upper_bound=bound,
     )
-    return Estimate(eigenvalue, torch.full((3,), value), 0.0, math.nan, 0.0, 2, 1000)
+    return Estimate(eigenvalue, torch.full((3,), value), 0.0, 2, 1000)
 
 
 def test_one_estimate_is_itself():

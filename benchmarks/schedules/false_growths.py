@@ -35,13 +35,8 @@ from hpc_absa.plan import stream_of
 from hpc_absa.records import Eigenvalue, Observation, ScheduleState
 from hpc_absa.rundir import RunDir
 from hpc_absa.schedules import ABS, TrainSettings
-from hpc_absa.training.setup import (
-    HessianSample,
-    build_loader,
-    build_model_and_loss,
-    hessian_sample,
-    open_data,
-)
+from hpc_absa.training.data import HessianSample, build_loader, hessian_sample, open_data
+from hpc_absa.training.setup import build_model_and_loss
 from hpc_absa.training.state import load_model
 
 ESTIMATES = (1, 2, 4, 8)
@@ -91,7 +86,7 @@ def decide(by: ABS, state: ScheduleState, draw: Draw, counts: Counts) -> tuple[b
 
 
 def _estimate(eigenvalue: Eigenvalue) -> Estimate:
-    return Estimate(eigenvalue, torch.zeros(1), math.nan, math.nan, math.nan, 0, 0)
+    return Estimate(eigenvalue, torch.zeros(1), math.nan, 0, 0)
 
 
 def simulate(most: int, scatter: float, fallen: float, trials: int) -> Counts:

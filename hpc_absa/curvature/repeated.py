@@ -25,6 +25,7 @@ def mean(estimates: Sequence[Estimate]) -> Estimate:
     scatter = statistics.stdev(values) / math.sqrt(k) if all(map(math.isfinite, values)) else None
     errors = [part.sampling_error for part in parts if part.sampling_error is not None]
     stated = math.hypot(*errors) / k if len(errors) == k else None
+    accuracies = [part.error for part in parts if part.error is not None]
     margins = [part.upper_bound - part.value for part in parts if part.upper_bound is not None]
     eigenvalue = replace(
         last.eigenvalue,
@@ -34,6 +35,7 @@ def mean(estimates: Sequence[Estimate]) -> Estimate:
         samples=sum(part.samples for part in parts),
         seconds=sum(part.seconds for part in parts),
         converged=all(part.converged for part in parts),
+        error=max(accuracies, default=None),
         sampling_error=max((e for e in (scatter, stated) if e is not None), default=None),
         upper_bound=value + math.hypot(*margins) / k if len(margins) == k else None,
     )

@@ -1,0 +1,30 @@
+"""The benchmarks that need no quiet machine still run, on little."""
+
+import random
+
+from benchmarks.schedules import false_growths, reference
+
+
+def test_more_estimates_make_fewer_false_growths():
+    one, several = (false_growths.simulate(most, 0.3, 0.4, 150) for most in (1, 4))
+    assert one.false > 3 * several.false
+    assert one.estimates == one.decisions < several.estimates < 2 * several.decisions
+    assert one.row("x", 1).startswith("| x | 1 | ")
+
+
+def test_decisions_on_values_that_were_measured():
+    from tests.schedules.tables import estimate
+
+    found = [[estimate(value * factor) for factor in (0.9, 1.0, 1.1)] for value in (8, 8, 3, 3)]
+    counts = false_growths.resample(found, 2, 20)
+    assert (counts.trials, counts.false, counts.possible, counts.missed) == (20, 0, 20, 0)
+
+
+def test_the_course_of_a_reference():
+    course = reference.COURSES["halves in 20 epochs"]
+    assert reference.true_value(course, 1) == 100
+    assert abs(reference.true_value(course, 21) - 50) < 1e-9
+    kept, reset = (
+        reference.trial(course, 0.0, after, random.Random(0)) for after in ("keep", "reset")
+    )
+    assert (kept[0], reset[0]) == (1, 0), "growths by λ"

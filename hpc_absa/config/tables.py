@@ -189,6 +189,11 @@ class Hessian(Section):
     (the authors' public code); otherwise all are on the same sample."""
     every: PositiveInt | None = None
     """Samples between decision points; None means once an epoch (talk)."""
+    layer_rates: Literal["off", "trace", "eigenvalue"] = "off"
+    """Whether each weight has a learning rate of its own, by the mean or the top eigenvalue of its
+    block of the Hessian at the last decision point (`docs/robustness.md`; talk)."""
+    layer_rate_bound: Annotated[float, Field(gt=1)] = 3.0
+    """The largest factor of such a rate, and one by the smallest (ours)."""
 
 
 class RankLimits(Section):

@@ -18,6 +18,7 @@ from hpc_absa.comm import Communicator, raise_on_all_ranks
 from hpc_absa.config import Job
 from hpc_absa.curvature.loss import Loss
 from hpc_absa.data.datasets import MapDataset
+from hpc_absa.data.loader import Loader
 from hpc_absa.errors import CheckpointError, UsageError
 from hpc_absa.models import build as build_model
 from hpc_absa.models import build_loss
@@ -29,18 +30,20 @@ from hpc_absa.rundir import RunDir
 from hpc_absa.schedules import Rule
 from hpc_absa.schedules import build as build_rule
 from hpc_absa.torchvision_import import prepare_torchvision
-from hpc_absa.training import metrics
+from hpc_absa.training import layer_rates, metrics
 from hpc_absa.training import optimizer as optimizers
 from hpc_absa.training.clock import Clock
 from hpc_absa.training.data import (
     DataSet,
     build_loader,
     evaluation_batch,
+    hessian_sample,
     hessian_samples,
     open_data,
 )
 from hpc_absa.training.estimator import make_estimator
 from hpc_absa.training.faults import StopRequest
+from hpc_absa.training.layer_rates import LayerRates
 from hpc_absa.training.log import EventLogger
 from hpc_absa.training.metrics import Metric
 from hpc_absa.training.reduction import OverlappedReduction, ReproducibleReduction
@@ -82,12 +85,18 @@ def build_trainer(
         comm,
         lambda: optimizers.build(job.train, job.optimizer.arguments, model, lr=job.train.lr),
     )
-    state = TrainState(model, optimizer, Progress(Position(), rule.initial()))
+    by_layer = job.hessian.layer_rates != "off"
+    if by_layer:
+        layer_rates.split_groups(optimizer)
+    progress = Progress(Position(), rule.initial())
+    state = TrainState(model, optimizer, progress, with_groups=by_layer)
     manager = CheckpointManager(directory.checkpoints, job.checkpoint.keep)
     resumed_from = resume(job, dataset.digest, manager, comm, state, allow_changed)
     if resumed_from is None and job.model.weights:
         raise_on_all_ranks(comm, lambda: load_weights(job, model))
     engine = build_engine(job, model, optimizer, comm, clock)
+    if by_layer:
+        engine.lr_ratios = layer_rates.ratios(optimizer)
     sample_of = raise_on_all_ranks(comm, lambda: hessian_samples(job, loader, stream))
     run = build_run(
         job,
@@ -119,6 +128,30 @@ def build_trainer(
         bfloat16=job.train.precision == "bfloat16",
         reproducible=job.train.reproducible,
         names=(f"model.name = {job.model.name!r}", f"train.loss = {job.train.loss!r}"),
+        rates=build_layer_rates(job, model, loss, loader, stream, comm) if by_layer else None,
+    )
+
+
+def build_layer_rates(
+    job: Job,
+    model: nn.Module,
+    loss: Loss,
+    loader: Loader,
+    stream: SampleStream,
+    comm: Communicator,
+) -> LayerRates:
+    """What measures the curvature of each layer, on the sample of λ."""
+    settings = job.hessian
+    assert settings.layer_rates != "off"
+    return LayerRates(
+        model,
+        loss,
+        hessian_sample(job, loader, stream, settings.samples),
+        comm,
+        measure=settings.layer_rates,
+        bound=settings.layer_rate_bound,
+        microbatch=stream.microbatch,
+        reproducible=job.train.reproducible,
     )
 
 

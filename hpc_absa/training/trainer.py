@@ -14,10 +14,12 @@ from torch.utils._pytree import tree_map_only
 from hpc_absa.adversarial import fgsm
 from hpc_absa.curvature.loss import Loss, split
 from hpc_absa.data.loader import Loader, Microbatch
-from hpc_absa.progress import Step
+from hpc_absa.progress import Boundary, Step
 from hpc_absa.records import PhaseOutcome
+from hpc_absa.training import layer_rates
 from hpc_absa.training.adahessian import AdaHessian, StepDiagonal
 from hpc_absa.training.evaluate import Evaluation, call, evaluate
+from hpc_absa.training.layer_rates import LayerRates
 from hpc_absa.training.metrics import Metric
 from hpc_absa.training.rehearsal import rehearse
 from hpc_absa.training.run import Run
@@ -49,6 +51,7 @@ class Trainer:
         bfloat16: bool = False,
         reproducible: bool = False,
         names: tuple[str, str] = ("the model", "the loss"),
+        rates: LayerRates | None = None,
     ) -> None:
         """
         Args:
@@ -62,10 +65,12 @@ class Trainer:
                 gradients, statistics of batch norm and the loss stay float32.
             reproducible: as in the job.
             names: of model and loss, for messages.
+            rates: sets a learning rate for each layer at decision points.
         """
         self.run, self.loader, self.loss, self.adversary = run, loader, loss, adversary
         self.metrics, self.evaluation_batch = metrics, evaluation_batch
         self.bfloat16, self.reproducible, self.names = bfloat16, reproducible, names
+        self.rates = rates
         self.diagonal = StepDiagonal(
             self.model, loss, loader, run.comm, run.stream.microbatch, reproducible
         )
@@ -89,6 +94,7 @@ class Trainer:
             estimate = run.estimate_eigenvalue(item)
             if run.stopped:
                 continue
+            self.set_layer_rates(item)
             decision = run.decide(item, estimate)
             if step := run.cut_step(item, decision):
                 self.train_step(step)
@@ -112,6 +118,26 @@ class Trainer:
                     loss = self.microbatch_loss(self.forward(inputs), targets, samples)
                 step.backward(loss, samples)
         self.run.end_step(item, step.optimize())
+
+    def set_layer_rates(self, boundary: Boundary) -> None:
+        """Where the job wants a learning rate for each layer: from the curvature here."""
+        run = self.run
+        if self.rates is None or not boundary.decision_point or boundary.last:
+            return
+        with run.clock("hessian"):
+            found = self.rates.update(run.state.optimizer, run.state.progress.position.step)
+        run.engine.lr_ratios = layer_rates.ratios(run.state.optimizer)
+        run.log.emit_when_saved(
+            "layer_rates",
+            run.state.progress.phase,
+            epoch=boundary.epoch,
+            step=run.state.progress.position.step,
+            measure=self.rates.measure,
+            bound=self.rates.bound,
+            factors=found,
+            reason=f"(mean {self.rates.measure} / its own)^½ of each weight, at most "
+            f"{self.rates.bound:g}",
+        )
 
     def estimate_diagonal(self, item: Step) -> None:
         """For AdaHessian: the diagonal of the Hessian of the step's loss, if it is due."""

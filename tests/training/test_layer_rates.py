@@ -1,0 +1,86 @@
+"""Learning rates by layer: the factors, the curvature, and a run that has them."""
+
+import pytest
+import torch
+from torch import nn
+
+from hpc_absa.comm import SerialCommunicator
+from hpc_absa.training.layer_rates import LayerRates, factors
+from tests.training import runs
+
+
+def test_factors_are_bounded_and_their_curvatures_mean_is_one():
+    found = factors({"a": 1.0, "b": 4.0, "c": 16.0}, bound=10.0)
+    assert found == pytest.approx({"a": 2.0, "b": 1.0, "c": 0.5})
+    assert factors({"a": 1.0, "b": 4.0, "c": 16.0}, bound=1.5) == pytest.approx(
+        {"a": 1.5, "b": 1.0, "c": 1 / 1.5}
+    )
+    saddle = factors({"a": -3.0, "b": 1.0}, bound=3.0)
+    assert saddle == pytest.approx({"a": 3.0, "b": 1 / 3})
+    for useless in ({"a": -1.0, "b": 0.0}, {"a": float("nan"), "b": 1.0}):
+        assert factors(useless, bound=3.0) == {"a": 1.0, "b": 1.0}
+
+
+class Sample:
+    size = 4
+
+    def load(self, start, stop):
+        inputs = torch.eye(4).double()[start:stop]
+        return inputs, torch.zeros(stop - start, 2).double()
+
+
+@pytest.mark.parametrize("measure", ["trace", "eigenvalue"])
+def test_curvatures_of_a_quadratic(measure):
+    """`Σ_n (2 y_n1² + 6 y_n2²) / 2N` of `y_n = W x_n`, x_n the N = 4 unit vectors: H is diagonal,
+    with 2 / 4 for the first row of W and 6 / 4 for the second.
+    """
+    model = nn.Linear(4, 2, bias=False).double()
+
+    def loss(outputs, targets):
+        return (torch.tensor([2.0, 6.0]).double() * outputs.square()).sum() / (2 * len(outputs))
+
+    rates = LayerRates(
+        model, loss, Sample(), SerialCommunicator(), measure=measure, bound=3.0, microbatch=2,
+        reproducible=False,
+    )  # fmt: skip
+    value = {"trace": 1.0, "eigenvalue": 1.5}[measure]
+    assert rates.curvatures(0)["weight"] == pytest.approx(value)
+
+
+CHANGES = ("hessian.layer_rates=trace", "train.epochs=3", "hessian.samples=16")
+
+
+def test_a_run_has_the_rates_and_continues_with_the_same_bits(tmp_path):
+    whole = runs.trainer(tmp_path / "whole", *CHANGES)
+    whole.train()
+    first, *_ = rated = runs.events(tmp_path / "whole", "layer_rates")
+    assert [event["epoch"] for event in rated] == [1, 2]
+    weights = {n for n, p in whole.model.named_parameters() if p.dim() > 1}
+    assert first["factors"].keys() == weights
+    assert all(0.333 < f < 3.001 for event in rated for f in event["factors"].values())
+    assert len(set(rated[-1]["factors"].values())) > 1
+    names = {p: n for n, p in whole.model.named_parameters()}
+    groups = whole.run.state.optimizer.param_groups
+    rate = whole.run.state.progress.schedule.lr
+    for group in groups:
+        factor = rated[-1]["factors"].get(names[group["params"][0]], 1.0)
+        assert group["lr"] == pytest.approx(rate * factor)
+    stop = runs.Stop()
+    trainer = runs.trainer(tmp_path / "parts", *CHANGES, stop=stop)
+    get = trainer.loader.get
+
+    def get_and_stop(k, then=()):
+        stop.now |= k == 40
+        return get(k, then)
+
+    trainer.loader.get = get_and_stop
+    assert trainer.train().kind == "stopped"
+    resumed = runs.trainer(tmp_path / "parts", *CHANGES)
+    resumed.train()
+    assert runs.state_bits(resumed.run.state) == runs.state_bits(whole.run.state)
+
+
+def test_off_by_default(tmp_path):
+    trainer = runs.trainer(tmp_path)
+    assert trainer.rates is None
+    assert len(trainer.run.state.optimizer.param_groups) == 1

@@ -63,9 +63,12 @@ def report(
     """
     from hpc_absa import status as run_status
     from hpc_absa.report.compare import run_dirs
+    from hpc_absa.report.scalars import writer_for
     from hpc_absa.report.tensorboard import TensorBoardLog
     from hpc_absa.rundir import RunDir
 
+    if scalars:
+        writer_for(scalars)  # refuse its name before anything is written
     runs = run_dirs(directories)
     for run in runs:
         if not any(run.glob("tensorboard/*")):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import hmac
 import ipaddress
 import secrets
@@ -162,10 +163,9 @@ def serve(
         try:
             sockets = bind_sockets(port, host)
         except OSError as error:
+            remedy = "; --port 0 takes any free port" * (error.errno == errno.EADDRINUSE)
             reason = error.strerror or error
-            raise UsageError(
-                f"serve: {host}:{port} cannot be used: {reason}; --port 0 takes any free port"
-            ) from None
+            raise UsageError(f"serve: {host}:{port} cannot be used: {reason}{remedy}") from None
         server = HTTPServer(application(site, secret, local))
         server.add_sockets(sockets)
         address = f"[{host}]" if ":" in host else host

@@ -75,7 +75,8 @@ def _runs(tmp_path):
     return tmp_path / "runs"
 
 
-def test_list_and_pages_of_the_runs_in_a_folder(runs):
+def test_list_and_pages_of_the_runs_in_a_folder(runs, monkeypatch):
+    monkeypatch.setattr("hpc_absa.serve.site.SEARCH_SECONDS", 0.0)
     with serving([runs]) as address:
         status, text, headers = get(f"{address}/")
         assert status == 200

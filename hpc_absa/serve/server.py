@@ -52,11 +52,14 @@ class Handler(web.RequestHandler):
         if not self._token:
             return
         given = self.get_query_argument("token", "")
-        if hmac.compare_digest(given, self._token):
+        if self._is_token(given):
             self.set_cookie(COOKIE, given, httponly=True, samesite="Strict")
             self.redirect(self.request.path)
-        elif not hmac.compare_digest(self.get_cookie(COOKIE) or "", self._token):
+        elif not self._is_token(self.get_cookie(COOKIE) or ""):
             raise web.HTTPError(403, reason="open the address that hpc-absa serve printed")
+
+    def _is_token(self, text: str) -> bool:
+        return hmac.compare_digest(text.encode(), self._token.encode())
 
     def on_finish(self) -> None:
         if self.get_status() == 200 and not isinstance(self, File):

@@ -168,6 +168,7 @@ def test_elsewhere_than_on_loopback_a_token_is_needed(runs):
     with serving([runs], token="abc", local=False) as address:
         assert get(address)[0] == 403
         assert get(f"{address}/run/one?token=abd")[0] == 403
+        assert get(f"{address}/run/one?token=%C3%A9")[0] == 403
         assert get(f"{address}/static/page.js")[0] == 403
         assert get(address, Cookie="hpc-absa-token=abc")[0] == 200
         opener = urllib.request.build_opener(urllib.request.HTTPCookieProcessor())

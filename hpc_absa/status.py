@@ -45,6 +45,8 @@ STATE_STYLES: Mapping[State, str] = {
     "failed": "bold red",
 }
 
+CHAIN_SECONDS = 30.0
+"""Between two looks at a chain of batch jobs, for which Slurm is asked."""
 BAR_WIDTH = 16
 """Characters of a progress bar."""
 BAR_EVENTS = 200
@@ -311,14 +313,14 @@ def watch(path: Path, console: Console, seconds: float = 2.0) -> None:
                 last = line
             if now.state not in ACTIVE:
                 return
-            time.sleep(seconds)
+            time.sleep(CHAIN_SECONDS if now.chain else seconds)
     with Live(console=console, auto_refresh=False) as live:
         while True:
             now = status(path, history=load(path, run))
             live.update(_block(now), refresh=True)
             if now.state not in ACTIVE:
                 return
-            time.sleep(seconds)
+            time.sleep(CHAIN_SECONDS if now.chain else seconds)
 
 
 def _one_line(now: Status) -> str:

@@ -52,6 +52,13 @@ def report(
         Path | None,
         Option(metavar="FILE", help="Also all measurements as a table: FILE.csv or .parquet."),
     ] = None,
+    wandb: Annotated[
+        Path | None,
+        Option(parser=folder, metavar="DIR", help="Also for Weights & Biases, to sync later."),
+    ] = None,
+    trackio: Annotated[
+        Path | None, Option(parser=folder, metavar="DIR", help="Also for trackio.")
+    ] = None,
 ) -> int:
     """Write the curves and tables of one or several runs to one HTML page, and a PNG.
 
@@ -63,16 +70,23 @@ def report(
     """
     from hpc_absa import status as run_status
     from hpc_absa.report.compare import run_dirs
+    from hpc_absa.report.scalars import writer_for
     from hpc_absa.report.tensorboard import TensorBoardLog
+    from hpc_absa.report.trackers import require
     from hpc_absa.rundir import RunDir
 
+    trackers = {k: v for k, v in {"wandb": wandb, "trackio": trackio}.items() if v}
+    if scalars:
+        writer_for(scalars)  # refuse what cannot be written before anything is written
+    for tracker in trackers:
+        require(tracker)
     runs = run_dirs(directories)
     for run in runs:
         if not any(run.glob("tensorboard/*")):
             TensorBoardLog(RunDir(run)).close()
     write_report(directories, out, {run: run_status.status(run).state for run in runs})
-    if figures or scalars:
-        _write_files(runs, figures, scalars)
+    if figures or scalars or trackers:
+        _write_files(runs, figures, scalars, trackers)
     return ExitStatus.OK
 
 
@@ -86,18 +100,27 @@ def write_report(
     print_line(f"report: {paths.html} and {paths.png}")
 
 
-def _write_files(runs: list[Path], figures: Path | None, scalars: Path | None) -> None:
+def _write_files(
+    runs: list[Path],
+    figures: Path | None,
+    scalars: Path | None,
+    trackers: Mapping[str, Path],
+) -> None:
     from hpc_absa.report.figures import save
     from hpc_absa.report.history import labels, load
     from hpc_absa.report.scalars import export
+    from hpc_absa.report.trackers import write
 
     histories = [load(run) for run in runs]
+    named = dict(zip(labels(histories), histories, strict=True))
     if figures:
         written = save(histories, figures)
         print_line(f"figures: {', '.join(path.name for path in written)} in {figures}")
     if scalars:
-        count = export(dict(zip(labels(histories), histories, strict=True)), scalars)
-        print_line(f"scalars: {scalars}, {count} rows")
+        print_line(f"scalars: {scalars}, {export(named, scalars)} rows")
+    for tracker, directory in trackers.items():
+        write(tracker, named, directory)
+        print_line(f"{tracker}: {directory}")
 
 
 def serve(

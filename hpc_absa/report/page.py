@@ -182,7 +182,9 @@ def document(title: str, body: str, live: Live | None = None) -> str:
 
 
 def _render(**context: Any) -> str:
-    return _template().render(version=__version__, now=time.time(), **context)
+    style = figures.CATEGORY_STYLE
+    now = time.time()
+    return _template().render(version=__version__, now=now, category_style=style, **context)
 
 
 @functools.cache

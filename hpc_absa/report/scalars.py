@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import bisect
 import csv
+import importlib.util
 import io
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from hpc_absa.errors import UsageError
@@ -98,14 +99,28 @@ def export(histories: Mapping[str, History], path: Path) -> int:
     names = columns(table)
     if len(histories) > 1:
         names = ["run", *(name for name in names if name != "run")]
+    content = writer_for(path)(table, names)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, content)
+    return len(table)
+
+
+def writer_for(path: Path) -> Callable[[Sequence[Row], Sequence[str]], bytes]:
+    """What makes the content of a file of this name.
+
+    Raises:
+        UsageError: as `export`.
+    """
     writers = {".csv": _csv, ".parquet": _parquet}
     writer = writers.get(path.suffix.lower())
     if writer is None:
         raise UsageError(f"{path}: expected a file name that ends in {' or '.join(writers)}")
-    content = writer(table, names)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, content)
-    return len(table)
+    if writer is _parquet and importlib.util.find_spec("pyarrow") is None:
+        raise UsageError(
+            f"{path}: Parquet needs pyarrow, which is not installed: pip install "
+            "'hpc-absa[parquet]', or choose a .csv file"
+        )
+    return writer
 
 
 def _csv(table: Sequence[Row], names: Sequence[str]) -> bytes:
@@ -117,14 +132,9 @@ def _csv(table: Sequence[Row], names: Sequence[str]) -> bytes:
 
 
 def _parquet(table: Sequence[Row], names: Sequence[str]) -> bytes:
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError:
-        raise UsageError(
-            "Parquet needs pyarrow, which is not installed: pip install 'hpc-absa[parquet]', "
-            "or choose a .csv file"
-        ) from None
+    import pyarrow
+    from pyarrow import parquet
+
     out = io.BytesIO()
     content = {name: [row.get(name) for row in table] for name in names}
     parquet.write_table(pyarrow.table(content), out)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import hmac
 import ipaddress
 import secrets
@@ -51,11 +52,14 @@ class Handler(web.RequestHandler):
         if not self._token:
             return
         given = self.get_query_argument("token", "")
-        if hmac.compare_digest(given, self._token):
+        if self._is_token(given):
             self.set_cookie(COOKIE, given, httponly=True, samesite="Strict")
             self.redirect(self.request.path)
-        elif not hmac.compare_digest(self.get_cookie(COOKIE) or "", self._token):
+        elif not self._is_token(self.get_cookie(COOKIE) or ""):
             raise web.HTTPError(403, reason="open the address that hpc-absa serve printed")
+
+    def _is_token(self, text: str) -> bool:
+        return hmac.compare_digest(text.encode(), self._token.encode())
 
     def on_finish(self) -> None:
         if self.get_status() == 200 and not isinstance(self, File):
@@ -162,10 +166,9 @@ def serve(
         try:
             sockets = bind_sockets(port, host)
         except OSError as error:
+            remedy = "; --port 0 takes any free port" * (error.errno == errno.EADDRINUSE)
             reason = error.strerror or error
-            raise UsageError(
-                f"serve: {host}:{port} cannot be used: {reason}; --port 0 takes any free port"
-            ) from None
+            raise UsageError(f"serve: {host}:{port} cannot be used: {reason}{remedy}") from None
         server = HTTPServer(application(site, secret, local))
         server.add_sockets(sockets)
         address = f"[{host}]" if ":" in host else host

@@ -34,6 +34,8 @@ WORK_SHARE = 0.007
 """Part of a core that making pages may take: a page that takes longer is made less often."""
 CHAIN_SECONDS = 30.0
 """Slurm is asked for the state of a chain at most this often."""
+SEARCH_SECONDS = 5.0
+"""Folders are searched for new runs at most this often."""
 LOG_BYTES = 200_000
 """The end of a log that is shown."""
 COMPARED = 50
@@ -86,18 +88,23 @@ class Site:
         run_dirs(paths)
         self._paths = paths
         self._watched: dict[Path, Watched] = {}
+        self._runs: dict[str, Watched] = {}
+        self._searched = -math.inf
         self.seconds = SHORTEST
         """Until a page should ask again."""
         self._last_seconds = 0.0
 
     def runs(self) -> dict[str, Watched]:
         """By identifier, which is part of addresses: nothing else is ever looked up."""
+        if time.monotonic() - self._searched < SEARCH_SECONDS:
+            return self._runs
         found: dict[str, Watched] = {}
         for path in self._present():
             name = path.resolve().name or "run"
             number = sum(known.split("~")[0] == name for known in found)
             watched = self._watched.setdefault(path, Watched(RunDir(path)))
             found[f"{name}~{number + 1}" if number else name] = watched
+        self._runs, self._searched = found, time.monotonic()
         return found
 
     def _present(self) -> Iterator[Path]:

@@ -18,6 +18,7 @@ from hpc_absa.report.compare import comparison, folded, run_dirs
 from hpc_absa.report.curves import curves, groups
 from hpc_absa.report.history import load
 from hpc_absa.report.page import headline, page, write_report
+from hpc_absa.report.timing import CATEGORIES
 from tests.report.synthetic import JOB, Log, whole_run
 
 VOID = {"meta", "img", "source", "br", "hr", "link", "input"}
@@ -87,6 +88,11 @@ def test_page_is_valid_and_loads_nothing(whole):
     assert "prefers-color-scheme: dark" in style
     assert "default-src &#39;none&#39;" in source
     assert len(source) < 1_000_000
+
+
+def test_each_category_of_seconds_has_a_colour(whole):
+    source = whole[1].html.read_text()
+    assert [key for key in CATEGORIES if f".c-{key} {{ background: " not in source] == []
 
 
 def test_page_has_its_libraries_and_the_curves(whole):

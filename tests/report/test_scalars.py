@@ -2,10 +2,14 @@
 
 import csv
 import math
+import os
+import sys
+from types import SimpleNamespace
 
 import pytest
 
 from hpc_absa.errors import UsageError
+from hpc_absa.report import trackers
 from hpc_absa.report.curves import curves
 from hpc_absa.report.history import load
 from hpc_absa.report.scalars import Clock, export, rows
@@ -104,3 +108,31 @@ def test_curves_of_batch_and_ranks_keep_only_their_changes(history):
     assert len(values) <= 8
     assert values == sorted(values)
     assert [run["x"]["epoch"][i] for i in run["marks"]["grow"]] == [2, 4, 6]
+
+
+@pytest.mark.parametrize("tracker", trackers.TRACKERS)
+def test_trackers_get_each_measurement_at_its_step(history, tmp_path, monkeypatch, tracker):
+    calls = []
+    fake = SimpleNamespace(
+        init=lambda **options: calls.append(("init", options)),
+        log=lambda numbers, step: calls.append((step, numbers)),
+        finish=lambda: calls.append(("finish", {})),
+        __spec__=object(),
+    )
+    monkeypatch.setitem(sys.modules, tracker, fake)
+    monkeypatch.setenv("TRACKIO_DIR", "")
+    trackers.write(tracker, {"one": history}, tmp_path / "out")
+    (first, options), *logged, (last, _) = calls
+    assert (first, last) == ("init", "finish")
+    assert options["name"] == "one"
+    assert options["config"]["schedule"]["alpha"] == 2.0
+    assert [step for step, _ in logged] == sorted(step for step, _ in logged)
+    assert [n["test_accuracy"] for _, n in logged if "test_accuracy" in n][-1] == 0.974
+    used = options.get("dir") or os.environ["TRACKIO_DIR"]
+    assert used == str(tmp_path / "out")
+
+
+def test_a_tracker_that_is_not_installed_is_named(history, tmp_path, monkeypatch):
+    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UsageError, match=r"pip install 'hpc-absa\[wandb\]'"):
+        trackers.write("wandb", {"one": history}, tmp_path)

@@ -75,7 +75,8 @@ def _runs(tmp_path):
     return tmp_path / "runs"
 
 
-def test_list_and_pages_of_the_runs_in_a_folder(runs):
+def test_list_and_pages_of_the_runs_in_a_folder(runs, monkeypatch):
+    monkeypatch.setattr("hpc_absa.serve.site.SEARCH_SECONDS", 0.0)
     with serving([runs]) as address:
         status, text, headers = get(f"{address}/")
         assert status == 200
@@ -167,6 +168,7 @@ def test_elsewhere_than_on_loopback_a_token_is_needed(runs):
     with serving([runs], token="abc", local=False) as address:
         assert get(address)[0] == 403
         assert get(f"{address}/run/one?token=abd")[0] == 403
+        assert get(f"{address}/run/one?token=%C3%A9")[0] == 403
         assert get(f"{address}/static/page.js")[0] == 403
         assert get(address, Cookie="hpc-absa-token=abc")[0] == 200
         opener = urllib.request.build_opener(urllib.request.HTTPCookieProcessor())

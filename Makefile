@@ -38,6 +38,7 @@ bench: setup ## measure curvature, checkpoints and resizes (nothing else should 
 	$(BIN)/python -m benchmarks.checkpoint .
 	$(BIN)/python -m benchmarks.checkpoint . --model wide_resnet101_2 --batch 2 --image 32 --rounds 3
 	$(BIN)/python -m benchmarks.startup
+	$(BIN)/python -m benchmarks.library
 
 test-mpi: setup ## run only the tests that use mpirun
 	$(BIN)/python -m pytest -m "not slow" tests/mpi tests/setup/test_environment.py $(PYTEST_ARGS)

@@ -165,6 +165,11 @@ class HorovodCommunicator:
             return None
         from mpi4py import MPI
 
+        if MPI.Is_finalized():
+            raise UsageError(
+                "MPI is finalized: expected one hpc_absa.Run in a process of several ranks, and "
+                "nothing over MPI after it"
+            )
         if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
             return None
         return MPI.COMM_WORLD.Dup()

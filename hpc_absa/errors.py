@@ -25,6 +25,10 @@ class UsageError(HpcAbsaError):
     status = ExitStatus.USAGE
 
 
+class MisuseError(UsageError):
+    """A script that uses `hpc_absa.Run` in another way than it must; the same on all ranks."""
+
+
 class CheckpointError(HpcAbsaError):
     """A checkpoint that is damaged, unreadable, or belongs to another job."""
 

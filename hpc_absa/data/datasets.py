@@ -28,6 +28,9 @@ from hpc_absa.errors import UsageError
 NO_EPOCH = 2**32 - 1
 """In place of the epoch, for the test set and for samples of the Hessian."""
 
+WITHOUT_RANDOMNESS = (list, tuple, torch.utils.data.TensorDataset)
+"""Reading a sample of these runs no code of the user's, and to seed takes 20 µs a sample."""
+
 FINGERPRINTED = 16
 """Samples of each part that the digest covers, besides the lengths."""
 
@@ -137,11 +140,14 @@ def collated(
     dataset = getattr(datasets, part)
     if epochs is None:
         epochs = np.full(len(samples), NO_EPOCH)
-    seeds = sample_seeds(seed, epochs, samples)
-    items = []
-    for index, sample_seed in zip(samples.tolist(), seeds.tolist(), strict=True):
-        seed_generators(sample_seed)
-        items.append(dataset[index])
+    if type(dataset) in WITHOUT_RANDOMNESS:
+        seeds = sample_seeds(seed, epochs[:1], samples[:1])
+        items = [dataset[index] for index in samples.tolist()]
+    else:
+        seeds, items = sample_seeds(seed, epochs, samples), []
+        for index, sample_seed in zip(samples.tolist(), seeds.tolist(), strict=True):
+            seed_generators(sample_seed)
+            items.append(dataset[index])
     seed_generators(int(seeds[0]) ^ 1)  # a collate function may be random, too
     batch = (datasets.collate_fn or torch.utils.data.default_collate)(items)
     if type(batch) in (tuple, list) and len(batch) == 2:
@@ -186,6 +192,10 @@ class MapReader:
         with preserved_generators():
             batch = collated(self.dataset.datasets, part, samples, self._seed, epochs)
         return self._on_device(batch)
+
+    def read_seeding(self, part: Part, samples: Indices, epochs: Indices) -> Batch:
+        """As `read`, but it leaves the global random generators changed, which is faster."""
+        return self._on_device(collated(self.dataset.datasets, part, samples, self._seed, epochs))
 
     def submit(self, part: Part, samples: Indices, epochs: Indices | None = None) -> _Pending:
         assert self._workers

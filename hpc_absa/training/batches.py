@@ -58,6 +58,15 @@ class ScriptLoader(Loader):
             super().__init__(dataset, reader, stream, seed)
         self._device, self._hessian_batch = device, hessian_batch
 
+    def batch(self, k: int, then: Callable[[int], list[int]]) -> Any:
+        """Microbatch `k`, as the script's collate function makes it; changes random generators.
+
+        `then` gives at most so many of the microbatches that follow.
+        """
+        if self.ahead or not isinstance(self.reader, MapReader):
+            return self.get(k, then(self.ahead)).inputs
+        return self.reader.read_seeding("train", *self.samples(k)).inputs
+
     def sample(self, indices: Indices, part: Part = "train") -> Batch:
         """
         Raises:

@@ -22,7 +22,7 @@ from hpc_absa.allocation import launcher_rank, requested_ranks
 from hpc_absa.comm import Communicator, connect, raise_on_all_ranks
 from hpc_absa.config import Job
 from hpc_absa.console import tolerant
-from hpc_absa.errors import CollectiveError, ExitStatus, UsageError
+from hpc_absa.errors import CollectiveError, ExitStatus, MisuseError, UsageError
 from hpc_absa.records import PhaseOutcome
 from hpc_absa.rundir import RunDir
 from hpc_absa.rundir.lock import SUPERVISED, RunLock, host
@@ -234,9 +234,10 @@ def _abort(error: BaseException, run: RunDir, comm: Communicator, console: TextI
     traceback.print_exception(error, file=sys.stderr)
     sys.stderr.flush()
     reason = f"{type(error).__name__}: {error}".splitlines()[0]
-    _write_failure(run, reason, comm.rank, host(), ExitStatus.FAILED)
+    status = error.status if isinstance(error, MisuseError) else ExitStatus.FAILED
+    _write_failure(run, reason, comm.rank, host(), status, final=isinstance(error, MisuseError))
     print(f"hpc-absa: rank {comm.rank} on {host()} failed: {reason}", file=console, flush=True)
-    comm.abort(ExitStatus.FAILED)
+    comm.abort(status)
 
 
 def _on_hang(run: RunDir, comm: Communicator, console: TextIO) -> Callable[[str, int, str], None]:

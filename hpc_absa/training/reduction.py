@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from hpc_absa import summation
 from hpc_absa.comm import Communicator
-from hpc_absa.errors import UsageError
+from hpc_absa.errors import MisuseError
 from hpc_absa.worldsize import share
 
 
@@ -122,7 +122,7 @@ class OverlappedReduction:
         for bucket in self._buckets:
             for parameter, gradient in zip(bucket.parameters, bucket.gradients, strict=True):
                 if parameter.grad is not gradient:
-                    raise UsageError(
+                    raise MisuseError(
                         "a parameter's .grad was replaced during a step, as zero_grad() does: "
                         "expected no such call, because every step begins with zero gradients"
                     )

@@ -35,7 +35,7 @@ from hpc_absa.curvature.check import check_curvature
 from hpc_absa.curvature.estimate import Estimate
 from hpc_absa.curvature.loss import Loss
 from hpc_absa.data.datasets import MapDataset
-from hpc_absa.errors import ExitStatus, UsageError
+from hpc_absa.errors import ExitStatus, MisuseError, UsageError
 from hpc_absa.plan import stream_of
 from hpc_absa.plugins import user_code
 from hpc_absa.progress import Boundary, Position, Progress
@@ -189,7 +189,7 @@ class Run:
 
     def __enter__(self) -> Run:
         if self._session:
-            raise UsageError("absa.Run: a run is entered once; make another one")
+            raise MisuseError("absa.Run: a run is entered once; make another one")
         self._handlers = {number: signal.getsignal(number) for number in SIGNALS}
         comm = connect()
         self.rank, self.size, self._comm = comm.rank, comm.size, comm
@@ -231,6 +231,8 @@ class Run:
     def _fail(self, error: BaseException) -> None:
         """End all ranks, except where there is one, to which the error belongs."""
         session = self._session
+        if core_run := vars(self).get("_core"):
+            core_run.wait_for_writes()
         if self.size == 1 and not supervised():
             if session:
                 session.close()
@@ -342,7 +344,7 @@ class Run:
 
     def _on_optimizer_step(self, *arguments: Any) -> None:
         if not self._updating:
-            raise UsageError(
+            raise MisuseError(
                 "optimizer.step() was called: expected step.optimize(), which calls it with the "
                 "gradients of all ranks"
             )
@@ -356,7 +358,9 @@ class Run:
             UsageError: the body of the loop did not use a step as it must.
         """
         if self._state != "new" or self._session is None:
-            raise UsageError("absa.Run: expected one iteration, within `with absa.Run(...) as run`")
+            raise MisuseError(
+                "absa.Run: expected one iteration, within `with absa.Run(...)`"
+            )
         self._state = "running"
         run, log = self._core, self._session.directory.log
         done = log.last("done")
@@ -391,7 +395,7 @@ class Run:
         with self._core.clock("comp"):
             yield step
             if step.result is None:
-                raise UsageError("a step ended without step.optimize()")
+                raise MisuseError("a step ended without step.optimize()")
 
     def _end(self) -> None:
         """End the phase; the process exits unless the run is done."""
@@ -437,7 +441,9 @@ class Run:
         self._core.record_epoch(boundary, loss, metrics.get("accuracy"), metrics)
         if isinstance(self._lr_scheduler, ReduceLROnPlateau):
             if loss is None:
-                raise UsageError("absa.Run: ReduceLROnPlateau needs the loss that evaluate returns")
+                raise MisuseError(
+                    "absa.Run: ReduceLROnPlateau needs the loss from evaluate"
+                )
             self._lr_scheduler.step(loss)
         elif self._lr_scheduler is not None:
             self._lr_scheduler.step()
@@ -486,7 +492,7 @@ class Run:
         """Require that the Hessian can be computed, before the first step."""
         schedule = self._core.state.progress.schedule
         if self._scaler is not None and self._core.rule.wants_gradients(schedule):
-            raise UsageError(
+            raise MisuseError(
                 "absa.Run: scaler: expected none with a schedule that measures gradients"
             )
         if not self._core.rule.wants_eigenvalue(schedule):

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from hpc_absa.errors import UsageError
+from hpc_absa.errors import MisuseError
 from hpc_absa.progress import Step as Microbatches
 from hpc_absa.training import run as core
 from hpc_absa.training.batches import ScriptLoader
@@ -58,8 +58,7 @@ class Step:
     @property
     def batches(self) -> Iterator[Any]:
         """This rank's microbatches, as batches of the run's data set on the model's device."""
-        loader = self._loader
-        return self._each(lambda k: loader.get(k, self._coming(k, loader.ahead)).inputs)
+        return self._each(lambda k: self._loader.batch(k, lambda count: self._coming(k, count)))
 
     def backward(self, loss: MicrobatchLoss) -> None:
         """Accumulate the gradient of a microbatch, once for each.
@@ -70,7 +69,7 @@ class Step:
                 denominators. A `scaler` is applied here.
         """
         if self._forward is None:
-            raise UsageError("step.backward: expected one call for each microbatch of the step")
+            raise MisuseError("step.backward: expected one call for each microbatch of the step")
         self._forward.__exit__(None, None, None)
         self._forward = None
         self._step.backward(loss, samples=self._run.stream.microbatch)
@@ -82,8 +81,10 @@ class Step:
         `scaler` they are unscaled.
         """
         if not self._exhausted:
-            raise UsageError("step: expected a loop over all of its microbatches or batches")
+            raise MisuseError("step: expected a loop over all of its microbatches or batches")
         first = self.result is None
+        if first:
+            self._run.engine.require_same_parameters()
         self.result = self._step.reduce()
         if first:
             self._unscale()
@@ -99,7 +100,7 @@ class Step:
     def loss(self) -> float:
         """The mean loss of the step over all ranks, once it is reduced."""
         if self.result is None:
-            raise UsageError("step.loss: expected after step.reduce() or step.optimize()")
+            raise MisuseError("step.loss: expected after step.reduce() or step.optimize()")
         return self.result.loss / (self.result.denominator or 1.0)
 
     def _each(self, read: Callable[[int], T]) -> Iterator[T]:
@@ -113,7 +114,7 @@ class Step:
             self._forward.__enter__()
             yield item
             if self._forward is not None:
-                raise UsageError("step: a microbatch ended without step.backward(loss)")
+                raise MisuseError("step: a microbatch ended without step.backward(loss)")
         self._exhausted = True
 
     def _coming(self, k: int, count: int) -> list[int]:

@@ -16,6 +16,7 @@ from hpc_absa import __version__
 from hpc_absa.checkpoint import Content, Group, Key, Scalar
 from hpc_absa.comm import Communicator
 from hpc_absa.errors import CheckpointError, CollectiveError, ExitStatus
+from hpc_absa.plugins import user_code
 from hpc_absa.progress import Position, Progress
 from hpc_absa.records import ScheduleState
 from hpc_absa.training import nested
@@ -233,7 +234,8 @@ class TrainState:
             return saved if node["device"] == "cpu" else saved.to(device)
 
         for name, other in self.others.items():
-            other.load_state_dict(nested.decode(nodes[name], tensor))
+            with user_code(f"{origin}: state[{name!r}].load_state_dict"):
+                other.load_state_dict(nested.decode(nodes[name], tensor))
 
 
 def _optimizer_tensor(

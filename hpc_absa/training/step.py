@@ -17,11 +17,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import astuple, dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
 
 from hpc_absa.data import order
+from hpc_absa.errors import MisuseError
 from hpc_absa.progress import Step
 from hpc_absa.records import GradientSquares
 from hpc_absa.training.buffers import Collected, ModelBuffers
@@ -166,6 +168,18 @@ class StepEngine:
         """This rank's microbatches."""
         return self.reduction.lanes(microbatches)
 
+    def require_same_parameters(self) -> None:
+        """Refuse parameters that were frozen or unfrozen since the engine was made.
+
+        Raises:
+            MisuseError: there are such ones, whose gradients would not be summed over the ranks.
+        """
+        if sum(p.requires_grad for p in self.model.parameters()) != len(self.hooks.parameters):
+            raise MisuseError(
+                "requires_grad of a parameter was changed during a run: expected it before; leave "
+                "the loop with break, and make another Run in another directory"
+            )
+
     def close(self) -> None:
         """Remove the hooks; the model and its parameters are plain ones again."""
         self.buffers.close()
@@ -176,6 +190,10 @@ class StepEngine:
         for group, ratio in zip(self.optimizer.param_groups, self.lr_ratios, strict=True):
             group["lr"] = lr * ratio
         self.optimizer.step()
+
+
+_microbatch_seed = lru_cache(16)(order.microbatch_seed)
+"""Also asked for again once a microbatch is read."""
 
 
 class TrainStep:
@@ -223,7 +241,7 @@ class TrainStep:
 
     def seed_generators(self, k: int) -> int:
         """Seed torch's random generators for the forward pass of microbatch `k`; the seed."""
-        seed = order.microbatch_seed(self._engine.seed, k)
+        seed = _microbatch_seed(self._engine.seed, k)
         torch.default_generator.manual_seed(seed)  # torch.manual_seed takes 0.5 ms
         if self._engine.device.type == "cuda":
             torch.cuda.manual_seed(seed)

@@ -367,6 +367,12 @@ def zero_grad(step, model, optimizer):
     step.optimize()
 
 
+def freeze(step, model, optimizer):
+    model[0].bias.requires_grad_(False)
+    each(step, model, step.backward)
+    step.optimize()
+
+
 def step_twice(step, model, optimizer):
     each(step, model, step.backward)
     step.reduce()
@@ -381,6 +387,7 @@ def step_twice(step, model, optimizer):
         (lambda step, model, _: each(step, model, lambda loss: loss.backward()), "step.backward"),
         (lambda step, *_: step.backward(torch.ones(())), "expected one call for each microbatch"),
         (zero_grad, r"\.grad was replaced during a step"),
+        (freeze, "requires_grad of a parameter was changed during a run"),
         (step_twice, r"optimizer.step\(\) was called: expected step.optimize"),
     ],
 )

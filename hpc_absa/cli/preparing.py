@@ -57,7 +57,8 @@ def plan(
 
     loaded = config.load(job, tuple(overrides or ()))
     count = samples or planner.training_samples(loaded)
-    _require_buildable(loaded)
+    if loaded.data.name != "script":  # whose model is its own
+        _require_buildable(loaded)
     limit = (
         max_ranks or loaded.ranks.max or loaded.schedule.largest_batch // loaded.train.microbatch
     )

@@ -98,6 +98,12 @@ def hessian_samples(
 
 def open_data(job: Job, directory: RunDir, comm: Communicator) -> DataSet:
     """The data set (a collective); arrays are packed by rank 0 first if no packed file exists."""
+    if job.data.name == "script":
+        raise CollectiveError(
+            f"{directory.path}: the run of a script, which alone has its model and data; evaluate "
+            "them there, with hpc_absa.load_checkpoint, top_eigenvalue and spectrum",
+            ExitStatus.USAGE,
+        )
     packed = packed_path(job, directory)
     if any(comm.allgather_object(not packed.exists())):
         first = raise_on_all_ranks(comm, lambda: _load(job, packed) if comm.rank == 0 else None)

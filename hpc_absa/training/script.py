@@ -35,7 +35,7 @@ from hpc_absa.curvature.check import check_curvature
 from hpc_absa.curvature.estimate import Estimate
 from hpc_absa.curvature.loss import Loss
 from hpc_absa.data.datasets import MapDataset
-from hpc_absa.errors import ExitStatus, MisuseError, UsageError
+from hpc_absa.errors import CollectiveError, ExitStatus, MisuseError, UsageError
 from hpc_absa.plan import stream_of
 from hpc_absa.plugins import user_code
 from hpc_absa.progress import Boundary, Position, Progress
@@ -202,6 +202,8 @@ class Run:
             self._build(self._session)
         except BaseException as error:
             self._fail(error)
+            if isinstance(error, CollectiveError) and error.status == ExitStatus.USAGE:
+                raise UsageError(str(error)) from None
             raise
         return self
 
@@ -358,9 +360,7 @@ class Run:
             UsageError: the body of the loop did not use a step as it must.
         """
         if self._state != "new" or self._session is None:
-            raise MisuseError(
-                "absa.Run: expected one iteration, within `with absa.Run(...)`"
-            )
+            raise MisuseError("absa.Run: expected one iteration, within `with absa.Run(...)`")
         self._state = "running"
         run, log = self._core, self._session.directory.log
         done = log.last("done")
@@ -441,9 +441,7 @@ class Run:
         self._core.record_epoch(boundary, loss, metrics.get("accuracy"), metrics)
         if isinstance(self._lr_scheduler, ReduceLROnPlateau):
             if loss is None:
-                raise MisuseError(
-                    "absa.Run: ReduceLROnPlateau needs the loss from evaluate"
-                )
+                raise MisuseError("absa.Run: ReduceLROnPlateau needs the loss from evaluate")
             self._lr_scheduler.step(loss)
         elif self._lr_scheduler is not None:
             self._lr_scheduler.step()

@@ -86,7 +86,7 @@ def run(
 def launch(
     command: Annotated[
         list[str] | None,
-        Argument(metavar="-- COMMAND...", help="One rank: a program and its arguments."),
+        Argument(metavar="-- COMMAND", help="One rank: a program and its arguments."),
     ] = None,
     run_dir: Annotated[
         Path | None,
@@ -101,7 +101,14 @@ def launch(
         Path | None,
         Option("--config", metavar="FILE", help="TOML file with [ranks] and [launch] tables."),
     ] = None,
-    overrides: Overrides = None,
+    overrides: Annotated[
+        list[str] | None,
+        Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Set a key of these tables, e.g. --set launch.max_restarts=5; repeatable.",
+        ),
+    ] = None,
     allow_changed: AllowChanged = None,
     hosts: Hosts = None,
     hostfile: HostFile = None,

@@ -34,8 +34,8 @@ NOTICE = re.compile(r"\s*-{20,}\s*")
 """The line before and after a notice of Open MPI's mpirun."""
 EXCEPTION = re.compile(r"([A-Za-z_]\w*\.)*[A-Z]\w*(Error|Exception|Interrupt)(: .*)?")
 """The last line of a traceback."""
-TAG = re.compile(r"^\[\d+,\d+\]<std(out|err)>:\s?")
-"""What horovodrun writes before each line of a rank."""
+TAG = re.compile(r"\[\d+,\d+\]<std(out|err)>:")
+"""What horovodrun writes before each piece of a rank's output."""
 
 
 @dataclass(frozen=True)

@@ -43,4 +43,6 @@ def test_the_last_line_of_a_rank_is_its_exception():
     assert (
         Exit(2, ("[1,1]<stderr>:lm.py: error: --lr", *notice)).last_line() == "lm.py: error: --lr"
     )
+    pieces = "[1,0]<stderr>:ValueError[1,0]<stderr>:: [1,0]<stderr>:x[1,0]<stderr>:"
+    assert Exit(1, (pieces, *notice)).last_line() == "ValueError: x"
     assert Exit(0, notice).last_line() == ""

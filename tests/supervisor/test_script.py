@@ -323,3 +323,11 @@ def test_the_traceback_of_the_script_is_shown(saved):
     assert shown == trace.splitlines()
     assert program("true").traceback(saved, 1, since=0) == []
     assert program("true").traceback(saved, 0, since=time.time() + 60) == []
+
+
+def test_the_job_of_a_script_is_not_run_as_a_job_file(saved, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["hpc-absa", "run", str(saved.job)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    assert f"continue it with hpc-absa launch --run-dir {saved.path}" in capsys.readouterr().err

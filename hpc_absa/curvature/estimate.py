@@ -28,6 +28,7 @@ from hpc_absa.curvature.operator import (
     evaluation_mode,
 )
 from hpc_absa.curvature.pieces import Hessians, Pieces
+from hpc_absa.curvature.power import power
 from hpc_absa.records import Eigenvalue
 
 __all__ = ["Estimate", "HessianSample", "Interrupted", "estimate_eigenvalue"]
@@ -191,7 +192,7 @@ class _Search:
         samples, pieces = self.hessians.samples, self.hessians.pieces
         operator = self.hessians.of(0, samples, pieces.whole)
         if self.method == "power":
-            result = eigen.power(
+            result = power(
                 operator.matvec, _start(operator, start), tol=self.tol, max_iter=self.max_iter,
                 threshold=self.threshold, broadcast=operator.comm.broadcast_,
             )  # fmt: skip

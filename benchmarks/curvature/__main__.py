@@ -122,10 +122,11 @@ def main() -> None:
         results.append(_run(case, options))
         passed = time.perf_counter() - begin
         print(f"{passed:.0f} s: {case.name}", file=sys.stderr, flush=True)
-    text = "\n".join(_report(results, options))
+        text = "\n".join(_report(results, options))
+        if options.out:  # also if a later case is interrupted
+            options.out.parent.mkdir(parents=True, exist_ok=True)
+            options.out.write_text(text + "\n")
     print(text)
-    if options.out:
-        options.out.write_text(text + "\n")
 
 
 def _options() -> argparse.Namespace:

@@ -131,12 +131,12 @@ def trained(
     pool = data(name, path)
     pool = Samples(pool.inputs.to(device), pool.targets.to(device))
     model = build(name).to(device)
-    lr = 0.1 if name.startswith("resnet") else 0.05
+    lr, batch = (0.1, 32) if name.startswith("resnet") else (0.05, 128)
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, weight_decay=5e-4)
     for _ in range(steps):
-        batch = pool.chosen(torch.randint(0, pool.size, (128,)).to(device))
+        chosen = pool.chosen(torch.randint(0, pool.size, (batch,)).to(device))
         optimizer.zero_grad()
-        functional.cross_entropy(model(batch.inputs), batch.targets).backward()
+        functional.cross_entropy(model(chosen.inputs), chosen.targets).backward()
         optimizer.step()
     model.zero_grad()
     return model.eval(), pool

@@ -184,6 +184,9 @@ class Hessian(Section):
     max_iter: PositiveInt = 20
     """Matvecs after which an estimate stops, unconverged. With the talk's 10 a tenth of the
     estimates on small networks do not converge (ours, `benchmarks/curvature.md`)."""
+    false_growth: Annotated[float, Field(gt=0, le=0.5)] = 1e-3
+    """Share of the samples on which λ is found below a threshold that it is equal to (ours,
+    `docs/curvature.md`); 0.5: values are compared without their sampling error (talk)."""
     fresh: bool = False
     """Whether each estimate draws other samples, and starts without the vector of the one before
     (the authors' public code); otherwise all are on the same sample."""

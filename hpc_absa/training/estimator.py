@@ -48,6 +48,7 @@ def make_estimator(
             settings["guess"] = 2 / last if last is not None and usable else job.train.lr
             direction = partial(update_direction, state.model, state.optimizer)
             return critical_sharpness(state.model, loss, sample, comm, direction, **settings)
+        settings["false_growth"] = job.hessian.false_growth
         settings["start"] = None if job.hessian.fresh else start
         return estimate_eigenvalue(
             state.model, loss, sample, comm, method=job.hessian.method, **settings

@@ -108,6 +108,13 @@ def test_in_doubt_it_is_not_below():
     assert value.value < threshold < value.at_most
 
 
+def test_the_value_itself_is_compared():
+    value = question(PRESETS["abs"], 6.0, 0, 0.4, false_growth=0.5).eigenvalue
+    assert value.converged
+    assert value.upper_bound is None
+    assert value.at_most == value.value
+
+
 def test_no_bound_without_a_threshold():
     value = question(PRESETS["abs"], None, 0, 0.4).eigenvalue
     assert value.upper_bound is None

@@ -15,11 +15,11 @@ from hpc_absa.curvature.eigen import (
     LanczosPolynomials,
     error_bound,
     lanczos,
-    power,
     random_overlap,
     randomized,
 )
 from hpc_absa.curvature.leading import leading
+from hpc_absa.curvature.power import power
 
 VALUES = st.one_of(
     # Squares of values below 1e-154 underflow, and with them norms.

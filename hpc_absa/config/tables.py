@@ -49,6 +49,8 @@ class Data(OpenSection):
     """Folder of the data set, or its packed HDF5 file; empty for data that needs none (digits)."""
     train_samples: PositiveInt | None = None
     """Training samples that are used, chosen at random but always the same; None means all."""
+    test_samples: PositiveInt | None = None
+    """Test samples that are used, likewise: a quicker evaluation that is less accurate."""
     padding: Count | None = None
     """Pixels of zero padding before the random crop; None takes an eighth of the image, 4 of 32 as
     in He et al. 2016, and none for the 8×8 digits and for user-defined data."""

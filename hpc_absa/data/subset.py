@@ -1,8 +1,9 @@
-"""Part of a training set."""
+"""Part of a data set."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 
@@ -13,21 +14,27 @@ from hpc_absa.errors import UsageError
 SEED = 0
 """Of the choice: the same samples for every seed of a job."""
 
+Part = Literal["train", "test"]
 
-def training_subset(dataset: PackedDataset, count: int) -> PackedDataset:
-    """`dataset` with `count` training samples, chosen at random but always the same.
+
+def subset(dataset: PackedDataset, part: Part, count: int) -> PackedDataset:
+    """`dataset` with `count` training or test samples, chosen at random but always the same.
 
     Pixels are copied into memory. The rest of the data set stays as it is.
 
     Raises:
         UsageError: there are fewer.
     """
-    whole = dataset.train
+    whole = dataset.train if part == "train" else dataset.test
     if count > len(whole):
+        name = {"train": "training", "test": "test"}[part]
         raise UsageError(
-            f"data.train_samples = {count}: expected at most the {len(whole)} training samples of "
+            f"data.{part}_samples = {count}: expected at most the {len(whole)} {name} samples of "
             f"{dataset.name}"
         )
     chosen = np.sort(permutation(SEED, 0, len(whole))[:count])
     images = whole.images.part(chosen) if dataset.is_encoded else whole.images[chosen]
-    return replace(dataset, train=Split(images, whole.labels[chosen]))
+    chosen_split = Split(images, whole.labels[chosen])
+    if part == "train":
+        return replace(dataset, train=chosen_split)
+    return replace(dataset, test=chosen_split)

@@ -23,7 +23,7 @@ from hpc_absa.data.loader import Batch, Loader, Reader
 from hpc_absa.data.packed import PackedDataset
 from hpc_absa.data.prepare import pack_source, packed_beside, prepare
 from hpc_absa.data.registry import augmented_by_default
-from hpc_absa.data.subset import training_subset
+from hpc_absa.data.subset import subset
 from hpc_absa.errors import CollectiveError, ExitStatus, UsageError
 from hpc_absa.progress import SampleStream
 from hpc_absa.rundir import RunDir
@@ -170,7 +170,9 @@ def _open(job: Job, packed: Path) -> PackedDataset:
     with plugins.user_code(f"data.name = {job.data.name!r}") if own else nullcontext():
         dataset = prepare(job.data.name, _root(job), job.data.arguments, packed)
     if job.data.train_samples:
-        dataset = training_subset(dataset, job.data.train_samples)
+        dataset = subset(dataset, "train", job.data.train_samples)
+    if job.data.test_samples:
+        dataset = subset(dataset, "test", job.data.test_samples)
     _require_samples(job, dataset)
     return dataset
 
@@ -198,8 +200,8 @@ def build_reader(job: Job, dataset: DataSet, device: torch.device) -> Reader:
                     f"data.{key} = {getattr(job.data, key)!r}: expected none, because "
                     f"{job.data.name} returned a torch data set, which augments its own samples"
                 )
-        if job.data.train_samples or not job.data.normalize:
-            key = "train_samples" if job.data.train_samples else "normalize"
+        changed = {"train_samples": None, "test_samples": None, "normalize": True}
+        for key in [k for k, usual in changed.items() if getattr(job.data, k) != usual]:
             raise UsageError(
                 f"data.{key} = {getattr(job.data, key)!r}: expected none, because {job.data.name} "
                 "returned a torch data set, whose samples are used as they are"

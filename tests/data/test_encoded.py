@@ -18,7 +18,7 @@ from hpc_absa.data.loader import Loader
 from hpc_absa.data.packed import open_packed
 from hpc_absa.data.prepare import describe, pack
 from hpc_absa.data.resized_crop import random_boxes
-from hpc_absa.data.subset import training_subset
+from hpc_absa.data.subset import subset
 from hpc_absa.errors import CollectiveError, HpcAbsaError, UsageError
 from hpc_absa.progress import SampleStream
 from hpc_absa.rundir import RunDir
@@ -232,7 +232,7 @@ def test_padding_is_refused(root, tmp_path):
 
 
 def test_part_of_the_training_set(dataset):
-    part = training_subset(dataset, 5)
+    part = subset(dataset, "train", 5)
     assert len(part.train) == len(part.train.images) == 5
     assert part.train.images.shape == (5, 3, S, S)
     chosen = [

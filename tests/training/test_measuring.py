@@ -76,5 +76,9 @@ def test_a_part_of_the_training_set_is_the_same_for_every_seed(tmp_path):
     assert len(one) == 40
     assert (one.images == other.images).all()
     assert len(set(one.labels.tolist())) == 4
+    part = trainer(tmp_path / "test", "data.test_samples=20").loader.dataset
+    assert (len(part.train), len(part.test)) == (148, 20)
+    with pytest.raises(CollectiveError, match=r"test_samples = 51: expected at most the 50 test"):
+        trainer(tmp_path / "too-many", "data.test_samples=51")
     with pytest.raises(CollectiveError, match=r"train_samples = 200: expected at most the 148"):
         trainer(tmp_path / "more", "data.train_samples=200")

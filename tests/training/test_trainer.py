@@ -328,6 +328,7 @@ class OneStep:
 
     def __init__(self, net, fraction):
         self.clock, self.adversarial_fraction = Clock(), fraction
+        self.comm = SerialCommunicator()
         self.engine = StepEngine(
             net,
             torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9),
@@ -336,7 +337,9 @@ class OneStep:
             clock=self.clock,
         )
         schedule = SimpleNamespace(global_batch=1)
-        self.state = SimpleNamespace(model=net, progress=SimpleNamespace(schedule=schedule))
+        progress = SimpleNamespace(schedule=schedule)
+        optimizer = self.engine.optimizer
+        self.state = SimpleNamespace(model=net, optimizer=optimizer, progress=progress)
         self.stream = SimpleNamespace(microbatch=1, microbatches=0)
         self.result = None
 

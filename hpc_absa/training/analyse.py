@@ -282,13 +282,9 @@ def _under(point: Point, attack: str) -> str:
 
 
 def _number(value: float | None, digits: int = 4) -> str:
-    return (
-        "?"
-        if value is None
-        else f"{value:.{digits}g}"
-        if abs(value) < 10**digits
-        else f"{value:.0f}"
-    )
+    if value is None:
+        return "?"
+    return f"{value:.{digits}g}" if abs(value) < 10**digits else f"{value:.0f}"
 
 
 def _percent(value: float | None, digits: int = 1) -> str:

@@ -304,8 +304,9 @@ def _example(
     attack: Attack, inputs: Tensor, moved: Tensor, targets: Tensor, predicted: Tensor
 ) -> Examples | None:
     changed = (moved - inputs).flatten(1).abs().amax(1) > 0
-    chosen = (changed & (predicted != targets)).nonzero().view(-1)[:EXAMPLES]
-    if not len(chosen):
+    fooled = (changed & (predicted != targets)).nonzero().view(-1)
+    if not len(fooled):
         return None
+    chosen = fooled[:: -(-len(fooled) // EXAMPLES)]  # from all of the batch
     parts = (inputs[chosen], moved[chosen], targets[chosen], predicted[chosen])
     return Examples(attack.name, *(part.cpu().numpy() for part in parts))

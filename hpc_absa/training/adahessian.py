@@ -205,7 +205,7 @@ class StepDiagonal:
             self._sample.size = samples
             self._operator = HessianOperator(
                 self._model, self._loss, self._sample, self._comm, samples=samples,
-                microbatch=self._microbatch, keep_graphs=0, accelerate=False,
+                microbatch=self._microbatch, keep_graphs=0,
                 reproducible=self._reproducible,
             )  # fmt: skip
         mine = list(self._operator.parameters.values())

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -245,28 +246,45 @@ def _largest_batch(job: Job) -> int:
 
 def table(points: Sequence[Point]) -> Table:
     """One row for each checkpoint."""
-    made = Table(title="Curvature and robustness", title_justify="left")
+    made = Table(
+        title="Curvature and robustness", title_justify="left", box=box.SIMPLE, padding=(0, 0, 0, 1)
+    )
     attacks = list(dict.fromkeys(name for point in points for name in point["robust"]))
-    columns = ("run", "epoch", "batch", "test %", "train loss", "λ₁", "λ₂", "trace", "negative %")
-    for column in (*columns, *(f"{name} %" for name in attacks)):
+    columns = ("run", "epoch", "batch", "test %", "λ₁", "trace", "negative %")
+    units = (f"{name} {'‖δ‖/‖x‖' if _is_unlimited(name) else '%'}" for name in attacks)
+    for column in (*columns, *units):
         made.add_column(column, justify="left" if column == "run" else "right", overflow="fold")
     for point in points:
-        second = point["eigenvalues"][1] if len(point["eigenvalues"]) > 1 else None
         low, _, high = point["negative"]
-        robust = (point["robust"].get(name) for name in attacks)
         made.add_row(
             point["run"], f"{point['epoch']:.3g}", str(point["batch"]),
-            _percent(point["test_accuracy"], 2), _number(point["train_loss"]),
-            _number(point["eigenvalues"][0]), _number(second),
-            f"{_number(point['trace'])} ± {_number(point['trace_error'], 2)}",
+            _percent(point["test_accuracy"]), _number(point["eigenvalues"][0]),
+            f"{_number(point['trace'], 3)} ± {_number(point['trace_error'], 2)}",
             "?" if low is None or high is None else f"{100 * low:.0f} – {100 * high:.0f}",
-            *(_percent(value) for value in robust),
+            *(_under(point, name) for name in attacks),
         )  # fmt: skip
+    made.caption = "test %, and under attack: accuracy; ‖δ‖/‖x‖: mean perturbation of all samples"
+    made.caption_justify = "left"
     return made
 
 
+def _is_unlimited(attack: str) -> bool:
+    """It continues until a sample is fooled: the size of the perturbation is its result."""
+    return attack.startswith("tr-")
+
+
+def _under(point: Point, attack: str) -> str:
+    if attack not in point["robust"]:
+        return ""
+    if _is_unlimited(attack):
+        return _number(point["perturbation"][attack], 3)
+    return _percent(point["robust"][attack])
+
+
 def _number(value: float | None, digits: int = 4) -> str:
-    return "?" if value is None else f"{value:.{digits}g}"
+    if value is None:
+        return "?"
+    return f"{value:.{digits}g}" if abs(value) < 10**digits else f"{value:.0f}"
 
 
 def _percent(value: float | None, digits: int = 1) -> str:

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#1c2126")
 """Of Okabe and Ito, which colour-blind readers can tell apart."""
 
@@ -20,18 +22,24 @@ def draw(points: Sequence[Point], path: Path) -> None:
     for point in points:
         runs.setdefault(point["run"], []).append(point)
     surfaces = [(name, run[-1]) for name, run in runs.items() if run[-1].get("surface")]
-    figure = Figure(figsize=(16, 8 + 3.6 * bool(surfaces)), layout="constrained")
+    figure = Figure(figsize=(19, 8 + 3.6 * bool(surfaces)), layout="constrained")
     parts = figure.subfigures(1 + bool(surfaces), 1, squeeze=False,
                               height_ratios=[8, 3.6][: 1 + bool(surfaces)])[:, 0]  # fmt: skip
-    axes = parts[0].subplots(2, 4)
+    axes = parts[0].subplots(2, 5)
     _over_epochs(axes[0, 0], runs, lambda p: p["eigenvalues"][0], "top eigenvalue λ₁", log=True)
     _over_epochs(axes[0, 1], runs, lambda p: p["trace"], "trace", log=True)
     _over_epochs(axes[0, 2], runs, _negative, "negative eigenvalues, %")
     _over_epochs(axes[0, 3], runs, _accuracy, "test accuracy, %")
+    _against_batch(axes[0, 4], runs)
     _slices(axes[1, 0], runs)
     _densities(axes[1, 1], runs)
-    _robustness(axes[1, 2], runs)
-    _against_batch(axes[1, 3], runs)
+    names = list(runs[next(iter(runs))][-1]["robust"])
+    limited = [name for name in names if not name.startswith("tr-")]
+    _bars(axes[1, 2], runs, ["clean", *limited], _accuracy_under)
+    axes[1, 2].set_title("accuracy under attack, %")
+    _bars(axes[1, 3], runs, [name for name in names if name not in limited], _perturbation)
+    axes[1, 3].set_title("mean ‖δ‖/‖x‖ that a trust-region attack needs")
+    _over_epochs(axes[1, 4], runs, lambda p: p["train_loss"], "training loss")
     handles, labels = axes[0, 0].get_legend_handles_labels()
     parts[0].legend(handles, labels, loc="outside upper center", ncols=min(6, len(labels)))
     if surfaces:
@@ -76,23 +84,27 @@ def _densities(axis: Any, runs: Any) -> None:
         pairs = zip(density["grid"], density["density"], strict=True)
         kept = [(x, y) for x, y in pairs if x is not None and y]
         if kept:
-            axis.semilogy(*zip(*kept, strict=True), color=colour)
-    axis.set_ylim(bottom=1e-7)
+            axis.semilogy(*np.array(kept).T, color=colour)
+    highest = max((line.get_ydata().max() for line in axis.lines), default=1.0)
+    axis.set_ylim(1e-7 * highest, 10 * highest)
     axis.set(xlabel="eigenvalue", title="density, newest checkpoint")
 
 
-def _robustness(axis: Any, runs: Any) -> None:
-    colours = _colours(runs)
-    attacks = ["clean", *runs[next(iter(runs))][-1]["robust"]]
+def _bars(axis: Any, runs: Any, attacks: Sequence[str], value: Any) -> None:
+    """A group of bars for each name, one bar for each run's newest checkpoint."""
     width = 0.8 / len(runs)
-    for index, (name, colour) in enumerate(colours.items()):
-        last = runs[name][-1]
-        values = {"clean": last["clean"], **last["robust"]}
+    for index, (run, colour) in enumerate(_colours(runs).items()):
         places = [i + index * width for i in range(len(attacks))]
-        heights = [100 * values.get(attack, 0) for attack in attacks]
-        axis.bar(places, heights, width, color=colour)
+        axis.bar(places, [value(runs[run][-1], name) for name in attacks], width, color=colour)
     axis.set_xticks([i + 0.4 - width / 2 for i in range(len(attacks))], attacks, fontsize=8)
-    axis.set(title="accuracy under attack, newest checkpoint, %")
+
+
+def _accuracy_under(point: Point, attack: str) -> float:
+    return 100 * {"clean": point["clean"], **point["robust"]}.get(attack, 0.0)
+
+
+def _perturbation(point: Point, attack: str) -> float:
+    return float(point["perturbation"].get(attack, 0.0))
 
 
 def _against_batch(axis: Any, runs: Any) -> None:

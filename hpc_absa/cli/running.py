@@ -151,8 +151,8 @@ def _settings(
 def _supervise(program: Program, directory: RunDir, fresh: bool, dry_run: bool) -> int:
     """Run or continue what `program` launches in `directory`, to the end or the next stop."""
     from hpc_absa import worldsize
+    from hpc_absa.cli.following import progress_bar
     from hpc_absa.report.tensorboard import TensorBoardLog
-    from hpc_absa.status import progress_bar
     from hpc_absa.supervisor import run_state
     from hpc_absa.supervisor.follower import Follower
     from hpc_absa.supervisor.supervisor import Supervisor

@@ -1,24 +1,17 @@
-/* The curves of the page, drawn with BokehJS from the JSON in #curves (curves.py); sorting of
-   tables; and on a live page the updates. No text of the user's is ever used as HTML. */
+/* The curves of the page, drawn with BokehJS from the JSON in #curves (curves.py). No text of the
+   user's is ever used as HTML. live.js comes before. */
 "use strict";
 (() => {
-  const $ = (selector, root = document) => root.querySelector(selector);
-  const $$ = (selector, root = document) => [...root.querySelectorAll(selector)];
+  const { $, $$, element } = live;
   const DASHES = [[], [7, 3], [2, 2], [9, 3, 2, 3], [4, 2]];
   const COLOURS = 7, READOUT_LINES = 12, GRID = 200, PRINTED = 320;
   const hidden = new Set();  // keys of curves that the reader switched off
-  const read = (root) => JSON.parse($("#curves", root)?.textContent ?? "null");
-  let data = read(document);  // null on pages without curves
+  const read = (root) => JSON.parse($("#curves", root).textContent);
+  let data = read(document);
   let plots = [];  // {key, panel, figure, view, element, lines: [{curve, xs, ys}], update}
   let range, extent = [0, 1], axis, generation = 0;
 
   const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
-  const element = (tag, attributes = {}, ...children) => {
-    const made = document.createElement(tag);
-    for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
-    made.append(...children);
-    return made;
-  };
   const number = (value, digits = 4) => {
     if (!Number.isFinite(value)) return "–";
     const size = Math.abs(value);
@@ -369,7 +362,7 @@
     return best;
   }
 
-  // Legend, controls, tables
+  // Legend, controls
 
   function legend() {
     const drawn = curves();
@@ -393,28 +386,7 @@
       return button;
     })));
   }
-  function sortable(root) {
-    for (const table of $$("table.sortable", root)) {
-      $$("thead th", table).forEach((head, column) => {
-        const button = element("button", { type: "button" }, ...head.childNodes);
-        head.append(button);
-        button.addEventListener("click", () => {
-          const up = head.getAttribute("aria-sort") !== "ascending";
-          for (const other of $$("thead th", table)) other.removeAttribute("aria-sort");
-          head.setAttribute("aria-sort", up ? "ascending" : "descending");
-          const value = (row) => row.cells[column].dataset.value ?? row.cells[column].textContent;
-          const text = new Intl.Collator(undefined, { numeric: true });
-          const order = (a, b) => (Number.isFinite(a - b) ? a - b : text.compare(a, b));
-          const rows = [...table.tBodies[0].rows].sort((a, b) => order(value(a), value(b)));
-          table.tBodies[0].append(...(up ? rows : rows.reverse()));
-        });
-      });
-    }
-  }
   function start() {
-    sortable(document);
-    if (document.body.dataset.live) setTimeout(follow, 1000 * Number(document.body.dataset.live));
-    if (!data) return;
     defineTicks();
     const seeds = new Set(data.runs.map((run) => run.group)).size < data.runs.length;
     $("#mean").checked = seeds;
@@ -432,35 +404,10 @@
     for (const { host } of plots) host.style.zoom = width ? Math.min(1, width / host.offsetWidth) : "";
   }
 
-  // A live page asks for itself again, and replaces what has changed
+  // Curves of a page that was asked for again
 
-  async function follow() {
-    let seconds = Number(document.body.dataset.live);
-    try {
-      const answer = await fetch(location.href, { headers: { "X-Live": document.body.dataset.version } });
-      if (answer.status === 200) {
-        const page = new DOMParser().parseFromString(await answer.text(), "text/html");
-        document.body.dataset.version = page.body.dataset.version;
-        seconds = Number(page.body.dataset.live);
-        document.body.dataset.live = page.body.dataset.live;
-        for (const part of $$("[data-part]")) {
-          const open = $$("details[open]", part).map((own) => own.id);
-          const fresh = $(`[data-part="${part.dataset.part}"]`, page);
-          part.replaceChildren(...(fresh ? fresh.childNodes : []));
-          for (const id of open) $(`#${CSS.escape(id)}`)?.setAttribute("open", "");
-          sortable(part);
-        }
-        document.title = page.title;
-        const fresh = read(page);
-        if (fresh) refresh(fresh);
-      }
-      $("#offline").hidden = answer.ok || answer.status === 304;
-    } catch {
-      $("#offline").hidden = false;
-    }
-    setTimeout(follow, 1000 * Math.max(1, seconds));
-  }
-  function refresh(fresh) {
+  live.refresh = (page) => {
+    const fresh = read(page);
     const shape = (content) => JSON.stringify([
       Object.keys(content.panels), content.runs.map((run) => [run.name, run.phases.length,
         run.failures.length, Object.keys(run.y)]),
@@ -474,7 +421,7 @@
     if (axis.unit !== unit) { build(); return; }
     update();
     if (whole) range.setv({ start: extent[0], end: extent[1] });
-  }
+  };
 
   async function inflate(script) {  // libraries in the page are compressed
     const bytes = Uint8Array.from(atob(script.textContent), (c) => c.charCodeAt(0));

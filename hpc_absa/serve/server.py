@@ -22,7 +22,7 @@ from hpc_absa.report import page as report_page
 from hpc_absa.serve.site import Site
 
 COOKIE = "hpc-absa-token"
-FILES = (*report_page.LIBRARIES, "page.js")
+OWN_FILES = ("live.js", "page.js")
 LOCAL_NAMES = {"localhost", "127.0.0.1", "[::1]"}
 HEADERS = {
     "Cache-Control": "no-store",
@@ -119,12 +119,15 @@ class Log(Handler):
 
 class File(Handler):
     def get(self, name: str) -> None:
-        if name not in FILES:
+        if name in OWN_FILES:
+            path = Path(report_page.__file__).with_name(name)
+        elif name in report_page.LIBRARIES:
+            path = report_page.library(name)
+        else:
             raise web.HTTPError(404)
-        own = Path(report_page.__file__).with_name(name)
         self.set_header("Content-Type", "text/javascript; charset=utf-8")
         self.set_header("Cache-Control", "max-age=3600")
-        self.finish((own if name == "page.js" else report_page.library(name)).read_bytes())
+        self.finish(path.read_bytes())
 
 
 def application(site: Site, token: str, local: bool) -> web.Application:

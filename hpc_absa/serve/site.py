@@ -27,7 +27,7 @@ from hpc_absa.rundir.lock import read_lock
 if TYPE_CHECKING:
     from jinja2 import Environment
 
-SCRIPTS = (*(f"/static/{name}" for name in LIBRARIES), "/static/page.js")
+SCRIPTS = tuple(f"/static/{name}" for name in (*LIBRARIES, "live.js", "page.js"))
 SHORTEST = 2.0
 """Seconds between two looks at a run."""
 WORK_SHARE = 0.007
@@ -149,7 +149,7 @@ class Site:
                 sparkline=sparkline,
             )
         )
-        live = Live(self.seconds, version, ("/static/page.js",))
+        live = Live(self.seconds, version, ("/static/live.js",))
         return document("Runs", body, live)
 
     def log(self, name: str, watched: Watched, log: str) -> str | None:
@@ -173,7 +173,7 @@ class Site:
                 lines=text.splitlines(),
             )
         )
-        live = Live(self.seconds, f"{size}", ("/static/page.js",))
+        live = Live(self.seconds, f"{size}", ("/static/live.js",))
         return document(f"{log} of {name}", body, live)
 
     def took(self, seconds: float) -> None:

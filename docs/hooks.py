@@ -19,6 +19,10 @@ OUTSIDE = {
     "README.md": "index.md",
     **{f"benchmarks/{p.name}": f"benchmarks/{p.name}" for p in ROOT.glob("benchmarks/*.md")},
     **{f"examples/{p.name}": f"examples/{p.stem}.md" for p in ROOT.glob("examples/*.py")},
+    **{
+        (place := p.relative_to(ROOT).as_posix()): f"sources/{place.removesuffix('.py')}.md"
+        for p in ROOT.glob("benchmarks/**/*.py")
+    },
 }
 """Files outside of `docs/` (from the root) that are pages of the site; `index.md` is not copied."""
 TABLES = ("data", "model", "train", "loss", "optimizer", "hessian", "ranks", "checkpoint", "launch")
@@ -190,7 +194,7 @@ def pages() -> dict[str, Any]:
         "commands.md": commands,
     }
     for source, target in OUTSIDE.items():
-        if source.startswith("examples/"):
+        if source.endswith(".py"):
             found[target] = functools.partial(example, ROOT / source)
         elif target != "index.md":
             found[target] = functools.partial((ROOT / source).read_text, encoding="utf-8")

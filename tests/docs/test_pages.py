@@ -193,13 +193,15 @@ def test_keys_in_sentences_exist():
 @pytest.mark.parametrize("page", PAGES)
 def test_lines_are_short_and_lists_begin_after_an_empty_line(page):
     lines = prose(page).splitlines()
-    long = [line for line in lines if len(line) > 100 and not line.startswith(("|", "#", "!"))]
-    assert [line for line in long if " " in line[:100].strip()] == []
+    # wrapped at 100; an editor that counts otherwise is forgiven
+    long = [line for line in lines if len(line) > 120 and not line.startswith(("|", "#", "!"))]
+    assert [line for line in long if " " in line[:120].strip()] == []
     starts = [
         line
         for before, line in zip(lines, lines[1:], strict=False)
         if re.match(r"([-*]|1\.) ", line)
         and before.strip()
+        and not before.startswith("#")
         and not re.match(r"([-*]|\d+\.) | {2,}", before)
     ]
     assert starts == []  # MkDocs would make them part of the paragraph

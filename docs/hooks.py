@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
+import itertools
 import json
 import posixpath
 import re
@@ -67,11 +68,11 @@ def docstrings(model: type) -> dict[str, str]:
     for cls in reversed(model.__mro__):
         if not cls.__module__.startswith("hpc_absa"):
             continue
-        body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body  # type: ignore[attr-defined]
-        for field, text in zip(body, body[1:], strict=False):
-            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
-                if isinstance(text.value, ast.Constant) and isinstance(text.value.value, str):
-                    found[ast.unparse(field.target)] = " ".join(text.value.value.split())
+        (definition,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+        for field, below in itertools.pairwise(getattr(definition, "body", [])):
+            match field, below:
+                case ast.AnnAssign(target=ast.Name(name)), ast.Expr(ast.Constant(str(text))):
+                    found[name] = " ".join(text.split())
     return found
 
 
@@ -117,8 +118,8 @@ def job_keys() -> str:
     lines = [
         "# Every job key",
         "",
-        "This page is made from the code that reads job files. [Job file](job-file.md) has the same",
-        "keys with units, origins and explanations.",
+        "This page is made from the code that reads job files. [Job file](job-file.md) has the",
+        "same keys with units, origins and explanations.",
         "",
         "[job.schema.json](job.schema.json) is the same as a JSON schema, with which an editor",
         "completes and checks keys. For the TOML extensions of VS Code, Zed and Neovim (taplo) the",
@@ -152,7 +153,8 @@ def job_schema() -> str:
     schema = Job.model_json_schema(by_alias=True)
     for section in schema.get("$defs", {}).values():
         section.pop("title", None)
-    return json.dumps({"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}, indent=1)
+    draft = "https://json-schema.org/draft/2020-12/schema"
+    return json.dumps({"$schema": draft, **schema}, indent=1)
 
 
 def commands() -> str:

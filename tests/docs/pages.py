@@ -12,10 +12,11 @@ PAGES = sorted(
     for path in ROOT.glob(pattern)
 )
 PROGRAMS = (
-    "hpc-absa", "make", "mpirun", "horovodrun", "python", "launch/", "sbatch", "qsub", "bsub", "conda",
-    "module", ". ", "source", "pip", "ssh", "h5ls", "export", "exec", "JOB=", ".venv/bin/", "srun",
+    "hpc-absa", "make", "mpirun", "horovodrun", "python", "launch/", "sbatch", "qsub", "bsub",
+    "conda", "module", ". ", "source", "pip", "ssh", "h5ls", "export", "exec", "JOB=",
+    ".venv/bin/", "srun",
 )  # fmt: skip
-"""What a line of an indented block begins with if it is a command, and not a table of a job file."""
+"""What an indented block begins with if it has commands, and not a table of a job file."""
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,6 @@ def execute(folder, script):
         "OMP_NUM_THREADS": "1",
         "OMPI_ALLOW_RUN_AS_ROOT": "1",
         "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-        "OMPI_MCA_rmaps_base_oversubscribe": "1",
     }
     done = subprocess.run(
         ["bash", "-ec", script],

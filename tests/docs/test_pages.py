@@ -1,6 +1,7 @@
 """What README and docs name exists: pages, sections, commands, options, keys, files."""
 
 import ast
+import itertools
 import re
 import subprocess
 import tomllib
@@ -10,14 +11,14 @@ import typer
 import yaml
 
 from hpc_absa import cli, config
-from tests.docs.pages import PAGES, ROOT, blocks, commands, inline_commands, shell_blocks
-from tests.docs.pages import text_of, words  # fmt: skip
+from tests.docs import pages
+from tests.docs.pages import PAGES, ROOT, blocks, commands, inline_commands, text_of, words
 
 COMMANDS = typer.main.get_command(cli.app).commands
-TABLES = ("data", "model", "train", "schedule", "loss", "optimizer", "hessian", "ranks")
-OPEN = ("data", "model", "schedule", "loss", "optimizer")
+OPEN = ("data", "model", "loss", "optimizer")
+"""Tables that take arguments of what they name."""
 RENAMED = "## Renamed keys"
-SHELL = list(shell_blocks())
+SHELL = list(pages.shell_blocks())
 
 
 def prose(page):
@@ -88,7 +89,7 @@ def problems(command):
             yield f"no option {word}"
         if re.match(r"jobs/.*\.toml$", word) and not (ROOT / word).exists():
             yield f"no file {word}"
-    for option, value in zip(arguments, arguments[1:], strict=False):
+    for option, value in itertools.pairwise(arguments):
         key = value.partition("=")[0]
         if option == "--set" and key != "KEY" and not is_key(key):
             yield f"no key {key}"
@@ -108,8 +109,8 @@ KEYS = set(keys(config.Job)) | {
 
 
 def is_key(key):
-    """Whether a job file can have this key; some tables take arguments of what they name."""
-    return key in KEYS or key.partition(".")[0] in ("data", "model", "loss", "optimizer")
+    """Whether a job file can have this key."""
+    return key in KEYS or key.partition(".")[0] in OPEN
 
 
 def test_commands_exist_with_their_options_and_keys():
@@ -179,7 +180,8 @@ def test_python_and_toml_blocks_can_be_parsed(page):
 def test_keys_in_sentences_exist():
     wrong = []
     for page in PAGES:
-        for key in re.findall(r"`((?:\w+\.)+[\w-]+)(?: = [^`]*)?`", text_of(page).split(RENAMED)[0]):
+        text = text_of(page).split(RENAMED)[0]
+        for key in re.findall(r"`((?:\w+\.)+[\w-]+)(?: = [^`]*)?`", text):
             table = key.partition(".")[0]
             strict = table in ("train", "schedule", "hessian", "ranks", "checkpoint", "launch")
             if strict and not is_key(key) and not key.endswith((".sh", ".md", ".py", ".toml")):
@@ -198,7 +200,7 @@ def test_lines_are_short_and_lists_begin_after_an_empty_line(page):
     assert [line for line in long if " " in line[:120].strip()] == []
     starts = [
         line
-        for before, line in zip(lines, lines[1:], strict=False)
+        for before, line in itertools.pairwise(lines)
         if re.match(r"([-*]|1\.) ", line)
         and before.strip()
         and not before.startswith("#")

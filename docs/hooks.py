@@ -172,7 +172,8 @@ def commands() -> str:
             if parameter.param_type_name == "argument"
         ]
         lines += [f"## {name}", "", f"`hpc-absa {' '.join([name, '[OPTIONS]', *words])}`", ""]
-        lines += [inspect.cleandoc(command.help or ""), "", "| | |", "| --- | --- |"]
+        lines += [inspect.cleandoc(command.help or ""), ""]
+        lines += ["| argument or option | meaning |", "| --- | --- |"]
         for parameter in command.params:
             names = ", ".join(f"`{option}`" for option in parameter.opts + parameter.secondary_opts)
             if parameter.param_type_name == "argument":

@@ -1,4 +1,4 @@
-# VENV=dir, PYTHON=python3.12 and HPC_ABSA_MPI=site|package choose the environment; see CONTRIBUTING.md.
+# VENV=dir, PYTHON=python3.12 and HPC_ABSA_MPI=site|package choose the environment; see docs/install.md.
 VENV ?= .venv
 # packed CIFAR-10 for `make bench`; `hpc-absa data cifar10 --root DIR` writes it
 DATA ?= data/cifar10.h5

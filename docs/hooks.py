@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
+import itertools
 import json
 import posixpath
 import re
@@ -19,6 +20,10 @@ OUTSIDE = {
     "README.md": "index.md",
     **{f"benchmarks/{p.name}": f"benchmarks/{p.name}" for p in ROOT.glob("benchmarks/*.md")},
     **{f"examples/{p.name}": f"examples/{p.stem}.md" for p in ROOT.glob("examples/*.py")},
+    **{
+        (place := p.relative_to(ROOT).as_posix()): f"sources/{place.removesuffix('.py')}.md"
+        for p in ROOT.glob("benchmarks/**/*.py")
+    },
 }
 """Files outside of `docs/` (from the root) that are pages of the site; `index.md` is not copied."""
 TABLES = ("data", "model", "train", "loss", "optimizer", "hessian", "ranks", "checkpoint", "launch")
@@ -63,11 +68,11 @@ def docstrings(model: type) -> dict[str, str]:
     for cls in reversed(model.__mro__):
         if not cls.__module__.startswith("hpc_absa"):
             continue
-        body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body  # type: ignore[attr-defined]
-        for field, text in zip(body, body[1:], strict=False):
-            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
-                if isinstance(text.value, ast.Constant) and isinstance(text.value.value, str):
-                    found[ast.unparse(field.target)] = " ".join(text.value.value.split())
+        (definition,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+        for field, below in itertools.pairwise(getattr(definition, "body", [])):
+            match field, below:
+                case ast.AnnAssign(target=ast.Name(name)), ast.Expr(ast.Constant(str(text))):
+                    found[name] = " ".join(text.split())
     return found
 
 
@@ -113,8 +118,8 @@ def job_keys() -> str:
     lines = [
         "# Every job key",
         "",
-        "This page is made from the code that reads job files. [Job file](job-file.md) has the same",
-        "keys with units, origins and explanations.",
+        "This page is made from the code that reads job files. [Job file](job-file.md) has the",
+        "same keys with units, origins and explanations.",
         "",
         "[job.schema.json](job.schema.json) is the same as a JSON schema, with which an editor",
         "completes and checks keys. For the TOML extensions of VS Code, Zed and Neovim (taplo) the",
@@ -148,7 +153,8 @@ def job_schema() -> str:
     schema = Job.model_json_schema(by_alias=True)
     for section in schema.get("$defs", {}).values():
         section.pop("title", None)
-    return json.dumps({"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}, indent=1)
+    draft = "https://json-schema.org/draft/2020-12/schema"
+    return json.dumps({"$schema": draft, **schema}, indent=1)
 
 
 def commands() -> str:
@@ -166,7 +172,8 @@ def commands() -> str:
             if parameter.param_type_name == "argument"
         ]
         lines += [f"## {name}", "", f"`hpc-absa {' '.join([name, '[OPTIONS]', *words])}`", ""]
-        lines += [inspect.cleandoc(command.help or ""), "", "| | |", "| --- | --- |"]
+        lines += [inspect.cleandoc(command.help or ""), ""]
+        lines += ["| argument or option | meaning |", "| --- | --- |"]
         for parameter in command.params:
             names = ", ".join(f"`{option}`" for option in parameter.opts + parameter.secondary_opts)
             if parameter.param_type_name == "argument":
@@ -190,7 +197,7 @@ def pages() -> dict[str, Any]:
         "commands.md": commands,
     }
     for source, target in OUTSIDE.items():
-        if source.startswith("examples/"):
+        if source.endswith(".py"):
             found[target] = functools.partial(example, ROOT / source)
         elif target != "index.md":
             found[target] = functools.partial((ROOT / source).read_text, encoding="utf-8")

@@ -149,7 +149,7 @@ def analyse(
         int, Option(min=0, metavar="N", help="Loss on N × N points along the top eigenvectors.")
     ] = 0,
     attacks: Annotated[
-        str, Option(metavar="A,B", help="As of `hpc-absa attack`.")
+        str, Option(metavar="A,B", help="As of `hpc-absa attack`; an empty one: none.")
     ] = "fgsm,pgd,tr-l2-easy",
     attack_samples: Annotated[int, Option(min=1, help="Test samples that are attacked.")] = 200,
     epsilon: Annotated[

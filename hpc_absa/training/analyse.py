@@ -170,8 +170,8 @@ def measure(
     """Everything about one checkpoint (a collective)."""
     start = time.perf_counter()
     progress("accuracy")
-    indices = raise_on_all_ranks(comm, lambda: loaded.test_indices(None))
-    test = loaded.evaluate(loaded.model, comm, "test", indices)
+    count = 0 if loaded.dataset.test is None else len(loaded.dataset.test)
+    test = loaded.evaluate(loaded.model, comm, "test", np.arange(count))
     found = spectrum_of(
         loaded, comm, samples=options.samples, k=options.k, layers=False,
         trace_matvecs=options.trace_matvecs, density_steps=options.density_steps,
@@ -179,7 +179,8 @@ def measure(
     )  # fmt: skip
     progress("loss surface")
     grid = surface(loaded, found, comm, options.surface) if options.surface > 1 else None
-    robustness, _ = attack_model(loaded, comm, attacks, progress)
+    robustness = attack_model(loaded, comm, attacks, progress)[0] if attacks.attacks else None
+    results = robustness.results if robustness else ()
     attributes = loaded.attributes
     density = found.density
     point = {
@@ -203,9 +204,9 @@ def measure(
         "density": {"grid": to_dict(density.grid), "density": to_dict(density.density)},
         "slices": to_dict(found.slices),
         "surface": grid,
-        "clean": robustness.accuracy,
-        "robust": {result.attack: result.accuracy for result in robustness.results},
-        "perturbation": {result.attack: result.mean for result in robustness.results},
+        "clean": robustness.accuracy if robustness else None,
+        "robust": {result.attack: result.accuracy for result in results},
+        "perturbation": {result.attack: result.mean for result in results},
         "seconds": comm.broadcast_object(time.perf_counter() - start),
     }
     return to_plain(point)

@@ -100,11 +100,11 @@ def _bars(axis: Any, runs: Any, attacks: Sequence[str], value: Any) -> None:
 
 
 def _accuracy_under(point: Point, attack: str) -> float:
-    return 100 * {"clean": point["clean"], **point["robust"]}.get(attack, 0.0)
+    return 100 * ({"clean": point["clean"], **point["robust"]}.get(attack) or 0.0)
 
 
 def _perturbation(point: Point, attack: str) -> float:
-    return float(point["perturbation"].get(attack, 0.0))
+    return float(point["perturbation"].get(attack) or 0.0)
 
 
 def _against_batch(axis: Any, runs: Any) -> None:

@@ -238,5 +238,9 @@ def test_analyse(run, tmp_path, capsys):
     assert analyse.analyse([run], None, out, True, options) == 0  # continues: nothing is computed
     assert json.loads(capsys.readouterr().out)["points"] == first
     assert {path: path.stat().st_mtime_ns for path in out.glob("*-step-*.json")} == before
+    bare = analyse.Options(samples=8, trace_matvecs=6, density_steps=3, attacks=(), last=True)
+    assert analyse.analyse([run], None, tmp_path / "bare", True, bare) == 0
+    (point,) = json.loads(capsys.readouterr().out)["points"]
+    assert (point["robust"], point["clean"]) == ({}, None)
     assert analyse.analyse([tmp_path], None, out, True, options) == 2
     assert "no checkpoint here, expected a run directory" in one_line(capsys)

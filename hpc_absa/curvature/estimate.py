@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch import Tensor, nn
@@ -256,6 +256,9 @@ class _Search:
             return _Found(result, samples, self.coarse_matvecs)
         scatter = self.hessians.scatter(top.vector, 0, samples, GROUPS)
         margin = scatter.margin(self.false_growth)
+        if not math.isfinite(margin):  # one group of samples shows nothing
+            unknown = replace(result, pairs=(replace(top, converged=False),))
+            return _Found(unknown, samples, self.coarse_matvecs)
         assert self.threshold is not None
         if lanczos is not None:
             result = lanczos.separate(self.tol, self.threshold - margin)

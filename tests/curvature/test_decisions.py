@@ -115,6 +115,12 @@ def test_the_value_itself_is_compared():
     assert value.at_most == value.value
 
 
+def test_one_group_of_samples_shows_nothing():
+    settings = PRESETS["abs"].model_copy(update={"samples": 2})
+    assert not question(settings, 1e3, 0, 0.0).eigenvalue.converged
+    assert question(settings, None, 0, 0.0).eigenvalue.converged
+
+
 def test_no_bound_without_a_threshold():
     value = question(PRESETS["abs"], None, 0, 0.4).eigenvalue
     assert value.upper_bound is None

@@ -1,6 +1,11 @@
-"""Examples may take as long as they take: the machine may be busy."""
+"""Settings of all tests: one thread each, and examples that may take as long as they take."""
+
+import os
 
 from hypothesis import settings
+
+# before torch is imported: `make test` runs two files at a time, and their threads would compete
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 settings.register_profile("patient", deadline=None)
 settings.load_profile("patient")

@@ -367,7 +367,7 @@ def tasks(draw):
 
 
 @given(tasks())
-@settings(max_examples=300)
+@settings(max_examples=100)
 def test_plans_are_equal_to_the_simulation(task):
     of, samples = task
     for name, planned in plan(of, samples, 4).items():

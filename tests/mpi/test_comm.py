@@ -12,7 +12,7 @@ pytestmark = pytest.mark.mpi
 PROGRAM = Path(__file__).with_name("comm_program.py")
 
 
-@pytest.mark.parametrize("ranks", [1, 3, 4])
+@pytest.mark.parametrize("ranks", [1, 3, pytest.param(4, marks=pytest.mark.slow)])
 def test_all_methods_over_mpi(mpirun, ranks):
     mpirun(ranks, PROGRAM, ranks, "Horovod over MPI")
 

@@ -31,7 +31,7 @@ def _one_thread():
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_every_world_finds_the_same(mpirun, ranks):
     """22 samples in microbatches of 8 make 3: with 4 ranks one has nothing to do."""
     lines = mpirun(ranks, PROGRAM, *KINDS, timeout=120).stdout.splitlines()

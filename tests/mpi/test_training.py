@@ -159,13 +159,18 @@ def test_an_error_of_one_rank_ends_all_ranks_and_is_reported(mpirun, folder):
 @pytest.mark.parametrize(
     ("fault", "line"),
     [
-        (
+        pytest.param(
             "raise ValueError(f'garbage {gc.isenabled()}')",
             "schedule.method: faulty_rule:Faulty.decide failed: ValueError: garbage True",
+            id="rule",
         ),
-        ("self.folder.rename(self.folder.with_name('gone'))", "No such file or directory"),
+        pytest.param(
+            "self.folder.rename(self.folder.with_name('gone'))",
+            "No such file or directory",
+            id="save",
+            marks=pytest.mark.slow,
+        ),
     ],
-    ids=["rule", "save"],
 )
 def test_an_error_while_ranks_read_ahead_ends_all_ranks_with_one_line(
     mpirun, tmp_path, fault, line

@@ -21,12 +21,12 @@ TRAIN = f"{sys.executable} -m hpc_absa train small.toml --run-dir D {SHORT} --se
     "words",
     [
         f"{RUN} 2>&1 | head -1; exit ${{PIPESTATUS[0]}}",
-        f"{RUN} >/dev/full 2>&1",
+        pytest.param(f"{RUN} >/dev/full 2>&1", marks=pytest.mark.slow),
         f"{RUN} >&- 2>&- <&-",
         f"PYTHONIOENCODING=ascii {RUN} >out && ! grep -P '[^\\x00-\\x7f]' out && grep lambda out",
-        f"LC_ALL=C PYTHONCOERCECLOCALE=0 PYTHONUTF8=0 {RUN}",
+        pytest.param(f"LC_ALL=C PYTHONCOERCECLOCALE=0 PYTHONUTF8=0 {RUN}", marks=pytest.mark.slow),
         f"{TRAIN} >&-",
-        f"{TRAIN} 2>&1 | head -1; exit ${{PIPESTATUS[0]}}",
+        pytest.param(f"{TRAIN} 2>&1 | head -1; exit ${{PIPESTATUS[0]}}", marks=pytest.mark.slow),
         f"PYTHONIOENCODING=ascii {TRAIN} >/dev/full",
     ],
 )

@@ -125,10 +125,10 @@ def test_the_printed_command_is_the_executed_one(launch, tmp_path):
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_a_killed_rank_of_a_script_costs_no_bit(tmp_path, ranks):
     """Against the same script alone, which is not killed any more."""
-    pytest.importorskip("hpc_absa.training.script")
     script = Path(__file__).with_name("elastic_script.py")
     words = [sys.executable, "-m", "tests.supervisor.quick_kill", "launch", "--run-dir", "r"]
     words += [f"--ranks={ranks}", f"--max-ranks={ranks}", "--", "python", str(script), "killed"]

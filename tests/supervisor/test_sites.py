@@ -63,7 +63,10 @@ def test_a_group_can_continue_what_one_of_it_began(tmp_path):
 NO_PASSWD = ("unshare", "-m", "sh", "-c", 'mount --bind /dev/null /etc/passwd; exec "$@"', "sh")
 
 
-@pytest.mark.parametrize(("home", "prefix"), [(None, NO_PASSWD), ("/proc/nowhere", ())])
+@pytest.mark.parametrize(
+    ("home", "prefix"),
+    [(None, NO_PASSWD), pytest.param("/proc/nowhere", (), marks=pytest.mark.slow)],
+)
 def test_a_user_without_a_home(tmp_path, home, prefix):
     write_job(tmp_path)
     if prefix and subprocess.run([*prefix, "true"]).returncode:
@@ -88,6 +91,7 @@ def test_a_lost_terminal_saves_and_the_same_command_continues(tmp_path):
     assert process.start().finish()[0] == 0
 
 
+@pytest.mark.slow
 def test_nohup_is_respected(tmp_path):
     job = write_job(tmp_path)
     process = Supervised(job, RunDir(tmp_path / "run"), *SHORT, environment=os.environ)

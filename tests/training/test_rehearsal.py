@@ -211,6 +211,7 @@ def test_what_cannot_be_built_is_refused_without_data(override, message):
         require_buildable(job)
 
 
+@pytest.mark.slow
 def test_doctor_checks_a_job_whose_data_is_not_packed_yet(tmp_path):
     from hpc_absa.doctor.software import check_rehearsal
 

@@ -2,8 +2,8 @@
 VENV ?= .venv
 # packed CIFAR-10 for `make bench`; `hpc-absa data cifar10 --root DIR` writes it
 DATA ?= data/cifar10.h5
-# test files that `make test` runs at the same time; 0: one after the other, in one process
-WORKERS ?= 2
+# test files that `make test` runs at the same time, on two cores; 0: one after the other, in one process
+WORKERS ?= 3
 export VENV
 BIN := $(VENV)/bin
 SCRIPTS := $(wildcard launch/*.sh) .ci/run

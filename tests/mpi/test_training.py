@@ -96,6 +96,7 @@ def test_reproducible_runs_give_the_same_bits(mpirun, folder):
     assert np.array_equal(*weights)
 
 
+@pytest.mark.slow
 def test_a_stopped_and_resumed_run_is_bit_for_bit_the_uninterrupted_one(mpirun, folder, fixed):
     """In the middle of an epoch, without `reproducible`."""
     place = folder / "stopped"
@@ -116,6 +117,7 @@ def test_a_stopped_and_resumed_run_is_bit_for_bit_the_uninterrupted_one(mpirun, 
     assert np.array_equal(fixed[4], final_weights(run.path))
 
 
+@pytest.mark.slow
 def test_three_ranks_share_four_microbatches_unevenly(mpirun, folder, fixed):
     place = folder / "three"
     place.mkdir()

@@ -48,6 +48,7 @@ def test_python_m_does_not_import_from_the_start_folder(tmp_path):
     assert (done.returncode, "not a run directory" in done.stderr) == (2, True), done.stderr
 
 
+@pytest.mark.slow
 def test_a_group_can_continue_what_one_of_it_began(tmp_path):
     """In a setgid folder with umask 002, all files are writable for the group."""
     write_job(tmp_path)
@@ -102,6 +103,7 @@ def test_nohup_is_respected(tmp_path):
     assert code == 0, output
 
 
+@pytest.mark.slow
 def test_settings_that_others_left_are_named_in_a_failure(tmp_path):
     write_job(tmp_path)
     left = {"OMPI_MCA_btl": "nothing", "HOROVOD_CONTROLLER": "mpi"}

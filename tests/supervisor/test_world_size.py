@@ -15,7 +15,12 @@ RANK = {"SLURM_STEP_ID": "SLURM_PROCID", "PMI_SIZE": "PMI_RANK", "HPC_ABSA_RANKS
 
 @pytest.mark.parametrize(
     "variables",
-    [SLURM, {"PMI_SIZE": "2"}, {**SLURM, "PMI_SIZE": "2"}, {"HPC_ABSA_RANKS": "2"}],
+    [
+        SLURM,
+        pytest.param({"PMI_SIZE": "2"}, marks=pytest.mark.slow),
+        pytest.param({**SLURM, "PMI_SIZE": "2"}, marks=pytest.mark.slow),
+        {"HPC_ABSA_RANKS": "2"},
+    ],
 )
 def test_two_worlds_of_one_rank_are_refused_with_one_line(tmp_path, variables):
     job, run = write_job(tmp_path), RunDir(tmp_path / "run")

@@ -176,6 +176,7 @@ def test_a_failure_of_some_ranks_is_no_usage_error(tmp_path):
         rehearsal.rehearse(trainer)
 
 
+@pytest.mark.slow
 def test_doctor_rehearses_a_job_in_its_own_process():
     from hpc_absa.doctor.software import check_rehearsal
 

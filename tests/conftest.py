@@ -4,7 +4,7 @@ import os
 
 from hypothesis import settings
 
-# before torch is imported: `make test` runs several files at a time, and their threads would compete
+# Before torch is imported. `make test` runs several files at a time: threads would compete.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 settings.register_profile("patient", deadline=None)

@@ -240,6 +240,11 @@ class Run:
                 session.close()
             self._close()
         elif session:
+            if isinstance(error, SystemExit):  # a restart would end in the same way
+                error = MisuseError(
+                    f"the script exited with status {error.code} within `with absa.Run(...)`: "
+                    "leave the loop with break, or stop the run with hpc-absa cancel"
+                )
             status = session.fail(error)
             self._close()
             raise SystemExit(status) from None

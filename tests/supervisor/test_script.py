@@ -125,6 +125,29 @@ def test_the_printed_command_is_the_executed_one(launch, tmp_path):
 
 
 @pytest.mark.mpi
+def test_a_script_that_exits_within_its_loop_is_not_restarted(tmp_path):
+    script = tmp_path / "leaves.py"
+    script.write_text(
+        "import sys, torch, hpc_absa as absa\n"
+        "model = torch.nn.Linear(1, 1)\n"
+        "with absa.Run(model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1),\n"
+        "              schedule=absa.FB(base_batch=2), epochs=1, microbatch=2,\n"
+        "              dataset=[torch.ones(1)] * 4) as run:\n"
+        "    for step in run:\n"
+        "        sys.exit(0)\n"
+    )
+    words = [sys.executable, "-m", "hpc_absa", "launch", "--run-dir", "D", "--max-ranks", "1"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*words, "--", "python", str(script)],
+        cwd=tmp_path, env=environment, timeout=120, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "the script exited with status 0 within" in done.stdout + done.stderr
+    assert "restart 1" not in done.stdout
+
+
+@pytest.mark.mpi
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_killed_rank_of_a_script_costs_no_bit(tmp_path, ranks):

@@ -110,7 +110,7 @@ def open_data(job: Job, directory: RunDir, comm: Communicator) -> DataSet:
         if comm.broadcast_object(isinstance(first, MapDataset)):
             mapped = raise_on_all_ranks(comm, lambda: first or _load(job, packed))
             raise_on_all_ranks(comm, lambda: _require_samples(job, mapped))
-            _require_equal_data(job, mapped, comm)
+            require_equal_data(f"data.name = {job.data.name!r}", mapped.digest, comm)
             return mapped
     return raise_on_all_ranks(comm, lambda: _open(job, packed))
 
@@ -128,12 +128,17 @@ def _load(job: Job, packed: Path) -> DataSet:
         return pack_source(source, job.data.name, arguments, packed)
 
 
-def _require_equal_data(job: Job, dataset: DataSet, comm: Communicator) -> None:
-    digests = comm.allgather_object(dataset.digest)
-    for rank, digest in enumerate(digests):
-        if digest != digests[0]:
+def require_equal_data(origin: str, digest: str, comm: Communicator) -> None:
+    """Refuse data that depend on the rank (a collective); `origin` names them in the error.
+
+    Raises:
+        CollectiveError: on all ranks.
+    """
+    digests = comm.allgather_object(digest)
+    for rank, other in enumerate(digests):
+        if other != digests[0]:
             raise CollectiveError(
-                f"data.name = {job.data.name!r}: its samples differ between rank 0 and rank "
+                f"{origin}: its samples differ between rank 0 and rank "
                 f"{rank}; expected the same data on all ranks",
                 ExitStatus.USAGE,
             )

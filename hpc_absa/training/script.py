@@ -45,14 +45,19 @@ from hpc_absa.schedules import Schedule
 from hpc_absa.schedules import build as build_rule
 from hpc_absa.training import run as core
 from hpc_absa.training.batches import ScriptLoader, open_dataset
-from hpc_absa.training.data import hessian_samples
+from hpc_absa.training.data import hessian_samples, require_equal_data
 from hpc_absa.training.estimator import make_estimator
 from hpc_absa.training.evaluate import evaluating
 from hpc_absa.training.faults import SIGNALS
 from hpc_absa.training.log import EventLogger
 from hpc_absa.training.rank import Session, duplicate, exit_status, redirect_output, supervised
 from hpc_absa.training.resume import resume
-from hpc_absa.training.script_job import directory_of, job_of, require_arguments
+from hpc_absa.training.script_job import (
+    directory_of,
+    job_of,
+    require_arguments,
+    require_equal_arguments,
+)
 from hpc_absa.training.script_step import Step
 from hpc_absa.training.setup import build_engine, build_run, make_reproducible, threads_per_rank
 from hpc_absa.training.state import Stateful, TrainState, broadcast_model, require_equal
@@ -280,11 +285,13 @@ class Run:
     def _build(self, session: Session) -> None:
         job, comm, directory = self._job, session.comm, session.directory
         with session.clock("start"):
+            require_equal_arguments(job, comm)
             self._configure_torch(session)
             stream = stream_of(job, job.data.arguments["samples"])
             rule = raise_on_all_ranks(comm, lambda: build_rule(job, stream.samples))
             data = raise_on_all_ranks(comm, self._open_data)
             digest = f"script-{stream.samples}" if isinstance(data, range) else data.digest
+            require_equal_data("absa.Run: dataset", digest, comm)
             self._loader = loader = ScriptLoader(
                 data, stream, job.seed, job.data.workers, self._device, self._hessian_batch
             )

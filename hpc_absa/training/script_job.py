@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from torch import Tensor, nn
 
 from hpc_absa import config
 from hpc_absa.allocation import MAX_RANKS, RUN_DIR
+from hpc_absa.comm import Communicator
 from hpc_absa.config import Job
-from hpc_absa.errors import UsageError
+from hpc_absa.errors import CollectiveError, ExitStatus, UsageError
 from hpc_absa.training.batches import NAME
 
 TRAIN_KEYS = (
@@ -133,6 +135,24 @@ def _options(group: Mapping[str, Any]) -> dict[str, Any]:
 
 
 # Checks
+
+
+def require_equal_arguments(job: Job, comm: Communicator) -> None:
+    """Refuse arguments that depend on the rank (a collective).
+
+    Raises:
+        CollectiveError: on all ranks, with the first key that differs.
+    """
+    texts = [text.splitlines() for text in comm.allgather_object(config.dump(job))]
+    for rank, text in enumerate(texts):
+        for first, other in zip_longest(texts[0], text, fillvalue="nothing"):
+            if first != other:
+                raise CollectiveError(
+                    f"absa.Run: {first.strip()} on rank 0, {other.strip()} on rank {rank}: "
+                    "expected the same arguments and the whole data set on all ranks; the run "
+                    "divides the samples among them",
+                    ExitStatus.USAGE,
+                )
 
 
 def require_arguments(

@@ -11,8 +11,11 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import Dataset
 
 import hpc_absa as absa
-from hpc_absa.errors import ExitStatus, HpcAbsaError
+from hpc_absa import config
+from hpc_absa.errors import CollectiveError, ExitStatus, HpcAbsaError
 from hpc_absa.rundir import RunDir
+from hpc_absa.training.script_job import require_equal_arguments
+from tests.supervisor.digits import PATH
 from tests.training.runs import events
 
 SAMPLES, MICROBATCH, EPOCHS = 70, 4, 4
@@ -407,3 +410,19 @@ def test_the_job_of_a_script_says_how_it_was_made(tmp_path):
     ):
         assert line in text
     assert json.loads(json.dumps(events(tmp_path, "epoch")[0]))["metrics"]["steps"] > 0
+
+
+@pytest.mark.parametrize(
+    ("rank_1", "line"), [({}, None), ({"seed": 1}, "seed = 0 on rank 0, seed")]
+)
+def test_arguments_that_depend_on_the_rank_are_refused(rank_1, line):
+    class TwoRanks:
+        def allgather_object(self, text):
+            return [text, config.dump(job.model_copy(update=rank_1))]
+
+    job = config.load(PATH)
+    if line is None:
+        require_equal_arguments(job, TwoRanks())
+    else:
+        with pytest.raises(CollectiveError, match=line):
+            require_equal_arguments(job, TwoRanks())

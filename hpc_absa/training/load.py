@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,7 +29,7 @@ from hpc_absa.curvature.loss import Loss
 from hpc_absa.data.datasets import MapDataset
 from hpc_absa.data.loader import Loader, Part
 from hpc_absa.data.packed import PackedDataset
-from hpc_absa.errors import CheckpointError, HpcAbsaError, UsageError
+from hpc_absa.errors import CheckpointError, CollectiveError, ExitStatus, HpcAbsaError, UsageError
 from hpc_absa.models.weights import read_weights
 from hpc_absa.plan import stream_of
 from hpc_absa.progress import SampleStream
@@ -162,16 +163,32 @@ def require_finite(model: nn.Module, origin: str) -> None:
 
 
 def on_ranks(command: Callable[[Communicator], int]) -> int:
-    """Run a command on this rank; a user's error is printed once. The process's exit status."""
+    """Run a command on this rank; returns the process's exit status.
+
+    An error that all ranks have is printed once. One that this rank alone may have ends all ranks:
+    the others wait for it in a collective.
+    """
     comm = connect()
     try:
         return command(comm)
-    except HpcAbsaError as error:
+    except Exception as error:
+        if comm.size > 1 and not isinstance(error, CollectiveError):
+            _abort(error, comm)
+        if not isinstance(error, HpcAbsaError):
+            raise
         if comm.rank == 0:
             print(f"hpc-absa: {error}", file=sys.stderr)
         return int(error.status)
     finally:
         comm.close()
+
+
+def _abort(error: Exception, comm: Communicator) -> None:
+    if isinstance(error, HpcAbsaError):
+        print(f"hpc-absa: rank {comm.rank}: {error}", file=sys.stderr, flush=True)
+        comm.abort(error.status)
+    traceback.print_exception(error)
+    comm.abort(ExitStatus.FAILED)
 
 
 def _read(

@@ -43,3 +43,21 @@ def test_two_ranks_have_the_results_of_one(mpirun, tmp_path):
     compare("", expected, answer["found"])
     bits = (found["diagonal"]["reproducible"] for found in (expected, answer["found"]))
     assert len(set(bits)) == 1
+
+
+def test_an_error_of_one_rank_ends_a_command_on_all_ranks(mpirun, tmp_path):
+    program = tmp_path / "fails.py"
+    program.write_text(
+        "import sys\n"
+        "from hpc_absa.errors import UsageError\n"
+        "from hpc_absa.training.load import on_ranks\n"
+        "def command(comm):\n"
+        "    if comm.rank == 1:\n"
+        "        raise UsageError('only here')\n"
+        "    comm.allgather_object(0)\n"
+        "    return 0\n"
+        "sys.exit(on_ranks(command))\n"
+    )
+    done = mpirun(2, program, check=False)
+    assert done.returncode == 2
+    assert "hpc-absa: rank 1: only here" in done.stderr

@@ -27,7 +27,7 @@ from hpc_absa.data.packing import LAYOUT, fixed_text, moments_of
 from hpc_absa.data.sources import decoded
 from hpc_absa.errors import HpcAbsaError, UsageError, first_line
 from hpc_absa.hdf5 import reserve, write_at
-from hpc_absa.rundir.files import sync
+from hpc_absa.rundir.files import sync, write_atomic
 
 FORMAT_VERSION = 2
 """Of files with encoded images; those with pixels have version 1."""
@@ -275,6 +275,6 @@ def _measure(partial: Path) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
 def _list_unreadable(path: Path, problems: Sequence[str]) -> None:
     manifest = path.with_name(f"{path.name}.unreadable.txt")
     if problems:
-        manifest.write_text("".join(f"{problem}\n" for problem in problems), encoding="utf-8")
+        write_atomic(manifest, "".join(f"{problem}\n" for problem in problems))
     elif manifest.exists():
         manifest.unlink()

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from hpc_absa.data.datasets import MapDataset
 
 SHARED_TENSORS = 16
-"""Tensors of a batch up to which they come back in shared memory, each with an open file."""
+"""A batch with more tensors than this returns as bytes: each shared one keeps a file open."""
 
 _mine: tuple[Any, int]
 """In a worker: the data sets and the seed."""

@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from tests.soak import ledger
+from tests.soak import ledger, watched
 from tests.soak.summary import Case, Summary
 
 
@@ -77,3 +77,8 @@ def test_the_table_has_medians_and_failures():
     assert kill == "kill: 4 cases; to the next step: median 2.0 s, 95 % 30.0 s"
     assert signal == "signal: 1 cases"
     assert wrong.endswith("SIGTERM  exit 1")
+
+
+def test_every_function_that_begins_a_moment_of_the_campaigns_exists():
+    for module, name, moment in watched.ANNOUNCED:
+        assert callable(getattr(module, name)), moment

@@ -26,7 +26,7 @@ from hpc_absa.adversarial import fgsm
 from hpc_absa.checkpoint import file
 from hpc_absa.data.loader import Loader, Microbatch
 from hpc_absa.models import small
-from hpc_absa.training import setup, trainer
+from hpc_absa.training import estimator, trainer
 from hpc_absa.training.reduction import OverlappedReduction, ReproducibleReduction
 from hpc_absa.training.run import Run
 from hpc_absa.training.step import TrainStep
@@ -34,6 +34,13 @@ from hpc_absa.training.step import TrainStep
 FOLDER, HOLD = "HPC_ABSA_WATCHED", "HPC_ABSA_HOLD"
 HOLD_SECONDS = 60.0
 """Seconds that a held rank waits before it continues by itself."""
+ANNOUNCED = (
+    (fgsm, "perturb", "adversarial"),
+    (estimator, "estimate_eigenvalue", "hessian"),
+    (trainer, "evaluate", "evaluation"),
+    (file, "write", "saving"),
+)
+"""Module, name of the function in it, moment that the function begins."""
 
 
 def network(channels: int, classes: int) -> nn.Module:
@@ -65,12 +72,7 @@ class Watcher:
         Loader.get = self._loading(Loader.get)  # type: ignore[method-assign]
         for kind in (ReproducibleReduction, OverlappedReduction):
             kind.finish = self._finishing(kind.finish)  # type: ignore[attr-defined]
-        for module, name, moment in (
-            (fgsm, "perturb", "adversarial"),
-            (setup, "estimate_eigenvalue", "hessian"),
-            (trainer, "evaluate", "evaluation"),
-            (file, "write", "saving"),
-        ):
+        for module, name, moment in ANNOUNCED:
             setattr(module, name, self._announcing(getattr(module, name), moment))
 
     def _announcing(self, function: Callable[..., Any], moment: str) -> Callable[..., Any]:

@@ -26,7 +26,7 @@ docs: setup ## build the documentation site into site/; warnings are errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 test: setup check ## run the checks of `make check`, then the test suite
-	$(BIN)/python -m pytest -m "not slow and not slurm and not namespaces" \
+	$(BIN)/python -m pytest -m "not slow and not slurm and not gridengine and not namespaces" \
 	  -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 soak: setup ## run the long tests with injected faults: kills, signals, damage, failing disks
@@ -43,8 +43,8 @@ bench: setup ## measure curvature, checkpoints and resizes (nothing else should 
 test-mpi: setup ## run only the tests that use mpirun
 	$(BIN)/python -m pytest -m "not slow" tests/mpi tests/setup/test_environment.py $(PYTEST_ARGS)
 
-test-clusters: setup ## run the tests on a four-node Slurm and on hosts in network namespaces
-	$(BIN)/python -m pytest -m "(slurm or namespaces) and not slow" $(PYTEST_ARGS)
+test-clusters: setup ## run the tests on a four-node Slurm, a Grid Engine, and hosts in network namespaces
+	$(BIN)/python -m pytest -m "(slurm or gridengine or namespaces) and not slow" $(PYTEST_ARGS)
 
 test-browser: setup ## run the tests of the pages in Chromium, which must be installed
 	$(BIN)/python -m pip install --quiet --editable '.[browser]'

@@ -6,6 +6,7 @@
 | PBS | `PBS_JOBID` | `PBS_NODEFILE`: a file with a line a slot | lines of a host |
 | LSF | `LSB_JOBID` | `LSB_DJOB_HOSTFILE`: a file with a line a slot | lines of a host |
 | LSF without that file | `LSB_JOBID` | `LSB_MCPU_HOSTS`: `a 4 b 2` | the number after a host |
+| Grid Engine | `JOB_ID` | `PE_HOSTFILE`: a file with a line a host | the number after a host |
 
 A slot holds one rank. In the jobs that we submit, `supervisor/link.py` also reads `SLURM_NTASKS`,
 `SLURM_JOB_NUM_NODES` and `SLURM_RESTART_COUNT`.
@@ -76,6 +77,7 @@ def detect(environment: Mapping[str, str] | None = None) -> Allocation | None:
         ("Slurm", "SLURM_JOB_ID", _slurm),
         ("PBS", "PBS_JOBID", _pbs),
         ("LSF", "LSB_JOBID", _lsf),
+        ("Grid Engine", "JOB_ID", _grid_engine),
     ):
         if job in variables and (hosts := read(variables)):
             return Allocation(scheduler, variables[job], tuple(hosts))
@@ -170,6 +172,15 @@ def _lsf(variables: Mapping[str, str]) -> Hosts:
     if len(words) % 2 or not all(word.isdecimal() for word in words[1::2]):
         raise UsageError(f"LSB_MCPU_HOSTS = {' '.join(words)!r}: expected a list like a 4 b 2")
     return [(name, int(slots)) for name, slots in zip(words[::2], words[1::2], strict=True)]
+
+
+def _grid_engine(variables: Mapping[str, str]) -> Hosts:
+    if not (path := variables.get("PE_HOSTFILE")):
+        return []
+    lines = [line.split() for line in read_lines(path, "PE_HOSTFILE")]
+    if not all(len(words) >= 2 and words[1].isdecimal() for words in lines):
+        raise UsageError(f"PE_HOSTFILE = {path!r}: expected lines like `a 4 queue range`")
+    return [(words[0], int(words[1])) for words in lines]
 
 
 def expand(nodelist: str) -> Iterator[str]:

@@ -50,6 +50,16 @@ def test_lsf_without_a_file():
     assert detect(variables).hosts == (("a", 4), ("b", 2))
 
 
+def test_grid_engine_has_a_line_a_host(tmp_path):
+    (tmp_path / "hosts").write_text("a 4 main@a UNDEFINED\nb 2 main@b UNDEFINED\n")
+    variables = {"JOB_ID": "3", "PE_HOSTFILE": str(tmp_path / "hosts")}
+    assert detect(variables).hosts == (("a", 4), ("b", 2))
+    (tmp_path / "hosts").write_text("a\n")
+    with pytest.raises(UsageError, match="expected lines like `a 4 queue range`"):
+        detect(variables)
+    assert detect({"JOB_ID": "3"}) is None
+
+
 def test_outside_any_allocation():
     assert detect({}) is None
     assert detect({"SLURM_JOB_NODELIST": "n1"}) is None

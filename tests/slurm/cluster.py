@@ -17,6 +17,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from tests.slurm import accounting
+
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "scontrol", "scancel")
 NODES = ("n1", "n2", "n3", "n4")
 CONFIGURATION = """
@@ -54,6 +56,7 @@ OverTimeLimit=0
 CompleteWait=0
 JobCompType=jobcomp/filetxt
 JobCompLoc={folder}/completed.txt
+{accounting}
 {nodes}
 PartitionName=main Nodes=n[1-4] Default=YES MaxTime=60 PriorityTier=1 GraceTime=20
 PartitionName=urgent Nodes=n[1-4] MaxTime=60 PriorityTier=10 PreemptMode=OFF
@@ -61,10 +64,10 @@ PartitionName=narrow Nodes=n[1-4] MaxNodes=2 MaxTime=60 PriorityTier=1
 """
 
 
-def missing() -> str | None:
-    """Why there can be no cluster here, None where there can."""
-    absent = [name for name in PROGRAMS if not find(name)]
-    return f"{', '.join(absent)} not installed (Debian: slurm-wlm, munge)" if absent else None
+def missing(programs: tuple[str, ...] = PROGRAMS, debian: str = "slurm-wlm, munge") -> str | None:
+    """Why there can be no cluster with these programs here, None where there can."""
+    absent = [name for name in programs if not find(name)]
+    return f"{', '.join(absent)} not installed (Debian: {debian})" if absent else None
 
 
 def find(program: str) -> str | None:
@@ -75,16 +78,19 @@ def find(program: str) -> str | None:
 class Cluster:
     """The daemons, and Slurm's commands talking to them."""
 
-    def __init__(self, folder: Path) -> None:
-        """Write the configuration; nothing runs yet."""
-        self.folder = folder
+    def __init__(self, folder: Path, accounts: bool = False) -> None:
+        """Write the configuration; nothing runs yet. With `accounts`, jobs are also in `sacct`."""
+        self.folder, self._database_port = folder, 0
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
         folder.chmod(0o755)  # munged requires that nobody else can write
         (folder / "state").mkdir()
         key = folder / "munge.key"
         key.write_bytes(secrets.token_bytes(128))
         key.chmod(0o600)
-        controller, *ports = free_ports(1 + len(NODES))
+        controller, daemon, database, *ports = free_ports(3 + len(NODES))
+        section = ""
+        if accounts:
+            section, self._database_port = accounting.configure(folder, daemon, database), database
         nodes = (
             f"NodeName={name} NodeHostname=localhost Port={port} CPUs=2 RealMemory=1000"
             for name, port in zip(NODES, ports, strict=True)
@@ -95,6 +101,7 @@ class Cluster:
                 folder=folder,
                 user=pwd.getpwuid(os.geteuid()).pw_name,
                 controller_port=controller,
+                accounting=section,
                 nodes="\n".join(nodes),
             )
         )
@@ -109,10 +116,20 @@ class Cluster:
         words = (f"--{option}={self.folder}/munge.{end}" for option, end in options.items())
         self._spawn("munged", "--foreground", *words)
         wait_until((self.folder / "munge.socket").exists, 10, "munged's socket")
+        if self._database_port:
+            self._start_accounting()
         self.start_controller()
         for name in NODES:
             self.start_node(name)
         wait_until(lambda: self.states() == dict.fromkeys(NODES, "idle"), 60, "idle nodes")
+
+    def _start_accounting(self) -> None:
+        """Start MariaDB and slurmdbd, and make this cluster known to them."""
+        self._spawn("mariadbd", *accounting.database_words(self.folder, self._database_port))
+        wait_until((self.folder / "database.socket").exists, 60, "MariaDB's socket")
+        self._spawn("slurmdbd", "-D")
+        add = ("sacctmgr", "-i", "add", "cluster", "absa")
+        wait_until(lambda: "Name" in self.command(*add), 60, "slurmdbd")
 
     def start_controller(self) -> None:
         """Start slurmctld, with the state it left behind if it was there before."""

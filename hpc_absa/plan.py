@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
+from statistics import fmean
 from typing import Any
 
 from hpc_absa.config import Job
@@ -28,14 +29,10 @@ class PlannedPhase:
     ranks: int
     lr: float
     """Outside of warm-up and cosine."""
-    hours: float | None = None
-    """Of computing, where the speed of a rank was given."""
-    node_hours: float | None = None
-    """`hours` on all nodes of the phase."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON, without what is not known."""
-        return {key: value for key, value in asdict(self).items() if value is not None}
+    estimates: int
+    """Decision points at which the eigenvalue is estimated."""
+    adversarial: float
+    """Mean fraction of the samples that is replaced by adversarial examples."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +45,7 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return {"steps": self.steps, "phases": [phase.to_dict() for phase in self.phases]}
+        return {"steps": self.steps, "phases": [asdict(phase) for phase in self.phases]}
 
 
 def training_samples(job: Job) -> int:
@@ -90,50 +87,42 @@ def plan(job: Job, samples: int, limit: int) -> dict[str, Plan]:
         UsageError: no step can be taken, or a user-defined schedule cannot be loaded or fails.
     """
     rule = build(job, samples)
-    earliest, measured = _walk(job, rule, samples, limit, growing=True)
-    if not measured:
-        return {"plan": earliest}
-    return {"earliest": earliest, "latest": _walk(job, rule, samples, limit, growing=False)[0]}
+    earliest, measured = _walk(job, rule, samples, growing=True)
+    plans = {"earliest" if measured else "plan": earliest}
+    if measured:
+        plans["latest"] = _walk(job, rule, samples, growing=False)[0]
+    return {name: with_ranks(job, planned, limit) for name, planned in plans.items()}
 
 
-def timed(planned: Plan, microbatch: int, rate: float, ranks_per_node: int) -> Plan:
-    """`planned` with the time that its steps take to compute, and nothing else.
-
-    Args:
-        planned: a plan.
-        microbatch: samples b of one microbatch.
-        rate: samples per second of one rank (`samples_per_second` in the events of a run on one
-            rank).
-        ranks_per_node: ranks that share a node.
-    """
-    phases = []
+def with_ranks(job: Job, planned: Plan, limit: int) -> Plan:
+    """`planned` on at most `limit` ranks; their number never falls."""
+    ranks, phases = 1, []
     for phase in planned.phases:
-        rounds = -(-(phase.global_batch // microbatch) // phase.ranks)
-        hours = phase.steps * rounds * microbatch / rate / 3600
-        nodes = -(-phase.ranks // ranks_per_node)
-        phases.append(replace(phase, hours=hours, node_hours=hours * nodes))
+        ranks = max(ranks, ranks_for(job, phase.global_batch, limit))
+        phases.append(replace(phase, ranks=ranks))
     return replace(planned, phases=tuple(phases))
 
 
-def _walk(job: Job, rule: Rule, samples: int, limit: int, *, growing: bool) -> tuple[Plan, bool]:
+def _walk(job: Job, rule: Rule, samples: int, *, growing: bool) -> tuple[Plan, bool]:
     """Follow the run from its first to its last step; also whether a decision needs a measurement.
+
+    The phases are on one rank.
 
     Args:
         job: the job.
         rule: its schedule.
         samples: training samples.
-        limit: largest number of ranks.
         growing: whether measurements make the batch grow whenever they can.
     """
     stream = stream_of(job, samples)
     progress = Progress(Position(), rule.initial())
     stream.require_step(progress.schedule.global_batch)
     phases: list[PlannedPhase] = []
-    begin = progress.position
-    measured = False
+    begin, began_as = progress.position, progress.schedule
+    measured, estimates = False, 0
 
     def end_phase() -> None:
-        nonlocal begin
+        nonlocal begin, estimates
         position, state = progress.position, progress.schedule
         if position.step > begin.step:
             microbatches = position.microbatch - begin.microbatch
@@ -141,20 +130,22 @@ def _walk(job: Job, rule: Rule, samples: int, limit: int, *, growing: bool) -> t
                 epochs = microbatches / stream.microbatches_per_epoch
             else:
                 epochs = microbatches * stream.microbatch / samples
-            # The number of ranks never falls.
-            before = phases[-1].ranks if phases else 1
-            ranks = max(before, ranks_for(job, state.global_batch, limit))
-            steps = position.step - begin.step
+            first = begin.microbatch * epochs / microbatches
+            grid = (first + epochs * (i + 0.5) / 64 for i in range(64))
+            adversarial = fmean(rule.adversarial_fraction(began_as, epoch) for epoch in grid)
+            steps, batch = position.step - begin.step, state.global_batch
             phases.append(
-                PlannedPhase(round(epochs, 4), steps, state.global_batch, ranks, state.lr)
+                PlannedPhase(round(epochs, 4), steps, batch, 1, state.lr, estimates, adversarial)
             )
+            estimates = 0
         begin = position
 
     walked = 0
     while (item := progress.next(stream)) is not None:
         if not isinstance(item, Step):
-            unchanged = _after_unchanged(rule, stream, progress, growing)
+            unchanged, passed = _after_unchanged(rule, stream, progress, growing)
             if unchanged is not progress:
+                estimates += _estimates(rule, progress.schedule, passed)
                 progress = unchanged
                 continue
             if (walked := walked + 1) > MAX_BOUNDARIES:
@@ -171,7 +162,9 @@ def _walk(job: Job, rule: Rule, samples: int, limit: int, *, growing: bool) -> t
         observation = Observation(item.epoch, item.decision_point)
         if item.decision_point:
             state = progress.schedule
-            measured |= rule.wants_eigenvalue(state) or rule.wants_gradients(state)
+            wanted = rule.wants_eigenvalue(state)
+            estimates += wanted and not item.last
+            measured |= wanted or rule.wants_gradients(state)
             state, eigenvalue = _measure(rule, state, growing)
             progress = replace(progress, schedule=state)
             observation = replace(observation, eigenvalue=eigenvalue)
@@ -181,34 +174,48 @@ def _walk(job: Job, rule: Rule, samples: int, limit: int, *, growing: bool) -> t
         if step := progress.cut_step(item, decision):
             progress = progress.after_step(step)
         before, after = progress.schedule, decision.state
-        if (before.global_batch, before.lr) != (after.global_batch, after.lr):
+        changed = (before.global_batch, before.lr) != (after.global_batch, after.lr)
+        if changed:
             end_phase()
         progress = progress.after_boundary(decision)
+        if changed:
+            began_as = after
     end_phase()
     return Plan(progress.position.step, tuple(phases)), measured
 
 
 def _after_unchanged(
     rule: Rule, stream: SampleStream, progress: Progress, growing: bool
-) -> Progress:
-    """After the steps and boundaries at which nothing changes; the same object without any."""
+) -> tuple[Progress, int]:
+    """After the steps and boundaries at which nothing changes, and the decision points passed.
+
+    The same object without any.
+    """
     position, state = progress.position, progress.schedule
     here = stream.boundary(position.boundary)
     points, until = rule.unchanged(state, here.epoch, growing)
     before = stream.decision_points(position.boundary)
     next_change = stream.boundary_after(before + points, until)
     if next_change <= position.boundary:
-        return progress
+        return progress, 0
     per_step = state.global_batch // stream.microbatch
     steps = (stream.boundary(next_change).microbatch - position.microbatch) // per_step
     passed = stream.decision_points(next_change) - before
-    return replace(
+    after = replace(
         progress,
         position=Position(
             position.microbatch + steps * per_step, position.step + steps, next_change
         ),
         schedule=rule.after_unchanged(state, passed),
     )
+    return after, passed
+
+
+def _estimates(rule: Rule, state: ScheduleState, points: int) -> int:
+    """Estimates at decision points that `unchanged` counts; of very many an extrapolation."""
+    seen = range(min(points, 1000))
+    wanted = sum(rule.wants_eigenvalue(rule.after_unchanged(state, i)) for i in seen)
+    return wanted * points // max(1, len(seen))
 
 
 def _measure(

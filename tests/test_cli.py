@@ -83,6 +83,10 @@ def test_version(command):
         (["plan", "none.toml"], "none.toml: cannot be read as a job file"),
         (["plan", JOB, "--set", "train.epoch=3"], "train.epoch = 3: unknown key"),
         (["plan", JOB, "--set", "data.name=my.own:data"], "data.name = 'my.own:data': its size"),
+        (["plan", JOB, "--scale"], "--scale: the speed of a rank is not known; give --rate N, "),
+        (["plan", JOB, "--rate", "0"], "Invalid value for '--rate'"),
+        (["plan", JOB, "--machine", "none.toml"], "none.toml: cannot be read as a machine file"),
+        (["plan", JOB, "--from", "none"], "none: does not exist; expected a run directory"),
         (["plan", JOB, "--set", "launch.hosts=a:x"], "launch.hosts = 'a:x': expected host"),
         (["train", JOB], "Missing option '--run-dir'"),
         (["run", JOB, "--launcher", "ssh", "--dry-run"], "launch.launcher = 'ssh': expected"),
@@ -118,7 +122,9 @@ def test_plan_prints_one_json_object(command):
     assert plans["earliest"]["steps"] < plans["latest"]["steps"]
     for plan in (plans["earliest"], plans["latest"]):
         assert plan["steps"] == sum(phase["steps"] for phase in plan["phases"])
-        assert set(plan["phases"][0]) == {"epochs", "steps", "global_batch", "ranks", "lr"}
+        assert set(plan["phases"][0]) == {
+            "epochs", "steps", "global_batch", "ranks", "lr", "estimates", "adversarial"
+        }  # fmt: skip
 
 
 def test_plan_without_measurements_has_its_steps_at_the_top(command):
@@ -130,6 +136,43 @@ def test_plan_without_measurements_has_its_steps_at_the_top(command):
     plan = json.loads(out)
     assert plan["steps"] == 7031
     assert [phase["steps"] for phase in plan["phases"]] == [7031]
+
+
+def test_plan_predicts_hours_with_constants_of_a_machine(command, tmp_path):
+    """Options go before the file."""
+    file = tmp_path / "machine.toml"
+    file.write_text("samples_per_second = 1000\nranks_per_node = 2\nparameters = 100\n")
+    options = ["--set", "schedule.method=gg", "--machine", file, "--rate", "4000"]
+    status, out, err = command("plan", JOB, "--json", *options)
+    assert (status, err) == (0, "")
+    plan = json.loads(out)
+    assert plan["machine"]["samples_per_second"] == 4000
+    assert plan["machine"]["ranks_per_node"] == 2
+    assert plan["hours"] == pytest.approx(sum(phase["hours"] for phase in plan["phases"]))
+    assert plan["node_hours"] == plan["worlds"][-1]["adaptive"]["node_hours"]
+    assert [world["ranks"] for world in plan["worlds"]] == [1, 2, 4]
+    status, out, _ = command("plan", JOB, *options)
+    assert status == 0
+    assert "node-hours" in out
+    assert f"Constants from {file}: parameters 100, ranks_per_node 2" in out
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("samples_per_second = 0", "samples_per_second = 0: expected greater than 0"),
+        ("latency = 'low'", "latency = 'low': expected a valid number"),
+        ("bandwith = 1e9", "bandwith = 1000000000.0: unknown key, expected 'bandwidth'?"),
+        ("parameters = 1", "--scale: the speed of a rank is not known"),
+        ("parameters = ", "not valid TOML"),
+    ],
+)
+def test_a_wrong_machine_file_is_refused_in_one_line(command, tmp_path, text, message):
+    file = tmp_path / "machine.toml"
+    file.write_text(text)
+    status, out, err = command("plan", JOB, "--machine", file)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert message in err
 
 
 def test_plan_prints_the_steps(command):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from hpc_absa import config
 from hpc_absa.errors import UsageError
-from hpc_absa.plan import plan, stream_of, timed, training_samples
+from hpc_absa.plan import plan, stream_of, training_samples
 from hpc_absa.records import Decision, Eigenvalue, GradientSquares, Observation, ScheduleState
 from hpc_absa.report.published import PUBLISHED_ACCURACY
 from hpc_absa.schedules import Rule, build
@@ -165,23 +165,16 @@ def test_there_is_no_growth_at_the_end_of_the_run():
     assert phases(latest) == [(7, 30), (3, 60)]
 
 
-def test_hours_are_computed_from_the_rounds_of_each_step():
-    """BL at 128: 35156 steps of one round; at 640 on 4 ranks two rounds, and two nodes of three."""
-    planned = plan_of("train.milestones=[]")
-    (phase,) = timed(planned, 128, rate=1000, ranks_per_node=4).phases
-    assert phase.hours == pytest.approx(35156 * 0.128 / 3600)
-    assert phase.node_hours == phase.hours
-    overrides = ("train.milestones=[]", "schedule.max_batch=640", "ranks.initial=4")
-    (phase,) = timed(plan_of(*overrides, limit=4), 128, rate=1000, ranks_per_node=3).phases
-    assert phase.ranks == 4
-    assert phase.hours == pytest.approx(7031 * 2 * 0.128 / 3600)
-    assert phase.node_hours == pytest.approx(phase.hours * 2)
-
-
-def test_without_a_rate_a_plan_has_no_hours():
-    assert set(plan_of().to_dict()["phases"][0]) == {
-        "epochs", "steps", "global_batch", "ranks", "lr"
-    }  # fmt: skip
+def test_estimates_are_counted_where_the_schedule_wants_them():
+    """At every decision point before the largest batch; absa-tuned less often at first."""
+    overrides = ("schedule.max_batch=512", "train.milestones=[]")
+    for method, latest in (("abs", [10, 10, 0]), ("absa-tuned", [4, 5, 0])):
+        plans = plan(job(f"schedule.method={method}", *overrides), 50_000, 8)
+        assert [phase.estimates for phase in plans["earliest"].phases] == [2, 1, 0]
+        assert [phase.estimates for phase in plans["latest"].phases] == latest
+    assert {phase.estimates for phase in plan_of("schedule.method=gg", *overrides[:1]).phases} == {
+        0
+    }
 
 
 def test_the_number_of_ranks_never_falls():
@@ -289,7 +282,7 @@ def simulate(of, samples, grows):
     marks = dict.fromkeys(range(every, E * N + 1, every), True)
     marks |= {e * N: e * N in marks for e in range(1, E + 1)}
     waiting = sorted(marks.items())
-    at, state, steps = 0, rule.initial(), []
+    at, state, steps, estimates = 0, rule.initial(), [], 0
     while waiting:
         size = state.global_batch // b
         visited, decides = waiting[0]
@@ -305,13 +298,14 @@ def simulate(of, samples, grows):
             noise = 1e9 if grows else 0.0  # of one sample's gradient, in squared gradients
             state = rule.learn(state, GradientSquares(2, 1 + noise / b, 1 + noise / (2 * b)))
         asked = decides and rule.wants_eigenvalue(state)
+        estimates += asked
         seen = Observation(visited / N, decides, estimate(state) if asked else None)
         decision = rule.decide(state, seen)
         if decision.action == "grow" and at < place:
             steps.append((state.global_batch, rule.lr(state, at * b / N), place - at))
             at = place
         state = decision.state
-    return steps, at
+    return steps, at, estimates
 
 
 def value(of, falls):
@@ -371,7 +365,7 @@ def tasks(draw):
 def test_plans_are_equal_to_the_simulation(task):
     of, samples = task
     for name, planned in plan(of, samples, 4).items():
-        steps, at = simulate(of, samples, name == "earliest")
+        steps, at, estimates = simulate(of, samples, name == "earliest")
         assert planned.steps == len(steps)
         batches = [
             batch for phase in planned.phases for batch in [phase.global_batch] * phase.steps
@@ -381,6 +375,7 @@ def test_plans_are_equal_to_the_simulation(task):
             rates = [phase.lr for phase in planned.phases for _ in range(phase.steps)]
             assert rates == [rate for _, rate, _ in steps]
         assert sum(size for _, _, size in steps) == at
+        assert sum(p.estimates for p in planned.phases) == estimates
         assert sum(p.epochs for p in planned.phases) <= of.train.epochs + 1e-3
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from hpc_absa import __version__, console
-from hpc_absa.cli import inspecting, listing, models, preparing, running, studying
+from hpc_absa.cli import inspecting, listing, models, planning, preparing, running, studying
 from hpc_absa.errors import ExitStatus, HpcAbsaError
 
 PANELS: dict[str, list[Callable[..., int | None]]] = {
@@ -29,7 +29,7 @@ PANELS: dict[str, list[Callable[..., int | None]]] = {
         studying.quantize,
         studying.analyse,
     ],
-    "Before a run": [models.init, preparing.plan, preparing.data, preparing.doctor],
+    "Before a run": [models.init, planning.plan, preparing.data, preparing.doctor],
     "After a run": [models.evaluate, models.export],
     "Started by launchers": [running.train, running.link],
 }

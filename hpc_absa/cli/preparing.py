@@ -1,17 +1,15 @@
-"""Commands before a run: its plan, its data, and the checks of the installation."""
+"""Commands before a run: its data, and the checks of the installation."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from typer import Argument, Option
 
 from hpc_absa.cli.options import (
-    JobFile,
     Json,
-    MaxRanks,
     Overrides,
     RunFolder,
     folder,
@@ -21,96 +19,6 @@ from hpc_absa.cli.options import (
 from hpc_absa.console import rich_console
 from hpc_absa.data.registry import DATASETS
 from hpc_absa.errors import ExitStatus, UsageError
-
-if TYPE_CHECKING:
-    from hpc_absa.config import Job
-
-KNOWN_TO_EXIST = [
-    (model, "cross_entropy", "sgd")
-    for model in ("digits-cnn", "resnet8", "resnet20", "resnet18-cifar", "resnet18")
-]
-"""Models with their loss and optimizer for which `plan` need not try to build them."""
-
-
-def plan(
-    job: JobFile,
-    overrides: Overrides = None,
-    max_ranks: MaxRanks = None,
-    samples: Annotated[
-        int | None, Option(min=1, help="Training samples, for a user-defined data set.")
-    ] = None,
-    rate: Annotated[
-        float | None,
-        Option(min=1e-9, help="Samples per second of one rank: adds hours and node-hours."),
-    ] = None,
-    ranks_per_node: Annotated[int, Option(min=1, help="Ranks on one node, for node-hours.")] = 1,
-    as_json: Json = False,
-) -> int:
-    """Show the phases of a job and its SGD iterations, without training.
-
-    Where measurements decide, the earliest and the latest possible growth are shown. With `--rate`,
-    also the hours and node-hours of computing.
-    Example: `hpc-absa plan jobs/digits.toml --rate 2000`
-    """
-    from hpc_absa import config, worldsize
-    from hpc_absa import plan as planner
-
-    loaded = config.load(job, tuple(overrides or ()))
-    count = samples or planner.training_samples(loaded)
-    if loaded.data.name != "script":  # whose model is its own
-        _require_buildable(loaded)
-    limit = (
-        max_ranks or loaded.ranks.max or loaded.schedule.largest_batch // loaded.train.microbatch
-    )
-    if loaded.launch.hosts and not max_ranks:
-        limit = worldsize.limit(loaded)
-    plans = planner.plan(loaded, count, limit)
-    if rate:
-        b = loaded.train.microbatch
-        plans = {k: planner.timed(p, b, rate, ranks_per_node) for k, p in plans.items()}
-    if as_json:
-        print_json(
-            plans["plan"].to_dict()
-            if "plan" in plans
-            else {"steps": None, "phases": None, **{k: p.to_dict() for k, p in plans.items()}}
-        )
-        return ExitStatus.OK
-    for name, planned in plans.items():
-        _print_plan(loaded.name if name == "plan" else f"{loaded.name}, {name} growth", planned)
-    return ExitStatus.OK
-
-
-def _require_buildable(job: Job) -> None:
-    """Refuse what a rank would refuse, where torch is installed."""
-    import importlib.util
-
-    names = job.model.name, job.train.loss, job.train.optimizer
-    arguments = job.model.arguments or job.loss.arguments or job.optimizer.arguments
-    if names in KNOWN_TO_EXIST and not (arguments or job.train.metrics):
-        return  # torch takes two seconds to import
-    if importlib.util.find_spec("torch") is not None:
-        from hpc_absa.training.named import require_buildable
-
-        require_buildable(job)
-
-
-def _print_plan(title: str, planned: Any) -> None:
-    from rich.table import Table
-
-    table = Table(title=f"{title}: {planned.steps} SGD iterations", title_justify="left")
-    timed = any(phase.hours is not None for phase in planned.phases)
-    columns = ["epochs", "steps", "global batch", "ranks", "learning rate"]
-    for column in columns + ["hours", "node-hours"] * timed:
-        table.add_column(column, justify="right")
-    for p in planned.phases:
-        row = [f"{p.epochs:.2f}", str(p.steps), str(p.global_batch), str(p.ranks), f"{p.lr:.4g}"]
-        table.add_row(*row, *([f"{p.hours:.3g}", f"{p.node_hours:.3g}"] if timed else []))
-    if timed:
-        hours = sum(phase.hours for phase in planned.phases)
-        node_hours = sum(phase.node_hours for phase in planned.phases)
-        table.caption = f"{hours:.3g} hours of computing, {node_hours:.3g} node-hours"
-        table.caption_justify = "left"
-    rich_console().print(table)
 
 
 def data(

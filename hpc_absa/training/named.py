@@ -14,12 +14,16 @@ from hpc_absa.torchvision_import import prepare_torchvision
 from hpc_absa.training import optimizer as optimizers
 
 TYPICAL_IMAGES = {"channels": 3, "image_size": 32, "classes": 10}
+CLASSES = {"cifar100": 100, "tinyimagenet": 200, "imagenet": 1000}
 
 
-def require_buildable(job: Job) -> None:
+def require_buildable(job: Job) -> int | None:
     """Build the job's schedule, loss, model and optimizer, for typical images and without memory.
 
     The user's own model and data are only imported, because they may need other sizes.
+
+    Returns:
+        Parameters of the model; None for the user's own.
 
     Raises:
         UsageError: one of them is unknown, or has an argument that it does not take.
@@ -39,10 +43,13 @@ def require_buildable(job: Job) -> None:
     for key, name in names:
         if plugins.is_reference(name):
             plugins.resolve(name, key)
-    if not plugins.is_reference(job.model.name):
-        try:
-            with torch.device("meta"):
-                model = build_model(job.model.name, job.model.arguments, **TYPICAL_IMAGES)
-        except (TypeError, ValueError) as error:  # of an argument's value
-            raise UsageError(f"model.name = {job.model.name!r}: {error}") from None
-        optimizers.build(job.train, job.optimizer.arguments, model, lr=job.train.lr)
+    if plugins.is_reference(job.model.name):
+        return None
+    images = {**TYPICAL_IMAGES, "classes": CLASSES.get(job.data.name, 10)}
+    try:
+        with torch.device("meta"):
+            model = build_model(job.model.name, job.model.arguments, **images)
+    except (TypeError, ValueError) as error:  # of an argument's value
+        raise UsageError(f"model.name = {job.model.name!r}: {error}") from None
+    optimizers.build(job.train, job.optimizer.arguments, model, lr=job.train.lr)
+    return sum(parameter.numel() for parameter in model.parameters())

@@ -193,7 +193,7 @@ def _print_plan(title: str, planned: Plan) -> None:
 def _print_worlds(title: str, worlds: Sequence[World]) -> None:
     from rich.box import SIMPLE_HEAD
 
-    from hpc_absa.report.format import duration
+    from hpc_absa.report.format import duration, number
     from hpc_absa.scale import cheaper, fastest
 
     heads = ("epochs", "steps", "batch", "ranks", "hours", "node-hours", *SHARES)
@@ -216,7 +216,7 @@ def _print_worlds(title: str, worlds: Sequence[World]) -> None:
     for world in worlds:
         cells = [str(world.ranks)]
         for run in (world.adaptive, world.fixed):
-            cells += [duration(run.hours * 3600), f"{run.node_hours:.3g}"]
+            cells += [duration(run.hours * 3600), number(run.node_hours, 3)]
         gain = (before - world.adaptive.hours) * 3600
         ladder.add_row(*cells, "none" if gain <= 0 else duration(gain))
         before = world.adaptive.hours
@@ -242,6 +242,8 @@ SHARES = {
 
 
 def _costs(run: Prediction | PredictedPhase) -> list[str]:
+    from hpc_absa.report.format import number
+
     shares = (sum(run.seconds.get(key, 0.0) for key in keys) for keys in SHARES.values())
     percent = (f"{share / run.hours / 36:.2g}" for share in shares)
-    return [f"{run.hours:.3g}", f"{run.node_hours:.3g}", *percent]
+    return [number(run.hours, 3), number(run.node_hours, 3), *percent]

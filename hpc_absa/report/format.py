@@ -67,7 +67,7 @@ def percent(fraction: float, digits: int = 2) -> str:
 
 @_dash_if_missing
 def number(value: float, digits: int = 4) -> str:
-    text = f"{value:.{digits}g}"
+    text = f"{value:.0f}" if 10**digits <= abs(value) < 1e7 else f"{value:.{digits}g}"
     return text.replace("-", "\u2212") if value < 0 else text
 
 

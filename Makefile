@@ -1,7 +1,8 @@
 # VENV=dir, PYTHON=python3.12 and HPC_ABSA_MPI=site|package choose the environment; see docs/install.md.
 VENV ?= .venv
-# packed CIFAR-10 for `make bench`; `hpc-absa data cifar10 --root DIR` writes it
-DATA ?= data/cifar10.h5
+# the environment of `make bench`, and which benchmarks it runs (all by default)
+BENCH_VENV ?= .venv-bench
+BENCH ?=
 # test files that `make test` runs at the same time, on two cores; 0: one after the other, in one process
 WORKERS ?= 3
 export VENV
@@ -9,7 +10,7 @@ BIN := $(VENV)/bin
 SCRIPTS := $(wildcard launch/*.sh) .ci/run
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo docs test test-browser test-mpi test-clusters soak bench check format clean distclean
+.PHONY: help setup demo docs test test-browser test-mpi test-clusters soak bench bench-quick bench-environment check format clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -32,13 +33,15 @@ test: setup check ## run the checks of `make check`, then the test suite
 soak: setup ## run the long tests with injected faults: kills, signals, damage, failing disks
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
 
-bench: setup ## measure curvature, checkpoints and resizes (nothing else should run on the machine)
-	$(BIN)/python -m pip install --quiet --editable '.[bench]'
-	$(BIN)/python -m benchmarks.curvature $(DATA)
-	$(BIN)/python -m benchmarks.checkpoint .
-	$(BIN)/python -m benchmarks.checkpoint . --model wide_resnet101_2 --batch 2 --image 32 --rounds 3
-	$(BIN)/python -m benchmarks.startup
-	$(BIN)/python -m benchmarks.library
+bench: bench-environment ## run all benchmarks; nothing else should run on the machine (about two hours)
+	$(BENCH_VENV)/bin/python -m benchmarks $(BENCH)
+
+bench-quick: bench-environment ## run a cut of all benchmarks, ten minutes
+	$(BENCH_VENV)/bin/python -m benchmarks --quick $(BENCH)
+
+bench-environment: # with the peers, so that .venv stays without them
+	@VENV=$(BENCH_VENV) launch/bootstrap.sh
+	$(BENCH_VENV)/bin/python -m pip install --quiet --editable '.[bench]'
 
 test-mpi: setup ## run only the tests that use mpirun
 	$(BIN)/python -m pytest -m "not slow" tests/mpi tests/setup/test_environment.py $(PYTEST_ARGS)

@@ -249,7 +249,27 @@ def write(
     text = "\n".join(lines) + "\n"
     (folder / f"{name}.json").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     (folder / f"{name}.md").write_text(text)
+    (folder / "README.md").write_text(index(folder))
     print(text)
+
+
+def index(folder: Path) -> str:
+    """The page of all results: of each measure, the baseline's median and the best other."""
+    lines = ["# Results", "", "Written by `make bench`; each page names its command and machine."]
+    for path in sorted(folder.glob("*.json")):
+        result = json.loads(path.read_text())
+        about = result["about"]
+        lines += ["", f"## [{result['name']}]({result['name']}.md)", ""]
+        lines += [f"{about['processor']}, {about['cores']} cores, {about['date'][:10]}", ""]
+        for one in result["comparisons"]:
+            own, found = one["summary"].get(one["baseline"], {}), []
+            for key, measure in one["measures"].items():
+                if key in own and measure["better"]:
+                    text = f"{key} {shown(own[key]['median'])} {measure['unit']}"
+                    best = one["best"][key]
+                    found.append(f"{text}, {best[1]:.2f} × as good as {best[0]}" if best else text)
+            lines += [f"- {one['title']}: {one['baseline']}: {'; '.join(found)}"] if found else []
+    return "\n".join(lines) + "\n"
 
 
 LOAD = round(os.getloadavg()[0], 2)

@@ -18,7 +18,11 @@ OUTSIDE = {
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
     "README.md": "index.md",
-    **{f"benchmarks/{p.name}": f"benchmarks/{p.name}" for p in ROOT.glob("benchmarks/*.md")},
+    **{
+        (place := p.relative_to(ROOT).as_posix()): place
+        for pattern in ("benchmarks/*.md", "benchmarks/results/*.md")
+        for p in ROOT.glob(pattern)
+    },
     **{f"examples/{p.name}": f"examples/{p.stem}.md" for p in ROOT.glob("examples/*.py")},
     **{
         (place := p.relative_to(ROOT).as_posix()): f"sources/{place.removesuffix('.py')}.md"

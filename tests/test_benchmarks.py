@@ -2,6 +2,7 @@
 
 import random
 
+from benchmarks.faults import trace
 from benchmarks.schedules import false_growths, reference
 
 
@@ -28,3 +29,23 @@ def test_the_course_of_a_reference():
         reference.trial(course, 0.0, after, random.Random(0)) for after in ("keep", "reset")
     )
     assert (kept[0], reset[0]) == (1, 0), "growths by λ"
+
+
+def test_what_became_of_each_sample_in_a_run_with_a_fault():
+    def step(time, rank, number, *samples):
+        return {"time": time, "rank": rank, "step": number, "epoch": 0, "samples": samples}
+
+    half = len(trace.Lines()) // 2
+    records = [
+        {"time": 0.0},
+        {"time": 0.1},
+        step(1.0, 0, 1, *range(half)),
+        step(1.1, 1, 1, half),
+        step(2.0, 0, 2, half + 1),  # rank 1 was killed: this step is gone
+        {"time": 7.0},
+        step(8.0, 0, 2, half, half + 1, half + 2),
+    ]
+    found = trace.account(records, epochs=1)
+    assert (found.steps, found.redone, found.gap) == (2, 1, 6.0)
+    assert found.repeated == 1, "sample `half`, in steps 1 and 2"
+    assert found.lost == half - 3

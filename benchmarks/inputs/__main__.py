@@ -1,28 +1,28 @@
-"""`python -m benchmarks.inputs`: images per second of packing and of training input.
+"""Images per second of packing and of training input: `python -m benchmarks.inputs [--quick]`.
 
-A tree of JPEG files is drawn (`--images`, 100 to 500 pixels, ten classes) in `--folder`, or used
-again if it is there. Training input is measured in turns, one epoch each: torchvision's ImageFolder
-and DataLoader with RandomResizedCrop, flip, ToTensor and Normalize, in as many processes as there
-are cores; ours from packed JPEG, with the same transforms; ours from decoded pixels of the same
-size, with padded crops and flips. The fastest round of each counts.
-
-With `--train` a ResNet-18 (or `--model`) is trained for some steps of 64 images from packed JPEG,
-and the share of the time that it waited for data is printed.
+A tree of JPEG files is drawn (`--images`, 100 to 500 pixels, ten classes) beside `--folder`, or
+used again if it is there. Training input is measured in turns, one epoch each: torchvision's
+ImageFolder and DataLoader with RandomResizedCrop, flip, ToTensor and Normalize, in as many
+processes as there are cores; ours from packed JPEG, with the same transforms; ours from decoded
+pixels of the same size, with padded crops and flips. Then a ResNet-18 (or `--model`) is trained
+from packed JPEG, and the share of the time that it waits for data is measured.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
+from benchmarks import results
+from benchmarks.results import Comparison, Measure, Numbers
 from hpc_absa import models
 from hpc_absa.data.arrays import PackedReader
 from hpc_absa.data.loader import Loader
@@ -32,6 +32,7 @@ from hpc_absa.progress import SampleStream
 from hpc_absa.torchvision_import import torchvision
 
 BATCH, SIZE = 64, 224
+PEER, JPEG, PIXELS = "ImageFolder and DataLoader", "packed JPEG", "packed pixels"
 CORES = len(os.sched_getaffinity(0))
 
 
@@ -65,8 +66,16 @@ def theirs(folder: Path) -> Callable[[], int]:
             ]
         ),
     )
-    loader = torch.utils.data.DataLoader(dataset, BATCH, shuffle=True, num_workers=CORES)
+    loader = torch.utils.data.DataLoader(
+        dataset, BATCH, shuffle=True, num_workers=CORES, persistent_workers=True
+    )
     return lambda: sum(len(inputs) for inputs, _ in loader)
+
+
+def rate_of(epoch: Callable[[], int]) -> Numbers:
+    begin = time.perf_counter()
+    images = epoch()
+    return {"speed": images / (time.perf_counter() - begin)}
 
 
 def loader_of(dataset: PackedDataset) -> Loader:
@@ -115,44 +124,41 @@ def train(dataset: PackedDataset, name: str, steps: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--images", type=int, default=100_000)
+    parser = results.options(__doc__)
+    parser.add_argument("--images", type=int, default=20_000)
     parser.add_argument("--folder", type=Path, default=Path("data/drawn"))
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--train", type=int, default=0, metavar="STEPS")
     parser.add_argument("--model", default="resnet18")
-    arguments = parser.parse_args()
-    torch.set_num_threads(CORES if arguments.train else 1)
-    draw(arguments.folder, arguments.images)
-    with tempfile.TemporaryDirectory(dir=arguments.folder.parent) as temporary:
-        rates: dict[str, float] = {}
-        encoded, rates["packing, JPEG"] = packing(
-            arguments.folder, Path(temporary, "encoded.h5"), encoded=True
-        )
-        began = time.perf_counter()
+    options = parser.parse_args()
+    images, rounds = (600, 2) if options.quick else (options.images, options.rounds)
+    folder = options.folder.with_name(f"{options.folder.name}-{images}")
+    torch.set_num_threads(1)
+    draw(folder, images)
+    prepared = Comparison(
+        "Packing, and the first batch",
+        {"packing": Measure("images/s"), "first batch": Measure("s")},
+        PEER,
+    )
+    table = Comparison("Training input", {"speed": Measure("images/s", "higher")}, JPEG)
+    table.not_peers = (PIXELS,)
+    table.note = f"{images:,} images; {PIXELS}: padded crops of decoded images of 224 pixels."
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        encoded, rate = packing(folder, Path(temporary, "encoded.h5"), encoded=True)
+        begin = time.perf_counter()
         loader_of(encoded).get(0)
-        print(f"first batch from packed JPEG after {time.perf_counter() - began:.2f} s")
-        if arguments.train:
-            share = train(encoded, arguments.model, arguments.train)
-            print(f"{arguments.model}, batch {BATCH}: {share:.1%} of the time waiting for data")
-            return
-        decoded, rates["packing, pixels"] = packing(
-            arguments.folder, Path(temporary, "pixels.h5"), encoded=False
+        prepared.add(JPEG, {"packing": rate, "first batch": time.perf_counter() - begin})
+        decoded, rate = packing(folder, Path(temporary, "pixels.h5"), encoded=False)
+        prepared.add(PIXELS, {"packing": rate})
+        epochs = {PEER: theirs(folder), JPEG: ours(encoded), PIXELS: ours(decoded)}
+        table.run({name: partial(rate_of, epoch) for name, epoch in epochs.items()}, rounds)
+        torch.set_num_threads(CORES)
+        waiting = Comparison(
+            f"Training {options.model} on {JPEG}, batch {BATCH}",
+            {"waiting for data": Measure("%")},
+            "",
         )
-        sources = {
-            "ImageFolder and DataLoader": theirs(arguments.folder),
-            "packed JPEG": ours(encoded),
-            "packed pixels": ours(decoded),
-        }
-        for _ in range(arguments.rounds):
-            for name, epoch in sources.items():
-                began = time.perf_counter()
-                rates[name] = max(rates.get(name, 0), epoch() / (time.perf_counter() - began))
-    base = rates["ImageFolder and DataLoader"]
-    print("| | images/s | against ImageFolder |\n| --- | --: | --: |")
-    for name, rate in rates.items():
-        against = f"{rate / base:.2f} ×" if not name.startswith("packing,") else ""
-        print(f"| {name} | {rate:.0f} | {against} |")
+        share = train(encoded, options.model, 3 if options.quick else 30)
+        waiting.add(JPEG, {"waiting for data": 100 * share})
+    results.write("inputs", [prepared, table, waiting], options)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -9,13 +10,14 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.nn.parallel import DistributedDataParallel
 
-from benchmarks.elastic.plain import BATCH, EPOCHS, LanguageModel, Lines, loss_fn
+from benchmarks.faults import trace
+from benchmarks.faults.plain import BATCH, EPOCHS, LanguageModel, Lines, loss_fn
 
 SAVE_EVERY = 20
 
 
 def main(folder):
-    dist.init_process_group("gloo")
+    dist.init_process_group("gloo", timeout=timedelta(seconds=20))
     rank, size = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(0)
     model, train_set = DistributedDataParallel(LanguageModel()), Lines()
@@ -33,11 +35,13 @@ def main(folder):
         )
         step = state["step"]
     steps = len(train_set) // BATCH
+    trace.begin()
     while step < EPOCHS * steps:
         epoch, k = divmod(step, steps)
         order = torch.randperm(len(train_set), generator=torch.Generator().manual_seed(epoch))
         indices = order[k * BATCH : (k + 1) * BATCH][rank::size]
         inputs, targets = torch.utils.data.default_collate([train_set[int(i)] for i in indices])
+        trace.read(inputs)
         optimizer.zero_grad()
         loss_fn(model(inputs), targets).backward()
         optimizer.step()
@@ -46,19 +50,10 @@ def main(folder):
             weights, moments = get_state_dict(model, optimizer)
             state = {"model": weights, "optimizer": moments, "step": step}
             dcp.save(state, checkpoint_id=f"{saved}/{step:08d}")
-        trace(rank, step)
+        trace.step(rank, step, epoch)
     if rank == 0:
         torch.save(model.module.state_dict(), f"{folder}/model.pt")
     dist.destroy_process_group()
-
-
-def trace(rank, step):
-    """For the benchmark alone: when each step was done."""
-    from time import time
-
-    if rank == 0:
-        with open(os.environ["TRACE"], "a") as file:
-            file.write(f"{step} {time()}\n")
 
 
 if __name__ == "__main__":

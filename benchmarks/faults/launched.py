@@ -5,8 +5,8 @@ import sys
 import torch
 
 import hpc_absa as absa
-from benchmarks.elastic.plain import BATCH, EPOCHS, LanguageModel, Lines, loss_fn
-from benchmarks.elastic.torchrun import trace
+from benchmarks.faults import trace
+from benchmarks.faults.plain import BATCH, EPOCHS, LanguageModel, Lines, loss_fn
 
 
 def main(folder):
@@ -15,13 +15,16 @@ def main(folder):
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     with absa.Run(model=model, optimizer=optimizer, loss=loss_fn, dataset=train_set, epochs=EPOCHS,
                   schedule=absa.BL(base_batch=BATCH, max_batch=BATCH), microbatch=BATCH // 2,
-                  drop_last=True, checkpoint={"every_seconds": 1.0}) as run:  # fmt: skip
+                  reproducible=True, checkpoint={"every_seconds": 1.0}) as run:  # fmt: skip
+        trace.begin()
         for step in run:
             for inputs, targets in step.batches:
+                trace.read(inputs)
                 step.backward(loss_fn(model(inputs), targets))
             step.optimize()
-            trace(run.rank, step.number)
-    torch.save(model.state_dict(), f"{folder}/model.pt")
+            trace.step(run.rank, step.number, int(step.epoch))
+    if run.rank == 0:
+        torch.save(model.state_dict(), f"{folder}/model.pt")
 
 
 if __name__ == "__main__":

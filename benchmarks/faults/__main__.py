@@ -1,0 +1,192 @@
+"""The same faults in the same training under hpc_absa, Horovod Elastic, torchrun and Lightning.
+
+    python -m benchmarks.faults [--only NAME ...] [--quick]
+
+One small language model in steps of at least 0.15 s. Rank 1 kills (SIGKILL) or stops (SIGSTOP)
+itself after a step; the operator takes a rank away, or adds one. All save or commit every 20 steps
+or each second. `lost` and `repeated` count the samples that the final weights have not seen, or saw
+more than once in an epoch; `redone` the steps that were taken again from an earlier state. The
+weights are compared with those of the same system's undisturbed run on two ranks.
+
+Then the newest checkpoint of a run that was stopped at half of its steps is cut off, as by a crash,
+or gets four flipped bytes, and the run is continued.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from benchmarks import results
+from benchmarks.faults import trace
+from benchmarks.faults.systems import DETECTION, HERE, SYSTEMS, System
+from benchmarks.results import Comparison, Measure, Numbers
+
+CASES: dict[str, tuple[int, str]] = {
+    "undisturbed, 2 ranks": (2, ""),
+    "rank 1 of 2 is killed after step 50": (2, "50 kill"),
+    "rank 1 of 2 is stopped after step 50": (2, "50 stop"),
+    "from 2 ranks to 1 after step 50": (2, "50 ranks=1"),
+    "from 1 rank to 2 after step 50": (1, "50 ranks=2"),
+    "a kill, to 1 rank, to 2 ranks, a stop": (2, "30 kill,50 ranks=1,70 ranks=2,100 stop"),
+}
+QUICK: dict[str, tuple[int, str]] = {
+    "undisturbed, 2 ranks": (2, ""),
+    "rank 1 of 2 is killed after step 50": (2, "50 kill"),
+}
+PATIENCE = 180
+"""Seconds after which a run is taken to hang; undisturbed ones take about 30."""
+MEASURES = {
+    "end": Measure(""),
+    "samples lost": Measure(""),
+    "repeated": Measure(""),
+    "steps redone": Measure(""),
+    "longest time between steps": Measure("s", "lower"),
+    "wall time": Measure("s", "lower"),
+    "weights": Measure(""),
+}
+
+
+class Benchmark:
+    def __init__(self, root: Path, epochs: int, pace: float) -> None:
+        self.root, self.epochs, self.pace = root, epochs, pace
+        self.count = 0
+        self.reference: dict[str, str] = {}
+        """SHA-256 of the weights of the undisturbed run, by system."""
+
+    def new(self, name: str, events: str = "") -> System:
+        self.count += 1
+        folder = self.root / f"{self.count}"
+        return SYSTEMS[name](folder, self.epochs, self.pace, events)
+
+    def weights(self, system: System) -> str:
+        if not (system.folder / "model.pt").exists():
+            return "none"
+        state = torch.load(system.folder / "model.pt")
+        digest = hashlib.sha256()
+        for name in sorted(state):
+            digest.update(name.encode() + state[name].numpy().tobytes())
+        found = digest.hexdigest()
+        return "same bits" if found == self.reference.setdefault(system.name, found) else "other"
+
+    def replay(self, name: str, ranks: int, events: str) -> Numbers:
+        """One run with its faults."""
+        system, begin = self.new(name, events), time.time()
+        system.start(ranks)
+        for at, what in (event.split() for event in filter(None, events.split(","))):
+            if not what.startswith("ranks="):
+                continue
+            while system.running() and system.step() < int(at) and time.time() < begin + PATIENCE:
+                time.sleep(0.05)
+            if system.running():
+                system.resize(int(what.removeprefix("ranks=")))
+        end = system.wait(max(1.0, begin + PATIENCE - time.time()))
+        found = trace.account(system.records(), self.epochs)
+        return {
+            "end": end,
+            "samples lost": found.lost,
+            "repeated": found.repeated,
+            "steps redone": found.redone,
+            "longest time between steps": found.gap,
+            "wall time": time.time() - begin,
+            "weights": self.weights(system),
+        }
+
+    def half(self, name: str) -> System:
+        """A run that was stopped at half of its steps, as by a scheduler."""
+        system = self.new(name)
+        system.start(2)
+        while system.running() and system.step() < self.epochs * trace.STEPS // 2:
+            time.sleep(0.05)
+        system.interrupt()
+        return system
+
+    def damaged(self, name: str, half: System, damage: Callable[[Path], None]) -> Numbers:
+        """A copy of it with a damaged checkpoint, continued."""
+        system = self.new(name)
+        shutil.copytree(half.folder, system.folder, dirs_exist_ok=True)
+        damage(newest(system.folder))
+        system.start(2)
+        return {"end": system.wait(PATIENCE), "weights": self.weights(system)}
+
+
+def newest(folder: Path) -> Path:
+    """The largest file of the newest checkpoint."""
+    files = [*folder.glob("saved/*/*.distcp"), *folder.glob("run/checkpoints/step-*.h5")]
+    if last := [*folder.glob("saved/last.ckpt")]:
+        return last[0]
+    newest = max(str(path.parent if path.suffix == ".distcp" else path) for path in files)
+    return max((p for p in files if str(p).startswith(newest)), key=lambda p: p.stat().st_size)
+
+
+def cut_off(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    (path.parent / ".metadata").unlink(missing_ok=True)  # DCP writes it last
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 4] = (255 - byte for byte in content[middle : middle + 4])
+    path.write_bytes(content)
+
+
+def changed_lines(script: str) -> int:
+    """Changed or added lines of a script against plain.py, without those for this benchmark."""
+
+    def code(name: str) -> list[str]:
+        lines = (HERE / f"{name}.py").read_text().split('"""', 2)[2].splitlines()
+        kept = (line.strip() for line in lines)
+        return [s for s in kept if s and "trac" not in s.lower() and "benchmarks." not in s]
+
+    plain, own = code("plain"), code(script)
+    return sum(line.startswith("+ ") for line in difflib.ndiff(plain, own))
+
+
+def main() -> None:
+    parser = results.options(__doc__)
+    parser.set_defaults(rounds=3)
+    parser.add_argument("--only", nargs="+", choices=[*SYSTEMS], default=[*SYSTEMS], metavar="NAME")
+    parser.add_argument("--case", action="append", help="words of a case's title; repeatable")
+    options = parser.parse_args()
+    rounds = 1 if options.quick else options.rounds
+    cases = {
+        title: case
+        for title, case in (QUICK if options.quick else CASES).items()
+        if not options.case or any(words in title for words in ("undisturbed", *options.case))
+    }
+    tables = [Comparison("Lines", {"changed or added lines": Measure("")}, "hpc_absa")]
+    tables[0].note = "Against plain.py, for one process; without those that record the trace."
+    for name in options.only:
+        tables[0].add(name, {"changed or added lines": changed_lines(SYSTEMS[name].script)})
+    with tempfile.TemporaryDirectory(prefix="faults-") as root:
+        benchmark = Benchmark(Path(root), *((2, 0.05) if options.quick else (4, 0.15)))
+        for title, (ranks, events) in cases.items():
+            table = Comparison(title[0].upper() + title[1:], MEASURES, "hpc_absa")
+            contenders = {n: partial(benchmark.replay, n, ranks, events) for n in options.only}
+            table.run(contenders, rounds, warmups=0)
+            tables.append(table)
+        tables[-1].note = f"A rank is taken to have failed after {DETECTION} s without an answer."
+        with_files = [name for name in options.only if name != "Horovod Elastic"]
+        if not options.quick and not options.case:
+            halves = {name: benchmark.half(name) for name in with_files}
+            for how in (cut_off, flip):
+                title = f"The newest checkpoint is damaged: {how.__name__.replace('_', ' ')}"
+                table = Comparison(title, {"end": Measure(""), "weights": Measure("")}, "hpc_absa")
+                table.run(
+                    {n: partial(benchmark.damaged, n, halves[n], how) for n in with_files}, 1, 0
+                )
+                tables.append(table)
+    results.write("faults", tables, options, packages=("lightning", "torchdata"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,172 @@
+"""How each system starts a script, and how its operator takes ranks away and adds them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from benchmarks.faults import trace
+
+HERE, BIN = Path(__file__).parent, Path(sys.executable).parent
+DETECTION = 20
+"""Seconds without an answer after which a rank has failed, in each system that can be told so."""
+
+
+class System:
+    """One run in `folder`."""
+
+    name = ""
+    script = ""
+
+    def __init__(self, folder: Path, epochs: int, pace: float, events: str = "") -> None:
+        self.folder, self.epochs = folder, epochs
+        self.processes: list[subprocess.Popen[bytes]] = []
+        paths = [str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")]
+        self.environment = os.environ | {
+            "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+            "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+            "PYTHONUNBUFFERED": "1",
+            "OMP_NUM_THREADS": "1",
+            "TRACE": str(folder / "trace"),
+            "EPOCHS": str(epochs),
+            "PACE": str(pace),
+            "EVENTS": events,
+        }
+        folder.mkdir(exist_ok=True)
+
+    @property
+    def module(self) -> list[str]:
+        return ["-m", f"benchmarks.faults.{self.script}", str(self.folder)]
+
+    def start(self, ranks: int) -> None:
+        raise NotImplementedError
+
+    def resize(self, ranks: int) -> None:
+        raise NotImplementedError
+
+    def spawn(self, *words: str) -> None:
+        with (self.folder / "output").open("ab") as output:
+            options = {"env": self.environment, "stdout": output, "stderr": output}
+            self.processes.append(
+                subprocess.Popen(words, stdin=subprocess.DEVNULL, start_new_session=True, **options)  # type: ignore[call-overload]
+            )
+
+    def records(self) -> list[dict]:
+        return trace.records(self.folder / "trace")
+
+    def step(self) -> int:
+        """The newest one."""
+        steps = [record["step"] for record in self.records() if "step" in record]
+        return steps[-1] if steps else 0
+
+    def running(self) -> bool:
+        return any(process.poll() is None for process in self.processes)
+
+    def interrupt(self) -> None:
+        """Ask it to end, as a scheduler does."""
+        for process in self.processes:
+            process.send_signal(signal.SIGTERM)
+        self.wait(60)
+
+    def wait(self, seconds: float) -> str:
+        """How it ended; what is left of it is killed."""
+        end = time.monotonic() + seconds
+        while self.running() and time.monotonic() < end:
+            time.sleep(0.05)
+        hangs = self.running()
+        for process in self.processes:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        for pid in {record["pid"] for record in self.records()}:
+            self._kill(pid)
+        if hangs:
+            return f"hangs for {seconds:.0f} s"
+        status = max((process.returncode for process in self.processes), key=abs)
+        return "done" if status == 0 else f"exit status {status}"
+
+    def _kill(self, pid: int) -> None:
+        """A rank that its launcher has left."""
+        try:
+            if f"TRACE={self.folder}/trace".encode() in Path(f"/proc/{pid}/environ").read_bytes():
+                os.kill(pid, signal.SIGKILL)
+        except OSError:
+            pass
+
+
+class HpcAbsa(System):
+    name, script = "hpc_absa", "launched"
+
+    def start(self, ranks: int) -> None:
+        options = [f"--ranks={ranks}", f"--max-ranks={ranks}", f"--run-dir={self.folder}/run"]
+        options += [f"--set=launch.heartbeat_timeout={DETECTION}", "--allow-changed=command"]
+        launch = [sys.executable, "-m", "hpc_absa", "launch", *options]
+        self.spawn(*launch, "--", "python", *self.module)
+
+    def resize(self, ranks: int) -> None:
+        self.interrupt()
+        self.processes.clear()
+        self.start(ranks)
+
+
+class Torchrun(System):
+    """A node per rank; a node leaves when its agent is terminated."""
+
+    name, script = "torchrun + DCP", "torchrun"
+    port = 0
+
+    def start(self, ranks: int) -> None:
+        if not self.port:
+            with socket.socket() as free:
+                free.bind(("localhost", 0))
+                self.port = free.getsockname()[1]
+        for _ in range(ranks):
+            self._join()
+
+    def _join(self) -> None:
+        options = ["--nnodes=1:2", "--nproc-per-node=1", "--max-restarts=3", "--rdzv-id=1"]
+        options += ["--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{self.port}"]
+        self.spawn(str(BIN / "torchrun"), *options, "--local-addr=localhost", *self.module)
+
+    def resize(self, ranks: int) -> None:
+        while len(self.processes) > ranks:
+            leaving = self.processes.pop()
+            leaving.send_signal(signal.SIGTERM)
+            leaving.wait()
+        while len(self.processes) < ranks:
+            self._join()
+
+
+class Lightning(Torchrun):
+    name, script = "Lightning", "lightning_ddp"
+
+
+class HorovodElastic(System):
+    """Two hosts, both this machine under two names."""
+
+    name, script = "Horovod Elastic", "horovod_elastic"
+
+    def start(self, ranks: int) -> None:
+        self.environment |= {"HOROVOD_GLOO_TIMEOUT_SECONDS": str(DETECTION)}
+        discovery = self.folder / "discover"
+        discovery.write_text(f"#!/bin/sh\ncat {self.folder}/hosts\n")
+        discovery.chmod(0o755)
+        self.resize(ranks)
+        options = ["-np", str(ranks), "--min-np", "1", "--max-np", "2", "--network-interface", "lo"]
+        options += ["--host-discovery-script", str(discovery)]
+        self.spawn(str(BIN / "horovodrun"), *options, sys.executable, *self.module)
+
+    def resize(self, ranks: int) -> None:
+        hosts = ("localhost:1\n", "127.0.0.1:1\n")[:ranks]
+        (self.folder / "hosts.new").write_text("".join(hosts))
+        (self.folder / "hosts.new").replace(self.folder / "hosts")
+
+
+SYSTEMS: dict[str, type[System]] = {
+    cls.name: cls for cls in (HpcAbsa, HorovodElastic, Torchrun, Lightning)
+}

@@ -14,8 +14,10 @@ or gets four flipped bytes, and the run is continued.
 
 from __future__ import annotations
 
+import ast
 import difflib
 import hashlib
+import re
 import shutil
 import tempfile
 import time
@@ -100,6 +102,20 @@ class Benchmark:
             "weights": self.weights(system),
         }
 
+    def example(self, name: str, events: str) -> Numbers:
+        """The model of examples/language_model.py; rank 1 is killed after 20 steps if `events`."""
+        system, begin = self.new(name, events), time.time()
+        system.runs_example = True
+        system.start(2)
+        end = system.wait(PATIENCE)
+        losses = re.findall(r"loss (\d+\.\d+)", (system.folder / "output").read_text())
+        return {
+            "end": end,
+            "test loss": losses[-1] if losses else "none",
+            "wall time": time.time() - begin,
+            "lines": code_lines(HERE.parents[1] / system.example),
+        }
+
     def half(self, name: str) -> System:
         """A run that was stopped at half of its steps, as by a scheduler."""
         system = self.new(name)
@@ -151,6 +167,20 @@ def changed_lines(script: str) -> int:
     return sum(line.startswith("+ ") for line in difflib.ndiff(plain, own))
 
 
+def code_lines(path: Path) -> int:
+    """Of the training alone: no model and data, imports, docstrings, comments and blank lines."""
+    text = path.read_text()
+    lines, shared = text.splitlines(), {"text", "collate", "LanguageModel", "loss_fn"}
+    counted: set[int] = set()
+    for part in ast.parse(text).body:
+        if isinstance(part, (ast.FunctionDef, ast.ClassDef)) and part.name not in shared:
+            counted |= set(range(part.lineno, part.end_lineno + 1))
+            for node in ast.walk(part):
+                if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+                    counted -= set(range(node.lineno, node.end_lineno + 1))
+    return sum(bool(line := lines[k - 1].strip()) and line[0] != "#" for k in counted)
+
+
 def main() -> None:
     parser = results.options(__doc__)
     parser.set_defaults(rounds=3)
@@ -175,6 +205,13 @@ def main() -> None:
             table.run(contenders, rounds, warmups=0)
             tables.append(table)
         tables[-1].note = f"A rank is taken to have failed after {DETECTION} s without an answer."
+        measures = dict.fromkeys(("end", "test loss", "wall time", "lines"), Measure(""))
+        for title, events in {"undisturbed": "", "rank 1 of 2 is killed": "kill"}.items():
+            table = Comparison(f"examples/language_model.py, {title}", measures, "hpc_absa")
+            with_example = [name for name in options.only if SYSTEMS[name].example]
+            if not options.quick and not options.case:
+                table.run({n: partial(benchmark.example, n, events) for n in with_example}, 1, 0)
+                tables.append(table)
         with_files = [name for name in options.only if name != "Horovod Elastic"]
         if not options.quick and not options.case:
             halves = {name: benchmark.half(name) for name in with_files}

@@ -22,6 +22,10 @@ class System:
 
     name = ""
     script = ""
+    """Module of this folder that trains the small model."""
+    example = ""
+    """File, from the repository's root, that trains the model of examples/language_model.py."""
+    runs_example = False
 
     def __init__(self, folder: Path, epochs: int, pace: float, events: str = "") -> None:
         self.folder, self.epochs = folder, epochs
@@ -41,6 +45,9 @@ class System:
 
     @property
     def module(self) -> list[str]:
+        if self.runs_example:
+            example = str(HERE.parents[1] / self.example)
+            return ["-m", "benchmarks.faults.victim", example, str(self.folder / "saved")]
         return ["-m", f"benchmarks.faults.{self.script}", str(self.folder)]
 
     def start(self, ranks: int) -> None:
@@ -101,6 +108,7 @@ class System:
 
 class HpcAbsa(System):
     name, script = "hpc_absa", "launched"
+    example = "examples/language_model.py"
 
     def start(self, ranks: int) -> None:
         options = [f"--ranks={ranks}", f"--max-ranks={ranks}", f"--run-dir={self.folder}/run"]
@@ -118,6 +126,7 @@ class Torchrun(System):
     """A node per rank; a node leaves when its agent is terminated."""
 
     name, script = "torchrun + DCP", "torchrun"
+    example = "benchmarks/library/language_model_torchrun.py"
     port = 0
 
     def start(self, ranks: int) -> None:
@@ -143,13 +152,14 @@ class Torchrun(System):
 
 
 class Lightning(Torchrun):
-    name, script = "Lightning", "lightning_ddp"
+    name, script, example = "Lightning", "lightning_ddp", ""
 
 
 class HorovodElastic(System):
     """Two hosts, both this machine under two names."""
 
     name, script = "Horovod Elastic", "horovod_elastic"
+    example = "benchmarks/library/language_model_horovod.py"
 
     def start(self, ranks: int) -> None:
         self.environment |= {"HOROVOD_GLOO_TIMEOUT_SECONDS": str(DETECTION)}

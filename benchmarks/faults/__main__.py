@@ -2,7 +2,7 @@
 
     python -m benchmarks.faults [--only NAME ...] [--quick]
 
-One small language model in steps of at least 0.15 s. Rank 1 kills (SIGKILL) or stops (SIGSTOP)
+One small language model in 102 steps of at least 0.1 s. Rank 1 kills (SIGKILL) or stops (SIGSTOP)
 itself after a step; the operator takes a rank away, or adds one. All save or commit every 20 steps
 or each second. `lost` and `repeated` count the samples that the final weights have not seen, or saw
 more than once in an epoch; `redone` the steps that were taken again from an earlier state. The
@@ -34,18 +34,18 @@ from benchmarks.results import Comparison, Measure, Numbers
 
 CASES: dict[str, tuple[int, str]] = {
     "undisturbed, 2 ranks": (2, ""),
-    "rank 1 of 2 is killed after step 50": (2, "50 kill"),
-    "rank 1 of 2 is stopped after step 50": (2, "50 stop"),
-    "from 2 ranks to 1 after step 50": (2, "50 ranks=1"),
-    "from 1 rank to 2 after step 50": (1, "50 ranks=2"),
-    "a kill, to 1 rank, to 2 ranks, a stop": (2, "30 kill,50 ranks=1,70 ranks=2,100 stop"),
+    "rank 1 of 2 is killed after step 30": (2, "30 kill"),
+    "rank 1 of 2 is stopped after step 30": (2, "30 stop"),
+    "from 2 ranks to 1 after step 30": (2, "30 ranks=1"),
+    "from 1 rank to 2 after step 30": (1, "30 ranks=2"),
+    "a kill, to 1 rank, to 2 ranks, a stop": (2, "15 kill,30 ranks=1,45 ranks=2,75 stop"),
 }
 QUICK: dict[str, tuple[int, str]] = {
     "undisturbed, 2 ranks": (2, ""),
-    "rank 1 of 2 is killed after step 50": (2, "50 kill"),
+    "rank 1 of 2 is killed after step 30": (2, "30 kill"),
 }
 PATIENCE = 180
-"""Seconds after which a run is taken to hang; undisturbed ones take about 30."""
+"""Seconds after which a run is taken to hang; undisturbed ones take about 20."""
 MEASURES = {
     "end": Measure(""),
     "samples lost": Measure(""),
@@ -198,7 +198,7 @@ def main() -> None:
     for name in options.only:
         tables[0].add(name, {"changed or added lines": changed_lines(SYSTEMS[name].script)})
     with tempfile.TemporaryDirectory(prefix="faults-") as root:
-        benchmark = Benchmark(Path(root), *((2, 0.05) if options.quick else (4, 0.15)))
+        benchmark = Benchmark(Path(root), *((2, 0.05) if options.quick else (3, 0.1)))
         for title, (ranks, events) in cases.items():
             table = Comparison(title[0].upper() + title[1:], MEASURES, "hpc_absa")
             contenders = {n: partial(benchmark.replay, n, ranks, events) for n in options.only}

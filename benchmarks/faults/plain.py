@@ -7,7 +7,7 @@ import sys
 import torch
 from torch import nn
 
-BATCH, EPOCHS, CONTEXT, WIDTH = 64, int(os.environ.get("EPOCHS", "4")), 32, 32
+BATCH, EPOCHS, CONTEXT, WIDTH = 64, int(os.environ.get("EPOCHS", "3")), 32, 32
 STEPS = 34
 """Of one epoch."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -90,20 +91,22 @@ class System:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-        for pid in {record["pid"] for record in self.records()}:
-            self._kill(pid)
+        for pid in self._left():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         if hangs:
             return f"hangs for {seconds:.0f} s"
         status = max((process.returncode for process in self.processes), key=abs)
         return "done" if status == 0 else f"exit status {status}"
 
-    def _kill(self, pid: int) -> None:
-        """A rank that its launcher has left."""
-        try:
-            if f"TRACE={self.folder}/trace".encode() in Path(f"/proc/{pid}/environ").read_bytes():
-                os.kill(pid, signal.SIGKILL)
-        except OSError:
-            pass
+    def _left(self) -> list[int]:
+        """Ranks that their launcher has left."""
+        mine, found = f"TRACE={self.folder}/trace".encode(), []
+        for path in Path("/proc").glob("[0-9]*/environ"):
+            with contextlib.suppress(OSError):
+                if mine in path.read_bytes().split(b"\0"):
+                    found.append(int(path.parent.name))
+        return found
 
 
 class HpcAbsa(System):
@@ -134,8 +137,14 @@ class Torchrun(System):
             with socket.socket() as free:
                 free.bind(("localhost", 0))
                 self.port = free.getsockname()[1]
-        for _ in range(ranks):
-            self._join()
+        self._join()
+        while self.running() and not self._listens():  # the first agent has the store
+            time.sleep(0.1)
+        self.resize(ranks)
+
+    def _listens(self) -> bool:
+        with socket.socket() as one:
+            return one.connect_ex(("localhost", self.port)) == 0
 
     def _join(self) -> None:
         options = ["--nnodes=1:2", "--nproc-per-node=1", "--max-restarts=3", "--rdzv-id=1"]

@@ -19,6 +19,8 @@ import difflib
 import hashlib
 import re
 import shutil
+import signal
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -45,7 +47,7 @@ QUICK: dict[str, tuple[int, str]] = {
     "rank 1 of 2 is killed after step 30": (2, "30 kill"),
 }
 PATIENCE = 180
-"""Seconds after which a run is taken to hang; undisturbed ones take about 20."""
+"""Seconds, besides three times an undisturbed run, after which a run is taken to hang."""
 MEASURES = {
     "end": Measure(""),
     "samples lost": Measure(""),
@@ -60,14 +62,22 @@ MEASURES = {
 class Benchmark:
     def __init__(self, root: Path, epochs: int, pace: float) -> None:
         self.root, self.epochs, self.pace = root, epochs, pace
-        self.count = 0
+        self.systems: list[System] = []
+        self.patience: dict[str, float] = {}
+        """By system: `PATIENCE`, and what a busy machine adds."""
         self.reference: dict[str, str] = {}
         """SHA-256 of the weights of the undisturbed run, by system."""
 
     def new(self, name: str, events: str = "") -> System:
-        self.count += 1
-        folder = self.root / f"{self.count}"
-        return SYSTEMS[name](folder, self.epochs, self.pace, events)
+        folder = self.root / f"{len(self.systems)}"
+        self.systems.append(SYSTEMS[name](folder, self.epochs, self.pace, events))
+        return self.systems[-1]
+
+    def close(self) -> None:
+        """Kill what still runs after an interruption."""
+        for system in self.systems:
+            if system.running():
+                system.wait(0)
 
     def weights(self, system: System) -> str:
         if not (system.folder / "model.pt").exists():
@@ -82,15 +92,17 @@ class Benchmark:
     def replay(self, name: str, ranks: int, events: str) -> Numbers:
         """One run with its faults."""
         system, begin = self.new(name, events), time.time()
+        patience = self.patience.get(name, PATIENCE)
         system.start(ranks)
         for at, what in (event.split() for event in filter(None, events.split(","))):
             if not what.startswith("ranks="):
                 continue
-            while system.running() and system.step() < int(at) and time.time() < begin + PATIENCE:
+            while system.running() and system.step() < int(at) and time.time() < begin + patience:
                 time.sleep(0.05)
             if system.running():
                 system.resize(int(what.removeprefix("ranks=")))
-        end = system.wait(max(1.0, begin + PATIENCE - time.time()))
+        end = system.wait(max(1.0, begin + patience - time.time()))
+        self.patience.setdefault(name, PATIENCE + 3 * (time.time() - begin))
         found = trace.account(system.records(), self.epochs)
         return {
             "end": end,
@@ -104,7 +116,7 @@ class Benchmark:
 
     def example(self, name: str, events: str) -> Numbers:
         """The model of examples/language_model.py; rank 1 is killed after 20 steps if `events`."""
-        system, begin = self.new(name, events), time.time()
+        system = self.new(name, events)
         system.runs_example = True
         system.start(2)
         end = system.wait(PATIENCE)
@@ -112,7 +124,6 @@ class Benchmark:
         return {
             "end": end,
             "test loss": losses[-1] if losses else "none",
-            "wall time": time.time() - begin,
             "lines": code_lines(HERE.parents[1] / system.example),
         }
 
@@ -181,47 +192,71 @@ def code_lines(path: Path) -> int:
     return sum(bool(line := lines[k - 1].strip()) and line[0] != "#" for k in counted)
 
 
+def lines_of_code(names: list[str]) -> Comparison:
+    table = Comparison("Changed or added lines", {"lines": Measure("")}, "hpc_absa")
+    table.note = "Against plain.py, for one process; without those that record the trace."
+    for name in names:
+        table.add(name, {"lines": changed_lines(SYSTEMS[name].script)})
+    return table
+
+
+def replays(
+    benchmark: Benchmark, names: list[str], rounds: int, words: list[str]
+) -> list[Comparison]:
+    tables = []
+    for title, (ranks, events) in (QUICK if benchmark.epochs == 2 else CASES).items():
+        if words and not any(w in title for w in ("undisturbed", *words)):
+            continue
+        table = Comparison(title[0].upper() + title[1:], MEASURES, "hpc_absa")
+        contenders = {name: partial(benchmark.replay, name, ranks, events) for name in names}
+        table.run(contenders, rounds, warmups=0)
+        tables.append(table)
+    tables[
+        -1
+    ].note = f"A rank has failed after {DETECTION} s without an answer, if a system is told."
+    return tables
+
+
+def examples(benchmark: Benchmark, names: list[str]) -> list[Comparison]:
+    tables = []
+    measures = {"end": Measure(""), "test loss": Measure(""), "lines": Measure("")}
+    for title, events in {"undisturbed": "", "rank 1 of 2 is killed": "kill"}.items():
+        table = Comparison(f"examples/language_model.py, {title}", measures, "hpc_absa")
+        contenders = {n: partial(benchmark.example, n, events) for n in names if SYSTEMS[n].example}
+        table.run(contenders, rounds=1, warmups=0)
+        tables.append(table)
+    return tables
+
+
+def damages(benchmark: Benchmark, names: list[str]) -> list[Comparison]:
+    tables = []
+    halves = {name: benchmark.half(name) for name in names if SYSTEMS[name].writes_files}
+    for title, damage in {"is cut off": cut_off, "has four flipped bytes": flip}.items():
+        measures = {"end": Measure(""), "weights": Measure("")}
+        table = Comparison(f"The newest checkpoint {title}", measures, "hpc_absa")
+        contenders = {n: partial(benchmark.damaged, n, half, damage) for n, half in halves.items()}
+        table.run(contenders, rounds=1, warmups=0)
+        tables.append(table)
+    return tables
+
+
 def main() -> None:
     parser = results.options(__doc__)
     parser.set_defaults(rounds=3)
     parser.add_argument("--only", nargs="+", choices=[*SYSTEMS], default=[*SYSTEMS], metavar="NAME")
-    parser.add_argument("--case", action="append", help="words of a case's title; repeatable")
+    parser.add_argument("--case", action="append", default=[], help="words of a case's title")
     options = parser.parse_args()
-    rounds = 1 if options.quick else options.rounds
-    cases = {
-        title: case
-        for title, case in (QUICK if options.quick else CASES).items()
-        if not options.case or any(words in title for words in ("undisturbed", *options.case))
-    }
-    tables = [Comparison("Lines", {"changed or added lines": Measure("")}, "hpc_absa")]
-    tables[0].note = "Against plain.py, for one process; without those that record the trace."
-    for name in options.only:
-        tables[0].add(name, {"changed or added lines": changed_lines(SYSTEMS[name].script)})
-    with tempfile.TemporaryDirectory(prefix="faults-") as root:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    tables = [lines_of_code(options.only)]
+    with tempfile.TemporaryDirectory(prefix="faults-", ignore_cleanup_errors=True) as root:
         benchmark = Benchmark(Path(root), *((2, 0.05) if options.quick else (3, 0.1)))
-        for title, (ranks, events) in cases.items():
-            table = Comparison(title[0].upper() + title[1:], MEASURES, "hpc_absa")
-            contenders = {n: partial(benchmark.replay, n, ranks, events) for n in options.only}
-            table.run(contenders, rounds, warmups=0)
-            tables.append(table)
-        tables[-1].note = f"A rank is taken to have failed after {DETECTION} s without an answer."
-        measures = dict.fromkeys(("end", "test loss", "wall time", "lines"), Measure(""))
-        for title, events in {"undisturbed": "", "rank 1 of 2 is killed": "kill"}.items():
-            table = Comparison(f"examples/language_model.py, {title}", measures, "hpc_absa")
-            with_example = [name for name in options.only if SYSTEMS[name].example]
+        try:
+            rounds = 1 if options.quick else options.rounds
+            tables += replays(benchmark, options.only, rounds, options.case)
             if not options.quick and not options.case:
-                table.run({n: partial(benchmark.example, n, events) for n in with_example}, 1, 0)
-                tables.append(table)
-        with_files = [name for name in options.only if name != "Horovod Elastic"]
-        if not options.quick and not options.case:
-            halves = {name: benchmark.half(name) for name in with_files}
-            for how in (cut_off, flip):
-                title = f"The newest checkpoint is damaged: {how.__name__.replace('_', ' ')}"
-                table = Comparison(title, {"end": Measure(""), "weights": Measure("")}, "hpc_absa")
-                table.run(
-                    {n: partial(benchmark.damaged, n, halves[n], how) for n in with_files}, 1, 0
-                )
-                tables.append(table)
+                tables += examples(benchmark, options.only) + damages(benchmark, options.only)
+        finally:
+            benchmark.close()
     results.write("faults", tables, options, packages=("lightning", "torchdata"))
 
 

@@ -4,14 +4,18 @@ import os
 import sys
 from datetime import timedelta
 
-import lightning
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.strategies import DDPStrategy
 from torchdata.stateful_dataloader import StatefulDataLoader
+from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
 
 from benchmarks.faults import trace
 from benchmarks.faults.plain import BATCH, EPOCHS, LanguageModel, Lines, loss_fn
+from hpc_absa.torchvision_import import prepare_torchvision
+
+prepare_torchvision()  # Lightning imports it, which fails beside a PyTorch for CPUs
+import lightning  # noqa: E402
+from lightning.pytorch.callbacks import ModelCheckpoint  # noqa: E402
+from lightning.pytorch.strategies import DDPStrategy  # noqa: E402
 
 SAVE_EVERY = 20
 
@@ -40,14 +44,16 @@ class Tracing(lightning.Callback):
 
 def main(folder):
     lightning.seed_everything(0)
-    nodes = int(os.environ["GROUP_WORLD_SIZE"])
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     module, train_set = Module(), Lines()
-    loader = StatefulDataLoader(train_set, BATCH // nodes, shuffle=True, drop_last=True)
+    # without a sampler Lightning adds one that begins another order after a restart
+    sampler = StatefulDistributedSampler(train_set, size, rank, seed=0)
+    loader = StatefulDataLoader(train_set, BATCH // size, sampler=sampler, drop_last=True)
     saving = ModelCheckpoint(f"{folder}/saved", every_n_train_steps=SAVE_EVERY, save_last=True)
     trainer = lightning.Trainer(
         accelerator="cpu",
-        devices=1,
-        num_nodes=nodes,
+        devices=int(os.environ["LOCAL_WORLD_SIZE"]),
+        num_nodes=int(os.environ["GROUP_WORLD_SIZE"]),
         strategy=DDPStrategy(timeout=timedelta(seconds=20)),
         max_epochs=EPOCHS,
         callbacks=[saving, Tracing()],

@@ -27,6 +27,8 @@ class System:
     example = ""
     """File, from the repository's root, that trains the model of examples/language_model.py."""
     runs_example = False
+    writes_files = True
+    """Checkpoints."""
 
     def __init__(self, folder: Path, epochs: int, pace: float, events: str = "") -> None:
         self.folder, self.epochs = folder, epochs
@@ -79,7 +81,7 @@ class System:
         """Ask it to end, as a scheduler does."""
         for process in self.processes:
             process.send_signal(signal.SIGTERM)
-        self.wait(60)
+        self.wait(120)
 
     def wait(self, seconds: float) -> str:
         """How it ended; what is left of it is killed."""
@@ -126,13 +128,17 @@ class HpcAbsa(System):
 
 
 class Torchrun(System):
-    """A node per rank; a node leaves when its agent is terminated."""
+    """One agent for all ranks; where their number changes, an agent (a node) for each."""
 
     name, script = "torchrun + DCP", "torchrun"
     example = "benchmarks/library/language_model_torchrun.py"
     port = 0
 
     def start(self, ranks: int) -> None:
+        if "ranks=" not in self.environment["EVENTS"]:
+            options = ["--standalone", f"--nproc-per-node={ranks}", "--max-restarts=3"]
+            self.spawn(str(BIN / "torchrun"), *options, *self.module)
+            return
         if not self.port:
             with socket.socket() as free:
                 free.bind(("localhost", 0))
@@ -169,6 +175,7 @@ class HorovodElastic(System):
 
     name, script = "Horovod Elastic", "horovod_elastic"
     example = "benchmarks/library/language_model_horovod.py"
+    writes_files = False
 
     def start(self, ranks: int) -> None:
         self.environment |= {"HOROVOD_GLOO_TIMEOUT_SECONDS": str(DETECTION)}

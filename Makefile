@@ -33,6 +33,8 @@ test: setup check ## run the checks of `make check`, then the test suite
 soak: setup ## run the long tests with injected faults: kills, signals, damage, failing disks
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
 
+bench bench-quick: export PYTHONPATH := $(CURDIR)
+
 bench: bench-environment ## run all benchmarks; nothing else should run on the machine (about two hours)
 	$(BENCH_VENV)/bin/python -m benchmarks $(BENCH)
 

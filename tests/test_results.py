@@ -40,5 +40,7 @@ def test_contenders_run_in_turns_and_one_that_fails_is_named(tmp_path, capsys):
     content = json.loads((tmp_path / "example.json").read_text())
     assert content["comparisons"][0]["summary"]["ours"]["speed"]["range"] == [20, 24]
     assert content["about"]["cores"]
+    index = (tmp_path / "README.md").read_text()
+    assert "- two ranks: ours: speed 22 samples/s, 2.00 × as good as slow" in index
     write("example", [table], options("").parse_args(["--quick", "--out", str(tmp_path)]))
     assert (tmp_path / "quick/example.md").exists()

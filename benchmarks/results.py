@@ -150,7 +150,8 @@ class Comparison:
             if best := self.best_other(key):
                 lines.append(f"- {key}: {self.baseline} is {best[1]:.2f} × as good as {best[0]}")
         lines += [f"- {name}: no result: {why}" for name, why in self.problems.items()]
-        return [*lines, *(["", self.note] if self.note else []), ""]
+        lines += [""] if lines[-1] else []
+        return [*lines, *([self.note, ""] if self.note else [])]
 
 
 def median(values: Sequence[Value] | None) -> Value:

@@ -18,7 +18,7 @@ def main(folder):
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     optimizer = hvd.DistributedOptimizer(optimizer, named_parameters=model.named_parameters())
     sampler = hvd.elastic.ElasticSampler(train_set)
-    loader = torch.utils.data.DataLoader(train_set, BATCH // 2, sampler=sampler, drop_last=True)
+    loader = torch.utils.data.DataLoader(train_set, BATCH // 2, sampler=sampler)
 
     @hvd.elastic.run
     def train(state):

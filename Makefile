@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 SCRIPTS := $(wildcard launch/*.sh) .ci/run
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo docs test test-browser test-mpi test-clusters soak bench bench-quick bench-environment check format clean distclean
+.PHONY: help setup demo docs test test-browser test-mpi test-clusters soak bench bench-quick bench-setup check format clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -35,13 +35,13 @@ soak: setup ## run the long tests with injected faults: kills, signals, damage, 
 
 bench bench-quick: export PYTHONPATH := $(CURDIR)
 
-bench: bench-environment ## run all benchmarks; nothing else should run on the machine (about two hours)
+bench: bench-setup ## run all benchmarks; nothing else should run on the machine (about two hours)
 	$(BENCH_VENV)/bin/python -m benchmarks $(BENCH)
 
-bench-quick: bench-environment ## run a cut of all benchmarks, ten minutes
+bench-quick: bench-setup ## run a cut of all benchmarks, ten minutes
 	$(BENCH_VENV)/bin/python -m benchmarks --quick $(BENCH)
 
-bench-environment: # with the peers, so that .venv stays without them
+bench-setup: ## build .venv-bench, with the peers of the benchmarks
 	@VENV=$(BENCH_VENV) launch/bootstrap.sh
 	$(BENCH_VENV)/bin/python -m pip install --quiet --editable '.[bench]'
 

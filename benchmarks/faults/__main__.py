@@ -32,6 +32,7 @@ import torch
 
 from benchmarks import results
 from benchmarks.faults import trace
+from benchmarks.faults.plain import STEPS
 from benchmarks.faults.systems import DETECTION, HERE, SYSTEMS, System
 from benchmarks.results import Comparison, Measure, Numbers
 
@@ -132,7 +133,7 @@ class Benchmark:
         """A run that was stopped at half of its steps, as by a scheduler."""
         system = self.new(name)
         system.start(2)
-        while system.running() and system.step() < self.epochs * trace.STEPS // 2:
+        while system.running() and system.step() < self.epochs * STEPS // 2:
             time.sleep(0.05)
         system.interrupt()
         return system

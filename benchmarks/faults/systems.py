@@ -178,7 +178,8 @@ class HorovodElastic(System):
     writes_files = False
 
     def start(self, ranks: int) -> None:
-        self.environment |= {"HOROVOD_GLOO_TIMEOUT_SECONDS": str(DETECTION)}
+        for name in ("GLOO_TIMEOUT", "STALL_CHECK_TIME", "STALL_SHUTDOWN_TIME"):
+            self.environment[f"HOROVOD_{name}_SECONDS"] = str(DETECTION)
         discovery = self.folder / "discover"
         discovery.write_text(f"#!/bin/sh\ncat {self.folder}/hosts\n")
         discovery.chmod(0o755)

@@ -35,7 +35,7 @@ soak: setup ## run the long tests with injected faults: kills, signals, damage, 
 
 bench bench-quick: export PYTHONPATH := $(CURDIR)
 
-bench: bench-setup ## run all benchmarks; nothing else should run on the machine (about two hours)
+bench: bench-setup ## run all benchmarks, for hours; nothing else should run on the machine
 	$(BENCH_VENV)/bin/python -m benchmarks $(BENCH)
 
 bench-quick: bench-setup ## run a cut of all benchmarks, ten minutes

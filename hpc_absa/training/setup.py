@@ -291,10 +291,12 @@ def build_metrics(job: Job, dataset: DataSet, loss: Loss) -> tuple[Metric, ...]:
         if len(set(names)) < len(names):
             raise UsageError(f"train.metrics = {names}: expected different names")
         return chosen
-    classes, sequences = len(dataset.classes), False
     if isinstance(dataset, MapDataset):
         targets = dataset.example.targets
         classes, sequences = 0, isinstance(targets, Tensor) and targets.dim() > 1
+    else:
+        labels = dataset.train.labels
+        classes, sequences = len(dataset.classes) * (labels.ndim == 1), labels.ndim > 1
     return metrics.default(job.train.loss, loss, ignored, classes=classes, sequences=sequences)
 
 

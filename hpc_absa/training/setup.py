@@ -29,7 +29,6 @@ from hpc_absa.progress import Position, Progress, SampleStream
 from hpc_absa.rundir import RunDir
 from hpc_absa.schedules import Rule
 from hpc_absa.schedules import build as build_rule
-from hpc_absa.torchvision_import import prepare_torchvision
 from hpc_absa.training import layer_rates, metrics
 from hpc_absa.training import optimizer as optimizers
 from hpc_absa.training.clock import Clock
@@ -68,7 +67,6 @@ def build_trainer(
     Raises:
         CollectiveError: on all ranks, for a user's error on any rank.
     """
-    prepare_torchvision()
     torch.set_num_threads(threads_per_rank(job, comm.local_size))
     device = raise_on_all_ranks(comm, lambda: device_of(job, comm))
     if device.type == "cuda":

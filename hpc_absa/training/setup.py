@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TextIO
 
@@ -189,8 +189,14 @@ def build_run(
     *,
     data_digest: str,
     resumed_from: str | None,
+    rank_limit: int | None = None,
+    environment: Mapping[str, str] | None = None,
 ) -> Run:
-    """The run of these parts, with the settings of the job."""
+    """The run of these parts, with the settings of the job.
+
+    Without `rank_limit`, the largest number of ranks is the job's; `environment` is added to
+    `phase_start` events.
+    """
     checkpointer = AsyncCheckpointer(
         manager,
         comm,
@@ -199,7 +205,7 @@ def build_run(
         on_error=job.checkpoint.on_error,
         warn=log.save_failed,
     )
-    limit = worldsize.limit(job)
+    limit = rank_limit or worldsize.limit(job)
     options = RunOptions(
         seed=job.seed,
         data_digest=data_digest,
@@ -210,7 +216,11 @@ def build_run(
         on_nonfinite_loss=job.train.on_nonfinite_loss,
         resumed_from=resumed_from,
         previous_phase=resized_from(directory),
-        environment={"threads_per_rank": torch.get_num_threads(), "device": str(engine.device)},
+        environment={
+            "threads_per_rank": torch.get_num_threads(),
+            "device": str(engine.device),
+            **(environment or {}),
+        },
     )
     return Run(
         comm=comm,

@@ -230,12 +230,13 @@ class HorovodCommunicator:
     def broadcast_object(self, value: Any, root: int = 0) -> Any:
         if self._mpi:
             return self._mpi.bcast(value, root=root)
-        return self._hvd.broadcast_object(value, root_rank=root)
+        # Horovod's default is the type's name, which may differ between ranks
+        return self._hvd.broadcast_object(value, root_rank=root, name="object")
 
     def allgather_object(self, value: Any) -> list[Any]:
         if self._mpi:
             return list(self._mpi.allgather(value))
-        return list(self._hvd.allgather_object(value))
+        return list(self._hvd.allgather_object(value, name="objects"))
 
     def exchange_calls(self, value: Any) -> list[Any]:
         if self._calls:

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from hpc_absa.torchvision_import import prepare_torchvision
+
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from hpc_absa.curvature.standalone import spectrum, top_eigenvalue
+    from hpc_absa.data.datasets import Datasets
     from hpc_absa.errors import HpcAbsaError
     from hpc_absa.schedules import ABS, ABSA, BL, FB, GG, GNS, ABSATuned, UserDefined
     from hpc_absa.training.contents import Checkpoint, load_checkpoint
@@ -27,6 +30,7 @@ _MODULES = {
         ("ABS", "ABSA", "ABSATuned", "BL", "FB", "GG", "GNS", "UserDefined"), "schedules"
     ),
     "Checkpoint": "training.contents",
+    "Datasets": "data.datasets",
     "load_checkpoint": "training.contents",
     "spectrum": "curvature.standalone",
     "top_eigenvalue": "curvature.standalone",
@@ -43,6 +47,7 @@ __all__ = [
     "GNS",
     "ABSATuned",
     "Checkpoint",
+    "Datasets",
     "HpcAbsaError",
     "Run",
     "Step",
@@ -52,6 +57,9 @@ __all__ = [
     "spectrum",
     "top_eigenvalue",
 ]
+
+
+prepare_torchvision()
 
 
 def __getattr__(name: str) -> Any:

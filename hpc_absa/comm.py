@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from array import array
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
@@ -78,10 +79,18 @@ class Communicator(Protocol):
         """Every rank's small Python object, by rank, on every rank."""
         ...
 
-    def exchange_heartbeats(self) -> bool:
-        """Send a heartbeat to the next rank; whether one arrived from the previous rank.
+    def exchange_calls(self, value: Any) -> list[Any]:
+        """As `allgather_object`; never mixed up with another collective that other ranks are in."""
+        ...
 
-        Not a collective; called from one thread of its own. Always True without MPI.
+    def exchange_heartbeats(self, mark: int) -> int | None:
+        """Send a heartbeat with `mark` to the next rank.
+
+        Not a collective; called from one thread of its own.
+
+        Returns:
+            The newest mark from the previous rank, None if no heartbeat has arrived since the last
+            call; `mark` itself without MPI.
         """
         ...
 
@@ -122,8 +131,10 @@ class SerialCommunicator:
     def allgather_object(self, value: Any) -> list[Any]:
         return [value]
 
-    def exchange_heartbeats(self) -> bool:
-        return True
+    exchange_calls = allgather_object
+
+    def exchange_heartbeats(self, mark: int) -> int | None:
+        return mark
 
     def abort(self, status: int) -> None:
         os._exit(status)
@@ -147,8 +158,8 @@ class HorovodCommunicator:
             os.environ.setdefault(name, value)
         self._hvd = hvd
         self._mpi = self._duplicate_world()
-        self._heartbeats = self._mpi.Dup() if self._mpi else None
-        self._heartbeat_request: Any = None
+        self._calls, self._heartbeats = (self._mpi.Dup() if self._mpi else None for _ in range(2))
+        self._heartbeat: tuple[Any, Any] | None = None
         hvd.init()
         self.rank, self.size = hvd.rank(), hvd.size()
         self.local_rank, self.local_size = hvd.local_rank(), hvd.local_size()
@@ -219,27 +230,31 @@ class HorovodCommunicator:
     def broadcast_object(self, value: Any, root: int = 0) -> Any:
         if self._mpi:
             return self._mpi.bcast(value, root=root)
-        return self._hvd.broadcast_object(value, root_rank=root)
+        # Horovod's default is the type's name, which may differ between ranks
+        return self._hvd.broadcast_object(value, root_rank=root, name="object")
 
     def allgather_object(self, value: Any) -> list[Any]:
         if self._mpi:
             return list(self._mpi.allgather(value))
-        return list(self._hvd.allgather_object(value))
+        return list(self._hvd.allgather_object(value, name="objects"))
 
-    def exchange_heartbeats(self) -> bool:
-        """An empty message around the ring of ranks."""
+    def exchange_calls(self, value: Any) -> list[Any]:
+        if self._calls:
+            return list(self._calls.allgather(value))
+        return list(self._hvd.allgather_object(value, name="calls"))
+
+    def exchange_heartbeats(self, mark: int) -> int | None:
+        """A number around the ring of ranks."""
         if self._heartbeats is None or self.size == 1:
-            return True
-        from mpi4py import MPI
-
-        if self._heartbeat_request is None or self._heartbeat_request.Test():
-            following = (self.rank + 1) % self.size
-            self._heartbeat_request = self._heartbeats.Isend([None, 0, MPI.BYTE], following)
-        arrived, previous = False, (self.rank - 1) % self.size
+            return mark
+        if self._heartbeat is None or self._heartbeat[0].Test():
+            sent = array("q", [mark])  # MPI reads it later
+            self._heartbeat = self._heartbeats.Isend(sent, (self.rank + 1) % self.size), sent
+        received, previous = None, (self.rank - 1) % self.size
         while self._heartbeats.Iprobe(previous):
-            self._heartbeats.Recv([None, 0, MPI.BYTE], previous)
-            arrived = True
-        return arrived
+            self._heartbeats.Recv(arrived := array("q", [0]), previous)
+            received = arrived[0]
+        return received
 
     def abort(self, status: int) -> None:
         """MPI ends every rank; without MPI, horovodrun ends the others when this process exits."""

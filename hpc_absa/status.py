@@ -6,6 +6,7 @@ Neither torch nor HDF5 is imported, so that the answer comes quickly.
 from __future__ import annotations
 
 import math
+import os
 import shlex
 import time
 from collections.abc import Mapping, Sequence
@@ -152,7 +153,7 @@ def status(path: Path, now: float | None = None, history: History | None = None)
         last_event_age=_known(age),
         lock=lock,
         chain=chain,
-        next_command=_next_command(state, run),
+        next_command=_next_command(state, run, events),
     )
 
 
@@ -237,7 +238,7 @@ def seconds_left(kept: Sequence[Event], epochs_left: float) -> float | None:
     return None
 
 
-def _next_command(state: State, run: RunDir) -> str | None:
+def _next_command(state: State, run: RunDir, events: Sequence[Event]) -> str | None:
     if state in ("running", "queued"):
         return None
     folder = shlex.quote(str(run.path))
@@ -245,6 +246,14 @@ def _next_command(state: State, run: RunDir) -> str | None:
         return f"hpc-absa report {folder}"
     if run.is_script:
         return f"hpc-absa launch --run-dir {folder}"
+    start = next((e for e in reversed(events) if e["event"] == "phase_start"), {})
+    if command := start.get("command"):  # of a script that was started by hand
+        command = (
+            f"mpirun -np {ranks} {command}" if (ranks := start.get("ranks", 1)) != 1 else command
+        )
+        directory = str(start.get("directory"))
+        elsewhere = directory != os.getcwd()
+        return f"cd {shlex.quote(directory)} && {command}" if elsewhere else str(command)
     return f"hpc-absa run {shlex.quote(str(run.job))} --run-dir {folder}"
 
 

@@ -6,7 +6,6 @@ import importlib
 import sys
 from collections.abc import Sequence
 from functools import cache
-from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from types import ModuleType
 from typing import Any
@@ -50,7 +49,7 @@ def prepare_torchvision() -> None:
         sys.meta_path.insert(0, _Finder())
 
 
-class _Finder(MetaPathFinder):
+class _Finder:
     """Finds torchvision only, with another loader."""
 
     def find_spec(
@@ -80,8 +79,7 @@ class _Loader(SourceFileLoader):
 
 
 def _declare_operators() -> None:
-    import torch
-
+    torch: Any = sys.modules["torch"]  # torchvision has imported it
     library = torch.library.Library("torchvision", "FRAGMENT")
     for operator in ("nms", "qnms"):
         if not hasattr(torch.ops.torchvision, operator):

@@ -1,6 +1,7 @@
 #!/bin/bash
 # A job in one LSF allocation:
 #   JOB=jobs/digits.toml bsub -env "all" < launch/lsf.sh
+#   JOB="--max-ranks 8 -- python train.py" bsub -env "all" < launch/lsf.sh
 # It starts on one rank and uses more of the allocation as it grows; slots come from
 # $LSB_DJOB_HOSTFILE. Adapt the #BSUB lines and the module line to your site.
 #BSUB -J hpc-absa
@@ -17,6 +18,12 @@ set -euo pipefail
 source "${VENV:-.venv}/bin/activate"
 
 # -wt 2 -wa USR1: the signal comes two minutes before the time is up, and hpc-absa saves on it.
-# blaunch reaches the job's other hosts where ssh is not allowed.
 # Exit status 75: saved but not finished; the same bsub command continues.
-exec hpc-absa run "${JOB:?JOB=jobs/digits.toml bsub ...}" --launcher mpirun --set launch.rsh_agent=blaunch
+# JOB is split into words as the shell does: JOBFILE [OPTION]... or [OPTION]... -- COMMAND...
+eval "set -- ${JOB:?expected JOB=jobs/digits.toml bsub ...}"
+# blaunch reaches the job's other hosts where ssh is not allowed.
+options=(--launcher mpirun --set launch.rsh_agent=blaunch)
+case $1 in
+  -*) exec hpc-absa launch "${options[@]}" "$@" ;;
+  *) exec hpc-absa run "$@" "${options[@]}" ;;
+esac

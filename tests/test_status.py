@@ -52,6 +52,18 @@ def test_not_started(tmp_path):
     assert "not started" in printed(now)
 
 
+def test_a_script_that_was_started_by_hand_is_continued_by_hand(tmp_path, monkeypatch):
+    begun = {"command": "python train.py --lr 1", "directory": str(tmp_path)}
+    log = Log(tmp_path).start(**begun)
+    assert status(tmp_path).next_command == f"cd {tmp_path} && python train.py --lr 1"
+    monkeypatch.chdir(tmp_path)
+    assert status(tmp_path).next_command == "python train.py --lr 1"
+    log.start(**begun, ranks=2)
+    assert status(tmp_path).next_command == "mpirun -np 2 python train.py --lr 1"
+    RunDir(tmp_path).write_launch("")
+    assert status(tmp_path).next_command == f"hpc-absa launch --run-dir {tmp_path}"
+
+
 def test_running(tmp_path):
     log = Log(tmp_path).start().train_epoch(0.8, seconds=4.0).decide(9.5)
     write_lock(log, os.getpid())

@@ -74,6 +74,11 @@ def correct(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
     with torch.no_grad():
         outputs = model(inputs.clone())
     require_attackable(inputs, outputs)
+    if targets.is_floating_point() or targets.dim() != 1:
+        raise UsageError(
+            f"attack: targets are {targets.dtype} {list(targets.shape)}, expected the class of "
+            "each sample"
+        )
     return outputs.argmax(1) == targets
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import pickle
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,29 +95,31 @@ class MapDataset:
 
     is_image = False
 
-    def __init__(self, name: str, datasets: Datasets) -> None:
+    def __init__(self, name: str, datasets: Datasets, origin: str = "") -> None:
         """Reads a few samples.
 
         Args:
-            name: as in the job, for messages.
+            name: as in the job.
             datasets: training and test set.
+            origin: begins messages; by default the key and the name.
 
         Raises:
             UsageError: a sample cannot be read or collated, or differs when it is read again.
         """
         self.name, self.datasets = name, datasets
+        self.origin = origin or f"data.name = {name!r}"
         self.train, self.test = datasets.train, datasets.test
         classes = datasets.classes
         names = map(str, range(classes)) if isinstance(classes, int) else classes or ()
         self.classes = tuple(names)
         with plugins.user_code(
-            f"data.name = {name!r}: reading and collating samples",
-            "samples of different sizes need a collate_fn (hpc_absa.data.datasets.Datasets)",
+            f"{self.origin}: reading and collating samples",
+            "samples of different sizes need a collate_fn (hpc_absa.Datasets)",
         ):
             self.digest = _digest(datasets)
             if self.digest != _digest(datasets):
                 raise UsageError(
-                    f"data.name = {name!r}: its samples differ when they are read again; expected "
+                    f"{self.origin}: its samples differ when they are read again; expected "
                     "randomness from the global generators of random, numpy and torch only, which "
                     "are seeded for each sample"
                 )
@@ -229,8 +232,15 @@ class _Pending:
     future: Any
 
     def result(self) -> Batch:
-        with plugins.user_code(f"data.name = {self.reader.dataset.name!r}: in a worker process"):
-            batch = self.future.result()
+        origin = self.reader.dataset.origin
+        with plugins.user_code(f"{origin}: in a worker process"):
+            try:
+                batch = self.future.result()
+            except BrokenProcessPool:
+                raise UsageError(
+                    f"{origin}: a worker process ended, see its error above; without one, it may "
+                    "have been killed for its memory"
+                ) from None
         return self.reader._on_device(pickle.loads(batch) if isinstance(batch, bytes) else batch)
 
     def cancel(self) -> None:

@@ -35,8 +35,8 @@ class Split:
     images: Any
     """uint8 [N, C, H, W] for images, float32 [N, C, ...] for other data: an array, or
     `encoded.EncodedImages`."""
-    labels: NDArray[np.int64]
-    """[N], from 0."""
+    labels: NDArray[Any]
+    """Classes int64 [N], from 0; or targets float32 [N] or [N, L]."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -76,11 +76,8 @@ class PackedDataset:
     @property
     def offered(self) -> dict[str, int]:
         """What a model's builder may take."""
-        return {
-            "channels": self.channels,
-            "image_size": self.image_size,
-            "classes": len(self.classes),
-        }
+        offered = {"channels": self.channels, "image_size": self.image_size}
+        return offered | ({"classes": len(self.classes)} if self.classes else {})
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -219,10 +216,11 @@ def _mapped(dataset: h5py.Dataset, path: Path) -> NDArray[Any]:
 def _checked(dataset: PackedDataset, read_all: bool) -> PackedDataset:
     """After the checks of every source; `read_all`: also of values, in files that lack them."""
     for name, split in (("train", dataset.train), ("test", dataset.test)):
-        if split.labels.dtype != np.int64 or split.images.dtype not in (np.uint8, np.float32):
+        types = split.labels.dtype, split.images.dtype
+        if types[0] not in (np.int64, np.float32) or types[1] not in (np.uint8, np.float32):
             raise ValueError(
-                f"/{name} has labels {split.labels.dtype} and images {split.images.dtype}, "
-                "expected int64, and uint8 or float32"
+                f"/{name} has labels {types[0]} and images {types[1]}, expected int64 or float32, "
+                "and uint8 or float32"
             )
     train, test = (
         Samples.from_arrays(split.images, split.labels, part)

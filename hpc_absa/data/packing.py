@@ -86,7 +86,7 @@ def _write_arrays(
     for part, samples in (("train", source.train), ("test", source.test)):
         images_shape = (len(samples), *samples.shape)
         offset = reserve(layout.id, f"{part}/images", samples.dtype, images_shape)
-        labels = reserve(layout.id, f"{part}/labels", samples.labels.dtype, (len(samples),))
+        labels = reserve(layout.id, f"{part}/labels", samples.labels.dtype, samples.labels.shape)
         for block in samples.blocks():
             data = block.data.cast("B")
             write_at(descriptor, data, offset)

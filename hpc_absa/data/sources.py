@@ -26,7 +26,10 @@ _EXPECTED = (
     "expected uint8 [N, C, H, W] for images or floating-point [N, F] or [N, C, ...] for other "
     "data; return a torch.utils.data.Dataset for inputs of another kind"
 )
-_OTHER_TARGETS = "return a torch.utils.data.Dataset for targets of another kind"
+_EXPECTED_LABELS = (
+    "expected integers [N], the class index of each sample, or floating-point [N] or [N, L]; "
+    "return a torch.utils.data.Dataset for targets of another kind"
+)
 
 
 @dataclass(frozen=True)
@@ -36,8 +39,9 @@ class Samples:
     `Source` checks and converts them.
     """
 
-    labels: NDArray[np.int64]
-    """[N], from 0 up to the number of classes; integers of any width or booleans."""
+    labels: NDArray[Any]
+    """Classes [N], from 0 up to their number, integers of any width or booleans; or targets [N] or
+    [N, L] of floating point, for regression and several labels."""
     shape: tuple[int, ...]
     """Of one sample: (C, H, W) for images, (F,) or (C, ...) for other data."""
     dtype: np.dtype[Any]
@@ -54,7 +58,8 @@ class Samples:
 
     @classmethod
     def from_arrays(cls, images: ArrayLike, labels: ArrayLike, part: str = "train") -> Samples:
-        """Samples in memory: images uint8 [N, C, H, W] or float [N, F] or [N, C, ...], labels [N].
+        """Samples in memory: images uint8 [N, C, H, W] or float [N, F] or [N, C, ...], labels as
+        in `Samples`.
 
         Raises:
             UsageError: Not arrays, or of different lengths; `part` names them.
@@ -62,10 +67,10 @@ class Samples:
         pixels, classes = _array(images, f"{part} images"), _array(labels, f"{part} labels")
         if pixels.ndim < 2:
             raise UsageError(f"{part} images are {_type(pixels)}, {_EXPECTED}")
-        if classes.shape != pixels.shape[:1]:
+        if classes.shape[:1] != pixels.shape[:1]:
             raise UsageError(
-                f"{part} labels are {_type(classes)}, expected integers [{len(pixels)}], the "
-                f"class index of each sample; {_OTHER_TARGETS}"
+                f"{part} labels are {_type(classes)}, expected one for each of the {len(pixels)} "
+                "samples"
             )
 
         def blocks() -> Iterator[NDArray[Any]]:
@@ -76,7 +81,7 @@ class Samples:
         return cls(classes, pixels.shape[1:], pixels.dtype, blocks)
 
     def checked(self, part: str) -> Samples:
-        """The same with int64 labels and contiguous blocks of uint8 or float32.
+        """The same with int64 or float32 labels and contiguous blocks of uint8 or float32.
 
         Blocks are checked as they are read: number, shape, type, and no NaN or infinite values.
 
@@ -84,11 +89,12 @@ class Samples:
             UsageError: What cannot be converted without loss, here or from `blocks`.
         """
         labels = _array(self.labels, f"{part} labels")
-        if labels.dtype.kind not in "biu" or labels.ndim != 1:
-            raise UsageError(
-                f"{part} labels are {_type(labels)}, expected integers [N], the class index of "
-                f"each sample; {_OTHER_TARGETS}"
-            )
+        is_class = labels.dtype.kind in "biu" and labels.ndim == 1
+        if not is_class and not (labels.dtype.kind == "f" and labels.ndim in (1, 2)):
+            raise UsageError(f"{part} labels are {_type(labels)}, {_EXPECTED_LABELS}")
+        with np.errstate(over="ignore"):  # becomes infinite, and is refused
+            labels = np.ascontiguousarray(labels, np.int64 if is_class else np.float32)
+        _require_finite(labels, f"the label of {part} sample")
         shape, given = tuple(int(n) for n in self.shape), np.dtype(self.dtype)
         declared = f"{given} {list(shape)}"
         is_image = given == np.uint8 and len(shape) == 3
@@ -114,12 +120,8 @@ class Samples:
                     )
                 with np.errstate(over="ignore"):  # becomes infinite, and is refused
                     block = np.ascontiguousarray(block, dtype)
-                if not is_image and not (finite := np.isfinite(block)).all():
-                    first = seen + int(finite.reshape(len(block), -1).all(1).argmin())
-                    raise UsageError(
-                        f"{part} sample {first} has NaN or infinite values (as float32); remove "
-                        "the sample or replace them"
-                    )
+                if not is_image:
+                    _require_finite(block, f"{part} sample", seen)
                 seen += len(block)
                 if seen > len(labels):
                     break
@@ -129,7 +131,7 @@ class Samples:
                 counted = "more" if seen > len(labels) else seen
                 raise UsageError(f"the {part} set has {len(labels)} labels but {counted} images")
 
-        return Samples(labels.astype(np.int64), shape, dtype, blocks)
+        return Samples(labels, shape, dtype, blocks)
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,8 @@ class Source:
     train: Samples
     test: Samples
     classes: Sequence[str]
-    """Names, by label; stored as a tuple of str. Integers and numpy's types are converted."""
+    """Names of the classes, or of the L labels of targets [N, L]; stored as a tuple of str.
+    Integers and numpy's types are converted."""
     mean: NDArray[np.float64] | None = None
     """[C], for normalisation; None: measured on the training pixels, 0 for float data."""
     std: NDArray[np.float64] | None = None
@@ -159,11 +162,23 @@ class Source:
         """
         train, test = self.train.checked("train"), self.test.checked("test")
         classes = _class_names(self.classes)
+        kinds = [(samples.labels.dtype, samples.labels.shape[1:]) for samples in (train, test)]
+        if kinds[0] != kinds[1]:
+            raise UsageError(
+                f"training labels are {_type(train.labels)} and test labels "
+                f"{_type(test.labels)}, expected the same kind"
+            )
+        is_class = train.labels.dtype == np.int64
         for part, samples in (("train", train), ("test", test)):
             labels = samples.labels
             if len(labels) == 0:
                 raise UsageError(f"the {part} set is empty, expected at least one sample")
-            if labels.min() < 0 or labels.max() >= len(classes):
+            if labels.ndim == 2 and labels.shape[1] != len(classes):
+                raise UsageError(
+                    f"{part} labels are {_type(labels)}, and there are {len(classes)} classes: "
+                    "expected as many columns"
+                )
+            if is_class and (labels.min() < 0 or labels.max() >= len(classes)):
                 raise UsageError(
                     f"{part} labels are from {labels.min()} to {labels.max()}, "
                     f"expected 0 to {len(classes) - 1} for {len(classes)} classes"
@@ -173,9 +188,10 @@ class Source:
                 f"training samples are {train.dtype} {list(train.shape)} and test samples "
                 f"{test.dtype} {list(test.shape)}, expected the same"
             )
-        absent = len(classes) - np.count_nonzero(np.bincount(train.labels, minlength=len(classes)))
-        if absent:
-            self.notes["classes without training samples"] = int(absent)
+        if is_class:
+            present = np.count_nonzero(np.bincount(train.labels, minlength=len(classes)))
+            if absent := len(classes) - int(present):
+                self.notes["classes without training samples"] = absent
         mean, std = (
             None if value is None else _channels(key, value, train.shape[0])
             for key, value in (("mean", self.mean), ("std", self.std))
@@ -216,10 +232,10 @@ class Source:
 
         Args:
             train_images: uint8 [N, C, H, W], or floating-point [N, F] or [N, C, ...].
-            train_labels: Integers [N], from 0.
+            train_labels: Integers [N], from 0; or floating-point [N] or [N, L].
             test_images: As `train_images`.
             test_labels: As `train_labels`.
-            classes: Names by label; `"0"`, `"1"`, … if None.
+            classes: Names by label; `"0"`, `"1"`, … if None, and none for targets [N].
             mean: See `Source.mean`.
             std: See `Source.std`.
 
@@ -230,7 +246,10 @@ class Source:
         test = Samples.from_arrays(test_images, test_labels, "test")
         if classes is None:
             both = (train.checked("train").labels, test.checked("test").labels)
-            classes = range(1 + max(int(labels.max(initial=-1)) for labels in both))
+            if both[0].dtype == np.int64:
+                classes = range(1 + max(int(labels.max(initial=-1)) for labels in both))
+            else:
+                classes = range(both[0].shape[1] if both[0].ndim == 2 else 0)
         return cls(train, test, classes, mean, std)  # type: ignore[arg-type]  # converted there
 
 
@@ -251,6 +270,16 @@ def _array(value: Any, title: str) -> NDArray[Any]:
     except (TypeError, ValueError, RuntimeError) as error:
         # Lists of different lengths, or a tensor on a GPU or with gradients.
         raise UsageError(f"{title} cannot be converted to a numpy array ({error})") from error
+
+
+def _require_finite(values: NDArray[Any], title: str, first: int = 0) -> None:
+    """Refuse NaN and infinite values; `title` and a number from `first` on name the sample."""
+    if not (finite := np.isfinite(values)).all():
+        sample = first + int(finite.reshape(len(values), -1).all(1).argmin())
+        raise UsageError(
+            f"{title} {sample} has NaN or infinite values (as float32); remove the sample or "
+            "replace them"
+        )
 
 
 def _type(array: NDArray[Any]) -> str:

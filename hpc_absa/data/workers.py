@@ -47,8 +47,8 @@ class Workers:
         """
         context = torch.multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["hpc_absa.data.datasets"])
-        hint = "define what it consists of at the top level of a module, or set data.workers = 0"
-        with plugins.user_code(f"data.workers = {count}: sending {dataset.name} to them", hint):
+        hint = "define what it consists of at the top level of a module, or use no workers"
+        with plugins.user_code(f"{dataset.origin}: sending it to {count} worker processes", hint):
             # not by torch's own pickler, which sends an open file for every tensor
             data = pickle.dumps(dataset.datasets, protocol=5)
         self._pool = ProcessPoolExecutor(count, context, initializer=_begin, initargs=(data, seed))

@@ -109,6 +109,12 @@ def cross_entropy(
     """
     require_tensors("cross_entropy", outputs, targets)
     if targets.is_floating_point():
+        if targets.shape != outputs.shape:
+            raise UsageError(
+                f"cross_entropy: targets are {targets.dtype} {list(targets.shape)}, expected "
+                f"classes (integers), or probabilities {list(outputs.shape)}; for numbers choose "
+                "the loss mse, l1 or huber"
+            )
         return F.cross_entropy(outputs, targets, weight, label_smoothing=label_smoothing)
     if targets.dim() == 1 and ignore_index is None and weight is None:
         # no class is ignored: a target of -100 is an error

@@ -139,9 +139,13 @@ class ScriptProgram(Program):
         return self.settings.ranks.initial
 
     def job(self, run: RunDir) -> Job:
-        job = config.load(run.job, warn=False)
-        ranks = job.ranks.model_copy(update=self.settings.ranks.model_dump())
-        return job.model_copy(update={"ranks": ranks})
+        job, limits = config.load(run.job, warn=False), self.settings.ranks
+        stated = [most for most in (job.ranks.max, limits.max) if most]
+        bounds = {
+            "initial": max(job.ranks.initial, limits.initial),
+            "max": min(stated, default=None),
+        }
+        return job.model_copy(update={"ranks": job.ranks.model_copy(update=bounds)})
 
     def failed(self, ended: Exit, began: bool) -> Failure | None:
         command, status = shlex.join(self.settings.command), f"exited with status {ended.code}"
@@ -169,9 +173,10 @@ class ScriptProgram(Program):
         ranks = "*" if rank is None else f"{rank:04d}"
         for log in sorted(run.logs.glob(f"phase-*-rank-{ranks}.log"), reverse=True):
             if log.stat().st_mtime >= since - CLOCK_TOLERANCE:
-                _, mark, lines = log.read_text(errors="replace").rpartition(TRACEBACK)
-                if mark:
-                    return [TRACEBACK, *lines.strip("\n").splitlines()[-MOST_LINES:]]
+                _, mark, text = log.read_text(errors="replace").rpartition(TRACEBACK)
+                lines = text.strip("\n").splitlines()
+                if mark and lines and not lines[-1].startswith(" "):  # not cut off by a kill
+                    return [TRACEBACK, *lines[-MOST_LINES:]]
         return []
 
     def _require_same(self, run: RunDir) -> None:

@@ -33,7 +33,8 @@ def next_ranks(program: Program, run: RunDir, limit: int) -> int:
         return program.initial_ranks(limit)
     if saved.next_ranks and saved.rank_limit == limit:  # the user may have raised the initial ones
         return max(saved.next_ranks, program.settings.ranks.initial)
-    return ranks_for(program.job(run), saved.global_batch, limit)
+    job = program.job(run)
+    return ranks_for(job, saved.global_batch, min(limit, job.ranks.max or limit))
 
 
 def finished(run: RunDir) -> Event | None:

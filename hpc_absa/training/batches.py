@@ -30,7 +30,7 @@ def open_dataset(dataset: Any, collate_fn: Collate | None) -> MapDataset:
     collate = partial(_collate, collate_fn or default_collate)
     datasets = as_datasets(Datasets(dataset, collate_fn=collate))
     assert datasets is not None
-    return MapDataset(NAME, datasets)
+    return MapDataset(NAME, datasets, "absa.Run: dataset")
 
 
 def _collate(collate_fn: Collate, samples: list[Any]) -> tuple[Any, None]:

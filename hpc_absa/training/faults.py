@@ -22,6 +22,7 @@ import torch
 
 from hpc_absa.comm import Communicator
 from hpc_absa.errors import ExitStatus
+from hpc_absa.training.calls import Calls
 from hpc_absa.training.clock import Clock
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
@@ -140,7 +141,8 @@ class Watchdog:
     Every rank sends a heartbeat to the next one each second, in a thread and over MPI. A rank that
     is stopped (SIGSTOP), swapped out, or on a host that died sends none, while the others, which
     wait for it in a collective, continue to send theirs. A rank whose file system hangs or whose
-    model loops for ever does send them, but has spent too long on one microbatch.
+    model loops for ever does send them, but has spent too long on one microbatch. Heartbeats also
+    carry which collective call a script is in: other ranks may be in another one.
     """
 
     def __init__(
@@ -150,7 +152,8 @@ class Watchdog:
         clock: Clock,
         heartbeat_timeout: float,
         progress_timeout: float,
-        on_hang: Callable[[str, int, str], None],
+        on_failure: Callable[[str, int, str, ExitStatus], None],
+        calls: Calls,
     ) -> None:
         """Start to watch this rank and the previous one.
 
@@ -160,9 +163,12 @@ class Watchdog:
             clock: shows what this rank is doing.
             heartbeat_timeout: seconds without a heartbeat after which a rank has failed.
             progress_timeout: seconds that reading or computing one microbatch may take.
-            on_hang: called with the reason, the failed rank and its host; ends all ranks.
+            on_failure: called with the reason, the failed rank, its host and the exit status;
+                ends all ranks.
+            calls: of this rank's script.
         """
-        self._comm, self._hosts, self._clock, self._on_hang = comm, hosts, clock, on_hang
+        self._comm, self._hosts, self._clock, self._calls = comm, hosts, clock, calls
+        self._on_failure = on_failure
         self._heartbeat_timeout, self._progress_timeout = heartbeat_timeout, progress_timeout
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -180,8 +186,12 @@ class Watchdog:
         while not self._closed.wait(HEARTBEAT_INTERVAL):
             now = time.monotonic()
             suspended, last_run = now - last_run > SUSPENDED_SECONDS, now
-            if self._comm.exchange_heartbeats() or suspended:
+            mark = self._comm.exchange_heartbeats(self._calls.mark)
+            if mark is not None or suspended:
                 heartbeat = now
+            if mark and (conflict := self._calls.conflict(previous, mark)):
+                self._on_failure(conflict, previous, self._hosts[previous], ExitStatus.USAGE)
+                return
             if (current := self._clock.activity()) != activity or suspended:
                 activity, progress = current, now
             if now - heartbeat > self._heartbeat_timeout:
@@ -195,4 +205,4 @@ class Watchdog:
 
     def _fail(self, rank: int, why: str) -> None:
         host = self._hosts[rank]
-        self._on_hang(f"rank {rank} on {host} {why}", rank, host)
+        self._on_failure(f"rank {rank} on {host} {why}", rank, host, ExitStatus.FAILED)

@@ -34,7 +34,6 @@ from hpc_absa.models.weights import read_weights
 from hpc_absa.plan import stream_of
 from hpc_absa.progress import SampleStream
 from hpc_absa.rundir import RunDir
-from hpc_absa.torchvision_import import prepare_torchvision
 from hpc_absa.training.data import (
     DataSet,
     HessianSample,
@@ -127,7 +126,6 @@ def load(source: Source, comm: Communicator) -> Loaded:
     Raises:
         CollectiveError: on all ranks, for a user's error on any rank.
     """
-    prepare_torchvision()
     origin, job, arrays, attributes = _read(source, comm)
     torch.set_num_threads(threads_per_rank(job, comm.local_size))
     device = raise_on_all_ranks(comm, lambda: device_of(job, comm))

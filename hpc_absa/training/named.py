@@ -10,7 +10,6 @@ from hpc_absa.errors import UsageError
 from hpc_absa.models import build as build_model
 from hpc_absa.models import build_loss
 from hpc_absa.schedules import build as build_rule
-from hpc_absa.torchvision_import import prepare_torchvision
 from hpc_absa.training import optimizer as optimizers
 
 TYPICAL_IMAGES = {"channels": 3, "image_size": 32, "classes": 10}
@@ -28,7 +27,6 @@ def require_buildable(job: Job) -> int | None:
     Raises:
         UsageError: one of them is unknown, or has an argument that it does not take.
     """
-    prepare_torchvision()
     build_rule(job)
     arguments = job.loss.arguments
     if smoothing := job.train.label_smoothing:

@@ -26,6 +26,7 @@ from hpc_absa.errors import CollectiveError, ExitStatus, MisuseError, UsageError
 from hpc_absa.records import PhaseOutcome
 from hpc_absa.rundir import RunDir
 from hpc_absa.rundir.lock import SUPERVISED, RunLock, host
+from hpc_absa.training.calls import Calls
 from hpc_absa.training.clock import Clock
 from hpc_absa.training.faults import StopRequest, Watchdog
 from hpc_absa.training.setup import build_trainer
@@ -80,7 +81,7 @@ class Session:
             console: for lines to the user, where standard output goes to a log file.
         """
         self.comm, self.directory, self.console = comm, directory, console
-        self.clock = Clock()
+        self.clock, self.calls = Clock(), Calls(comm)
         self._locks = RunLock(directory), RunLock(directory, path=directory.ranks_lock)
         self._watchdog: Watchdog | None = None
         self._stop: StopRequest | None = None
@@ -111,7 +112,8 @@ class Session:
             self.clock,
             job.launch.heartbeat_timeout,
             job.launch.progress_timeout,
-            _on_hang(run, comm, self.console),
+            _on_failure(run, comm, self.console),
+            self.calls,
         )
         self._stop = StopRequest(comm, run.stop_request)
         return job
@@ -240,16 +242,21 @@ def _abort(error: BaseException, run: RunDir, comm: Communicator, console: TextI
     comm.abort(status)
 
 
-def _on_hang(run: RunDir, comm: Communicator, console: TextIO) -> Callable[[str, int, str], None]:
-    """What the watchdog calls: report, log what each thread is doing, and end all ranks."""
+def _on_failure(
+    run: RunDir, comm: Communicator, console: TextIO
+) -> Callable[[str, int, str, ExitStatus], None]:
+    """What the watchdog calls: report, log what each thread of a hang does, and end all ranks."""
 
-    def on_hang(reason: str, rank: int, where: str) -> None:
-        faulthandler.dump_traceback()
-        _write_failure(run, reason, rank, where, ExitStatus.FAILED)
-        print(f"hpc-absa: {reason}: all ranks are ended", file=console, flush=True)
-        comm.abort(ExitStatus.FAILED)
+    def on_failure(reason: str, rank: int, where: str, status: ExitStatus) -> None:
+        misuse = status == ExitStatus.USAGE
+        _write_failure(run, reason, rank, where, status, final=misuse)
+        if not misuse:
+            faulthandler.dump_traceback()
+            reason += ": all ranks are ended"
+        print(f"hpc-absa: {reason}", file=console, flush=True)
+        comm.abort(status)
 
-    return on_hang
+    return on_failure
 
 
 def _write_failure(

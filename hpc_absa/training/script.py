@@ -15,6 +15,7 @@ stopping, and the continuation with more ranks.
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 import signal
 import sys
@@ -26,41 +27,22 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from hpc_absa import config
 from hpc_absa.allocation import ALLOW_CHANGED
-from hpc_absa.checkpoint import CheckpointManager
 from hpc_absa.comm import Communicator, connect, raise_on_all_ranks
-from hpc_absa.config import Job
-from hpc_absa.curvature.check import check_curvature
-from hpc_absa.curvature.estimate import Estimate
 from hpc_absa.curvature.loss import Loss
-from hpc_absa.data.datasets import MapDataset
 from hpc_absa.errors import CollectiveError, ExitStatus, MisuseError, UsageError
-from hpc_absa.plan import stream_of
-from hpc_absa.plugins import user_code
-from hpc_absa.progress import Boundary, Position, Progress
+from hpc_absa.progress import Boundary
 from hpc_absa.progress import Step as Microbatches
 from hpc_absa.rundir import RunDir
 from hpc_absa.schedules import Schedule
-from hpc_absa.schedules import build as build_rule
-from hpc_absa.training import run as core
-from hpc_absa.training.batches import ScriptLoader, open_dataset
-from hpc_absa.training.data import hessian_samples, require_equal_data
-from hpc_absa.training.estimator import make_estimator
+from hpc_absa.training.calls import Call
 from hpc_absa.training.evaluate import evaluating
 from hpc_absa.training.faults import SIGNALS
-from hpc_absa.training.log import EventLogger
-from hpc_absa.training.rank import Session, duplicate, exit_status, redirect_output, supervised
-from hpc_absa.training.resume import resume
-from hpc_absa.training.script_job import (
-    directory_of,
-    job_of,
-    require_arguments,
-    require_equal_arguments,
-)
+from hpc_absa.training.rank import Session, duplicate, exit_status, supervised
+from hpc_absa.training.script_build import build
+from hpc_absa.training.script_job import Arguments, directory_of, job_of
 from hpc_absa.training.script_step import Step
-from hpc_absa.training.setup import build_engine, build_run, make_reproducible, threads_per_rank
-from hpc_absa.training.state import Stateful, TrainState, broadcast_model, require_equal
+from hpc_absa.training.state import Stateful
 
 if TYPE_CHECKING:
     from torch.amp.grad_scaler import GradScaler
@@ -161,16 +143,12 @@ class Run:
         self._path = directory
         supervised_keys = os.environ.get(ALLOW_CHANGED, "").split(",")
         self._allow_changed = (*allow_changed, *filter(None, supervised_keys))
-        self._model, self._optimizer, self._loss = model, optimizer, loss
-        self._dataset, self._collate = dataset, collate_fn
-        self._samples, self._hessian_batch = samples, hessian_batch
-        self._evaluate, self._lr_scheduler, self._scaler = evaluate, lr_scheduler, scaler
-        self._states = dict(state or {})
-        if lr_scheduler is not None:
-            self._states["lr_scheduler"] = lr_scheduler
-        if scaler is not None:
-            self._states["scaler"] = scaler
-        self._tables: dict[str, Any] = {
+        self._evaluate, self._lr_scheduler = evaluate, lr_scheduler
+        states = dict(state or {})
+        for name, own in (("lr_scheduler", lr_scheduler), ("scaler", scaler)):
+            if own is not None:
+                states[name] = own
+        tables = {
             "seed": seed,
             "schedule": schedule,
             "hessian": dict(hessian or {}),
@@ -182,19 +160,25 @@ class Run:
                 "microbatch": microbatch,
                 "reproducible": reproducible,
                 "drop_last": drop_last,
-                **(train or {}),
             },
         }
-        self._train_keys = tuple(train or {})
+        self._given = Arguments(
+            model, optimizer, loss, dataset, collate_fn, samples, hessian_batch, scaler, states,
+            tables, dict(train or {}),
+        )  # fmt: skip
         self._session: Session | None = None
         self._state: Literal["new", "running", "ended"] = "new"
-        self._updating = False
 
     # The context
 
     def __enter__(self) -> Run:
         if self._session:
             raise MisuseError("absa.Run: a run is entered once; make another one")
+        if getattr(multiprocessing.current_process(), "_inheriting", False):
+            raise UsageError(
+                "absa.Run: a worker process imports this script, which starts a run there: "
+                "expected all but imports and definitions under if __name__ == '__main__':"
+            )
         self._handlers = {number: signal.getsignal(number) for number in SIGNALS}
         comm = connect()
         self.rank, self.size, self._comm = comm.rank, comm.size, comm
@@ -203,8 +187,11 @@ class Run:
         try:
             path = raise_on_all_ranks(comm, lambda: directory_of(self._path))
             self._session = Session(comm, RunDir(path), console)
-            self._job = self._session.begin(lambda: self._make_job(path), write_job=False)
-            self._build(self._session)
+            self._calls = self._session.calls
+            name = os.path.basename(os.path.abspath(path))
+            job = self._session.begin(lambda: job_of(name, self._given, comm.size), write_job=False)
+            self._parts = build(job, self._given, self._session, self._allow_changed, self._cleanup)
+            self._core, self._log = self._parts.core, self._parts.core.log
         except BaseException as error:
             self._fail(error)
             if isinstance(error, CollectiveError) and error.status == ExitStatus.USAGE:
@@ -221,8 +208,13 @@ class Run:
         if error is not None and not (isinstance(error, SystemExit) and self._state == "ended"):
             self._fail(error)
             return
+        assert self._session is not None
         try:
-            if self._state == "running":  # the script left its loop
+            if error is None:
+                self._calls.exchange(Call.LEAVE)
+            if self._state == "new":  # the script has no loop
+                self._session.close()
+            elif self._state == "running":  # the script left its loop
                 self._core.save()
                 self._end()
         except SystemExit:
@@ -263,106 +255,6 @@ class Run:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
-    # Building
-
-    def _make_job(self, path: os.PathLike[str]) -> Job:
-        if (self._dataset is None) == (self._samples is None):
-            raise UsageError("absa.Run: expected either dataset or samples")
-        require_arguments(self._model, self._optimizer, self._states, self._train_keys)
-        samples = self._samples if self._dataset is None else len(self._dataset)
-        assert samples is not None
-        name = os.path.basename(os.path.abspath(path))
-        job = job_of(
-            name, self._model, self._optimizer, self._loss, samples, self.size, self._tables
-        )
-        if samples < job.train.microbatch:
-            raise UsageError(
-                f"absa.Run: microbatch = {job.train.microbatch}: expected at most the "
-                f"{samples} training samples"
-            )
-        return job
-
-    def _build(self, session: Session) -> None:
-        job, comm, directory = self._job, session.comm, session.directory
-        with session.clock("start"):
-            require_equal_arguments(job, comm)
-            self._configure_torch(session)
-            stream = stream_of(job, job.data.arguments["samples"])
-            rule = raise_on_all_ranks(comm, lambda: build_rule(job, stream.samples))
-            data = raise_on_all_ranks(comm, self._open_data)
-            digest = f"script-{stream.samples}" if isinstance(data, range) else data.digest
-            require_equal_data("absa.Run: dataset", digest, comm)
-            self._loader = loader = ScriptLoader(
-                data, stream, job.seed, job.data.workers, self._device, self._hessian_batch
-            )
-            self._cleanup.callback(loader.close)
-            self._sample_of = raise_on_all_ranks(comm, lambda: hessian_samples(job, loader, stream))
-            self._train_state = state = TrainState(
-                self._model,
-                self._optimizer,
-                Progress(Position(), rule.initial()),
-                others=self._states,
-                with_groups=True,
-                restore_groups="optimizer.groups" not in self._allow_changed,
-            )
-            raise_on_all_ranks(comm, state.tensors)
-            manager = CheckpointManager(directory.checkpoints, job.checkpoint.keep)
-            resumed_from = resume(job, digest, manager, comm, state, self._allow_changed)
-            if self.rank == 0:
-                directory.write_job(config.dump(job))
-            self._resumed = resumed_from is not None
-            if not self._resumed:
-                broadcast_model(self._model, comm)
-            require_equal(state.tensors(), comm)
-            if supervised():
-                redirect_output(directory, state.progress.phase, comm.rank)
-        self._log = EventLogger(directory, comm.rank, session.console)
-        engine = build_engine(job, self._model, self._optimizer, comm, session.clock, self._update)
-        self._cleanup.callback(engine.close)
-        if self._scaler is not None:
-            engine.scale = self._scaler.scale
-        handle = self._optimizer.register_step_pre_hook(self._on_optimizer_step)
-        self._cleanup.callback(handle.remove)
-        self._core = build_run(
-            job,
-            directory,
-            comm,
-            session.stop,
-            self._log,
-            state,
-            rule,
-            stream,
-            engine,
-            self._estimate,
-            manager,
-            data_digest=digest,
-            resumed_from=resumed_from,
-        )
-
-    def _configure_torch(self, session: Session) -> None:
-        job, comm = self._job, session.comm
-        if job.train.threads_per_rank or "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(threads_per_rank(job, comm.local_size))
-        self._device = next(self._model.parameters()).device
-        if self._device.type == "cuda":
-            session.clock.synchronize = torch.cuda.synchronize
-        if job.train.reproducible:
-            before = torch.are_deterministic_algorithms_enabled()
-            self._cleanup.callback(torch.use_deterministic_algorithms, before)
-            make_reproducible(comm)
-
-    def _open_data(self) -> MapDataset | range:
-        if self._dataset is None:
-            return range(self._job.data.arguments["samples"])
-        return open_dataset(self._dataset, self._collate)
-
-    def _on_optimizer_step(self, *arguments: Any) -> None:
-        if not self._updating:
-            raise MisuseError(
-                "optimizer.step() was called: expected step.optimize(), which calls it with the "
-                "gradients of all ranks"
-            )
-
     # The iteration
 
     def __iter__(self) -> Iterator[Step]:
@@ -375,7 +267,7 @@ class Run:
             raise MisuseError("absa.Run: expected one iteration, within `with absa.Run(...)`")
         self._state = "running"
         run, log = self._core, self._session.directory.log
-        done = log.last("done")
+        done = self._calls.exchange(Call.BEGIN, log.last("done"))[0]
         steps = run.state.progress.position.step
         if done and done.get("steps") == steps and not self._allow_changed:
             self._log.print(f"{self._session.directory.path}: already done")
@@ -383,7 +275,7 @@ class Run:
             self._session.close()
             return
         run.begin_phase()
-        if not self._resumed and supervised() and run.end_for_more_ranks():
+        if not self._parts.resumed and supervised() and run.end_for_more_ranks():
             run.save()  # the supervisor did not know the script's batch
         elif run.steps_left:
             self._rehearse()
@@ -403,11 +295,12 @@ class Run:
         self._end()
 
     def _take(self, item: Microbatches) -> Iterator[Step]:
-        step = Step(self._core, self._loader, item, self._job.train.lr, self._unscale)
+        step = Step(self._core, self._parts.loader, item, self._parts.optimizer, self._calls)
         with self._core.clock("comp"):
             yield step
             if step.result is None:
                 raise MisuseError("a step ended without step.optimize()")
+        self._calls.enter(Call.CONTINUE)
 
     def _end(self) -> None:
         """End the phase; the process exits unless the run is done."""
@@ -420,30 +313,6 @@ class Run:
         if self.rank == 0 and not supervised():
             self._log.print("stopped, everything saved; run the same command to continue")
         raise SystemExit(exit_status(status))
-
-    def _unscale(self) -> None:
-        if self._scaler is not None:
-            self._scaler.unscale_(self._optimizer)
-
-    def _update(self, lr: float) -> None:
-        """Step the optimizer; the groups have rates of their own, also between the steps."""
-        groups = self._optimizer.param_groups
-        rates = [group["lr"] for group in groups]
-        factor = lr / self._job.train.lr
-        self._updating = True
-        try:
-            if factor != 1:
-                for group in groups:
-                    group["lr"] = group["lr"] * factor
-            if self._scaler is None:
-                self._optimizer.step()
-            else:
-                self._scaler.step(self._optimizer)
-                self._scaler.update()
-        finally:
-            self._updating = False
-            for group, rate in zip(groups, rates, strict=True):
-                group["lr"] = rate
 
     # Boundaries
 
@@ -463,7 +332,7 @@ class Run:
         if self._evaluate is None:
             return {}
         assert self._session is not None
-        with self._core.clock("eval"), self._session.stop.saving(), evaluating(self._model):
+        with self._core.clock("eval"), self._session.stop.saving(), evaluating(self._given.model):
             result = self._evaluate()
         if result is None:
             metrics = {}
@@ -471,51 +340,18 @@ class Run:
             metrics = {str(name): float(value) for name, value in result.items()}
         else:
             metrics = {"loss": float(result)}
-        return self._comm.broadcast_object(metrics)
-
-    def _require_hessian(self) -> Loss:
-        """The loss of the Hessian.
-
-        Raises:
-            UsageError: it cannot be computed from what the run was given.
-        """
-        if self._loss is None:
-            raise UsageError(
-                f"absa.Run: schedule {self._job.schedule.method!r} estimates an eigenvalue: "
-                "expected loss, or a schedule that does not, such as absa.FB or absa.GNS"
-            )
-        if self._hessian_batch is None and self._dataset is None:
-            raise UsageError("absa.Run: expected hessian_batch with samples, or dataset")
-        return self._loss
-
-    def _estimate(self, *arguments: Any) -> Estimate:
-        estimator = make_estimator(
-            self._job, self._train_state, self._require_hessian(), self._comm, self._sample_of
-        )
-        self._updating = True  # the sharpness takes the optimizer's step, and takes it back
-        try:
-            return estimator(*arguments)
-        finally:
-            self._updating = False
+        return self._calls.exchange(Call.EVALUATE, metrics)[0]
 
     def _rehearse(self) -> None:
         """Require that the Hessian can be computed, before the first step."""
         schedule = self._core.state.progress.schedule
-        if self._scaler is not None and self._core.rule.wants_gradients(schedule):
+        if self._given.scaler is not None and self._core.rule.wants_gradients(schedule):
             raise MisuseError(
                 "absa.Run: scaler: expected none with a schedule that measures gradients"
             )
-        if not self._core.rule.wants_eigenvalue(schedule):
-            return
-
-        def check() -> None:
-            loss, microbatch = self._require_hessian(), self._job.train.microbatch
-            with user_code("absa.Run: the Hessian of model and loss, which the schedule needs"):
-                sample = self._sample_of(core.Draw(0, 0))
-                check_curvature(self._model, loss, sample, microbatch=microbatch)
-
-        with self._core.clock("rehearsal"):
-            raise_on_all_ranks(self._comm, check)
+        if self._core.rule.wants_eigenvalue(schedule):
+            with self._core.clock("rehearsal"):
+                raise_on_all_ranks(self._comm, self._parts.hessian.check)
 
     # For the script
 
@@ -535,6 +371,7 @@ class Run:
 
     def sum(self, value: float | Tensor) -> Tensor:
         """The sum of a number or tensor over all ranks (a collective), as float64."""
-        return self._comm.allreduce_(
-            torch.as_tensor(value).detach().to(self._device, torch.float64, copy=True).contiguous()
+        tensor = torch.as_tensor(value).detach().to("cpu", torch.float64)
+        return (
+            torch.stack(self._calls.exchange(Call.SUM, tensor)).sum(0).to(self._core.engine.device)
         )

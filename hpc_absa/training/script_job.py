@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +20,14 @@ from hpc_absa import config
 from hpc_absa.allocation import MAX_RANKS, RUN_DIR
 from hpc_absa.comm import Communicator
 from hpc_absa.config import Job
+from hpc_absa.curvature.loss import Loss
 from hpc_absa.errors import CollectiveError, ExitStatus, UsageError
+from hpc_absa.schedules import Schedule
 from hpc_absa.training.batches import NAME
+from hpc_absa.training.state import Stateful
+
+if TYPE_CHECKING:
+    from torch.amp.grad_scaler import GradScaler
 
 TRAIN_KEYS = (
     "annealing",
@@ -56,49 +63,68 @@ def rank_limit(size: int, given: Any) -> int:
     return min(limit, given) if isinstance(given, int) and given > 0 else limit
 
 
-def job_of(
-    name: str,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    loss: Any,
-    samples: int,
-    size: int,
-    tables: Mapping[str, Any],
-) -> Job:
+@dataclass(frozen=True)
+class Arguments:
+    """What a script gave to its `Run`, as its constructor describes it."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    loss: Loss | None
+    dataset: Any
+    collate_fn: Callable[[list[Any]], Any] | None
+    samples: int | None
+    hessian_batch: Callable[[list[int]], Any] | None
+    scaler: GradScaler | None
+    states: Mapping[str, Stateful]
+    """All that is saved beside model and optimizer."""
+    tables: Mapping[str, Any]
+    """`seed`, `schedule`, and the tables `data`, `train`, `hessian`, `ranks` and `checkpoint`."""
+    train: Mapping[str, Any]
+    """Further keys of `train`."""
+
+
+def job_of(name: str, given: Arguments, size: int) -> Job:
     """The job.
 
     Args:
         name: of the run.
-        model: its type is recorded.
-        optimizer: its type and the options of its parameter groups are recorded.
-        loss: its name is recorded.
-        samples: of the training set.
+        given: types and options are recorded.
         size: number of ranks.
-        tables: `seed`, `schedule`, and the tables `data`, `train`, `hessian`, `ranks` and
-            `checkpoint`.
 
     Raises:
         UsageError: one line that names key, value and what was expected.
     """
+    _require_arguments(given)
+    tables, optimizer, schedule = given.tables, given.optimizer, given.tables["schedule"]
+    if isinstance(schedule, Schedule):  # what is not set may depend on the optimizer
+        stated = {"method", *schedule.model_fields_set}
+        schedule = schedule.model_dump(include=stated, by_alias=True)
+    samples = len(given.dataset) if given.samples is None else given.samples
     ranks = dict(tables["ranks"])
-    ranks["max"] = limit = rank_limit(size, ranks.get("max"))
     if isinstance(ranks.get("initial"), int):
-        ranks["initial"] = min(ranks["initial"], limit)
+        ranks["initial"] = min(ranks["initial"], rank_limit(size, ranks.get("max")))
     own = {"lr": base_lr(optimizer), "optimizer": reference(optimizer)}
-    if loss is not None:
-        own["loss"] = reference(loss)
-    return config.from_tables(
+    if given.loss is not None:
+        own["loss"] = reference(given.loss)
+    job = config.from_tables(
         {
             **tables,
             "name": name,
+            "schedule": schedule,
             "data": {"name": NAME, "samples": samples, **tables["data"]},
-            "model": {"name": NAME, "type": reference(model)},
-            "train": {**own, **tables["train"]},
+            "model": {"name": NAME, "type": reference(given.model)},
+            "train": {**own, **tables["train"], **given.train},
             "optimizer": {"groups": [_options(group) for group in optimizer.param_groups]},
             "ranks": ranks,
         },
         "absa.Run",
     )
+    if samples < job.train.microbatch:
+        raise UsageError(
+            f"absa.Run: microbatch = {job.train.microbatch}: expected at most the "
+            f"{samples} training samples"
+        )
+    return job
 
 
 def reference(value: Any) -> str:
@@ -155,32 +181,38 @@ def require_equal_arguments(job: Job, comm: Communicator) -> None:
                 )
 
 
-def require_arguments(
-    model: nn.Module, optimizer: torch.optim.Optimizer, states: Mapping[str, Any], train_keys: Any
-) -> None:
-    """Refuse arguments of `Run` that do not fit together.
+def _require_arguments(given: Arguments) -> None:
+    """Refuse arguments that do not fit together.
 
     Raises:
         UsageError: one line.
     """
-    for key in train_keys:
+    if (given.dataset is None) == (given.samples is None):
+        raise UsageError("absa.Run: expected either dataset or samples")
+    for key in given.train:
         if key not in TRAIN_KEYS:
             raise UsageError(
                 f"absa.Run: train[{key!r}]: expected one of {', '.join(TRAIN_KEYS)}; the "
                 "optimizer, the loss and the device are the script's"
             )
-    if isinstance(model, nn.parallel.DistributedDataParallel):
+    reduction = getattr(given.loss, "reduction", "mean")
+    if reduction != "mean":
+        raise UsageError(
+            f"absa.Run: the loss has reduction = {reduction!r}: expected a mean over the samples, "
+            "or a function that returns (sum, denominator)"
+        )
+    if isinstance(given.model, nn.parallel.DistributedDataParallel):
         raise UsageError(
             "absa.Run: the model is wrapped in DistributedDataParallel; expected the model itself, "
             "whose gradients the run reduces"
         )
-    if hasattr(optimizer, "skip_synchronize"):
+    if hasattr(given.optimizer, "skip_synchronize"):
         raise UsageError(
             "absa.Run: the optimizer is Horovod's DistributedOptimizer; expected the optimizer "
             "itself, since the run reduces the gradients"
         )
-    own = {id(parameter) for parameter in model.parameters()}
-    for group in optimizer.param_groups:
+    own = {id(parameter) for parameter in given.model.parameters()}
+    for group in given.optimizer.param_groups:
         if "lr" not in group:
             raise UsageError("absa.Run: expected an optimizer whose parameter groups have lr")
         if any(id(parameter) not in own for parameter in group["params"]):
@@ -188,7 +220,7 @@ def require_arguments(
                 "absa.Run: the optimizer has parameters that the model has not, whose gradients "
                 "would not be reduced: make them part of the model"
             )
-    for name, state in states.items():
+    for name, state in given.states.items():
         if not (hasattr(state, "state_dict") and hasattr(state, "load_state_dict")):
             raise UsageError(
                 f"absa.Run: state[{name!r}] is of type {type(state).__name__}: expected an object "

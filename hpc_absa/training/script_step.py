@@ -1,21 +1,78 @@
-"""One optimizer step of a user's script."""
+"""One optimizer step of a user's script, and its optimizer."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
-from typing import Any, TypeVar
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
+import torch
 
 from hpc_absa.errors import MisuseError
 from hpc_absa.progress import Step as Microbatches
 from hpc_absa.training import run as core
 from hpc_absa.training.batches import ScriptLoader
+from hpc_absa.training.calls import Call, Calls
 from hpc_absa.training.step import MicrobatchLoss, StepResult
 
+if TYPE_CHECKING:
+    from torch.amp.grad_scaler import GradScaler
+
 T = TypeVar("T")
+
+
+class ScriptOptimizer:
+    """Steps that the run takes; those of the script itself are refused until `close`."""
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, base_lr: float, scaler: GradScaler | None
+    ) -> None:
+        """`base_lr` is the first group's rate, for the schedule's base batch."""
+        self._optimizer, self.base_lr, self._scaler = optimizer, base_lr, scaler
+        self._permitted = False
+        self.close = optimizer.register_step_pre_hook(self._on_step).remove
+
+    def update(self, lr: float) -> None:
+        """Take a step; between the steps, the groups have rates of their own."""
+        groups = self._optimizer.param_groups
+        rates = [group["lr"] for group in groups]
+        factor = lr / self.base_lr
+        with self.permitted():
+            try:
+                if factor != 1:
+                    for group in groups:
+                        group["lr"] = group["lr"] * factor
+                if self._scaler is None:
+                    self._optimizer.step()
+                else:
+                    self._scaler.step(self._optimizer)
+                    self._scaler.update()
+            finally:
+                for group, rate in zip(groups, rates, strict=True):
+                    group["lr"] = rate
+
+    def unscale(self) -> None:
+        """Divide the gradients by the scaler's factor, if there is a scaler."""
+        if self._scaler is not None:
+            self._scaler.unscale_(self._optimizer)
+
+    @contextmanager
+    def permitted(self) -> Iterator[None]:
+        """Within, the optimizer may step."""
+        self._permitted = True
+        try:
+            yield
+        finally:
+            self._permitted = False
+
+    def _on_step(self, *arguments: Any) -> None:
+        if not self._permitted:
+            raise MisuseError(
+                "optimizer.step() was called: expected step.optimize(), which calls it with the "
+                "gradients of all ranks"
+            )
 
 
 class Step:
@@ -28,10 +85,11 @@ class Step:
         run: core.Run,
         loader: ScriptLoader,
         item: Microbatches,
-        base_lr: float,
-        unscale: Callable[[], None],
+        optimizer: ScriptOptimizer,
+        calls: Calls,
     ) -> None:
-        self._run, self._loader, self._item, self._unscale = run, loader, item, unscale
+        self._run, self._loader, self._item = run, loader, item
+        self._optimizer, self._calls = optimizer, calls
         self._step = run.begin_step(item)
         self._forward: AbstractContextManager[None] | None = None
         self._exhausted = False
@@ -42,7 +100,7 @@ class Step:
         """Epochs visited before it."""
         self.global_batch: int = progress.schedule.global_batch
         """Samples of a full step, all ranks together."""
-        self.factor: float = run.lr / base_lr
+        self.factor: float = run.lr / optimizer.base_lr
         """By which the optimizer's learning rates are multiplied."""
         self.adversarial_fraction: float = run.adversarial_fraction
         """Share of adversarial examples that ABSA asks for; making them is up to the script."""
@@ -82,12 +140,11 @@ class Step:
         """
         if not self._exhausted:
             raise MisuseError("step: expected a loop over all of its microbatches or batches")
-        first = self.result is None
-        if first:
+        if self.result is None:
             self._run.engine.require_same_parameters()
-        self.result = self._step.reduce()
-        if first:
-            self._unscale()
+            self._calls.enter(Call.REDUCE)
+            self.result = self._step.reduce()
+            self._optimizer.unscale()
 
     def optimize(self) -> None:
         """Sum the gradients over all ranks, and let the optimizer make its step."""
@@ -95,6 +152,7 @@ class Step:
         assert self.result is not None
         self._step.optimize()
         self._run.end_step(self._item, self.result)
+        self._calls.step = self.number
 
     @property
     def loss(self) -> float:

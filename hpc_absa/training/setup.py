@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TextIO
 
@@ -29,7 +29,6 @@ from hpc_absa.progress import Position, Progress, SampleStream
 from hpc_absa.rundir import RunDir
 from hpc_absa.schedules import Rule
 from hpc_absa.schedules import build as build_rule
-from hpc_absa.torchvision_import import prepare_torchvision
 from hpc_absa.training import layer_rates, metrics
 from hpc_absa.training import optimizer as optimizers
 from hpc_absa.training.clock import Clock
@@ -68,7 +67,6 @@ def build_trainer(
     Raises:
         CollectiveError: on all ranks, for a user's error on any rank.
     """
-    prepare_torchvision()
     torch.set_num_threads(threads_per_rank(job, comm.local_size))
     device = raise_on_all_ranks(comm, lambda: device_of(job, comm))
     if device.type == "cuda":
@@ -191,8 +189,14 @@ def build_run(
     *,
     data_digest: str,
     resumed_from: str | None,
+    rank_limit: int | None = None,
+    environment: Mapping[str, str] | None = None,
 ) -> Run:
-    """The run of these parts, with the settings of the job."""
+    """The run of these parts, with the settings of the job.
+
+    Without `rank_limit`, the largest number of ranks is the job's; `environment` is added to
+    `phase_start` events.
+    """
     checkpointer = AsyncCheckpointer(
         manager,
         comm,
@@ -201,7 +205,7 @@ def build_run(
         on_error=job.checkpoint.on_error,
         warn=log.save_failed,
     )
-    limit = worldsize.limit(job)
+    limit = rank_limit or worldsize.limit(job)
     options = RunOptions(
         seed=job.seed,
         data_digest=data_digest,
@@ -212,7 +216,11 @@ def build_run(
         on_nonfinite_loss=job.train.on_nonfinite_loss,
         resumed_from=resumed_from,
         previous_phase=resized_from(directory),
-        environment={"threads_per_rank": torch.get_num_threads(), "device": str(engine.device)},
+        environment={
+            "threads_per_rank": torch.get_num_threads(),
+            "device": str(engine.device),
+            **(environment or {}),
+        },
     )
     return Run(
         comm=comm,
@@ -291,10 +299,12 @@ def build_metrics(job: Job, dataset: DataSet, loss: Loss) -> tuple[Metric, ...]:
         if len(set(names)) < len(names):
             raise UsageError(f"train.metrics = {names}: expected different names")
         return chosen
-    classes, sequences = len(dataset.classes), False
     if isinstance(dataset, MapDataset):
         targets = dataset.example.targets
         classes, sequences = 0, isinstance(targets, Tensor) and targets.dim() > 1
+    else:
+        labels = dataset.train.labels
+        classes, sequences = len(dataset.classes) * (labels.ndim == 1), labels.ndim > 1
     return metrics.default(job.train.loss, loss, ignored, classes=classes, sequences=sequences)
 
 

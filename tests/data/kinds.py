@@ -9,6 +9,7 @@ from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
 from hpc_absa.curvature.fast import Arguments
 from hpc_absa.data.datasets import Datasets
+from hpc_absa.data.sources import Source
 
 SAMPLES, TEST, VOCABULARY = 41, 19, 11
 
@@ -83,6 +84,16 @@ def multi_label():
         return (x[:, :3] > 0).float()
 
     return tensors(SAMPLES, 0, targets), tensors(TEST, 1, targets)
+
+
+def array_regression():
+    """The same as plain arrays, with numbers that are no integers."""
+    parts = [part.tensors for part in regression()]
+    return Source.from_arrays(*[array for x, y in parts for array in (x, y / 3)])
+
+
+def array_labels():
+    return Source.from_arrays(*[array for part in multi_label() for array in part.tensors])
 
 
 def without_test():

@@ -129,7 +129,7 @@ def test_what_is_refused_is_one_line(name, message):
 
 
 def test_a_data_set_that_cannot_be_sent_to_workers():
-    with pytest.raises(UsageError, match=r"data.workers = 1: sending .* set data.workers = 0"):
+    with pytest.raises(UsageError, match=r"closure': sending it to 1 worker.* or use no workers"):
         loader("closure", workers=1)
 
 

@@ -16,6 +16,7 @@ from hpc_absa.data.packing import write_packed
 from hpc_absa.data.prepare import describe, pack
 from hpc_absa.data.registry import DATASETS, augmented_by_default
 from hpc_absa.data.sources import Samples, Source
+from hpc_absa.data.subset import subset
 from hpc_absa.errors import HpcAbsaError, UsageError
 from tests.data.packed_files import check_content
 
@@ -62,9 +63,13 @@ def test_boolean_labels_are_the_classes_0_and_1(tmp_path, samples):
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        (LABELS * 1.0, r"train labels are float64 \[6\], expected integers"),
         (LABELS.astype(str), r"train labels are <U\d+ \[6\], expected integers"),
         (np.eye(3, dtype=int)[LABELS], r"train labels are int64 \[6, 3\], expected integers"),
+        (np.zeros((6, 3, 1)), r"train labels are float64 \[6, 3, 1\], expected integers"),
+        (LABELS[:5], r"train labels are int64 \[5\], expected one for each of the 6|5 labels but"),
+        (np.eye(2)[LABELS % 2], r"labels are float32 \[6, 2\], and there are 3 classes"),
+        (np.where(LABELS == 2, np.nan, 1), "the label of train sample 2 has NaN or infinite"),
+        (LABELS * 1e300, "the label of train sample 1 has NaN or infinite"),
         (LABELS.astype(np.uint64) + 2**63, "train labels are from -9"),
         (LABELS - 1, "train labels are from -1 to 1, expected 0 to 2"),
         (np.ma.masked_equal(LABELS, 2), "train labels are a masked array"),
@@ -74,6 +79,24 @@ def test_boolean_labels_are_the_classes_0_and_1(tmp_path, samples):
 def test_other_labels_are_refused(tmp_path, samples, labels, message):
     with pytest.raises(UsageError, match=message):
         packed_from(tmp_path, samples(POINTS, labels))
+
+
+@pytest.mark.parametrize("dtype", ["float16", ">f8", "float32"])
+@pytest.mark.parametrize("targets", [LABELS / 4, np.eye(3)[LABELS]])
+def test_targets_of_floating_point_are_stored_as_float32(tmp_path, samples, targets, dtype):
+    names = ("a", "b", "c") * (targets.ndim == 2)
+    packed = packed_from(tmp_path, samples(POINTS, targets.astype(dtype)), names)
+    assert packed.train.labels.dtype == np.float32
+    assert np.array_equal(packed.train.labels, targets)
+    assert packed.classes == names
+    assert packed.offered.get("classes") == (3 if names else None)
+    check_content(packed)
+    assert np.array_equal(subset(packed, "test", 4).test.labels, packed.test.labels[[0, 1, 2, 4]])
+
+
+def test_labels_of_two_kinds_are_refused():
+    with pytest.raises(UsageError, match=r"float32 \[6\] and test labels int64 \[6\], expected"):
+        Source.from_arrays(POINTS, LABELS / 2, POINTS, LABELS, range(3))
 
 
 def test_labels_from_1_leave_a_class_without_samples_which_is_noted():

@@ -216,7 +216,7 @@ def replace(path, name, value):
         (
             "train/labels",
             np.zeros(49, np.int64),
-            r"train labels are int64 \[49\], expected integers \[50",
+            r"int64 \[49\], expected one for each of the 50 s",
         ),
         ("test/labels", np.zeros(20, np.int32), r"/test has labels int32 and .*, expected int64"),
         ("test/labels", np.full(20, 5), r"test labels are from 5 to 5, expected 0 to 4"),
@@ -318,8 +318,8 @@ LABELS = np.array([0, 1, 0, 1])
     [
         ((IMAGES[:, 0], LABELS, IMAGES, LABELS), r"train images are uint8 \[4, 2, 2\], expected"),
         ((IMAGES.astype(int), LABELS, IMAGES, LABELS), "train images are int64"),
-        ((IMAGES, LABELS[:3], IMAGES, LABELS), r"train labels are int64 \[3\], expected integers"),
-        ((IMAGES, LABELS, IMAGES, LABELS * 1.0), "test labels are float64"),
+        ((IMAGES, LABELS[:3], IMAGES, LABELS), r"train labels are int64 \[3\], expected one for"),
+        ((IMAGES, LABELS, IMAGES, LABELS * 1.0), "test labels float32"),
         ((IMAGES, LABELS, IMAGES[:0], LABELS[:0]), "the test set is empty"),
         ((IMAGES, LABELS, IMAGES, LABELS, ["a"]), "train labels are from 0 to 1, expected 0 to 0"),
         ((IMAGES, LABELS - 1, IMAGES, LABELS), "train labels are from -1 to 0"),

@@ -26,5 +26,9 @@ for handle in handles:
 assert all(t.tolist() == [total - size] * 3 for t in tensors.values())
 assert comm.broadcast_object({"from": rank}, root=0) == {"from": 0}
 assert comm.allgather_object((rank, "x")) == [(r, "x") for r in range(size)]
+# Of other types on other ranks, as an error of one rank and the decision of rank 0 are.
+assert comm.allgather_object("x" if rank else None) == [None, *["x"] * (size - 1)]
+assert comm.broadcast_object(None if rank else 7) == 7
+assert comm.exchange_calls("x" if rank else None) == [None, *["x"] * (size - 1)]
 assert comm.allreduce_(torch.tensor(1.5, dtype=torch.float64)).item() == 1.5 * size
 comm.close()

@@ -76,3 +76,32 @@ def _kill_second_phase(run: RunDir) -> bool:
             os.kill(process.pid, signal.SIGKILL)
             return True
     return False
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize(
+    ("what", "status", "line"),
+    [
+        ("break", 2, "after step 2, rank 1 left the loop or the with block, and rank 0 continued"),
+        pytest.param(
+            *("sum", 2, "after step 2, rank 0 called run.sum, and rank 1 continued its loop"),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            *("evaluate", 2, "after step 3, rank 1 ended evaluate, and rank 0 called run.sum"),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            *("after", 2, "rank 1 called run.sum, and rank 0 left the loop or the with block"),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param("raise", 1, "failed: ValueError: mine", marks=pytest.mark.slow),
+        pytest.param("all", 0, "the end of the script", marks=pytest.mark.slow),
+    ],
+)
+def test_a_rank_that_does_something_else_ends_all_ranks_with_one_line(
+    mpirun, tmp_path, what, status, line
+):
+    done = mpirun(2, "tests.mpi.calls_program", tmp_path / "run", what, check=False, timeout=150)
+    assert done.returncode == status, done.stdout + done.stderr
+    assert [line in text for text in (done.stdout + done.stderr).splitlines()].count(True) == 1

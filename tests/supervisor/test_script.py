@@ -284,6 +284,14 @@ def test_the_ranks_are_those_of_the_checkpoint(saved):
     assert run_state.next_ranks(program("true", initial=3), RunDir(saved.path / "new"), 4) == 3
 
 
+@pytest.mark.parametrize(("limit", "ranks"), [(1, 1), (2, 2), (4, 2), (8, 2)])
+def test_the_scripts_own_largest_number_of_ranks_is_held(saved, limit, ranks):
+    """Its batch would feed four."""
+    saved.write_job(saved.job.read_text().replace("max = 4", "max = 2"))
+    assert run_state.next_ranks(program("true", max=limit), saved, limit) == ranks
+    assert run_state.next_ranks(program("true"), saved, limit) == ranks
+
+
 # Parts
 
 
@@ -344,6 +352,8 @@ def test_the_traceback_of_the_script_is_shown(saved):
     saved.rank_log(1, 1).write_text("no exception\n")
     shown = program("true").traceback(saved, None, since=0)
     assert shown == trace.splitlines()
+    assert program("true").traceback(saved, 1, since=0) == []
+    saved.rank_log(1, 1).write_text("Traceback (most recent call last):\n  File of a thread\n")
     assert program("true").traceback(saved, 1, since=0) == []
     assert program("true").traceback(saved, 0, since=time.time() + 60) == []
 

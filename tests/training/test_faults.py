@@ -8,8 +8,9 @@ import time
 import pytest
 
 from hpc_absa.comm import SerialCommunicator
-from hpc_absa.errors import ExitStatus
+from hpc_absa.errors import CollectiveError, ExitStatus
 from hpc_absa.training import faults
+from hpc_absa.training.calls import Call, Calls
 from hpc_absa.training.clock import Clock
 from hpc_absa.training.faults import StopRequest, Watchdog
 
@@ -19,14 +20,14 @@ class Ranks(SerialCommunicator):
 
     size = 2
 
-    def __init__(self, rank=0, other=0.0, heartbeats=True):
-        self.rank, self.other, self.heartbeats = rank, other, heartbeats
+    def __init__(self, rank=0, other=0.0, heartbeats=True, mark=0):
+        self.rank, self.other, self.heartbeats, self.mark = rank, other, heartbeats, mark
 
     def allreduce_(self, tensor):
         return tensor.add_(self.other)
 
-    def exchange_heartbeats(self):
-        return self.heartbeats
+    def exchange_heartbeats(self, mark):
+        return self.mark if self.heartbeats else None
 
 
 @pytest.fixture(name="stop_request")
@@ -119,24 +120,41 @@ def test_the_grace_period_is_three_of_the_longest_distances_between_progress(
     assert not exits
 
 
+def called(comm, *calls):
+    """A rank's calls after these."""
+    made = Calls(comm)
+    for call in calls:
+        made.enter(call)
+    return made
+
+
 def hang(
-    monkeypatch, *, comm=None, clock=None, heartbeat_timeout=60.0, progress_timeout=60.0, wait=0.5
+    monkeypatch,
+    *,
+    comm=None,
+    clock=None,
+    heartbeat_timeout=60.0,
+    progress_timeout=60.0,
+    calls=(),
+    wait=0.5,
 ):
     """Reports of a watchdog within `wait` seconds, with a heartbeat each 20 ms."""
     monkeypatch.setattr(faults, "HEARTBEAT_INTERVAL", 0.02)
     reports, reported = [], threading.Event()
 
-    def on_hang(*report):
+    def on_failure(*report):
         reports.append(report)
         reported.set()
 
+    comm = comm or Ranks(rank=1)
     watchdog = Watchdog(
-        comm or Ranks(rank=1),
+        comm,
         ["node-a", "node-b"],
         clock or Clock(),
         heartbeat_timeout,
         progress_timeout,
-        on_hang,
+        on_failure,
+        called(comm, *calls),
     )
     reported.wait(wait)
     watchdog.close()
@@ -145,9 +163,9 @@ def hang(
 
 def test_a_rank_without_heartbeats_is_named_by_the_next_one(monkeypatch):
     comm = Ranks(rank=1, heartbeats=False)
-    ((reason, rank, host),) = hang(monkeypatch, comm=comm, heartbeat_timeout=0.1, wait=20)
+    ((reason, *where),) = hang(monkeypatch, comm=comm, heartbeat_timeout=0.1, wait=20)
     assert reason.startswith("rank 0 on node-a has not answered for ")
-    assert (rank, host) == (0, "node-a")
+    assert where == [0, "node-a", ExitStatus.FAILED]
 
 
 @pytest.mark.parametrize(
@@ -156,7 +174,7 @@ def test_a_rank_without_heartbeats_is_named_by_the_next_one(monkeypatch):
 def test_a_rank_that_takes_too_long_for_a_microbatch_names_itself(monkeypatch, kind, work):
     clock = Clock()
     with clock(kind):
-        ((reason, rank, _),) = hang(monkeypatch, clock=clock, progress_timeout=0.1, wait=20)
+        ((reason, rank, *_),) = hang(monkeypatch, clock=clock, progress_timeout=0.1, wait=20)
     assert reason.startswith(f"rank 1 on node-b has been {work} one microbatch for ")
     assert rank == 1
 
@@ -179,3 +197,52 @@ def test_ranks_that_were_suspended_together_are_not_hanging(monkeypatch):
             progress_timeout=0.1,
         )
     assert not reports
+
+
+STEP, LEFT = (Call.CONTINUE, Call.REDUCE), "left the loop or the with block"
+
+
+@pytest.mark.parametrize(
+    ("own", "other", "did"),
+    [
+        (STEP, (*STEP, Call.CONTINUE), None),
+        (STEP, STEP, None),
+        (STEP, (*STEP, Call.LEAVE), None),  # this rank may follow
+        ((*STEP, Call.CONTINUE), (*STEP, Call.LEAVE), f"{LEFT}, and rank 1 continued its loop"),
+        ((*STEP, *STEP), (*STEP, Call.LEAVE), f"{LEFT}, and rank 1 continued its loop"),
+        (STEP, (Call.CONTINUE, Call.LEAVE), f"{LEFT}, and rank 1 took another step"),
+        (STEP, (Call.CONTINUE, Call.SUM), "called run.sum, and rank 1 took another step"),
+        ((*STEP, Call.LEAVE), (*STEP, *STEP), None),  # the other rank reports it
+        ((), (Call.BEGIN, *STEP), None),
+    ],
+)
+def test_a_rank_that_goes_on_names_one_that_does_not(monkeypatch, own, other, did):
+    mark = called(None, *other).mark
+    reports = hang(monkeypatch, comm=Ranks(rank=1, mark=mark), calls=own, wait=20 if did else 0.1)
+    if did:
+        ((reason, *where),) = reports
+        assert reason.startswith(f"absa.Run: after step 0, rank 0 {did}: expected the same")
+        assert where == [0, "node-a", ExitStatus.USAGE]
+    else:
+        assert not reports
+
+
+@pytest.mark.parametrize(
+    ("others", "line"),
+    [
+        ([Call.SUM, Call.SUM], None),
+        ([Call.SUM, Call.LEAVE], "rank 2 left the loop or the with block, and rank 0 called run"),
+        ([Call.LEAVE, Call.LEAVE], "rank 0 called run.sum, and rank 1 left the loop"),
+    ],
+)
+def test_different_calls_that_wait_for_each_other_are_an_error_of_all_ranks(others, line):
+    class Three(Ranks):
+        def exchange_calls(self, value):
+            return [value, *((call, 7) for call in others)]
+
+    calls = Calls(Three())
+    if line is None:
+        assert calls.exchange(Call.SUM, 5) == [5, 7, 7]
+    else:
+        with pytest.raises(CollectiveError, match=line):
+            calls.exchange(Call.SUM, 5)

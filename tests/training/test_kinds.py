@@ -20,6 +20,11 @@ JOBS = {  # with the metrics that are measured by default
         ["model={{name = '{k}:perceptron', outputs = 3}}", "train.loss=bce_with_logits"],
         ["f1", "accuracy"],
     ),
+    "array_regression": (["model.name={k}:perceptron", "train.loss=mse"], ["mse"]),
+    "array_labels": (
+        ["model={{name = '{k}:perceptron', outputs = 3}}", "train.loss=bce_with_logits"],
+        ["f1", "accuracy"],
+    ),
     "pairs": (["model.name={k}:TwoInputs", "train.loss={k}:reconstruction"], []),
     "without_test": (["model.name={k}:perceptron", "train.loss=huber"], []),
 }
@@ -158,6 +163,11 @@ def test_adversarial_examples_of_any_float_input_within_its_range(tmp_path):
         ),
         ("text", ["train.loss=mse"], r"mse: outputs .* and targets .*, expected equal shapes"),
         ("regression", ["train.loss=cross_entropy"], r"train.loss = 'cross_entropy'"),
+        (
+            "array_regression",
+            ["train.loss=cross_entropy"],
+            r"cross_entropy: targets are torch.float32 \[4\], expected classes",
+        ),
         ("regression", ["loss.delta=2"], r"loss.delta: mse has no such argument; it takes none"),
         ("text", ["loss.ignore_index='x'"], r"loss.ignore_index = 'x': expected a number"),
         ("text", ["data.flip=true"], r"data.flip = True: expected none, because .* returned"),

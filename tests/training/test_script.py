@@ -2,6 +2,10 @@
 
 import io
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +22,7 @@ from hpc_absa.training.script_job import require_equal_arguments
 from tests.supervisor.digits import PATH
 from tests.training.runs import events
 
+ROOT = Path(__file__).parents[2]
 SAMPLES, MICROBATCH, EPOCHS = 70, 4, 4
 
 
@@ -83,6 +88,7 @@ class Script:
             "hessian": {"samples": 16, "max_iter": 2},
             "checkpoint": {"async": False},
             "train": {"threads_per_rank": 1},
+            "loss": nn.MSELoss(),
             **options,
         }
 
@@ -93,7 +99,6 @@ class Script:
             optimizer=self.optimizer,
             epochs=EPOCHS,
             microbatch=MICROBATCH,
-            loss=nn.MSELoss(),
             dataset=self.dataset,
             evaluate=self.evaluate,
             lr_scheduler=self.scheduler,
@@ -181,9 +186,10 @@ def test_groups_keep_their_own_learning_rates_times_the_factor_of_the_schedule(t
         lambda optimizer, *_: seen.append([group["lr"] for group in optimizer.param_groups])
     )
     script.run()
-    # the linear rule doubles both, and torch's scheduler decays them
-    assert seen[0] == [0.06, 0.02]
-    assert seen[-1] == pytest.approx([0.06 * 0.9 ** (EPOCHS - 1), 0.02 * 0.9 ** (EPOCHS - 1)])
+    # the rule for AdamW multiplies both by √2, and torch's scheduler decays them
+    factor, decay = 2**0.5, 0.9 ** (EPOCHS - 1)
+    assert seen[0] == pytest.approx([0.03 * factor, 0.01 * factor])
+    assert seen[-1] == pytest.approx([0.03 * factor * decay, 0.01 * factor * decay])
     assert [g["lr"] for g in script.optimizer.param_groups] == pytest.approx(
         [0.03 * 0.9**EPOCHS, 0.01 * 0.9**EPOCHS]
     )
@@ -283,6 +289,22 @@ def test_a_loop_that_is_left_early_ends_the_run(tmp_path):
     assert not torch.equal(model[1].running_mean, before)
 
 
+def test_a_script_without_a_loop_leaves_its_run_as_it_was(tmp_path):
+    for _ in range(2):
+        script = Script(tmp_path)
+        with absa.Run(
+            tmp_path,
+            model=script.model,
+            optimizer=script.optimizer,
+            epochs=EPOCHS,
+            microbatch=MICROBATCH,
+            dataset=script.dataset,
+            **script.options,
+        ) as run:
+            assert run.sum(2) == 2
+    assert Script(tmp_path).run().counter.steps
+
+
 def test_an_error_of_the_script_is_raised_and_the_run_can_be_continued(tmp_path):
     script = Script(tmp_path)
     script.evaluate = lambda: 1 / 0
@@ -301,6 +323,7 @@ def test_an_error_of_the_script_is_raised_and_the_run_can_be_continued(tmp_path)
         ({"train": {"momentum": 0.9}}, r"train\['momentum'\]: expected one of annealing"),
         ({"samples": 70}, "expected either dataset or samples"),
         ({"hessian": {"sample": 3}}, "hessian.sample = 3: unknown key, expected 'samples'"),
+        ({"loss": nn.MSELoss(reduction="sum")}, "the loss has reduction = 'sum': expected a mean"),
         ({"seed": -1}, "seed = -1: expected greater than or equal to 0"),
         ({"schedule": absa.ABS(base_batch=6)}, "schedule.base_batch = 6: expected a multiple"),
         (
@@ -426,3 +449,29 @@ def test_arguments_that_depend_on_the_rank_are_refused(rank_1, line):
     else:
         with pytest.raises(CollectiveError, match=line):
             require_equal_arguments(job, TwoRanks())
+
+
+@pytest.mark.slow
+def test_a_script_that_its_workers_would_run_again_is_refused(tmp_path):
+    (tmp_path / "unguarded.py").write_text(
+        "import torch, hpc_absa as absa\n"
+        "class Ones(torch.utils.data.Dataset):\n"
+        "    def __len__(self): return 4\n"
+        "    def __getitem__(self, index): return torch.ones(1)\n"
+        "model = torch.nn.Linear(1, 1)\n"
+        "with absa.Run(model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1),\n"
+        "              schedule=absa.FB(base_batch=2), epochs=1, microbatch=2,\n"
+        "              dataset=Ones(), num_workers=1) as run:\n"
+        "    for step in run:\n"
+        "        for batch in step.batches:\n"
+        "            step.backward(model(batch).mean())\n"
+        "        step.optimize()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "unguarded.py"],
+        cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=300,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode
+    assert "expected all but imports and definitions under if __name__" in done.stderr
+    assert "absa.Run: dataset: a worker process ended, see its error above" in done.stderr

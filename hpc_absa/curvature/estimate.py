@@ -55,7 +55,7 @@ GROUPS = 16
 """Groups of samples whose scatter gives the sampling error of an upper bound: Student's t with
 fewer degrees of freedom makes the bound much larger. Half as many for the coarse test."""
 COARSE_NOISE = 0.1
-"""Random part of the coarse search's start."""
+"""Random part of the start, without which symmetry can hide the top eigenvector."""
 OVERLAP = 0.03
 """Assumed of the coarse search's vector: its component along the top eigenvector is at least this
 share of its component along the vector found. Then at most 1 of 200 estimates is outside the
@@ -141,10 +141,7 @@ def estimate_eigenvalue(
     with evaluation_mode(model, full_precision=tol < TF32_TOLERANCE):
         hessians = Hessians(
             model, loss_fn, sample, comm, samples, poll, reproducible,
-            Pieces.of(
-                model, sample, samples, microbatch, keep_samples,
-                None if reproducible else comm.size,
-            ),
+            Pieces.of(model, sample, comm, samples, microbatch, keep_samples, reproducible),
         )  # fmt: skip
         found = _Search(hessians, method, tol, max_iter, threshold, false_growth).run(start)
     result = found.result
@@ -202,7 +199,9 @@ class _Search:
             )  # fmt: skip
             return self._bounded(result, None)
         overlap: float | None = None
-        if 2 * pieces.coarse_samples > samples:
+        if not pieces.coarse_samples:
+            vector, overlap = _start(operator, start, COARSE_NOISE), OVERLAP
+        elif 2 * pieces.coarse_samples > samples:
             vector = _start(operator, start)
         else:
             coarse = self._coarse(start)

@@ -148,7 +148,7 @@ def make_plan(model: nn.Module, inputs: Any) -> tuple[Plan, Any]:
     folds = {
         call: uses[0] for call, uses in watch.uses.items() if len(uses) == 1 and uses[0] is not None
     }
-    layouts = (True, False) if watch.convolves_images else (False,)
+    layouts = (True, False) if watch.convolves_images and _channels_last_is_faster(model) else (False,)
     for channels_last in layouts:
         for plan in (Plan(folds, channels_last), *([Plan({}, channels_last)] if folds else [])):
             try:
@@ -160,6 +160,14 @@ def make_plan(model: nn.Module, inputs: Any) -> tuple[Plan, Any]:
             except Exception:  # the model runs without replacements, so these are the reason
                 continue
     return PLAIN, expected
+
+
+def _channels_last_is_faster(model: nn.Module) -> bool:
+    """Not for float32 on a GPU without its tensor cores."""
+    first = next(model.parameters())
+    return not (first.is_cuda and first.dtype == torch.float32) or bool(
+        torch.backends.cudnn.allow_tf32
+    )
 
 
 def _same(outputs: Any, expected: Any) -> bool:

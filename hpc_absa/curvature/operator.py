@@ -176,6 +176,7 @@ class HessianOperator:
         if self.poll is not None and self.poll():
             raise Interrupted
         self.matvecs += 1
+        self._prepare()
         shaped = self._shaped(vector)
 
         def term(index: int) -> Tensor:
@@ -314,10 +315,9 @@ class HessianOperator:
     def _shaped(self, vector: Tensor) -> list[Tensor]:
         parameters = self.parameters.values()
         pieces = vector.to(self.device, self.dtype).split([p.numel() for p in parameters])
-        return [
-            fast.arranged(piece.view_as(p).to(p))
-            for piece, p in zip(pieces, parameters, strict=True)
-        ]
+        shaped = [piece.view_as(p).to(p) for piece, p in zip(pieces, parameters, strict=True)]
+        channels_last = self.plan is not None and self.plan.channels_last
+        return [fast.arranged(piece) for piece in shaped] if channels_last else shaped
 
 
 def _bounds(samples: int, microbatch: int, equal: bool) -> list[tuple[int, int]]:

@@ -29,6 +29,9 @@ SMALL_BYTES = 32 << 20
 then run out of work: small pieces take up to twice as long for the same samples."""
 KEEP_BYTES = 64 << 20
 """Activations whose graphs are always kept; a graph takes some four times as much."""
+GPU_SHARE = 16
+"""The same limit on a GPU, for pieces and kept graphs: this part of its memory. There small pieces
+take almost as long as large ones, because launching a kernel takes longer than its arithmetic."""
 EARLY_BYTES = 8 << 20
 """Activations of the coarse sample from which an early test pays: below, as on a GPU, its small
 pieces take as long as large ones."""
@@ -47,9 +50,10 @@ class Pieces:
     coarse: int
     """Samples of a piece of the coarse sample."""
     coarse_samples: int
+    """0: the search starts on the whole sample."""
     kept: int
     """Samples per rank whose graphs are kept."""
-    tests_early: bool
+    tests_early: bool = False
     """A test on an eighth of the sample costs much less than a product with the whole sample."""
 
     @classmethod
@@ -57,31 +61,38 @@ class Pieces:
         cls,
         model: nn.Module,
         sample: HessianSample,
+        comm: Communicator,
         samples: int,
         microbatch: int,
         keep_samples: int | None,
-        ranks: int | None,
+        reproducible: bool,
     ) -> Pieces:
-        """With `ranks` None, whatever their number."""
+        """With `reproducible`, whatever the number of ranks."""
         if microbatch < 1:
             raise ValueError(f"microbatch: expected 1 or more, got {microbatch}")
         size = activation_bytes(model, sample, microbatch)
+        device, share = next(model.parameters()).device, -(-samples // comm.size)
+        on_cpu = device.type == "cpu"
+        memory = KEEP_BYTES if on_cpu else _gpu_bytes(device, comm) // GPU_SHARE
         kept = keep_samples
         if kept is None:
-            kept = max(3 * microbatch // 2, KEEP_BYTES // size)
+            kept = max(3 * microbatch // 2, memory // size)
         coarse_samples = max(COARSE_SAMPLES, samples // COARSE_FRACTION)
-        on_cpu = next(model.parameters()).device.type == "cpu"
         if uses_batch_statistics(model):  # the Hessian depends on the piece: it is training's
-            coarse_samples = max(coarse_samples, microbatch)
-            return cls(microbatch, microbatch, coarse_samples, kept, False)
+            return cls(microbatch, microbatch, max(coarse_samples, microbatch), kept)
+        piece = min(microbatch, max(1, PIECE_BYTES // size)) if on_cpu else microbatch
+        if not reproducible:
+            piece = max(piece, min(share, (SMALL_BYTES if on_cpu else memory) // size))
         if not on_cpu:
-            return cls(microbatch, min(microbatch, coarse_samples), coarse_samples, kept, False)
-        piece = min(microbatch, max(1, PIECE_BYTES // size))
-        if ranks is not None:
-            piece = max(piece, min(-(-samples // ranks), SMALL_BYTES // size))
+            return cls(piece, coarse_samples, 0 if piece >= share else coarse_samples, kept)
         coarse = min(microbatch, coarse_samples, max(COARSE_SAMPLES, PIECE_BYTES // size // 4))
         early = coarse_samples * size >= EARLY_BYTES
         return cls(piece, coarse, coarse_samples, kept, early)
+
+
+def _gpu_bytes(device: torch.device, comm: Communicator) -> int:
+    """Memory of rank 0's GPU."""
+    return int(comm.broadcast_object(torch.cuda.get_device_properties(device).total_memory))
 
 
 @dataclass

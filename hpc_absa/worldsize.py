@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import os
 import re
-from typing import TYPE_CHECKING
 
 from hpc_absa import allocation
 from hpc_absa.allocation import Hosts
+from hpc_absa.config import Job, Launchable
 from hpc_absa.errors import UsageError
-
-if TYPE_CHECKING:
-    from hpc_absa.config import Job, Launchable
 
 
 def limit(job: Launchable) -> int:

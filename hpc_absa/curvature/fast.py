@@ -148,8 +148,9 @@ def make_plan(model: nn.Module, inputs: Any) -> tuple[Plan, Any]:
     folds = {
         call: uses[0] for call, uses in watch.uses.items() if len(uses) == 1 and uses[0] is not None
     }
-    layouts = (True, False) if watch.convolves_images and _channels_last_is_faster(model) else (False,)
-    for channels_last in layouts:
+    for channels_last in (True, False):
+        if channels_last and not (watch.convolves_images and _channels_last_is_faster(model)):
+            continue
         for plan in (Plan(folds, channels_last), *([Plan({}, channels_last)] if folds else [])):
             try:
                 with torch.no_grad():

@@ -64,9 +64,10 @@ class Counts:
         false, missed = self.false / self.trials, self.missed / max(self.possible, 1)
         spread = math.sqrt(false * (1 - false) / self.trials)
         per_decision = self.estimates / self.decisions
+        compared = "bound" if bounded else "value"
         return (
-            f"| {name} | {most} | {'bound' if bounded else 'value'} | {100 * false:.1f} ± {100 * spread:.1f} | {100 * missed:.1f} | "
-            f"{per_decision:.2f} |"
+            f"| {name} | {most} | {compared} | {100 * false:.1f} ± {100 * spread:.1f} | "
+            f"{100 * missed:.1f} | {per_decision:.2f} |"
         )
 
 

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from hpc_absa.comm import Communicator
@@ -47,7 +48,8 @@ COARSE_OVERLAP = 1.0
 COARSE_MARGIN = 2.0
 """A coarse value this many times the threshold is tested on as many other samples."""
 COARSE_LEVEL = 0.1
-"""Probability that this test finds λ of the whole sample above a threshold that it is below."""
+"""Probability that a test on part of the sample finds λ of the whole sample above a threshold that
+it is below."""
 FALSE_GROWTH = 1e-3
 """Probability that λ of all data is above its upper bound, over the choice of the sample. At 0.01,
 7 of 4,210 growths at 0.9 λ were false on networks, now 2 are (`benchmarks/curvature.md`)."""
@@ -198,6 +200,8 @@ class _Search:
                 threshold=self.threshold, broadcast=operator.comm.broadcast_,
             )  # fmt: skip
             return self._bounded(result, None)
+        if start is not None and (above := self._still_above(start)):
+            return above
         overlap: float | None = None
         if not pieces.coarse_samples:
             vector, overlap = _start(operator, start, COARSE_NOISE), OVERLAP
@@ -233,6 +237,21 @@ class _Search:
         operator.close()
         return result
 
+    def _still_above(self, previous: Tensor) -> _Found | None:
+        """As `_above`, by the vector of the previous estimate on the coarse sample itself."""
+        hessians, count = self.hessians, self.hessians.pieces.coarse_samples
+        if self.threshold is None or not hessians.pieces.tests_early:
+            return None
+        if previous.numel() != hessians.size:
+            return None
+        least, mean, image = self._least(previous, 0)
+        if not (math.isfinite(least) and least > self.threshold):
+            return None
+        broadcast = hessians.comm.broadcast_
+        rest = eigen.relative(eigen.norm(image - mean * previous.to(image), broadcast), mean)
+        pair = eigen.Eigenpair(mean, previous, rest, rest, False)
+        return _Found(eigen.Result((pair,), 1, mean, True, torch.ones(1).double()), count, 0)
+
     def _above(self, coarse: eigen.Eigenpair) -> bool:
         """Whether λ of the whole sample is above the threshold, by a test on other samples.
 
@@ -241,11 +260,19 @@ class _Search:
         """
         assert self.threshold is not None
         count, samples = self.hessians.pieces.coarse_samples, self.hessians.samples
-        others = self.hessians.scatter(coarse.vector, count, 2 * count, GROUPS // 2)
-        part = count / (samples - count)
-        margin = others.margin(COARSE_LEVEL) * math.sqrt(max(0.0, 1 - part))
-        least = others.mean - margin
+        least = self._least(coarse.vector, count)[0]
         return (count * coarse.value + (samples - count) * least) / samples > self.threshold
+
+    def _least(self, vector: Tensor, start: int) -> tuple[float, float, Tensor]:
+        """A lower bound of `vᵀHv` of all samples from `start` on, by the first of them.
+
+        Also returns `vᵀHv` and Hv of these.
+        """
+        count, samples = self.hessians.pieces.coarse_samples, self.hessians.samples
+        scatter, image = self.hessians.scatter(vector, start, start + count, GROUPS // 2)
+        part = min(1.0, count / (samples - start))
+        margin = scatter.margin(COARSE_LEVEL) * math.sqrt(1 - part)
+        return scatter.mean - margin, scatter.mean, image
 
     def _bounded(self, result: eigen.Result, lanczos: eigen.Lanczos | None) -> _Found:
         """With the upper bound, if λ may be below the threshold."""
@@ -253,7 +280,7 @@ class _Search:
         bounded = self.threshold is not None and self.false_growth < 0.5
         if not bounded or result.stopped or not top.converged:
             return _Found(result, samples, self.coarse_matvecs)
-        scatter = self.hessians.scatter(top.vector, 0, samples, GROUPS)
+        scatter, _ = self.hessians.scatter(top.vector, 0, samples, GROUPS)
         margin = scatter.margin(self.false_growth)
         if not math.isfinite(margin):  # one group of samples shows nothing
             unknown = replace(result, pairs=(replace(top, converged=False),))

@@ -145,6 +145,8 @@ def make_plan(model: nn.Module, inputs: Any) -> tuple[Plan, Any]:
     tensors = _tensors(model, {})
     with torch.no_grad(), _Watch(tensors) as watch:
         expected = _call(model, tensors, inputs)
+    if not watch.replaceable:
+        return PLAIN, expected
     folds = {
         call: uses[0] for call, uses in watch.uses.items() if len(uses) == 1 and uses[0] is not None
     }
@@ -269,7 +271,8 @@ class _Watch(TorchFunctionMode):
 
     def __init__(self, tensors: Tensors) -> None:
         super().__init__()
-        self.tensors, self.count, self.convolves_images = tensors, 0, False
+        self.tensors, self.count = tensors, 0
+        self.replaceable = self.convolves_images = False
         self.outputs: dict[int, tuple[int, Tensor]] = {}
         self.uses: dict[int, list[Normalization | None]] = {}
 
@@ -284,6 +287,7 @@ class _Watch(TorchFunctionMode):
                     use = _NormalizationCall(*args, **kwargs).by_name(self.tensors)
                 self.uses.setdefault(self.outputs[id(argument)][0], []).append(use)
         output = func(*args, **kwargs)
+        self.replaceable |= func in _CONVOLUTIONS or func is F.batch_norm
         if func in _CONVOLUTIONS:
             if _ConvolutionCall(*args, **kwargs).supported:
                 self.outputs[id(output)] = self.count, output

@@ -115,6 +115,11 @@ class Hessians:
         return next((operator.plan for operator in self.made if operator.plan), None)
 
     @property
+    def size(self) -> int:
+        """P."""
+        return sum(p.numel() for p in trainable_parameters(self.model).values())
+
+    @property
     def samples_processed(self) -> int:
         """Samples differentiated so far: once for a gradient, twice for a product."""
         return sum(operator.samples_processed for operator in self.made)
@@ -131,18 +136,17 @@ class Hessians:
         self.made.append(operator)
         return operator
 
-    def scatter(self, vector: Tensor, start: int, stop: int, groups: int) -> Scatter:
-        """`vᵀ ∇²L_g v` for `groups` parts of the samples, by one product."""
+    def scatter(self, vector: Tensor, start: int, stop: int, groups: int) -> tuple[Scatter, Tensor]:
+        """`vᵀ ∇²L_g v` for `groups` parts of the samples, by one product, and the product."""
         operator = self.of(start, stop, max(2, (stop - start) // groups), keep=False)
         values = torch.zeros(len(operator.bounds), dtype=torch.float64)
 
         def record(index: int, product: Tensor) -> None:
             values[index] = float(eigen.dots(product[None], vector)[0])
 
-        operator.matvec(vector, record)
-        operator.close()
+        product = operator.matvec(vector, record)
         weights = torch.tensor(operator.weights, dtype=torch.float64)
-        return Scatter(self.comm.allreduce_(values), weights)
+        return Scatter(self.comm.allreduce_(values), weights), product
 
 
 @dataclass(frozen=True)

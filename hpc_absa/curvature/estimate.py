@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from hpc_absa.comm import Communicator
 from hpc_absa.curvature import eigen
+from hpc_absa.curvature.directional import group_scatter
 from hpc_absa.curvature.operator import (
     HessianOperator,
     HessianSample,
@@ -30,6 +31,7 @@ from hpc_absa.curvature.operator import (
 )
 from hpc_absa.curvature.pieces import Hessians, Pieces
 from hpc_absa.curvature.power import power
+from hpc_absa.curvature.sampling import Scatter
 from hpc_absa.records import Eigenvalue
 
 __all__ = ["Estimate", "HessianSample", "Interrupted", "estimate_eigenvalue"]
@@ -232,7 +234,7 @@ class _Search:
         )  # fmt: skip
         margin = None if self.threshold is None else COARSE_MARGIN * self.threshold
         result = search.run(COARSE_TOLERANCE, margin)
-        if result.stopped and not (self.hessians.pieces.tests_early and self._above(result.top)):
+        if result.stopped and (self.hessians.pieces.small_kernels or not self._above(result.top)):
             result = search.run(COARSE_TOLERANCE)
         operator.close()
         return result
@@ -240,7 +242,7 @@ class _Search:
     def _still_above(self, previous: Tensor) -> _Found | None:
         """As `_above`, by the vector of the previous estimate on the coarse sample itself."""
         hessians, count = self.hessians, self.hessians.pieces.coarse_samples
-        if self.threshold is None or not hessians.pieces.tests_early:
+        if self.threshold is None or hessians.pieces.small_kernels:
             return None
         if previous.numel() != hessians.size:
             return None
@@ -274,13 +276,22 @@ class _Search:
         margin = scatter.margin(COARSE_LEVEL) * math.sqrt(1 - part)
         return scatter.mean - margin, scatter.mean, image
 
+    def _scatter(self, top: eigen.Eigenpair) -> Scatter:
+        """Of `vᵀHv` over groups of the sample, v the top eigenvector."""
+        hessians, samples = self.hessians, self.hessians.samples
+        scatter = None
+        if hessians.pieces.small_kernels:
+            operator = hessians.of(0, samples, hessians.pieces.whole, keep=False)
+            scatter = group_scatter(operator, top.vector, max(2, samples // GROUPS), top.value)
+        return scatter or hessians.scatter(top.vector, 0, samples, GROUPS)[0]
+
     def _bounded(self, result: eigen.Result, lanczos: eigen.Lanczos | None) -> _Found:
         """With the upper bound, if λ may be below the threshold."""
         samples, top = self.hessians.samples, result.top
         bounded = self.threshold is not None and self.false_growth < 0.5
         if not bounded or result.stopped or not top.converged:
             return _Found(result, samples, self.coarse_matvecs)
-        scatter, _ = self.hessians.scatter(top.vector, 0, samples, GROUPS)
+        scatter = self._scatter(top)
         margin = scatter.margin(self.false_growth)
         if not math.isfinite(margin):  # one group of samples shows nothing
             unknown = replace(result, pairs=(replace(top, converged=False),))

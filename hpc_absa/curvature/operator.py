@@ -177,7 +177,7 @@ class HessianOperator:
             raise Interrupted
         self.matvecs += 1
         self._prepare()
-        shaped = self._shaped(vector)
+        shaped = self.shaped(vector)
 
         def term(index: int) -> Tensor:
             graph = self._graph(index)
@@ -191,12 +191,12 @@ class HessianOperator:
     def loss(self, offset: Tensor | None = None) -> float:
         """The mean loss of the sample at the parameters plus `offset` [P]."""
         sums = torch.zeros(2, len(self.bounds), dtype=torch.float64)
-        shift = self._shaped(torch.zeros(self.size) if offset is None else offset)
+        shift = self.shaped(torch.zeros(self.size) if offset is None else offset)
         moved = zip(self.parameters.items(), shift, strict=True)
         leaves = {name: (p + s).detach() for (name, p), s in moved}
         with torch.no_grad():
-            for index in (index for lane in self._lanes for index in lane):
-                inputs, targets = self._load(index)
+            for index in self.own_microbatches:
+                inputs, targets = self.load(index)
                 outputs = fast.forward(self.model, inputs, leaves, fast.PLAIN)
                 mean, denominator = self._mean(index, outputs, targets)
                 if denominator:
@@ -252,7 +252,13 @@ class HessianOperator:
             total /= scale
         return total[: self.size].to(self.dtype)
 
-    def _load(self, index: int) -> tuple[Any, Any]:
+    @property
+    def own_microbatches(self) -> list[int]:
+        """Those of this rank."""
+        return [index for lane in self._lanes for index in lane]
+
+    def load(self, index: int) -> tuple[Any, Any]:
+        """Inputs and targets of a microbatch."""
         return self.sample.load(*self.bounds[index])
 
     def _mean(self, index: int, outputs: Any, targets: Any) -> tuple[Tensor, float]:
@@ -264,14 +270,14 @@ class HessianOperator:
         """Make the plan on the first microbatch, which is the same on all ranks."""
         if self.plan is not None:
             return
-        inputs, _ = self._load(0)
+        inputs, _ = self.load(0)
         self.plan = fast.make_plan(self.model, inputs)[0] if self.accelerate else fast.PLAIN
 
     def _graph(self, index: int) -> Graph:
         if index in self._graphs:
             return self._graphs[index]
         assert self.plan is not None
-        inputs, targets = self._load(index)
+        inputs, targets = self.load(index)
         graph = None
         if self.plan.accelerate and index not in self._plain:
             try:
@@ -312,7 +318,8 @@ class HessianOperator:
         size = self.size + len(self.bounds)
         return torch.zeros(size, dtype=torch.float64, device=self.device)
 
-    def _shaped(self, vector: Tensor) -> list[Tensor]:
+    def shaped(self, vector: Tensor) -> list[Tensor]:
+        """A vector [P] as tensors shaped as the parameters."""
         parameters = self.parameters.values()
         pieces = vector.to(self.device, self.dtype).split([p.numel() for p in parameters])
         shaped = [piece.view_as(p).to(p) for piece, p in zip(pieces, parameters, strict=True)]

@@ -32,9 +32,9 @@ KEEP_BYTES = 64 << 20
 GPU_SHARE = 16
 """The same limit on a GPU, for pieces and kept graphs: this part of its memory. There small pieces
 take almost as long as large ones, because launching a kernel takes longer than its arithmetic."""
-EARLY_BYTES = 8 << 20
-"""Activations of the coarse sample from which an early test pays: below, as on a GPU, its small
-pieces take as long as large ones."""
+COARSE_BYTES = 8 << 20
+"""Activations of the coarse sample from which a coarse search, and tests on it, pay: below, as on a
+GPU, small pieces take as long as large ones."""
 COARSE_FRACTION = 8
 """The search starts on this part of the sample, where a product costs as much less."""
 COARSE_SAMPLES = 16
@@ -53,8 +53,9 @@ class Pieces:
     """0: the search starts on the whole sample."""
     kept: int
     """Samples per rank whose graphs are kept."""
-    tests_early: bool = False
-    """A test on an eighth of the sample costs much less than a product with the whole sample."""
+    small_kernels: bool
+    """Starting a kernel takes about as long as its arithmetic: a part of the sample takes almost as
+    long as the whole, so nothing is tested on parts."""
 
     @classmethod
     def of(
@@ -79,15 +80,18 @@ class Pieces:
             kept = max(3 * microbatch // 2, memory // size)
         coarse_samples = max(COARSE_SAMPLES, samples // COARSE_FRACTION)
         if uses_batch_statistics(model):  # the Hessian depends on the piece: it is training's
-            return cls(microbatch, microbatch, max(coarse_samples, microbatch), kept)
+            return cls(microbatch, microbatch, max(coarse_samples, microbatch), kept, True)
         piece = min(microbatch, max(1, PIECE_BYTES // size)) if on_cpu else microbatch
         if not reproducible:
             piece = max(piece, min(share, (SMALL_BYTES if on_cpu else memory) // size))
-        if not on_cpu:
-            return cls(piece, coarse_samples, 0 if piece >= share else coarse_samples, kept)
-        coarse = min(microbatch, coarse_samples, max(COARSE_SAMPLES, PIECE_BYTES // size // 4))
-        early = coarse_samples * size >= EARLY_BYTES
-        return cls(piece, coarse, coarse_samples, kept, early)
+        coarse = min(microbatch, coarse_samples)
+        if on_cpu:
+            coarse = min(coarse, max(COARSE_SAMPLES, PIECE_BYTES // size // 4))
+        # Independent of the number of ranks, as the value must be.
+        direct = coarse_samples * size < COARSE_BYTES if on_cpu else samples * size <= memory
+        if direct and 2 * coarse_samples <= samples:
+            coarse_samples = 0
+        return cls(piece, coarse, coarse_samples, kept, direct or not on_cpu)
 
 
 def _gpu_bytes(device: torch.device, comm: Communicator) -> int:

@@ -11,11 +11,12 @@ import torch
 from hpc_absa.comm import SerialCommunicator
 from hpc_absa.config.tables import Hessian
 from hpc_absa.curvature import pieces
+from hpc_absa.curvature.directional import group_scatter
 from hpc_absa.curvature.estimate import estimate_eigenvalue
-from hpc_absa.curvature.operator import FunctionModel
+from hpc_absa.curvature.operator import FunctionModel, HessianOperator, evaluation_mode
 from hpc_absa.curvature.sampling import Scatter, student_t
 from hpc_absa.schedules import SCHEDULES
-from tests.curvature.nets import Samples
+from tests.curvature.nets import Samples, build
 
 PRESETS = {
     method: Hessian(**SCHEDULES[method].hessian_defaults) for method in ("abs", "absa-tuned")
@@ -129,7 +130,7 @@ def test_no_bound_without_a_threshold():
 
 @pytest.fixture
 def _small_pieces_are_cheap(monkeypatch):
-    monkeypatch.setattr(pieces, "EARLY_BYTES", 0)
+    monkeypatch.setattr(pieces, "COARSE_BYTES", 0)
 
 
 def early(seeds, share, spread):
@@ -148,3 +149,39 @@ def test_the_test_on_a_part_of_the_sample():
     """It ends most searches far above the threshold, and few below it: 5 % at most."""
     assert early(range(12), 0.15, 0.4) >= 8
     assert early(range(30), 1.0, 0.7) <= 4
+
+
+@pytest.mark.usefixtures("_small_pieces_are_cheap")
+def test_the_previous_vector_shows_on_a_part_that_the_value_is_above():
+    full = question(PRESETS["abs"], None, 0, 0.0)
+    value = full.eigenvalue.value
+    above = question(PRESETS["abs"], value / 3, 0, 0.0, start=full.vector)
+    assert above.eigenvalue.stopped_above_threshold
+    assert above.eigenvalue.samples == PRESETS["abs"].samples // 8
+    assert above.samples_processed == 2 * above.eigenvalue.samples  # one product with a part
+    below = question(PRESETS["abs"], 3 * value, 0, 0.0, start=full.vector).eigenvalue
+    assert below.converged
+
+
+@pytest.mark.parametrize("kind", ["conv", "attention", "mlp"])
+def test_groups_by_forward_derivatives_scatter_as_by_products(kind):
+    model, loss, sample = build(kind, 24, torch.float64)
+    with evaluation_mode(model):
+        whole = HessianOperator(
+            model, loss, sample, SerialCommunicator(), samples=24, microbatch=12
+        )
+        vector = whole.gradient()
+        vector /= vector.norm()
+        mean = float(vector @ whole.matvec(vector))
+        found = group_scatter(whole, vector, 4, mean)
+        values = []
+        for start in range(0, 24, 4):
+            part = Samples(*sample.load(start, start + 4))
+            hessian = HessianOperator(
+                model, loss, part, SerialCommunicator(), samples=4, microbatch=4
+            )
+            values.append(float(vector @ hessian.matvec(vector)))
+        assert found.values.tolist() == pytest.approx(values, rel=1e-9)
+        assert group_scatter(whole, vector, 4, 2 * mean) is None  # not the known mean
+        whole.loss_fn = lambda o, t: loss(o, t) if len(o) == 12 else 1 / 0
+        assert group_scatter(whole, vector, 4, mean) is None

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from hpc_absa.comm import SerialCommunicator
+from hpc_absa.curvature import pieces
 from hpc_absa.curvature.estimate import Interrupted, estimate_eigenvalue
 from hpc_absa.curvature.operator import HessianOperator, evaluation_mode
 from tests.curvature.nets import build, dense
@@ -141,9 +142,11 @@ def test_at_most_1_in_200_converged_estimates_is_outside_the_tolerance(size):
     assert wrong <= converged / 200
 
 
-def test_a_large_sample_is_searched_from_a_coarse_one():
+def test_a_large_sample_is_searched_from_a_coarse_one(monkeypatch):
     model, loss, sample = build("conv", 64, torch.float32)
     settings = {"samples": 64, "microbatch": 16}
+    assert estimate(model, loss, sample, **settings).coarse_matvecs == 0  # small kernels
+    monkeypatch.setattr(pieces, "COARSE_BYTES", 0)
     result = estimate(model, loss, sample, **settings)
     assert result.coarse_matvecs > 0
     top = float(torch.linalg.eigvalsh(dense(model, loss, sample, 64))[-1])

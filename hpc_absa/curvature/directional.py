@@ -6,17 +6,23 @@ forward pass, where products with their Hessians would need a gradient and a pro
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.func import jvp
+from torch.overrides import TorchFunctionMode
 
 from hpc_absa.curvature import fast
 from hpc_absa.curvature.loss import mean_and_denominator, take
 from hpc_absa.curvature.operator import HessianOperator
 from hpc_absa.curvature.sampling import Scatter
 from hpc_absa.curvature.twice import Exchange
+
+TOLERANCE = 5e-3
+"""Of the mean over all groups, which is known; products with TensorFloat-32 are right to 1e-3."""
 
 
 def group_scatter(
@@ -48,10 +54,6 @@ def group_scatter(
     return scatter if abs(scatter.mean - expected) <= TOLERANCE * abs(expected) else None
 
 
-TOLERANCE = 1e-2
-"""Of the mean over all groups, which is known; products with TensorFloat-32 are right to 1e-3."""
-
-
 def _of_microbatch(
     operator: HessianOperator, index: int, vector: Tensor, parts: list[Tensor]
 ) -> tuple[Tensor, Tensor]:
@@ -65,7 +67,8 @@ def _of_microbatch(
             name: p.detach() + t * v
             for (name, p), v in zip(operator.parameters.items(), direction, strict=True)
         }
-        outputs = fast.forward(operator.model, inputs, leaves, fast.PLAIN)
+        with _TwiceForward():
+            outputs = fast.forward(operator.model, inputs, leaves, fast.PLAIN)
         results = []
         denominators.clear()
         for part in parts:
@@ -74,7 +77,7 @@ def _of_microbatch(
             chosen_targets, target_axis = take(fast.copied(targets), part, total)
             if not axis or target_axis is False:
                 raise ValueError("no axis of samples")
-            with Exchange():
+            with _TwiceForward(), Exchange():
                 mean, d = mean_and_denominator(operator.loss_fn, chosen, chosen_targets, len(part))
             results.append(mean)
             denominators.append(d)
@@ -86,3 +89,35 @@ def _of_microbatch(
     zero = torch.zeros((), dtype=operator.dtype, device=operator.device)
     values = jvp(slope, (zero,), (torch.ones_like(zero),))[1]
     return values.double().cpu(), torch.tensor(denominators, dtype=torch.float64)
+
+
+class _TwiceForward(TorchFunctionMode):
+    """Replaces or refuses what torch differentiates wrongly twice in forward mode (2.13)."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.layer_norm:
+            return _layer_norm(*args, **kwargs)
+        training = func is F.batch_norm and fast.NormalizationCall(*args, **kwargs).training
+        if training or func in _WRONG:
+            raise NotImplementedError(func.__name__)
+        return func(*args, **kwargs)
+
+
+_WRONG = {F.instance_norm, torch.instance_norm, torch.batch_norm, torch.layer_norm}
+
+
+def _layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    axes = list(range(-len(normalized_shape), 0))
+    centred = input - input.mean(axes, keepdim=True)
+    output = centred * torch.rsqrt(centred.square().mean(axes, keepdim=True) + eps)
+    output = output if weight is None else output * weight
+    return output if bias is None else output + bias

@@ -232,7 +232,7 @@ class _ConvolutionCall(NamedTuple):
         return Convolution.apply(x, self.weight, self.bias, geometry)
 
 
-class _NormalizationCall(NamedTuple):
+class NormalizationCall(NamedTuple):
     """The arguments of `F.batch_norm`."""
 
     input: Tensor
@@ -284,7 +284,7 @@ class _Watch(TorchFunctionMode):
             if id(argument) in self.outputs and func not in _QUERIES:
                 use = None
                 if func is F.batch_norm:
-                    use = _NormalizationCall(*args, **kwargs).by_name(self.tensors)
+                    use = NormalizationCall(*args, **kwargs).by_name(self.tensors)
                 self.uses.setdefault(self.outputs[id(argument)][0], []).append(use)
         output = func(*args, **kwargs)
         self.replaceable |= func in _CONVOLUTIONS or func is F.batch_norm
@@ -332,7 +332,7 @@ class _Replace(Exchange):
                 if (folded := self.folded.get(id(argument))) is not None:
                     if func is not F.batch_norm or folded.used:
                         self._fail()
-                    call = _NormalizationCall(*args, **kwargs)
+                    call = NormalizationCall(*args, **kwargs)
                     if call.by_name(self.tensors) != folded.normalization:
                         self._fail()
                     folded.used = True
@@ -340,7 +340,7 @@ class _Replace(Exchange):
         if func in _CONVOLUTIONS:
             return self._convolution(func, _ConvolutionCall(*args, **kwargs))
         if func is F.batch_norm:
-            call = _NormalizationCall(*args, **kwargs)
+            call = NormalizationCall(*args, **kwargs)
             normalization = call.by_name(self.tensors)
             if normalization is not None:
                 shape = (1, -1, *[1] * (call.input.dim() - 2))

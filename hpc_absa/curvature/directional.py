@@ -1,7 +1,8 @@
-"""The curvature along a vector, group by group of samples, by forward-mode differentiation alone.
+"""The curvature along a vector, sample by sample, by forward-mode differentiation.
 
-`vᵀ ∇²L_g v` is the second derivative of `t ↦ L_g(θ + t v)`. All groups of a microbatch share one
-forward pass, where products with their Hessians would need a gradient and a product for each.
+With outputs z(t) at the parameters θ + t v and a loss that is a mean over samples,
+`vᵀ ∇²L v = ∇L · z'' + z'ᵀ ∇²L z'`, and both terms are sums over samples. All samples of a
+microbatch share one forward pass, where products with groups need a gradient and a product each.
 """
 
 from __future__ import annotations
@@ -14,81 +15,70 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import jvp
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from hpc_absa.curvature import fast
-from hpc_absa.curvature.loss import mean_and_denominator, take
 from hpc_absa.curvature.operator import HessianOperator
 from hpc_absa.curvature.sampling import Scatter
-from hpc_absa.curvature.twice import Exchange
 
 TOLERANCE = 5e-3
-"""Of the mean over all groups, which is known; products with TensorFloat-32 are right to 1e-3."""
+"""Of the mean over all samples, which is known; with TensorFloat-32 products are right to 1e-3."""
 
 
-def group_scatter(
-    operator: HessianOperator, vector: Tensor, size: int, expected: float
-) -> Scatter | None:
-    """`vᵀ ∇²L_g v` for groups of `size` samples.
+def sample_scatter(operator: HessianOperator, vector: Tensor, expected: float) -> Scatter | None:
+    """`vᵀ ∇²l_i v` of each sample i, with equal weights.
 
-    None, on all ranks, if the model or the loss does not allow it: a function without forward
-    derivative, outputs without an axis of samples, or a mean that is not `expected`.
+    None, on all ranks, if the model or the loss does not allow it: a function without a forward
+    derivative, outputs that are not tensors with an axis of samples, a denominator that is not the
+    number of samples, or a mean that is not `expected`.
     """
-    groups = [
-        (index, first, min(first + size, stop))
-        for index, (start, stop) in enumerate(operator.bounds)
-        for first in range(start, stop, size)
-    ]
-    sums = torch.zeros(3, len(groups), dtype=torch.float64)
+    operator.matvecs += 1  # what it costs, at least
+    sums = torch.zeros(2, operator.samples, dtype=torch.float64)
     for index in operator.own_microbatches:
-        own = [k for k, group in enumerate(groups) if group[0] == index]
-        start = operator.bounds[index][0]
-        parts = [torch.arange(groups[k][1] - start, groups[k][2] - start) for k in own]
+        start, stop = operator.bounds[index]
         try:
-            sums[0, own], sums[1, own] = _of_microbatch(operator, index, vector, parts)
-        except Exception:  # the products below give the same
-            sums[2, own] = 1
-    values, denominators, failed = operator.comm.allreduce_(sums)
-    if failed.any() or not denominators.any():
+            sums[0, start:stop] = _of_microbatch(operator, index, vector)
+        except Exception:  # products with groups of samples give the same
+            sums[1, start:stop] = 1
+    values, failed = operator.comm.allreduce_(sums)
+    if failed.any():
         return None
-    scatter = Scatter(values, denominators / denominators.sum())
+    scatter = Scatter(values, torch.full_like(values, 1 / len(values)))
     return scatter if abs(scatter.mean - expected) <= TOLERANCE * abs(expected) else None
 
 
-def _of_microbatch(
-    operator: HessianOperator, index: int, vector: Tensor, parts: list[Tensor]
-) -> tuple[Tensor, Tensor]:
-    """Values and denominators of its groups, [G] each."""
+def _of_microbatch(operator: HessianOperator, index: int, vector: Tensor) -> Tensor:
+    """[n_m], of each of its samples."""
     inputs, targets = operator.load(index)
+    start, stop = operator.bounds[index]
     direction = operator.shaped(vector)
-    denominators: list[float] = []
+    structure: Any = None
 
-    def losses(t: Tensor) -> Tensor:
+    def outputs(t: Tensor) -> tuple[Tensor, ...]:
+        nonlocal structure
         leaves = {
             name: p.detach() + t * v
             for (name, p), v in zip(operator.parameters.items(), direction, strict=True)
         }
         with _TwiceForward():
-            outputs = fast.forward(operator.model, inputs, leaves, fast.PLAIN)
-        results = []
-        denominators.clear()
-        for part in parts:
-            total = sum(map(len, parts))
-            chosen, axis = take(outputs, part, total)
-            chosen_targets, target_axis = take(fast.copied(targets), part, total)
-            if not axis or target_axis is False:
-                raise ValueError("no axis of samples")
-            with _TwiceForward(), Exchange():
-                mean, d = mean_and_denominator(operator.loss_fn, chosen, chosen_targets, len(part))
-            results.append(mean)
-            denominators.append(d)
-        return torch.stack(results)
-
-    def slope(t: Tensor) -> Any:
-        return jvp(losses, (t,), (torch.ones_like(t),))[1]
+            result = fast.forward(operator.model, inputs, leaves, fast.PLAIN)
+        tensors, structure = tree_flatten(result)
+        if any(len(tensor) != stop - start for tensor in tensors):
+            raise NotImplementedError("outputs without an axis of samples")
+        return tuple(tensors)
 
     zero = torch.zeros((), dtype=operator.dtype, device=operator.device)
-    values = jvp(slope, (zero,), (torch.ones_like(zero),))[1]
-    return values.double().cpu(), torch.tensor(denominators, dtype=torch.float64)
+    one = torch.ones_like(zero)
+    (z, first), (_, second) = jvp(lambda t: jvp(outputs, (t,), (one,)), (zero,), (one,))
+    leaves = [tensor.detach().requires_grad_() for tensor in z]
+    loss, denominator = operator.mean(index, tree_unflatten(leaves, structure), targets)
+    if denominator != stop - start:
+        raise NotImplementedError("a weighted mean")
+    slopes = torch.autograd.grad(loss, leaves, create_graph=True, materialize_grads=True)
+    bent = torch.autograd.grad(slopes, leaves, first, materialize_grads=True)
+    terms = zip(slopes, second, bent, first, strict=True)
+    each = [(g * b + h * a).detach().reshape(len(g), -1).sum(1) for g, b, h, a in terms]
+    return torch.stack(each).sum(0).double().cpu() * (stop - start)
 
 
 class _TwiceForward(TorchFunctionMode):

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from hpc_absa.comm import Communicator
 from hpc_absa.curvature import eigen
-from hpc_absa.curvature.directional import group_scatter
+from hpc_absa.curvature.directional import sample_scatter
 from hpc_absa.curvature.operator import (
     HessianOperator,
     HessianSample,
@@ -56,8 +56,9 @@ FALSE_GROWTH = 1e-3
 """Probability that λ of all data is above its upper bound, over the choice of the sample. At 0.01,
 7 of 4,210 growths at 0.9 λ were false on networks, now 2 are (`benchmarks/curvature.md`)."""
 GROUPS = 16
-"""Groups of samples whose scatter gives the sampling error of an upper bound: Student's t with
-fewer degrees of freedom makes the bound much larger. Half as many for the coarse test."""
+"""Groups of samples whose scatter gives the sampling error where that of single samples is not
+known: Student's t with fewer degrees of freedom makes the bound larger. Half as many for tests on a
+part of the sample."""
 COARSE_NOISE = 0.1
 """Random part of the start, without which symmetry can hide the top eigenvector."""
 OVERLAP = 0.03
@@ -277,13 +278,11 @@ class _Search:
         return scatter.mean - margin, scatter.mean, image
 
     def _scatter(self, top: eigen.Eigenpair) -> Scatter:
-        """Of `vᵀHv` over groups of the sample, v the top eigenvector."""
+        """Of `vᵀHv` over the samples, or groups of them; v is the top eigenvector."""
         hessians, samples = self.hessians, self.hessians.samples
-        scatter = None
-        if hessians.pieces.small_kernels:
-            operator = hessians.of(0, samples, hessians.pieces.whole, keep=False)
-            scatter = group_scatter(operator, top.vector, max(2, samples // GROUPS), top.value)
-        return scatter or hessians.scatter(top.vector, 0, samples, GROUPS)[0]
+        operator = hessians.of(0, samples, hessians.pieces.whole, keep=False)
+        each = sample_scatter(operator, top.vector, top.value)
+        return each or hessians.scatter(top.vector, 0, samples, GROUPS)[0]
 
     def _bounded(self, result: eigen.Result, lanczos: eigen.Lanczos | None) -> _Found:
         """With the upper bound, if λ may be below the threshold."""

@@ -15,6 +15,7 @@ import random
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -136,17 +137,23 @@ class PlanMismatchError(Exception):
     """The model does not call what it called when the plan was made."""
 
 
-def make_plan(model: nn.Module, inputs: Any) -> tuple[Plan, Any]:
-    """Find what can be replaced in `model` by running it on `inputs`; also returns its outputs.
+_NOTHING_TO_REPLACE: WeakSet[nn.Module] = WeakSet()
+
+
+def make_plan(model: nn.Module, inputs: Any) -> Plan:
+    """Find what can be replaced in `model` by running it on `inputs`.
 
     With the replacements the model must give the same output up to rounding, and must not fail,
     as models do that use `.view` on a channels-last output.
     """
+    if model in _NOTHING_TO_REPLACE:
+        return PLAIN
     tensors = _tensors(model, {})
     with torch.no_grad(), _Watch(tensors) as watch:
         expected = _call(model, tensors, inputs)
     if not watch.replaceable:
-        return PLAIN, expected
+        _NOTHING_TO_REPLACE.add(model)
+        return PLAIN
     folds = {
         call: uses[0] for call, uses in watch.uses.items() if len(uses) == 1 and uses[0] is not None
     }
@@ -159,10 +166,10 @@ def make_plan(model: nn.Module, inputs: Any) -> tuple[Plan, Any]:
                     leaves = {n: leaf(p, plan) for n, p in model.named_parameters()}
                     outputs = forward(model, inputs, leaves, plan)
                 if _same(outputs, expected):
-                    return plan, expected
+                    return plan
             except Exception:  # the model runs without replacements, so these are the reason
                 continue
-    return PLAIN, expected
+    return PLAIN
 
 
 def _channels_last_is_faster(model: nn.Module) -> bool:

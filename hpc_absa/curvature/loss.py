@@ -133,8 +133,8 @@ def check_mean(loss_fn: Loss, outputs: Any, targets: Any, samples: int) -> bool:
         for part in (order < samples // 2, order < third, order % 2 == 0):
             pieces = []
             for chosen in (order[part], order[~part]):
-                taken, axis = take(outputs, chosen, samples)
-                taken_targets, targets_axis = take(targets, chosen, samples)
+                taken, axis = _take(outputs, chosen, samples)
+                taken_targets, targets_axis = _take(targets, chosen, samples)
                 if not axis or targets_axis is False:
                     return checked
                 try:
@@ -169,7 +169,7 @@ def compare(
         )
 
 
-def take(value: Any, chosen: Tensor, samples: int) -> tuple[Any, bool | None]:
+def _take(value: Any, chosen: Tensor, samples: int) -> tuple[Any, bool | None]:
     """The chosen samples of a nested value; whether it has an axis of samples, None: no tensors."""
     axes = [
         bool(leaf.dim()) and len(leaf) == samples

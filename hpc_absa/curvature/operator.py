@@ -198,7 +198,7 @@ class HessianOperator:
             for index in self.own_microbatches:
                 inputs, targets = self.load(index)
                 outputs = fast.forward(self.model, inputs, leaves, fast.PLAIN)
-                mean, denominator = self._mean(index, outputs, targets)
+                mean, denominator = self.mean(index, outputs, targets)
                 if denominator:
                     sums[0, index], sums[1, index] = float(mean) * denominator, denominator
         total, denominator = self.comm.broadcast_(self.comm.allreduce_(sums)).sum(1).tolist()
@@ -261,7 +261,8 @@ class HessianOperator:
         """Inputs and targets of a microbatch."""
         return self.sample.load(*self.bounds[index])
 
-    def _mean(self, index: int, outputs: Any, targets: Any) -> tuple[Tensor, float]:
+    def mean(self, index: int, outputs: Any, targets: Any) -> tuple[Tensor, float]:
+        """The loss of a microbatch, and its denominator."""
         start, stop = self.bounds[index]
         with Exchange():
             return mean_and_denominator(self.loss_fn, outputs, fast.copied(targets), stop - start)
@@ -271,7 +272,7 @@ class HessianOperator:
         if self.plan is not None:
             return
         inputs, _ = self.load(0)
-        self.plan = fast.make_plan(self.model, inputs)[0] if self.accelerate else fast.PLAIN
+        self.plan = fast.make_plan(self.model, inputs) if self.accelerate else fast.PLAIN
 
     def _graph(self, index: int) -> Graph:
         if index in self._graphs:
@@ -306,7 +307,7 @@ class HessianOperator:
             self._checked.add(index)
 
         def mean(outputs: Any) -> Tensor:
-            loss, self._denominators[index] = self._mean(index, outputs, targets)
+            loss, self._denominators[index] = self.mean(index, outputs, targets)
             return loss
 
         differentiate = hessian_graph if self.matrix == "hessian" else gauss_newton_graph

@@ -87,7 +87,7 @@ def reference(model: nn.Module, sample: Samples, tol: float = 1e-5) -> float:
     with evaluation_mode(model, full_precision=True):
         operator = HessianOperator(
             model, functional.cross_entropy, sample, SerialCommunicator(), samples=sample.size,
-            microbatch=64, keep_graphs=sample.size,
+            microbatch=512 if sample.inputs.is_cuda else 64, keep_graphs=sample.size,
         )  # fmt: skip
         start = eigen.randomized(operator.gradient(), 1.0, seed=99)
         result = eigen.lanczos(operator.matvec, start, tol=tol, max_iter=80)

@@ -125,7 +125,8 @@ class Plan:
     folds: Mapping[int, Normalization] = field(default_factory=dict)
     """The normalization to fold into each convolution, by the order in which these are called."""
     channels_last: bool = False
-    """Convolutions run in channels-last layout. The model's inputs keep the sample's layout."""
+    """Convolutions run in channels-last layout. The model's inputs keep the sample's layout. On a
+    GPU all keep the layout that they have."""
     accelerate: bool = True
     """False: only functions without a (right) second derivative are replaced."""
 
@@ -157,9 +158,7 @@ def make_plan(model: nn.Module, inputs: Any) -> Plan:
     folds = {
         call: uses[0] for call, uses in watch.uses.items() if len(uses) == 1 and uses[0] is not None
     }
-    for channels_last in (True, False):
-        if channels_last and not (watch.convolves_images and _channels_last_is_faster(model)):
-            continue
+    for channels_last in (True, False) if watch.arranges_images else (False,):
         for plan in (Plan(folds, channels_last), *([Plan({}, channels_last)] if folds else [])):
             try:
                 with torch.no_grad():
@@ -170,14 +169,6 @@ def make_plan(model: nn.Module, inputs: Any) -> Plan:
             except Exception:  # the model runs without replacements, so these are the reason
                 continue
     return PLAIN
-
-
-def _channels_last_is_faster(model: nn.Module) -> bool:
-    """Not for float32 on a GPU without its tensor cores."""
-    first = next(model.parameters())
-    return not (first.is_cuda and first.dtype == torch.float32) or bool(
-        torch.backends.cudnn.allow_tf32
-    )
 
 
 def _same(outputs: Any, expected: Any) -> bool:
@@ -279,7 +270,7 @@ class _Watch(TorchFunctionMode):
     def __init__(self, tensors: Tensors) -> None:
         super().__init__()
         self.tensors, self.count = tensors, 0
-        self.replaceable = self.convolves_images = False
+        self.replaceable = self.arranges_images = False
         self.outputs: dict[int, tuple[int, Tensor]] = {}
         self.uses: dict[int, list[Normalization | None]] = {}
 
@@ -299,7 +290,7 @@ class _Watch(TorchFunctionMode):
             if _ConvolutionCall(*args, **kwargs).supported:
                 self.outputs[id(output)] = self.count, output
             self.count += 1
-            self.convolves_images |= func is F.conv2d
+            self.arranges_images |= func is F.conv2d and not output.is_cuda
         return output
 
 

@@ -163,6 +163,8 @@ def stages(options: argparse.Namespace) -> Iterator[tuple[str, int, nn.Module, S
     begin = time.perf_counter()
     chosen = [(n, s, r) for n in options.networks for s in options.steps for r in options.seeds]
     for number, (name, steps, seed) in enumerate(chosen, 1):
+        if time.perf_counter() > begin + options.seconds:
+            return
         model, pool = trained(name, options.data, steps=steps, seed=seed, device=options.device)
         end = begin + options.seconds * number / len(chosen)
         yield f"{name}, {steps} steps", seed, model, pool, end

@@ -69,7 +69,8 @@ def _of_microbatch(operator: HessianOperator, index: int, vector: Tensor) -> Ten
 
     zero = torch.zeros((), dtype=operator.dtype, device=operator.device)
     one = torch.ones_like(zero)
-    (z, first), (_, second) = jvp(lambda t: jvp(outputs, (t,), (one,)), (zero,), (one,))
+    twice: Any = jvp(lambda t: jvp(outputs, (t,), (one,)), (zero,), (one,))
+    (z, first), (_, second) = twice
     leaves = [tensor.detach().requires_grad_() for tensor in z]
     loss, denominator = operator.mean(index, tree_unflatten(leaves, structure), targets)
     if denominator != stop - start:

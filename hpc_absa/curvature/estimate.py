@@ -31,7 +31,7 @@ from hpc_absa.curvature.operator import (
 )
 from hpc_absa.curvature.pieces import Hessians, Pieces
 from hpc_absa.curvature.power import power
-from hpc_absa.curvature.sampling import Scatter
+from hpc_absa.curvature.sampling import Scatter, student_t
 from hpc_absa.records import Eigenvalue
 
 __all__ = ["Estimate", "HessianSample", "Interrupted", "estimate_eigenvalue"]
@@ -274,14 +274,18 @@ class _Search:
         count, samples = self.hessians.pieces.coarse_samples, self.hessians.samples
         scatter, image = self.hessians.scatter(vector, start, start + count, GROUPS // 2)
         part = min(1.0, count / (samples - start))
-        margin = scatter.margin(COARSE_LEVEL) * math.sqrt(1 - part)
+        quantile = student_t(COARSE_LEVEL, scatter.groups - 1)
+        margin = quantile * scatter.standard_error * math.sqrt(1 - part)
         return scatter.mean - margin, scatter.mean, image
 
     def _scatter(self, top: eigen.Eigenpair) -> Scatter:
         """Of `vᵀHv` over the samples, or groups of them; v is the top eigenvector."""
         hessians, samples = self.hessians, self.hessians.samples
-        operator = hessians.of(0, samples, hessians.pieces.whole, keep=False)
-        each = sample_scatter(operator, top.vector, top.value)
+        each, plan = None, hessians.plan
+        # On a CPU the forward derivative of a convolution takes seven times as long as itself.
+        if top.vector.is_cuda or plan is None or not plan.accelerate:
+            operator = hessians.of(0, samples, hessians.pieces.whole, keep=False)
+            each = sample_scatter(operator, top.vector, top.value)
         return each or hessians.scatter(top.vector, 0, samples, GROUPS)[0]
 
     def _bounded(self, result: eigen.Result, lanczos: eigen.Lanczos | None) -> _Found:

@@ -80,7 +80,7 @@ def grown(settings, share, seeds, spread):
 @pytest.mark.parametrize("spread", [0.0, 0.7])
 def test_growth_is_not_false(method, spread):
     assert grown(PRESETS[method], 0.9, range(40), spread) == 0
-    assert grown(PRESETS[method], 2.0 if spread == 0 else 8.0, range(10), spread) >= 7
+    assert grown(PRESETS[method], 2.0 if spread == 0 else 16.0, range(10), spread) >= 7
 
 
 @pytest.mark.slow

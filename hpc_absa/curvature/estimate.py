@@ -281,11 +281,8 @@ class _Search:
     def _scatter(self, top: eigen.Eigenpair) -> Scatter:
         """Of `vᵀHv` over the samples, or groups of them; v is the top eigenvector."""
         hessians, samples = self.hessians, self.hessians.samples
-        each, plan = None, hessians.plan
-        # On a CPU the forward derivative of a convolution takes seven times as long as itself.
-        if top.vector.is_cuda or plan is None or not plan.accelerate:
-            operator = hessians.of(0, samples, hessians.pieces.whole, keep=False)
-            each = sample_scatter(operator, top.vector, top.value)
+        operator = hessians.of(0, samples, hessians.pieces.whole, keep=False)
+        each = sample_scatter(operator, top.vector, top.value)
         return each or hessians.scatter(top.vector, 0, samples, GROUPS)[0]
 
     def _bounded(self, result: eigen.Result, lanczos: eigen.Lanczos | None) -> _Found:

@@ -51,25 +51,21 @@ def _of_microbatch(operator: HessianOperator, index: int, vector: Tensor) -> Ten
     """[n_m], of each of its samples."""
     inputs, targets = operator.load(index)
     start, stop = operator.bounds[index]
-    direction = operator.shaped(vector)
+    direction = tuple(operator.shaped(vector))
     structure: Any = None
 
-    def outputs(t: Tensor) -> tuple[Tensor, ...]:
+    def outputs(*parameters: Tensor) -> tuple[Tensor, ...]:
         nonlocal structure
-        leaves = {
-            name: p.detach() + t * v
-            for (name, p), v in zip(operator.parameters.items(), direction, strict=True)
-        }
+        named = dict(zip(operator.parameters, parameters, strict=True))
         with _TwiceForward():
-            result = fast.forward(operator.model, inputs, leaves, fast.PLAIN)
+            result = fast.forward(operator.model, inputs, named, fast.PLAIN)
         tensors, structure = tree_flatten(result)
         if any(len(tensor) != stop - start for tensor in tensors):
             raise NotImplementedError("outputs without an axis of samples")
         return tuple(tensors)
 
-    zero = torch.zeros((), dtype=operator.dtype, device=operator.device)
-    one = torch.ones_like(zero)
-    twice: Any = jvp(lambda t: jvp(outputs, (t,), (one,)), (zero,), (one,))
+    values = tuple(p.detach() for p in operator.parameters.values())
+    twice: Any = jvp(lambda *p: jvp(outputs, p, direction), values, direction)
     (z, first), (_, second) = twice
     leaves = [tensor.detach().requires_grad_() for tensor in z]
     loss, denominator = operator.mean(index, tree_unflatten(leaves, structure), targets)

@@ -7,17 +7,23 @@ from benchmarks.schedules import false_growths, reference
 
 
 def test_more_estimates_make_fewer_false_growths():
-    one, several = (false_growths.simulate(most, 0.3, 0.4, 150) for most in (1, 4))
+    one, several = (false_growths.simulate(most, 0.3, 0.4, 150, False) for most in (1, 4))
     assert one.false > 3 * several.false
     assert one.estimates == one.decisions < several.estimates < 2 * several.decisions
-    assert one.row("x", 1).startswith("| x | 1 | ")
+    assert one.row("x", 1, False).startswith("| x | 1 | value | ")
+
+
+def test_the_bound_of_a_run_prevents_false_growths():
+    value, bound = (false_growths.simulate(1, 0.3, 0.4, 150, bounded) for bounded in (False, True))
+    assert value.false > 20 * bound.false
+    assert value.missed < bound.missed
 
 
 def test_decisions_on_values_that_were_measured():
     from tests.schedules.tables import estimate
 
     found = [[estimate(value * factor) for factor in (0.9, 1.0, 1.1)] for value in (8, 8, 3, 3)]
-    counts = false_growths.resample(found, 2, 20)
+    counts = false_growths.resample(found, 2, 20, True)
     assert (counts.trials, counts.false, counts.possible, counts.missed) == (20, 0, 20, 0)
 
 

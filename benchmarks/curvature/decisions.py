@@ -20,11 +20,11 @@ from torch import nn
 from torch.nn import functional
 
 from benchmarks.curvature.memo import memoized_products
-from benchmarks.curvature.networks import NETWORKS, Samples, trained
+from benchmarks.curvature.networks import Samples, drawn, parser, stages
 from benchmarks.curvature.tolerance import reference
 from hpc_absa.comm import SerialCommunicator
 from hpc_absa.config.tables import Hessian
-from hpc_absa.curvature.estimate import estimate_eigenvalue
+from hpc_absa.curvature.estimate import Estimate, estimate_eigenvalue
 from hpc_absa.schedules import SCHEDULES
 
 THRESHOLDS = (0.9, 1.0, 1.25, 1.5, 2.0, 3.0, 4.0)
@@ -46,59 +46,39 @@ class Answers:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.curvature.decisions")
-    parser.add_argument("networks", nargs="+", choices=NETWORKS)
-    parser.add_argument("--data", type=Path, help="packed CIFAR-10, for the ResNets")
-    parser.add_argument("--steps", type=int, nargs="+", default=[50, 300])
-    parser.add_argument("--methods", nargs="+", default=["absa", "absa-tuned"])
-    parser.add_argument("--trials", type=int, default=50, help="for each network and steps")
-    parser.add_argument("--samples", type=int, help="instead of the method's default")
-    parser.add_argument("--pool", type=int, default=1437, help="data that λ is defined over")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after")
-    parser.add_argument("--out", type=Path, help="also write each sample's λ there, as JSON lines")
-    options = parser.parse_args()
+    options = _options()
     torch.set_num_threads(1)
-    begin = time.perf_counter()
     answers: dict[tuple[str, float], Answers] = defaultdict(Answers)
-    stages = [(name, steps) for name in options.networks for steps in options.steps]
-    for number, (name, steps) in enumerate(stages, 1):
-        model, pool = trained(
-            name, options.data, steps=steps, seed=options.seed, device=options.device
-        )
+    for name, seed, model, pool, end in stages(options):
         pool = Samples(pool.inputs[: options.pool], pool.targets[: options.pool])
         truth = reference(model, pool, 1e-4)
         for method in options.methods:
-            defaults = Hessian(**SCHEDULES[method].hessian_defaults)
+            settings = Hessian(**SCHEDULES[method].hessian_defaults)
             if options.samples:
-                defaults = defaults.model_copy(update={"samples": options.samples})
+                settings = settings.model_copy(update={"samples": options.samples})
             ratios, errors = [], []
             for trial in range(options.trials):
-                passed = time.perf_counter() - begin
-                if passed > options.seconds * number / len(stages) and trial > 1:
+                if time.perf_counter() > end and trial > 1:
                     break
-                generator = torch.Generator().manual_seed(trial + 10_000 * options.seed)
-                shape = (defaults.samples,)
-                chosen = torch.randint(0, pool.size, shape, generator=generator)
-                sample = pool.chosen(chosen.to(pool.inputs.device))
-                value, error = ask(model, sample, defaults, truth, method, answers)
+                number = options.first_trial + trial + 10_000 * seed
+                sample = drawn(pool, settings.samples, number)
+                value, error = ask(model, sample, settings, truth, method, answers, options)
                 ratios.append(value / truth)
                 errors.append(error / value)
                 if options.out is not None:
-                    line = {"network": name, "steps": steps, "method": method}
+                    line = {"network": name, "seed": seed, "method": method, "trial": number}
                     line |= {"truth": truth, "value": value, "sampling_error": error}
                     with options.out.open("a") as file:
                         file.write(json.dumps(line) + "\n")
             ratio, error = torch.tensor(ratios), torch.tensor(errors)
             print(
-                f"{name}, {steps} steps, {method}: λ {truth:.4g}; λ of a sample / λ "
+                f"{name}, seed {seed}, {method}: λ {truth:.4g}; λ of a sample / λ "
                 f"{ratio.mean():.2f} ± {ratio.std():.2f}; sampling error {error.mean():.2f}",
                 flush=True,
             )
     print("\n| method, t / λ | below | value alone | unconverged | stopped early |", end=" ")
     print("though below, of | gradients |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
+    print("| --- " * 7 + "|")
     for (method, share), a in sorted(answers.items()):
         trials, cost = len(a.gradients), sum(a.gradients) / len(a.gradients)
         print(
@@ -107,32 +87,45 @@ def main() -> None:
         )
 
 
+def _options() -> argparse.Namespace:
+    arguments = parser(__doc__, steps=[50, 300])
+    arguments.add_argument("--methods", nargs="+", default=["absa", "absa-tuned"])
+    arguments.add_argument("--thresholds", type=float, nargs="+", default=THRESHOLDS)
+    arguments.add_argument("--trials", type=int, default=50, help="for each stage and method")
+    arguments.add_argument("--first-trial", type=int, default=0, help="for fresh samples")
+    arguments.add_argument("--samples", type=int, help="instead of the method's default")
+    arguments.add_argument("--pool", type=int, default=1437, help="data that λ is defined over")
+    arguments.add_argument("--out", type=Path, help="also write each sample's λ there, as JSON")
+    return arguments.parse_args()
+
+
 def ask(
     model: nn.Module,
     sample: Samples,
-    defaults: Hessian,
+    settings: Hessian,
     truth: float,
     method: str,
     answers: dict[tuple[str, float], Answers],
+    options: argparse.Namespace,
 ) -> tuple[float, float]:
     """λ of the sample and its sampling error; the answers are added to `answers`."""
 
-    def estimate(tol: float, max_iter: int, threshold: float | None):
+    def estimate(tol: float, max_iter: int, threshold: float) -> Estimate:
         return estimate_eigenvalue(
             model, functional.cross_entropy, sample, SerialCommunicator(), method="lanczos",
             samples=sample.size, microbatch=128, tol=tol, max_iter=max_iter,
-            threshold=threshold, keep_samples=sample.size,
+            threshold=threshold, false_growth=settings.false_growth, keep_samples=sample.size,
         )  # fmt: skip
 
     with memoized_products():
         own = estimate(1e-3, 40, 1e9 * truth).eigenvalue
-        for share in THRESHOLDS:
+        for share in options.thresholds:
             threshold = share * truth
-            result = estimate(defaults.tol, defaults.max_iter, threshold)
+            result = estimate(settings.tol, settings.max_iter, threshold)
             value, answer = result.eigenvalue, answers[method, share]
+            early = value.samples < sample.size
             answer.below += value.converged and value.at_most <= threshold
             answer.value_alone += own.value <= threshold
-            early = value.samples < sample.size
             answer.stopped_early += early
             answer.sample_below += own.value <= threshold
             answer.stopped_early_below += early and own.value <= threshold

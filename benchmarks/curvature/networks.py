@@ -1,12 +1,15 @@
 """Small networks to measure on, trained for some steps, and samples of their data.
 
 Data are scikit-learn's digits, or CIFAR-10 images from a file that `hpc-absa data` has packed (or
-`.npz` with `images` [N, 32, 32, 3] and `labels`). Without a file, networks for CIFAR-10 get
-enlarged digits.
+`.npz` with `images` [N, 32, 32, 3] and `labels`). Without a file, networks for CIFAR-10 get random
+images.
 """
 
 from __future__ import annotations
 
+import argparse
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -101,7 +104,9 @@ def build(name: str) -> nn.Module:
 
 def data(name: str, path: Path | None, count: int = 12500) -> Samples:
     """The training data of a network."""
-    if name.startswith("resnet") and path is not None:
+    if name.startswith("resnet"):
+        if path is None:
+            return _random_images(min(count, 2000))
         if path.suffix == ".npz":
             with np.load(path) as file:
                 images, labels = file["images"], file["labels"]
@@ -118,9 +123,51 @@ def data(name: str, path: Path | None, count: int = 12500) -> Samples:
 
     digits = load_digits()
     inputs = torch.from_numpy(digits.images[:1437]).float()[:, None] / 16 - 0.3
-    if name.startswith("resnet"):
-        inputs = functional.interpolate(inputs, (32, 32)).expand(-1, 3, -1, -1).contiguous()
     return Samples(inputs, torch.from_numpy(digits.target[:1437]).long())
+
+
+def _random_images(count: int) -> Samples:
+    """Ten random images with noise, [N, 3, 32, 32]."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(count) % 10
+    classes = torch.randn(10, 3, 32, 32, generator=generator)
+    noise = torch.randn(count, 3, 32, 32, generator=generator)
+    return Samples(0.3 * classes[labels] + noise, labels)
+
+
+def drawn(pool: Samples, count: int, seed: int, replacement: bool = True) -> Samples:
+    """A random sample."""
+    generator = torch.Generator().manual_seed(seed)
+    if replacement:
+        chosen = torch.randint(0, pool.size, (count,), generator=generator)
+    else:
+        chosen = torch.randperm(pool.size, generator=generator)[:count]
+    return pool.chosen(chosen.to(pool.inputs.device))
+
+
+def parser(description: str | None, **defaults: object) -> argparse.ArgumentParser:
+    """Arguments that choose networks at stages of their training, for `stages`."""
+    parser = argparse.ArgumentParser(description=(description or "").partition("\n")[0])
+    parser.add_argument("networks", nargs="+", choices=NETWORKS)
+    parser.add_argument("--data", type=Path, help="packed CIFAR-10, for the ResNets")
+    parser.add_argument("--steps", type=int, nargs="+")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after")
+    parser.set_defaults(**defaults)
+    return parser
+
+
+def stages(options: argparse.Namespace) -> Iterator[tuple[str, int, nn.Module, Samples, float]]:
+    """Name (with steps), seed, network, data, and the time at which the stage should end."""
+    begin = time.perf_counter()
+    chosen = [(n, s, r) for n in options.networks for s in options.steps for r in options.seeds]
+    for number, (name, steps, seed) in enumerate(chosen, 1):
+        if time.perf_counter() > begin + options.seconds:
+            return
+        model, pool = trained(name, options.data, steps=steps, seed=seed, device=options.device)
+        end = begin + options.seconds * number / len(chosen)
+        yield f"{name}, {steps} steps", seed, model, pool, end
 
 
 def trained(

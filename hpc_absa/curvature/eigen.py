@@ -50,8 +50,10 @@ def no_broadcast(scalars: Tensor) -> Tensor:
 
 def dots(vectors: Tensor, vector: Tensor) -> Tensor:
     """`Vᵀ w`: [m, P] and [P] to [m] float64, on the CPU."""
-    total = torch.zeros(len(vectors), dtype=torch.float64, device=vector.device)
     chunk = _CHUNK if vector.device.type == "cpu" else 64 * _CHUNK
+    if vector.numel() <= chunk:
+        return torch.mv(vectors, vector).double().cpu()
+    total = torch.zeros(len(vectors), dtype=torch.float64, device=vector.device)
     for start in range(0, vector.numel(), chunk):
         part = slice(start, start + chunk)
         total += torch.mv(vectors[:, part], vector[part])

@@ -16,10 +16,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from hpc_absa.comm import Communicator
 from hpc_absa.curvature import eigen
+from hpc_absa.curvature.directional import sample_scatter
 from hpc_absa.curvature.operator import (
     HessianOperator,
     HessianSample,
@@ -29,6 +31,7 @@ from hpc_absa.curvature.operator import (
 )
 from hpc_absa.curvature.pieces import Hessians, Pieces
 from hpc_absa.curvature.power import power
+from hpc_absa.curvature.sampling import Scatter, student_t
 from hpc_absa.records import Eigenvalue
 
 __all__ = ["Estimate", "HessianSample", "Interrupted", "estimate_eigenvalue"]
@@ -47,15 +50,17 @@ COARSE_OVERLAP = 1.0
 COARSE_MARGIN = 2.0
 """A coarse value this many times the threshold is tested on as many other samples."""
 COARSE_LEVEL = 0.1
-"""Probability that this test finds λ of the whole sample above a threshold that it is below."""
+"""Probability that a test on part of the sample finds λ of the whole sample above a threshold that
+it is below."""
 FALSE_GROWTH = 1e-3
 """Probability that λ of all data is above its upper bound, over the choice of the sample. At 0.01,
 7 of 4,210 growths at 0.9 λ were false on networks, now 2 are (`benchmarks/curvature.md`)."""
 GROUPS = 16
-"""Groups of samples whose scatter gives the sampling error of an upper bound: Student's t with
-fewer degrees of freedom makes the bound much larger. Half as many for the coarse test."""
+"""Groups of samples whose scatter gives the sampling error where that of single samples is not
+known: Student's t with fewer degrees of freedom makes the bound larger. Half as many for tests on a
+part of the sample."""
 COARSE_NOISE = 0.1
-"""Random part of the coarse search's start."""
+"""Random part of the start, without which symmetry can hide the top eigenvector."""
 OVERLAP = 0.03
 """Assumed of the coarse search's vector: its component along the top eigenvector is at least this
 share of its component along the vector found. Then at most 1 of 200 estimates is outside the
@@ -141,10 +146,7 @@ def estimate_eigenvalue(
     with evaluation_mode(model, full_precision=tol < TF32_TOLERANCE):
         hessians = Hessians(
             model, loss_fn, sample, comm, samples, poll, reproducible,
-            Pieces.of(
-                model, sample, samples, microbatch, keep_samples,
-                None if reproducible else comm.size,
-            ),
+            Pieces.of(model, sample, comm, samples, microbatch, keep_samples, reproducible),
         )  # fmt: skip
         found = _Search(hessians, method, tol, max_iter, threshold, false_growth).run(start)
     result = found.result
@@ -201,8 +203,12 @@ class _Search:
                 threshold=self.threshold, broadcast=operator.comm.broadcast_,
             )  # fmt: skip
             return self._bounded(result, None)
+        if start is not None and (above := self._still_above(start)):
+            return above
         overlap: float | None = None
-        if 2 * pieces.coarse_samples > samples:
+        if not pieces.coarse_samples:
+            vector, overlap = _start(operator, start, COARSE_NOISE), OVERLAP
+        elif 2 * pieces.coarse_samples > samples:
             vector = _start(operator, start)
         else:
             coarse = self._coarse(start)
@@ -229,10 +235,25 @@ class _Search:
         )  # fmt: skip
         margin = None if self.threshold is None else COARSE_MARGIN * self.threshold
         result = search.run(COARSE_TOLERANCE, margin)
-        if result.stopped and not (self.hessians.pieces.tests_early and self._above(result.top)):
+        if result.stopped and (self.hessians.pieces.small_kernels or not self._above(result.top)):
             result = search.run(COARSE_TOLERANCE)
         operator.close()
         return result
+
+    def _still_above(self, previous: Tensor) -> _Found | None:
+        """As `_above`, by the vector of the previous estimate on the coarse sample itself."""
+        hessians, count = self.hessians, self.hessians.pieces.coarse_samples
+        if self.threshold is None or hessians.pieces.small_kernels:
+            return None
+        if previous.numel() != hessians.size:
+            return None
+        least, mean, image = self._least(previous, 0)
+        if not (math.isfinite(least) and least > self.threshold):
+            return None
+        broadcast = hessians.comm.broadcast_
+        rest = eigen.relative(eigen.norm(image - mean * previous.to(image), broadcast), mean)
+        pair = eigen.Eigenpair(mean, previous, rest, rest, False)
+        return _Found(eigen.Result((pair,), 1, mean, True, torch.ones(1).double()), count, 0)
 
     def _above(self, coarse: eigen.Eigenpair) -> bool:
         """Whether λ of the whole sample is above the threshold, by a test on other samples.
@@ -242,11 +263,27 @@ class _Search:
         """
         assert self.threshold is not None
         count, samples = self.hessians.pieces.coarse_samples, self.hessians.samples
-        others = self.hessians.scatter(coarse.vector, count, 2 * count, GROUPS // 2)
-        part = count / (samples - count)
-        margin = others.margin(COARSE_LEVEL) * math.sqrt(max(0.0, 1 - part))
-        least = others.mean - margin
+        least = self._least(coarse.vector, count)[0]
         return (count * coarse.value + (samples - count) * least) / samples > self.threshold
+
+    def _least(self, vector: Tensor, start: int) -> tuple[float, float, Tensor]:
+        """A lower bound of `vᵀHv` of all samples from `start` on, by the first of them.
+
+        Also returns `vᵀHv` and Hv of these.
+        """
+        count, samples = self.hessians.pieces.coarse_samples, self.hessians.samples
+        scatter, image = self.hessians.scatter(vector, start, start + count, GROUPS // 2)
+        part = min(1.0, count / (samples - start))
+        quantile = student_t(COARSE_LEVEL, scatter.groups - 1)
+        margin = quantile * scatter.standard_error * math.sqrt(1 - part)
+        return scatter.mean - margin, scatter.mean, image
+
+    def _scatter(self, top: eigen.Eigenpair) -> Scatter:
+        """Of `vᵀHv` over the samples, or groups of them; v is the top eigenvector."""
+        hessians, samples = self.hessians, self.hessians.samples
+        operator = hessians.of(0, samples, hessians.pieces.whole, keep=False)
+        each = sample_scatter(operator, top.vector, top.value)
+        return each or hessians.scatter(top.vector, 0, samples, GROUPS)[0]
 
     def _bounded(self, result: eigen.Result, lanczos: eigen.Lanczos | None) -> _Found:
         """With the upper bound, if λ may be below the threshold."""
@@ -254,7 +291,7 @@ class _Search:
         bounded = self.threshold is not None and self.false_growth < 0.5
         if not bounded or result.stopped or not top.converged:
             return _Found(result, samples, self.coarse_matvecs)
-        scatter = self.hessians.scatter(top.vector, 0, samples, GROUPS)
+        scatter = self._scatter(top)
         margin = scatter.margin(self.false_growth)
         if not math.isfinite(margin):  # one group of samples shows nothing
             unknown = replace(result, pairs=(replace(top, converged=False),))

@@ -15,6 +15,7 @@ import random
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -124,7 +125,8 @@ class Plan:
     folds: Mapping[int, Normalization] = field(default_factory=dict)
     """The normalization to fold into each convolution, by the order in which these are called."""
     channels_last: bool = False
-    """Convolutions run in channels-last layout. The model's inputs keep the sample's layout."""
+    """Convolutions run in channels-last layout. The model's inputs keep the sample's layout. On a
+    GPU all keep the layout that they have."""
     accelerate: bool = True
     """False: only functions without a (right) second derivative are replaced."""
 
@@ -136,30 +138,37 @@ class PlanMismatchError(Exception):
     """The model does not call what it called when the plan was made."""
 
 
-def make_plan(model: nn.Module, inputs: Any) -> tuple[Plan, Any]:
-    """Find what can be replaced in `model` by running it on `inputs`; also returns its outputs.
+_NOTHING_TO_REPLACE: WeakSet[nn.Module] = WeakSet()
+
+
+def make_plan(model: nn.Module, inputs: Any) -> Plan:
+    """Find what can be replaced in `model` by running it on `inputs`.
 
     With the replacements the model must give the same output up to rounding, and must not fail,
     as models do that use `.view` on a channels-last output.
     """
+    if model in _NOTHING_TO_REPLACE:
+        return PLAIN
     tensors = _tensors(model, {})
     with torch.no_grad(), _Watch(tensors) as watch:
         expected = _call(model, tensors, inputs)
+    if not watch.replaceable:
+        _NOTHING_TO_REPLACE.add(model)
+        return PLAIN
     folds = {
         call: uses[0] for call, uses in watch.uses.items() if len(uses) == 1 and uses[0] is not None
     }
-    layouts = (True, False) if watch.convolves_images else (False,)
-    for channels_last in layouts:
+    for channels_last in (True, False) if watch.arranges_images else (False,):
         for plan in (Plan(folds, channels_last), *([Plan({}, channels_last)] if folds else [])):
             try:
                 with torch.no_grad():
                     leaves = {n: leaf(p, plan) for n, p in model.named_parameters()}
                     outputs = forward(model, inputs, leaves, plan)
                 if _same(outputs, expected):
-                    return plan, expected
+                    return plan
             except Exception:  # the model runs without replacements, so these are the reason
                 continue
-    return PLAIN, expected
+    return PLAIN
 
 
 def _same(outputs: Any, expected: Any) -> bool:
@@ -221,7 +230,7 @@ class _ConvolutionCall(NamedTuple):
         return Convolution.apply(x, self.weight, self.bias, geometry)
 
 
-class _NormalizationCall(NamedTuple):
+class NormalizationCall(NamedTuple):
     """The arguments of `F.batch_norm`."""
 
     input: Tensor
@@ -260,7 +269,8 @@ class _Watch(TorchFunctionMode):
 
     def __init__(self, tensors: Tensors) -> None:
         super().__init__()
-        self.tensors, self.count, self.convolves_images = tensors, 0, False
+        self.tensors, self.count = tensors, 0
+        self.replaceable = self.arranges_images = False
         self.outputs: dict[int, tuple[int, Tensor]] = {}
         self.uses: dict[int, list[Normalization | None]] = {}
 
@@ -272,14 +282,15 @@ class _Watch(TorchFunctionMode):
             if id(argument) in self.outputs and func not in _QUERIES:
                 use = None
                 if func is F.batch_norm:
-                    use = _NormalizationCall(*args, **kwargs).by_name(self.tensors)
+                    use = NormalizationCall(*args, **kwargs).by_name(self.tensors)
                 self.uses.setdefault(self.outputs[id(argument)][0], []).append(use)
         output = func(*args, **kwargs)
+        self.replaceable |= func in _CONVOLUTIONS or func is F.batch_norm
         if func in _CONVOLUTIONS:
             if _ConvolutionCall(*args, **kwargs).supported:
                 self.outputs[id(output)] = self.count, output
             self.count += 1
-            self.convolves_images |= func is F.conv2d
+            self.arranges_images |= func is F.conv2d and not output.is_cuda
         return output
 
 
@@ -319,7 +330,7 @@ class _Replace(Exchange):
                 if (folded := self.folded.get(id(argument))) is not None:
                     if func is not F.batch_norm or folded.used:
                         self._fail()
-                    call = _NormalizationCall(*args, **kwargs)
+                    call = NormalizationCall(*args, **kwargs)
                     if call.by_name(self.tensors) != folded.normalization:
                         self._fail()
                     folded.used = True
@@ -327,7 +338,7 @@ class _Replace(Exchange):
         if func in _CONVOLUTIONS:
             return self._convolution(func, _ConvolutionCall(*args, **kwargs))
         if func is F.batch_norm:
-            call = _NormalizationCall(*args, **kwargs)
+            call = NormalizationCall(*args, **kwargs)
             normalization = call.by_name(self.tensors)
             if normalization is not None:
                 shape = (1, -1, *[1] * (call.input.dim() - 2))

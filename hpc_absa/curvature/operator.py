@@ -176,7 +176,8 @@ class HessianOperator:
         if self.poll is not None and self.poll():
             raise Interrupted
         self.matvecs += 1
-        shaped = self._shaped(vector)
+        self._prepare()
+        shaped = self.shaped(vector)
 
         def term(index: int) -> Tensor:
             graph = self._graph(index)
@@ -190,14 +191,14 @@ class HessianOperator:
     def loss(self, offset: Tensor | None = None) -> float:
         """The mean loss of the sample at the parameters plus `offset` [P]."""
         sums = torch.zeros(2, len(self.bounds), dtype=torch.float64)
-        shift = self._shaped(torch.zeros(self.size) if offset is None else offset)
+        shift = self.shaped(torch.zeros(self.size) if offset is None else offset)
         moved = zip(self.parameters.items(), shift, strict=True)
         leaves = {name: (p + s).detach() for (name, p), s in moved}
         with torch.no_grad():
-            for index in (index for lane in self._lanes for index in lane):
-                inputs, targets = self._load(index)
+            for index in self.own_microbatches:
+                inputs, targets = self.load(index)
                 outputs = fast.forward(self.model, inputs, leaves, fast.PLAIN)
-                mean, denominator = self._mean(index, outputs, targets)
+                mean, denominator = self.mean(index, outputs, targets)
                 if denominator:
                     sums[0, index], sums[1, index] = float(mean) * denominator, denominator
         total, denominator = self.comm.broadcast_(self.comm.allreduce_(sums)).sum(1).tolist()
@@ -251,10 +252,17 @@ class HessianOperator:
             total /= scale
         return total[: self.size].to(self.dtype)
 
-    def _load(self, index: int) -> tuple[Any, Any]:
+    @property
+    def own_microbatches(self) -> list[int]:
+        """Those of this rank."""
+        return [index for lane in self._lanes for index in lane]
+
+    def load(self, index: int) -> tuple[Any, Any]:
+        """Inputs and targets of a microbatch."""
         return self.sample.load(*self.bounds[index])
 
-    def _mean(self, index: int, outputs: Any, targets: Any) -> tuple[Tensor, float]:
+    def mean(self, index: int, outputs: Any, targets: Any) -> tuple[Tensor, float]:
+        """The loss of a microbatch, and its denominator."""
         start, stop = self.bounds[index]
         with Exchange():
             return mean_and_denominator(self.loss_fn, outputs, fast.copied(targets), stop - start)
@@ -263,14 +271,14 @@ class HessianOperator:
         """Make the plan on the first microbatch, which is the same on all ranks."""
         if self.plan is not None:
             return
-        inputs, _ = self._load(0)
-        self.plan = fast.make_plan(self.model, inputs)[0] if self.accelerate else fast.PLAIN
+        inputs, _ = self.load(0)
+        self.plan = fast.make_plan(self.model, inputs) if self.accelerate else fast.PLAIN
 
     def _graph(self, index: int) -> Graph:
         if index in self._graphs:
             return self._graphs[index]
         assert self.plan is not None
-        inputs, targets = self._load(index)
+        inputs, targets = self.load(index)
         graph = None
         if self.plan.accelerate and index not in self._plain:
             try:
@@ -299,7 +307,7 @@ class HessianOperator:
             self._checked.add(index)
 
         def mean(outputs: Any) -> Tensor:
-            loss, self._denominators[index] = self._mean(index, outputs, targets)
+            loss, self._denominators[index] = self.mean(index, outputs, targets)
             return loss
 
         differentiate = hessian_graph if self.matrix == "hessian" else gauss_newton_graph
@@ -311,13 +319,13 @@ class HessianOperator:
         size = self.size + len(self.bounds)
         return torch.zeros(size, dtype=torch.float64, device=self.device)
 
-    def _shaped(self, vector: Tensor) -> list[Tensor]:
+    def shaped(self, vector: Tensor) -> list[Tensor]:
+        """A vector [P] as tensors shaped as the parameters."""
         parameters = self.parameters.values()
         pieces = vector.to(self.device, self.dtype).split([p.numel() for p in parameters])
-        return [
-            fast.arranged(piece.view_as(p).to(p))
-            for piece, p in zip(pieces, parameters, strict=True)
-        ]
+        shaped = [piece.view_as(p).to(p) for piece, p in zip(pieces, parameters, strict=True)]
+        channels_last = self.plan is not None and self.plan.channels_last
+        return [fast.arranged(piece) for piece in shaped] if channels_last else shaped
 
 
 def _bounds(samples: int, microbatch: int, equal: bool) -> list[tuple[int, int]]:

@@ -29,9 +29,12 @@ SMALL_BYTES = 32 << 20
 then run out of work: small pieces take up to twice as long for the same samples."""
 KEEP_BYTES = 64 << 20
 """Activations whose graphs are always kept; a graph takes some four times as much."""
-EARLY_BYTES = 8 << 20
-"""Activations of the coarse sample from which an early test pays: below, as on a GPU, its small
-pieces take as long as large ones."""
+GPU_SHARE = 16
+"""The same limit on a GPU, for pieces and kept graphs: this part of its memory. There small pieces
+take almost as long as large ones, because launching a kernel takes longer than its arithmetic."""
+COARSE_BYTES = 8 << 20
+"""Activations of the coarse sample from which a coarse search, and tests on it, pay: below, as on a
+GPU, small pieces take as long as large ones."""
 COARSE_FRACTION = 8
 """The search starts on this part of the sample, where a product costs as much less."""
 COARSE_SAMPLES = 16
@@ -47,41 +50,53 @@ class Pieces:
     coarse: int
     """Samples of a piece of the coarse sample."""
     coarse_samples: int
+    """0: the search starts on the whole sample."""
     kept: int
     """Samples per rank whose graphs are kept."""
-    tests_early: bool
-    """A test on an eighth of the sample costs much less than a product with the whole sample."""
+    small_kernels: bool
+    """Starting a kernel takes about as long as its arithmetic: a part of the sample takes almost as
+    long as the whole, so nothing is tested on parts."""
 
     @classmethod
     def of(
         cls,
         model: nn.Module,
         sample: HessianSample,
+        comm: Communicator,
         samples: int,
         microbatch: int,
         keep_samples: int | None,
-        ranks: int | None,
+        reproducible: bool,
     ) -> Pieces:
-        """With `ranks` None, whatever their number."""
+        """With `reproducible`, whatever the number of ranks."""
         if microbatch < 1:
             raise ValueError(f"microbatch: expected 1 or more, got {microbatch}")
         size = activation_bytes(model, sample, microbatch)
+        device, share = next(model.parameters()).device, -(-samples // comm.size)
+        on_cpu = device.type == "cpu"
+        memory = KEEP_BYTES if on_cpu else _gpu_bytes(device, comm) // GPU_SHARE
         kept = keep_samples
         if kept is None:
-            kept = max(3 * microbatch // 2, KEEP_BYTES // size)
+            kept = max(3 * microbatch // 2, memory // size)
         coarse_samples = max(COARSE_SAMPLES, samples // COARSE_FRACTION)
-        on_cpu = next(model.parameters()).device.type == "cpu"
         if uses_batch_statistics(model):  # the Hessian depends on the piece: it is training's
-            coarse_samples = max(coarse_samples, microbatch)
-            return cls(microbatch, microbatch, coarse_samples, kept, False)
-        if not on_cpu:
-            return cls(microbatch, min(microbatch, coarse_samples), coarse_samples, kept, False)
-        piece = min(microbatch, max(1, PIECE_BYTES // size))
-        if ranks is not None:
-            piece = max(piece, min(-(-samples // ranks), SMALL_BYTES // size))
-        coarse = min(microbatch, coarse_samples, max(COARSE_SAMPLES, PIECE_BYTES // size // 4))
-        early = coarse_samples * size >= EARLY_BYTES
-        return cls(piece, coarse, coarse_samples, kept, early)
+            return cls(microbatch, microbatch, max(coarse_samples, microbatch), kept, True)
+        piece = min(microbatch, max(1, PIECE_BYTES // size)) if on_cpu else microbatch
+        if not reproducible:
+            piece = max(piece, min(share, (SMALL_BYTES if on_cpu else memory) // size))
+        coarse = min(microbatch, coarse_samples)
+        if on_cpu:
+            coarse = min(coarse, max(COARSE_SAMPLES, PIECE_BYTES // size // 4))
+        # Independent of the number of ranks, as the value must be.
+        direct = coarse_samples * size < COARSE_BYTES if on_cpu else samples * size <= memory
+        if direct and 2 * coarse_samples <= samples:
+            coarse_samples = 0
+        return cls(piece, coarse, coarse_samples, kept, direct or not on_cpu)
+
+
+def _gpu_bytes(device: torch.device, comm: Communicator) -> int:
+    """Memory of rank 0's GPU."""
+    return int(comm.broadcast_object(torch.cuda.get_device_properties(device).total_memory))
 
 
 @dataclass
@@ -104,6 +119,11 @@ class Hessians:
         return next((operator.plan for operator in self.made if operator.plan), None)
 
     @property
+    def size(self) -> int:
+        """P."""
+        return sum(p.numel() for p in trainable_parameters(self.model).values())
+
+    @property
     def samples_processed(self) -> int:
         """Samples differentiated so far: once for a gradient, twice for a product."""
         return sum(operator.samples_processed for operator in self.made)
@@ -120,18 +140,17 @@ class Hessians:
         self.made.append(operator)
         return operator
 
-    def scatter(self, vector: Tensor, start: int, stop: int, groups: int) -> Scatter:
-        """`vᵀ ∇²L_g v` for `groups` parts of the samples, by one product."""
+    def scatter(self, vector: Tensor, start: int, stop: int, groups: int) -> tuple[Scatter, Tensor]:
+        """`vᵀ ∇²L_g v` for `groups` parts of the samples, by one product, and the product."""
         operator = self.of(start, stop, max(2, (stop - start) // groups), keep=False)
         values = torch.zeros(len(operator.bounds), dtype=torch.float64)
 
         def record(index: int, product: Tensor) -> None:
             values[index] = float(eigen.dots(product[None], vector)[0])
 
-        operator.matvec(vector, record)
-        operator.close()
+        product = operator.matvec(vector, record)
         weights = torch.tensor(operator.weights, dtype=torch.float64)
-        return Scatter(self.comm.allreduce_(values), weights)
+        return Scatter(self.comm.allreduce_(values), weights), product
 
 
 @dataclass(frozen=True)

@@ -118,9 +118,8 @@ def _rehearse_evaluation(trainer: Trainer, inputs: Any, targets: Any) -> None:
 
 def _rehearse_hessian(trainer: Trainer, indices: NDArray[np.int64]) -> None:
     hint = (
-        "the Hessian needs a model and a loss that can be differentiated twice, which compiled or "
-        "scripted models and sparse gradients cannot; or choose schedule.method = 'bl', 'fb', 'gg' "
-        "or 'gns'"
+        "the Hessian needs a model and a loss that can be differentiated twice, which scripted "
+        "models cannot; or choose schedule.method = 'bl', 'fb', 'gg' or 'gns'"
     )
     with user_code(f"{trainer.names[0]}: its Hessian, which the schedule needs", hint):
         sample = _Sample(trainer.loader, indices)

@@ -50,6 +50,11 @@ class HessianSample:
     def size(self) -> int:
         return len(self.indices)
 
+    @property
+    def whole(self) -> bool:
+        """Whether it is the training set: then there is no sampling error."""
+        return self.size == len(self.loader.dataset.train)
+
     def load(self, start: int, stop: int) -> Batch:
         """Inputs and targets of positions `[start, stop)`."""
         if self.loaded is None:

@@ -13,8 +13,8 @@ from hpc_absa.comm import Communicator
 from hpc_absa.config import Job
 from hpc_absa.curvature.estimate import Estimate, estimate_eigenvalue
 from hpc_absa.curvature.loss import Loss
-from hpc_absa.curvature.operator import HessianSample
 from hpc_absa.curvature.sharpness import critical_sharpness
+from hpc_absa.training.data import HessianSample
 from hpc_absa.training.run import Draw, Estimator
 from hpc_absa.training.state import TrainState
 from hpc_absa.training.virtual_step import update_direction
@@ -48,7 +48,7 @@ def make_estimator(
             settings["guess"] = 2 / last if last is not None and usable else job.train.lr
             direction = partial(update_direction, state.model, state.optimizer)
             return critical_sharpness(state.model, loss, sample, comm, direction, **settings)
-        settings["false_growth"] = job.hessian.false_growth
+        settings["false_growth"] = 0.5 if sample.whole else job.hessian.false_growth
         settings["start"] = None if job.hessian.fresh else start
         return estimate_eigenvalue(
             state.model, loss, sample, comm, method=job.hessian.method, **settings

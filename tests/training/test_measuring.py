@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from hpc_absa.errors import CollectiveError
-from tests.training.runs import Stop, events, train, trainer
+from hpc_absa.training.run import Draw
+from tests.training.runs import SAMPLES, Stop, events, train, trainer
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -82,3 +83,11 @@ def test_a_part_of_the_training_set_is_the_same_for_every_seed(tmp_path):
         trainer(tmp_path / "too-many", "data.test_samples=51")
     with pytest.raises(CollectiveError, match=r"train_samples = 200: expected at most the 148"):
         trainer(tmp_path / "more", "data.train_samples=200")
+
+
+@pytest.mark.parametrize(("samples", "bounded"), [(SAMPLES - 1, True), (10**6, False)])
+def test_a_sample_that_is_the_training_set_has_no_sampling_error(tmp_path, samples, bounded):
+    run = trainer(tmp_path, f"hessian.samples={samples}").run
+    value = run._estimator(None, 1e6, lambda: False, Draw(0, 0)).eigenvalue
+    assert value.converged
+    assert (value.upper_bound is not None) == bounded

@@ -1,15 +1,16 @@
-"""`python -m benchmarks.checkpoint FOLDER`: one state, one disk, one run, contenders interleaved.
+"""Saving and restoring a run's state: this package, torch.save and torch.distributed.checkpoint.
 
-A model with its momentum is saved by every contender in turn, round by round, to `FOLDER` (give a
-folder of the file system that counts: /tmp may be memory). *Durable* is the time from the call
-until the files are on disk, without training. *Blocked* is how long the call stops training, and
-*slowed* what the steps during the save lose in addition; both in per cent of the time that the save
-took. `disk` writes the same bytes with nothing but `write` and `fsync`: no contender can be faster.
+`durable` is the time from the call until the files would survive a power failure, while nothing
+else runs. Then the same save is made beside training, on one thread and with a thread on every
+core: `blocked` is how long the call stops training, `slowed` what the steps during the save lose in
+addition, both as a share of the time until the save is durable; `lost` is the sum of both in
+seconds. `write, fsync` writes the same bytes and checks nothing: no contender can be faster.
 """
 
 from __future__ import annotations
 
-import argparse
+import functools
+import os
 import statistics
 import sys
 import tempfile
@@ -18,53 +19,86 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.checkpoint.contenders import CONTENDERS, Contender, Disk, State
+from benchmarks import results
+from benchmarks.checkpoint.contenders import CONTENDERS, Contender, Disk
 from benchmarks.checkpoint.training import Training
+from benchmarks.results import Command, Comparison, Measure, Numbers
+from hpc_absa.supervisor.launchers import mpi_environment, program
+
+OURS = "hpc_absa"
+SAVED = {"durable": Measure("s", "lower"), "speed": Measure("MB/s")}
+BESIDE = {
+    f"{what}, {threads}": Measure(unit, "lower" if what == "lost" else "")
+    for threads in ("1 thread", "all cores")
+    for what, unit in (("blocked", "%"), ("slowed", "%"), ("lost", "s"))
+}
+RESTORED = {
+    "save": Measure("s", "lower"),
+    "restore": Measure("s", "lower"),
+    "read": Measure("MB"),
+}
 
 
 def main() -> None:
-    options = _options()
-    torch.set_num_threads(options.threads)
-    training = Training(options.model, options.image, options.batch)
+    parser = results.options(__doc__)
+    parser.add_argument("--folder", type=Path, default=Path(), help="on the disk to measure")
+    options = parser.parse_args()
+    small = ("resnet18", 64, 8, 2 if options.quick else 2 * options.rounds)
+    large = ("wide_resnet101_2", 32, 2, options.rounds)
+    sizes = [small] if options.quick else [small, large]
     with tempfile.TemporaryDirectory(dir=options.folder, prefix="checkpoint-") as scratch:
-        contenders = [Disk(), *(make() for make in CONTENDERS)]
-        rounds = [
-            [
-                _measure(each, training, Path(scratch) / f"{r}-{i}")
-                for i, each in enumerate(contenders)
-            ]
-            for r in range(options.rounds + 1)
-        ][1:]  # the first one warms up caches and imports
-        for each in contenders:
-            each.close()
-    _report(options, training.state, contenders, rounds)
+        tables = [_beside_training(*size, Path(scratch)) for size in sizes]
+        tables += [_on_two_ranks(name, rounds, Path(scratch)) for name, _, _, rounds in sizes]
+    results.write("checkpoint", tables, options, ["h5py", "isal", "xxhash"])
 
 
-def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.checkpoint", description=__doc__)
-    parser.add_argument("folder", type=Path, help="where to write; emptied afterwards")
-    parser.add_argument("--model", default="resnet18", help="wide_resnet101_2 has 1 GB of state")
-    parser.add_argument("--image", type=int, default=64, help="pixels of the training's images")
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1, help="of the training")
-    return parser.parse_args()
+def _beside_training(model: str, image: int, batch: int, rounds: int, scratch: Path) -> Comparison:
+    torch.set_num_threads(1)
+    training = Training(model, image, batch)
+    size = training.state.nbytes()
+    title = f"{model} with momentum, {size / 1e6:,.0f} MB"
+    disk = Disk()
+    table = Comparison(title, SAVED | BESIDE, OURS, (disk.name,))
+    contenders: list[Contender] = [disk, *(make() for make in CONTENDERS)]
+    table.run(
+        {each.name: functools.partial(_measure, each, training, scratch) for each in contenders},
+        rounds,
+    )
+    return table
 
 
-Times = dict[str, float]
+def _on_two_ranks(model: str, rounds: int, scratch: Path) -> Comparison:
+    words = [program("mpirun"), "--oversubscribe", "--bind-to", "none", "-np", "2"]
+    words += [sys.executable, "-m", "benchmarks.checkpoint.ranks", model, str(scratch)]
+    note = "After the save the files are dropped from the page cache, so that the disk is read."
+    table = Comparison(f"{model}, saved and restored by two ranks", RESTORED, OURS, note=note)
+    kinds = {OURS: "hpc_absa", "torch.save, torch.load and broadcast": "torch", "DCP": "dcp"}
+    environment = {**mpi_environment(), "OMP_NUM_THREADS": "1"}
+    table.run({n: Command([*words, kind], environment) for n, kind in kinds.items()}, rounds)
+    return table
 
 
-def _measure(contender: Contender, training: Training, folder: Path) -> Times:
-    """Seconds of one save alone, and of one during training."""
-    folder.mkdir()
-    start = time.perf_counter()
-    contender.save(training.state, folder)
-    contender.wait()
-    durable = time.perf_counter() - start
-    _empty(folder)
+def _measure(contender: Contender, training: Training, scratch: Path) -> Numbers:
+    """One save alone, and one beside training on each number of threads."""
+    with tempfile.TemporaryDirectory(dir=scratch) as folder:
+        start = time.perf_counter()
+        contender.save(training.state, Path(folder))
+        contender.wait()
+        durable = time.perf_counter() - start
+    numbers = {"durable": durable, "speed": training.state.nbytes() / durable / 1e6}
     if isinstance(contender, Disk):
-        return {"durable": durable}
-    undisturbed = statistics.median(training.step() for _ in range(3))
+        return numbers
+    for name, threads in (("1 thread", 1), ("all cores", os.cpu_count() or 1)):
+        torch.set_num_threads(threads)
+        with tempfile.TemporaryDirectory(dir=scratch) as folder:
+            times = _save_beside(contender, training, Path(folder))
+        numbers |= {f"{what}, {name}": value for what, value in times.items()}
+    torch.set_num_threads(1)
+    return numbers
+
+
+def _save_beside(contender: Contender, training: Training, folder: Path) -> dict[str, float]:
+    before = [training.step() for _ in range(3)]
     start = time.perf_counter()
     contender.save(training.state, folder)
     blocked = time.perf_counter() - start
@@ -73,45 +107,13 @@ def _measure(contender: Contender, training: Training, folder: Path) -> Times:
         steps.append(training.step())
     contender.wait()
     total = time.perf_counter() - start
-    _empty(folder)
+    undisturbed = statistics.median(before + [training.step() for _ in range(3)])
+    lost = sum(steps) - undisturbed * len(steps)
     return {
-        "durable": durable,
-        "blocked": blocked / total,
-        "slowed": max(0.0, sum(steps) - undisturbed * len(steps)) / total,
+        "blocked": 100 * blocked / total,
+        "slowed": 100 * lost / total,
+        "lost": blocked + lost,
     }
-
-
-def _empty(folder: Path) -> None:
-    """Remove what a save wrote, so that its pages do not slow down the next contender."""
-    for path in sorted(folder.rglob("*"), reverse=True):
-        path.rmdir() if path.is_dir() else path.unlink()
-
-
-def _report(
-    options: argparse.Namespace,
-    state: State,
-    contenders: list[Contender],
-    rounds: list[list[Times]],
-) -> None:
-    size = state.nbytes()
-    print(f"`python -m benchmarks.checkpoint {' '.join(sys.argv[1:])}`\n")
-    print(
-        f"{options.model} with momentum, {size / 1e6:.0f} MB; training on {options.threads} "
-        f"thread(s); torch {torch.__version__}; medians of {options.rounds} rounds\n"
-    )
-    print("| | MB/s durable | × hpc_absa's time | blocked | slowed |")
-    print("| --- | --- | --- | --- | --- |")
-    columns = list(zip(*rounds, strict=True))
-    reference = [times["durable"] for times in columns[1]]
-    for contender, column in zip(contenders, columns, strict=True):
-        durable = [times["durable"] for times in column]
-        ratio = statistics.median(d / o for d, o in zip(durable, reference, strict=True))
-        shares = ""
-        for kind in ("blocked", "slowed"):
-            known = [times[kind] for times in column if kind in times]
-            shares += f" {statistics.median(known):.1%} |" if known else " |"
-        speed = size / statistics.median(durable) / 1e6
-        print(f"| {contender.name} | {speed:.0f} | {ratio:.2f} |{shares}")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from torch.distributed import checkpoint as dcp
 
 from hpc_absa.checkpoint import CheckpointManager
 from hpc_absa.checkpoint.async_checkpointer import AsyncCheckpointer
-from hpc_absa.comm import SerialCommunicator
+from hpc_absa.comm import Communicator, SerialCommunicator
 from hpc_absa.progress import Position, Progress
 from hpc_absa.records import ScheduleState
 from hpc_absa.training.state import TrainState
@@ -38,6 +38,12 @@ class State:
         return sum(t.nbytes for t in [*self.model.state_dict().values(), *momentum])
 
 
+def train_state(state: State) -> TrainState:
+    """As a run has it."""
+    progress = Progress(Position(step=1), ScheduleState(32, 0.1))
+    return TrainState(state.model, state.optimizer, progress)
+
+
 class Contender(Protocol):
     """One way to save; `save` returns when training may continue."""
 
@@ -53,8 +59,6 @@ class Contender(Protocol):
         """Return once they are durable."""
         ...
 
-    def close(self) -> None: ...
-
 
 class Blocking:
     """Contenders that are done when `save` returns."""
@@ -65,14 +69,11 @@ class Blocking:
     def wait(self) -> None:
         pass
 
-    def close(self) -> None:
-        pass
-
 
 class Disk(Blocking):
     """The same bytes from memory, nothing checked."""
 
-    name = "disk (write, fsync)"
+    name = "write, fsync"
 
     def save(self, state: State, folder: Path) -> None:
         momentum = [s["momentum_buffer"] for s in state.optimizer.state.values()]
@@ -84,18 +85,18 @@ class Disk(Blocking):
 
 
 class HpcAbsa:
-    """A snapshot, then a background thread: digest, write, fsync, comparison, rename."""
+    """A snapshot, then in the background: write, fsync, digest, comparison, rename."""
 
     name = "hpc_absa"
 
-    def __init__(self) -> None:
+    def __init__(self, comm: Communicator | None = None) -> None:
         # One checkpointer throughout, as in a run, so that snapshots reuse their memory.
         self._manager = CheckpointManager(Path(), 2)
         self._checkpointer = AsyncCheckpointer(
             self._manager,
-            SerialCommunicator(),
+            comm or SerialCommunicator(),
             background=True,
-            shard_bytes=1 << 62,
+            shard_bytes=64 << 20,
             on_error="stop",
             warn=print,
         )
@@ -104,12 +105,11 @@ class HpcAbsa:
     def save(self, state: State, folder: Path) -> None:
         self._manager.folder = folder
         self._saved.clear()
-        progress = Progress(Position(step=1), ScheduleState(32, 0.1))
-        train_state = TrainState(state.model, state.optimizer, progress)
         attributes = {"world_size": 1, "global_batch": 32, "samples": 0}
-        scalars = train_state.scalars(0, "sha256:0", "", **attributes)
+        saved = train_state(state)
+        scalars = saved.scalars(0, "sha256:0", "", **attributes)
         path = folder / "step-0000000001-phase-001.h5"
-        self._checkpointer.save(path, scalars, train_state.tensors(), lambda _: self._saved.set())
+        self._checkpointer.save(path, scalars, saved.tensors(), lambda _: self._saved.set())
 
     def busy(self) -> bool:
         _, failed = self._checkpointer.flags()
@@ -117,9 +117,6 @@ class HpcAbsa:
 
     def wait(self) -> None:
         self._checkpointer.settle()
-
-    def close(self) -> None:
-        pass
 
 
 class TorchSave(Blocking):
@@ -167,9 +164,6 @@ class DcpAsync:
 
     def wait(self) -> None:
         self._future.result()
-
-    def close(self) -> None:
-        pass
 
 
 CONTENDERS = (HpcAbsa, TorchSave, Dcp, DcpAsync)

@@ -9,40 +9,53 @@ from __future__ import annotations
 
 import io
 import os
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import h5py
 import numpy as np
 
 
-class DeferredErrorFile(io.FileIO):
-    """A file to give to `h5py.File`; keeps the first error of a write instead of raising it."""
+class MemoryFile(io.RawIOBase):
+    """What HDF5 writes, kept in memory: a file to give to `h5py.File`."""
 
-    error: OSError | None = None
+    def __init__(self) -> None:
+        self.writes: list[tuple[int, bytes]] = []
+        """Offset and bytes of each, in the order in which HDF5 made them."""
+        self.size = self._at = 0
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        self._at = offset + (0, self._at, self.size)[whence]
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
 
     def write(self, data: Any, /) -> int:
-        view = memoryview(data).cast("B")
-        start = self.tell()
-        try:
-            write_at(self.fileno(), view, start)
-        except OSError as error:
-            self.error = self.error or error
-        self.seek(start + len(view))
-        return len(view)
+        self.writes.append((self._at, bytes(data)))
+        self._at += len(self.writes[-1][1])
+        self.size = max(self.size, self._at)
+        return len(self.writes[-1][1])
+
+    def readinto(self, buffer: Any, /) -> int:
+        into, start = memoryview(buffer).cast("B"), self._at
+        into[:] = bytes(len(into))
+        for at, data in self.writes:
+            low, high = max(at, start), min(at + len(data), start + len(into))
+            if low < high:
+                into[low - start : high - start] = data[low - at : high - at]
+        self._at += len(into)
+        return len(into)
 
     def truncate(self, size: int | None = None, /) -> int:
-        size = self.tell() if size is None else size
-        try:
-            os.ftruncate(self.fileno(), size)
-        except OSError as error:
-            self.error = self.error or error
-        return size
+        self.size = self._at if size is None else size
+        return self.size
 
-    def check(self) -> None:
-        """Raise the kept error; to be called after HDF5 has closed the file."""
-        if self.error:
-            raise self.error
+    def write_to(self, descriptor: int) -> None:
+        """Write it all to a file; OSError where that fails."""
+        os.ftruncate(descriptor, self.size)
+        for start, data in self.writes:
+            write_at(descriptor, memoryview(data), start)
 
 
 def reserve(group: Any, key: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> int:
@@ -57,12 +70,19 @@ def reserve(group: Any, key: str, dtype: np.dtype[Any], shape: tuple[int, ...]) 
     Returns:
         Its offset in the file in bytes; 0 where it has no bytes.
     """
-    creation, links = _property_lists()
-    space = h5py.h5s.create_simple(shape) if shape else h5py.h5s.create(h5py.h5s.SCALAR)
-    kind = h5py.h5t.py_create(dtype, logical=True)
-    dataset = h5py.h5d.create(group, None, kind, space, creation)
-    h5py.h5o.link(dataset, group, key.encode(), lcpl=links)
+    properties = _property_lists()
+    dataset = h5py.h5d.create(group, key.encode(), _kind(dtype), _space(shape), *properties)
     return int(dataset.get_offset()) if 0 not in shape else 0
+
+
+@lru_cache(256)
+def _kind(dtype: np.dtype[Any]) -> Any:
+    return h5py.h5t.py_create(dtype, logical=True)
+
+
+@lru_cache(4096)
+def _space(shape: tuple[int, ...]) -> Any:
+    return h5py.h5s.create_simple(shape) if shape else h5py.h5s.create(h5py.h5s.SCALAR)
 
 
 @cache

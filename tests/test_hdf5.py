@@ -34,15 +34,16 @@ def test_hdf5_reads_what_was_written_past_it(tmp_path):
 FULL_DISK = """
 import sys
 import h5py, numpy as np
-from hpc_absa.hdf5 import DeferredErrorFile, reserve
+from hpc_absa.hdf5 import MemoryFile, reserve
 
-with DeferredErrorFile(sys.argv[1], "x+") as file:
-    with h5py.File(file, "w", libver=("v110", "v110")) as layout:
+with open(sys.argv[1], "xb", 0) as file:
+    image = MemoryFile()
+    with h5py.File(image, "w", libver=("v110", "v110")) as layout:
         layout.attrs["text"] = np.bytes_("x" * 300)
         layout["names"] = np.array([b"name"] * 1000)
         reserve(layout.id, "a/images", np.dtype("u1"), (1000, 3, 16, 16))
     try:
-        file.check()
+        image.write_to(file.fileno())
     except OSError as error:
         sys.exit(error.errno)
 """

@@ -1,9 +1,10 @@
-"""Saving while training continues: a snapshot in memory, then a background thread on each rank.
+"""Saving while training continues: a snapshot in memory, then a write in the background.
 
 All ranks have the same state. A small one is written by rank 0. Of a large one each rank copies and
 writes a part, and rank 0 publishes the file that links to the parts once all of them are on disk.
-The progress of the threads is exchanged with the sums of every step (`flags`, `update`), so that
-all ranks act on it together.
+The progress of the writes is exchanged with the sums of every step (`flags`, `update`), so that
+all ranks act on it together. A thread of each rank waits for a process that writes (`Writer`); it
+writes itself where little is to be written, or where training waits for it.
 """
 
 from __future__ import annotations
@@ -12,52 +13,89 @@ import secrets
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from hpc_absa.checkpoint import file
 from hpc_absa.checkpoint.format import Content, Group, Key, Written
-from hpc_absa.checkpoint.manager import CheckpointManager, Published, assign_shards, shard_count
+from hpc_absa.checkpoint.manager import (
+    CheckpointManager,
+    Published,
+    Write,
+    assign_shards,
+    shard_count,
+)
+from hpc_absa.checkpoint.writer import SharedMemory, Writer
 from hpc_absa.comm import Communicator
 from hpc_absa.errors import CollectiveError, ExitStatus, HpcAbsaError
 from hpc_absa.rundir.lock import host
 
-T = TypeVar("T")
+ALIGNMENT = 64
+"""Bytes, of each copy in memory."""
+
+WRITER_BYTES = 16 << 20
+"""Bytes from which on a process writes beside training; it takes 0.3 s to start and 45 MB."""
 
 
 class HostCopies:
-    """Copies of tensors in host memory that is kept from one snapshot to the next.
-
-    New memory is what a copy waits for: 0.8 GB/s into new pages, 12 GB/s into existing ones (AMD
-    EPYC, virtual machine).
-    """
+    """Copies of tensors in shared memory, which is kept from one snapshot to the next."""
 
     def __init__(self) -> None:
+        self.memory = SharedMemory()
         self._copies: dict[Key, Tensor] = {}
+        self._page_locked: np.ndarray | None = None
 
-    def take(self, tensors: Mapping[Key, Tensor]) -> dict[Key, np.ndarray]:
-        """Copy `tensors`; the arrays are valid until the next call, bfloat16 as its bits."""
-        for key, tensor in tensors.items():
-            copy = self._copies.get(key)
-            if copy is None or (copy.shape, copy.dtype) != (tensor.shape, tensor.dtype):
-                pinned = tensor.is_cuda
-                self._copies[key] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
-        copies = {key: self._copies[key] for key in tensors}
+    def reserve(self, tensors: Mapping[Key, Tensor]) -> dict[Key, np.ndarray]:
+        """Where `copy` will put `tensors`: valid until the next call, bfloat16 as its bits."""
+        if _kinds(self._copies) != _kinds(tensors):
+            self._copies = self._allocate(tensors)
+        return {
+            key: (copy.view(torch.uint16) if copy.dtype == torch.bfloat16 else copy).numpy()
+            for key, copy in self._copies.items()
+        }
+
+    def copy(self, tensors: Mapping[Key, Tensor]) -> None:
+        """Copy the `tensors` that memory was reserved for."""
         if tensors:
             with torch.no_grad():  # in one call: a model has hundreds of tensors
                 torch._foreach_copy_(
-                    list(copies.values()), list(tensors.values()), non_blocking=True
+                    list(self._copies.values()), list(tensors.values()), non_blocking=True
                 )
         if any(tensor.is_cuda for tensor in tensors.values()):
             torch.cuda.synchronize()
+
+    def _allocate(self, tensors: Mapping[Key, Tensor]) -> dict[Key, Tensor]:
+        """Memory for a copy of each of `tensors`."""
+        sizes = [-(-tensor.nbytes // ALIGNMENT) * ALIGNMENT for tensor in tensors.values()]
+        memory = self.memory.map(sum(sizes))
+        if any(tensor.is_cuda for tensor in tensors.values()):
+            self._lock_pages(memory)
+        pieces = torch.from_numpy(memory)[: sum(sizes)].split(sizes)
         return {
-            key: (copy.view(torch.uint16) if copy.dtype == torch.bfloat16 else copy).numpy()
-            for key, copy in copies.items()
+            key: piece[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+            for (key, tensor), piece in zip(tensors.items(), pieces, strict=True)
         }
+
+    def _lock_pages(self, memory: np.ndarray) -> None:
+        """So that a GPU copies into them at full speed."""
+        if memory is self._page_locked:
+            return
+        runtime = torch.cuda.cudart()
+        if self._page_locked is not None:
+            runtime.cudaHostUnregister(self._page_locked.ctypes.data)
+        runtime.cudaHostRegister(memory.ctypes.data, len(memory), 0)
+        self._page_locked = memory
+
+
+def _kinds(tensors: Mapping[Key, Tensor]) -> list[tuple[Key, torch.Size, torch.dtype]]:
+    return [(key, tensor.shape, tensor.dtype) for key, tensor in tensors.items()]
 
 
 @dataclass
@@ -71,6 +109,8 @@ class PendingSave:
     content: Content
     """What rank 0 writes into the checkpoint's own file."""
     on_saved: Callable[[Published], None]
+    write: Write
+    """Of this rank's files."""
     shard: Future[Written] | None = None
     publishing: Future[None] | None = None
 
@@ -109,6 +149,7 @@ class AsyncCheckpointer:
         self._on_error, self._warn = on_error, warn
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._copies = HostCopies()
+        self._writer = Writer(self._copies.memory)
         self._pending: PendingSave | None = None
 
     def save(
@@ -117,6 +158,8 @@ class AsyncCheckpointer:
         scalars: Content,
         tensors: Mapping[Key, Tensor],
         on_saved: Callable[[Published], None],
+        *,
+        training: bool = True,
     ) -> None:
         """Start to publish a snapshot at `path`, after the previous save has ended.
 
@@ -125,31 +168,44 @@ class AsyncCheckpointer:
             scalars: the content without arrays.
             tensors: copied before this returns.
             on_saved: called on rank 0 once the checkpoint is on disk.
+            training: whether training continues meanwhile, or waits for this save.
 
         Raises:
             CollectiveError: a save failed, and the job stops then.
         """
         self.settle()
-        rank = self._comm.rank
+        start, rank = time.perf_counter(), self._comm.rank
         sizes = {key: tensor.numel() * tensor.element_size() for key, tensor in tensors.items()}
         count = shard_count(sum(sizes.values()), self._comm.size, self._shard_bytes)
         shares = assign_shards(sizes, count) if count else []
         in_shards = {key for share in shares for key in share}
         mine = shares[rank] if rank < count else []
         here = [key for key in tensors if key not in in_shards] if rank == 0 else []
-        arrays = self._copies.take({key: tensors[key] for key in [*here, *mine]})
+        copied: Future[None] = Future()
+        taken = {key: tensors[key] for key in [*here, *mine]}
+        arrays = self._copies.reserve(taken)
         content = scalars.with_arrays({key: arrays[key] for key in here})
-        self._pending = PendingSave(path, not count, time.perf_counter(), content, on_saved)
+        in_process = not training or sum(sizes[key] for key in taken) < WRITER_BYTES
+        write = partial(self._write(in_process), ready=copied.result)
+        self._pending = PendingSave(path, not count, start, content, on_saved, write)
         save = self._comm.broadcast_object(secrets.token_hex(4)) if count else ""
         if mine:
             groups = {name: Group() for name, _ in mine}
             shard = Content({"step": scalars.attributes["step"]}, groups)
             shard = shard.with_arrays({key: arrays[key] for key in mine})
-            self._pending.shard = self._start(
-                lambda: self._manager.write_shard(path, save, rank + 1, count, shard)
+            self._pending.shard = self._thread.submit(
+                self._manager.write_shard, path, save, rank + 1, count, shard, write
             )
         if rank == 0 and not count:
             self._publish(self._pending, ())
+        try:  # while the file is laid out
+            self._copies.copy(taken)
+        except BaseException as error:
+            copied.set_exception(error)
+            raise
+        copied.set_result(None)
+        if not self._background:
+            self.wait()
 
     def flags(self) -> tuple[bool, bool]:
         """Of this rank: whether its shard is on disk, and whether any of its writes failed."""
@@ -194,26 +250,34 @@ class AsyncCheckpointer:
         """Return once this rank writes nothing any more; not a collective."""
         wait(self._pending.writes if self._pending else [])
 
+    def close(self) -> None:
+        """End the process that writes, if there is one; it also ends with this one."""
+        self._writer.close()
+
+    def _write(self, in_process: bool) -> Callable[..., Written]:
+        """How this rank writes a file."""
+        if self._background and not in_process:
+            with suppress(OSError):  # where it cannot be started, this process writes
+                self._writer.start()
+                return self._writer.write
+        return file.write
+
     def _complete(self, pending: PendingSave) -> None:
         """All shards are on disk: rank 0 publishes the file that links to them."""
         shards = self._comm.allgather_object(pending.shard.result() if pending.shard else None)
         pending.complete = True
         if self._comm.rank == 0:
             self._publish(pending, tuple(shard for shard in shards if shard))
+            if not self._background:
+                self.wait()
 
     def _publish(self, pending: PendingSave, shards: tuple[Written, ...]) -> None:
         def publish() -> None:
-            published = self._manager.publish(pending.path, pending.content, shards)
+            published = self._manager.publish(pending.path, pending.content, shards, pending.write)
             seconds = time.perf_counter() - pending.start
             pending.on_saved(replace(published, seconds=seconds))
 
-        pending.publishing = self._start(publish)
-
-    def _start(self, function: Callable[[], T]) -> Future[T]:
-        future = self._thread.submit(function)
-        if not self._background:
-            wait([future])
-        return future
+        pending.publishing = self._thread.submit(publish)
 
     def _first_error(self, write: Future[Any] | None) -> str | None:
         """The error of the first rank whose `write` failed, on every rank; waits for it to end."""

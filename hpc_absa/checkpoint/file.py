@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import bisect
+import ctypes
 import errno
 import itertools
 import os
 import shutil
-import threading
-import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from isal.isal_zlib import crc32
 
 from hpc_absa import hdf5
 from hpc_absa.checkpoint import format as layout
@@ -33,6 +34,11 @@ from hpc_absa.errors import CheckpointError, first_line
 from hpc_absa.rundir.files import replacing, sync
 from hpc_absa.rundir.paths import CHECKPOINT_NAME
 
+_libc = ctypes.CDLL(None)
+
+READ_BACK = 1 << 20
+"""Bytes at a time: they stay in the processor's cache."""
+
 SHARD_SUFFIX = ".shard"
 """Not `.h5`: whoever takes the newest `*.h5` of a folder gets a whole checkpoint."""
 
@@ -46,53 +52,70 @@ class Image:
     """uint8, the whole file."""
 
     def arrays(self) -> dict[Key, np.ndarray]:
-        """The arrays in this file, as views of its bytes."""
-        arrays = {}
-        for key, place in self.outline.places.items():
-            piece = self.bytes[place.start : place.start + place.nbytes]
-            if piece.ctypes.data % np.dtype(place.dtype).alignment:
-                piece = piece.copy()
-            arrays[key] = piece.view(place.dtype).reshape(place.shape)
-        return arrays
+        """The arrays in this file."""
+        return views(self.bytes, self.outline.places)
 
 
-def write(path: Path, content: Content, shards: tuple[Written, ...] = ()) -> Written:
+def views(memory: np.ndarray, places: Mapping[Key, Place]) -> dict[Key, np.ndarray]:
+    """The arrays at `places`, without a copy where they are aligned."""
+    arrays = {}
+    for key, place in places.items():
+        piece = memory[place.start : place.start + place.nbytes]
+        if piece.ctypes.data % np.dtype(place.dtype).alignment:
+            piece = piece.copy()
+        arrays[key] = piece.view(place.dtype).reshape(place.shape)
+    return arrays
+
+
+def write(
+    path: Path,
+    content: Content,
+    shards: tuple[Written, ...] = (),
+    ready: Callable[[], object] = bool,
+) -> Written:
     """Publish `content` at `path`, complete and verified, or not at all.
 
     A temporary file in the same folder, fsync, comparison with memory, rename, fsync of the folder:
-    after a crash at any moment `path` is absent, the previous file, or this one. `content` must not
-    change meanwhile; the new file links to `shards`, durable files with further arrays.
+    after a crash at any moment `path` is absent, the previous file, or this one.
+
+    Args:
+        path: the file.
+        content: its arrays must not change once `ready` has returned.
+        shards: durable files with further arrays, to which the new file links.
+        ready: returns when the arrays have their values; the file is laid out before.
 
     Raises:
         CheckpointError: names path and cause (full disk, no permission, ...); nothing remains.
     """
     try:
-        with replacing(path, durable=True) as temporary, ThreadPoolExecutor(3) as pool:
-            # The bytes first, so that the disk, which takes longest, begins early. While one thread
-            # waits for it, two compute the digest and then compare.
-            block = integrity.block_size(content.nbytes())
-            places = layout.lay_out(temporary, content, shards, block)
-            with temporary.open("r+b") as file:
-                for key, array in content.arrays().items():
-                    hdf5.write_at(file.fileno(), raw(array), places[key].start)
-            syncing = pool.submit(sync, temporary)
-            arrays = content.arrays()
-            own = dict(zip(arrays, pool.map(fingerprint, arrays.values()), strict=True))
-            linked = {key: of for shard in shards for key, of in shard.fingerprints.items()}
-            digest = content.digest({**linked, **own})
-            layout.set_digest(temporary, digest)
-            outline = layout.outline(temporary)
-            same = outline.scalars.digest({}) == content.digest({})
-            listed = {shard.name: shard.digest for shard in shards}
-            same &= (outline.places, outline.digest, outline.shards) == (places, digest, listed)
-            checksums = _compare(temporary, content, places, block, pool) if same else None
-            if checksums is None:
-                raise CheckpointError("what was read back is not what was written")
+        with (
+            replacing(path) as temporary,
+            temporary.open("xb", 0) as file,
+            ThreadPoolExecutor(1) as disk,  # which takes longest
+        ):
+            arrays, block = content.arrays(), integrity.block_size(content.nbytes())
+            with layout.lay_out(content, shards, block) as (laid_out, image, places):
+                ready()
+                data = [(places[key].start, raw(a)) for key, a in arrays.items() if a.size]
+                data.sort(key=_start)
+                writing = disk.submit(_write, file.fileno(), data)
+                own = {key: fingerprint(array) for key, array in arrays.items()}
+                linked = {key: of for shard in shards for key, of in shard.fingerprints.items()}
+                digest = content.digest({**linked, **own})
+                laid_out.attrs["digest"] = digest
+            gaps = _gaps(image, block, data)
+            pieces = sorted([*gaps, *data], key=_start)
+            first = integrity.first_block(block, image.size, _checksums(pieces))
+            gaps.insert(0, (0, memoryview(first)))
+            writing.result()
+            _write(file.fileno(), gaps)
+            syncing = disk.submit(os.fsync, file.fileno())
+            _compare(temporary, [gaps[0], *pieces])
             syncing.result()
-            size = integrity.seal(temporary, block, checksums)
+        sync(path.parent)
     except Exception as error:
         raise CheckpointError(f"{path}: cannot be written: {_cause(path, error)}") from None
-    return Written(path.name, size, digest, own)
+    return Written(path.name, image.size, digest, own)
 
 
 def read(path: Path) -> Content:
@@ -144,46 +167,74 @@ def load_shard(path: Path, digest: str) -> Image:
     return image
 
 
-def _compare(
-    path: Path,
-    content: Content,
-    places: Mapping[Key, Place],
-    block: int,
-    pool: ThreadPoolExecutor,
-) -> list[int] | None:
-    """Read the file back; the checksums of its chunks, None if the arrays' bytes differ."""
-    arrays = sorted(
-        ((places[key].start, raw(array)) for key, array in content.arrays().items()),
-        key=lambda each: each[0],
-    )
-    local = threading.local()
-
-    def check(start: int) -> tuple[int, bool]:
-        if not hasattr(local, "buffer"):
-            local.buffer = memoryview(bytearray(integrity.CHUNK))
-        chunk = integrity.read_chunk(file.fileno(), start, local.buffer)
-        return zlib.crc32(chunk), _contains(chunk, start, arrays)
-
-    with path.open("rb") as file:
-        starts = range(block, os.fstat(file.fileno()).st_size, integrity.CHUNK)
-        checked = list(pool.map(check, starts))
-    return [checksum for checksum, _ in checked] if all(good for _, good in checked) else None
+Piece = tuple[int, memoryview]
+"""Offset in the file, and bytes."""
 
 
-def _contains(chunk: memoryview, start: int, arrays: list[tuple[int, memoryview]]) -> bool:
-    """Whether the file's bytes from `start` on are those of the arrays there.
+def _gaps(image: hdf5.MemoryFile, block: int, data: list[Piece]) -> list[Piece]:
+    """What HDF5 wrote before, between and after the arrays' bytes, which are sorted."""
+    gaps, end = list[tuple[int, bytearray]](), block
+    for start, piece in [*data, (image.size, memoryview(b""))]:
+        gaps.append((end, bytearray(start - end)))
+        end = start + len(piece)
+    for at, written in image.writes:
+        start, gap = gaps[bisect.bisect_right(gaps, at, key=_start) - 1]
+        memoryview(gap)[at - start : at - start + len(written)] = written
+    return [(start, memoryview(gap)) for start, gap in gaps if gap]
 
-    `arrays` has the offset and the bytes of every array, sorted by offset.
+
+def _write(file: int, pieces: list[Piece]) -> None:
+    for start, data in pieces:
+        hdf5.write_at(file, data, start)
+
+
+def _checksums(pieces: list[Piece]) -> list[int]:
+    """Of the chunks of a file that has these pieces after its first block."""
+    checksums, room = [0], integrity.CHUNK
+    for _, data in pieces:
+        while data:
+            if not room:
+                checksums.append(0)
+                room = integrity.CHUNK
+            checksums[-1] = crc32(data[:room], checksums[-1])
+            room, data = room - len(data[:room]), data[room:]
+    return checksums
+
+
+def _compare(path: Path, pieces: list[Piece]) -> None:
+    """Read the file back.
+
+    Raises:
+        CheckpointError: it is not made of these pieces.
     """
+    buffer, (last, data) = memoryview(bytearray(READ_BACK)), pieces[-1]
+    size = last + len(data)
+    with path.open("rb") as file:
+        for start in range(0, size, READ_BACK):
+            chunk = integrity.read_chunk(file.fileno(), start, buffer)
+            complete = os.fstat(file.fileno()).st_size == size
+            if not complete or not _contains(chunk, start, pieces):
+                raise CheckpointError("what was read back is not what was written")
+
+
+def _contains(chunk: memoryview, start: int, pieces: list[Piece]) -> bool:
+    """Whether the file's bytes from `start` on are those of the pieces there."""
     stop = start + len(chunk)
-    first = max(0, bisect.bisect_right(arrays, start, key=lambda each: each[0]) - 1)
-    for at, data in itertools.takewhile(lambda each: each[0] < stop, arrays[first:]):
+    first = max(0, bisect.bisect_right(pieces, start, key=_start) - 1)
+    for at, data in itertools.takewhile(lambda piece: piece[0] < stop, pieces[first:]):
         low, high = max(at, start), min(at + len(data), stop)
-        if low < high and not np.array_equal(
-            chunk[low - start : high - start], data[low - at : high - at]
-        ):
+        if low < high and not _same(chunk[low - start : high - start], data[low - at : high - at]):
             return False
     return True
+
+
+def _same(one: memoryview, other: memoryview) -> bool:
+    addresses = [np.frombuffer(each, np.uint8).ctypes.data for each in (one, other)]
+    return not _libc.memcmp(*map(ctypes.c_void_p, addresses), ctypes.c_size_t(len(one)))
+
+
+def _start(piece: tuple[int, Any]) -> int:
+    return piece[0]
 
 
 def _cause(path: Path, error: Exception) -> str:

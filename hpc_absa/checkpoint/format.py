@@ -6,7 +6,7 @@ and reads those bytes itself, at the speed of the disk and without the interpret
 
 from __future__ import annotations
 
-import hashlib
+import math
 import struct
 import time
 from collections.abc import Iterator, Mapping
@@ -17,12 +17,16 @@ from typing import Any
 
 import h5py
 import numpy as np
+from xxhash import xxh3_128
 
 from hpc_absa import hdf5
 from hpc_absa.errors import CheckpointError
 
 FORMAT = "hpc-absa"
 FORMAT_VERSION = 2
+
+DIGEST = "xxh3-128"
+"""The hash of the digest, and its first word; `sha256` in files of earlier versions."""
 
 RESERVED = ("format", "format_version", "created", "digest")
 """Root attributes that describe the file and not the content; the digest leaves them out."""
@@ -52,9 +56,9 @@ Fingerprint = tuple[str, bytes]
 
 
 def fingerprint(array: np.ndarray) -> Fingerprint:
-    """Its type and shape, and the SHA-256 of its bytes in C order."""
+    """Its type and shape, and the XXH3-128 of its bytes in C order."""
     kind = f"array {array.dtype.str} {list(array.shape)}"
-    return kind, hashlib.sha256(raw(array)).digest()
+    return kind, xxh3_128(raw(array)).digest()
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,10 @@ class Content:
     def nbytes(self) -> int:
         return sum(array.nbytes for array in self.arrays().values())
 
+    def scalars(self) -> Content:
+        """The same without arrays."""
+        return Content(self.attributes, {n: Group(g.attributes) for n, g in self.groups.items()})
+
     def with_arrays(self, arrays: Mapping[Key, np.ndarray]) -> Content:
         """The same scalars with these arrays added."""
         groups = {
@@ -87,16 +95,16 @@ class Content:
         return Content(self.attributes, groups)
 
     def digest(self, fingerprints: Mapping[Key, Fingerprint] | None = None) -> str:
-        """SHA-256 over the content in a fixed order, independent of HDF5's layout.
+        """XXH3-128 over the content in a fixed order, independent of HDF5's layout.
 
         The hash runs over one record for each group, attribute and array, sorted by name: path,
         kind and value with their lengths, so that no two contents have the same byte stream. An
-        array's value is the SHA-256 of its bytes, so that ranks can hash a part each.
+        array's value is the hash of its bytes, so that ranks can hash a part each.
         `fingerprints` are those of all arrays, if they are known or in other files.
         """
         if fingerprints is None:
             fingerprints = {key: fingerprint(array) for key, array in self.arrays().items()}
-        hasher = hashlib.sha256()
+        hasher = xxh3_128()
         _hash_attributes(hasher, "/", self.attributes)
         for name in sorted(self.groups):
             _hash(hasher, f"/{name}", "group", b"")
@@ -104,7 +112,7 @@ class Content:
             for group, key in sorted(fingerprints):
                 if group == name:
                     _hash(hasher, f"/{name}/{key}", *fingerprints[group, key])
-        return f"sha256:{hasher.hexdigest()}"
+        return f"{DIGEST}:{hasher.hexdigest()}"
 
 
 @dataclass(frozen=True)
@@ -128,7 +136,7 @@ class Place:
 
     @property
     def nbytes(self) -> int:
-        return int(np.dtype(self.dtype).itemsize * np.prod(self.shape, dtype=np.int64))
+        return np.dtype(self.dtype).itemsize * math.prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -144,15 +152,19 @@ class Outline:
     """Digests of the shards by their file names, in the order of their numbers."""
 
 
+@contextmanager
 def lay_out(
-    path: Path, content: Content, shards: tuple[Written, ...], block: int
-) -> dict[Key, Place]:
-    """Create the file with everything but the arrays' bytes; returns where those belong.
+    content: Content, shards: tuple[Written, ...], block: int
+) -> Iterator[tuple[h5py.File, hdf5.MemoryFile, dict[Key, Place]]]:
+    """The file with everything but its digest and the arrays' bytes, and where those belong.
 
-    It links to the arrays in `shards`. `block` bytes at its beginning stay free (HDF5's user
-    block).
+    Args:
+        content: of the file.
+        shards: files with further arrays, to which it links.
+        block: bytes at its beginning that stay free (HDF5's user block).
     """
-    with _open_to_write(path, "w", userblock_size=block) as file:
+    image = hdf5.MemoryFile()
+    with h5py.File(image, "w", userblock_size=block) as file:
         file.attrs.update(format=FORMAT, format_version=FORMAT_VERSION, created=time.time())
         file.attrs.update(content.attributes)
         groups = {name: file.create_group(name) for name in content.groups}
@@ -171,12 +183,7 @@ def lay_out(
         for shard in shards:
             for name, key in shard.fingerprints:
                 file[f"{name}/{key}"] = h5py.ExternalLink(shard.name, f"/{name}/{key}")
-    return places
-
-
-def set_digest(path: Path, digest: str) -> None:
-    with _open_to_write(path, "r+") as file:
-        file.attrs["digest"] = digest
+        yield file, image, places
 
 
 def outline(path: Path) -> Outline:
@@ -208,17 +215,6 @@ def raw(array: np.ndarray) -> memoryview:
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
-@contextmanager
-def _open_to_write(path: Path, mode: str, **options: Any) -> Iterator[h5py.File]:
-    """Without HDF5's file locks, which many network file systems do not support."""
-    with hdf5.DeferredErrorFile(path, "x+" if mode == "w" else "r+") as file:
-        try:
-            with h5py.File(file, mode, **options) as opened:
-                yield opened
-        finally:
-            file.check()
-
-
 def _places(group: Any, prefix: bytes = b"") -> Iterator[tuple[str, Place]]:
     """Names and places of the arrays in this file; a slash in a name made a group of HDF5's."""
     for name in group:
@@ -228,10 +224,11 @@ def _places(group: Any, prefix: bytes = b"") -> Iterator[tuple[str, Place]]:
         if isinstance(item, h5py.h5g.GroupID):
             yield from _places(item, prefix + name + b"/")
         else:
-            key, start = (prefix + name).decode(), 0 if 0 in item.shape else item.get_offset()
+            key, shape = (prefix + name).decode(), item.shape
+            start = 0 if 0 in shape else item.get_offset()
             if start is None:
                 raise ValueError(f"{key} is not contiguous: not written by this program")
-            yield key, Place(item.dtype.str, item.shape, start)
+            yield key, Place(item.dtype.str, shape, start)
 
 
 def _attributes(item: Any) -> dict[str, Scalar]:
@@ -242,7 +239,7 @@ def _attributes(item: Any) -> dict[str, Scalar]:
     }
 
 
-def _hash_attributes(hasher: hashlib._Hash, path: str, values: Mapping[str, Scalar]) -> None:
+def _hash_attributes(hasher: xxh3_128, path: str, values: Mapping[str, Scalar]) -> None:
     for key in sorted(values):
         value = values[key]
         match value:
@@ -257,7 +254,7 @@ def _hash_attributes(hasher: hashlib._Hash, path: str, values: Mapping[str, Scal
         _hash(hasher, f"{path}@{key}", kind, data)
 
 
-def _hash(hasher: hashlib._Hash, path: str, kind: str, data: bytes) -> None:
+def _hash(hasher: xxh3_128, path: str, kind: str, data: bytes) -> None:
     for part in (path.encode(), kind.encode(), data):
         hasher.update(struct.pack("<Q", len(part)))
         hasher.update(part)

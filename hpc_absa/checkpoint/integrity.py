@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import os
 import re
-import zlib
 from pathlib import Path
 
 import numpy as np
+from isal.isal_zlib import crc32
 
 from hpc_absa.errors import CheckpointError
 
@@ -38,12 +38,11 @@ def block_size(content: int) -> int:
     return max(SMALLEST_BLOCK, 1 << (needed - 1).bit_length())
 
 
-def seal(path: Path, block: int, checksums: list[int]) -> int:
-    """Write the first `block` bytes, with the CRC-32 of each chunk; returns the file's size."""
-    size = path.stat().st_size
-    with path.open("r+b") as file:
-        file.write(_block(block, size, checksums))
-    return size
+def first_block(block: int, size: int, checksums: list[int]) -> bytes:
+    """The first `block` bytes of a file of `size`, with the CRC-32 of each chunk after them."""
+    text = f"block {block}\nbytes {size}\ncrc32 of each {CHUNK}\n"
+    text += " ".join(f"{checksum:08x}" for checksum in checksums) + "\n"
+    return (MAGIC + text.encode()).ljust(block, b"\0")
 
 
 def read_verified(path: Path) -> np.ndarray:
@@ -94,20 +93,14 @@ def _read(path: Path, descriptor: int) -> np.ndarray:
     checksums = []
     for number, at in enumerate(range(block, size, CHUNK)):
         chunk = read_chunk(descriptor, at, file[at : at + CHUNK].data)
-        checksums.append(zlib.crc32(chunk))
+        checksums.append(crc32(chunk))
         if number < len(wanted) and wanted[number] != b"%08x" % checksums[-1]:
             last = at + len(chunk) - 1
             raise _damaged(path, f"bytes {at} to {last} of {size} do not match their checksum")
-    if first != _block(block, size, checksums):
+    if first != first_block(block, size, checksums):
         what = f"its first {block} bytes, or its length of {size}, are not as written"
         raise _damaged(path, what)
     return file
-
-
-def _block(block: int, size: int, checksums: list[int]) -> bytes:
-    text = f"block {block}\nbytes {size}\ncrc32 of each {CHUNK}\n"
-    text += " ".join(f"{checksum:08x}" for checksum in checksums) + "\n"
-    return (MAGIC + text.encode()).ljust(block, b"\0")
 
 
 def _damaged(path: Path, what: str) -> CheckpointError:

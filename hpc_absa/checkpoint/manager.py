@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,9 @@ SHARD_NAME = re.compile(
     r"(?P<checkpoint>step-\d{10}-phase-\d{3,})\.[0-9a-f]+\.\d{4}-of-\d{4}\.shard"
 )
 """Name of a shard; other files are the user's."""
+
+Write = Callable[[Path, Content, tuple[Written, ...]], Written]
+"""As `file.write`."""
 
 SMALL_ARRAY = 1 << 16
 """Bytes below which an array stays in the checkpoint's own file."""
@@ -45,8 +48,20 @@ class CheckpointManager:
         self._keep = keep
         self._damaged: set[Path] = set()
 
-    def publish(self, path: Path, content: Content, shards: tuple[Written, ...] = ()) -> Published:
+    def publish(
+        self,
+        path: Path,
+        content: Content,
+        shards: tuple[Written, ...] = (),
+        write: Write | None = None,
+    ) -> Published:
         """Write and verify a checkpoint, whose `shards` were written before; remove the oldest.
+
+        Args:
+            path: the checkpoint's file.
+            content: of that file.
+            shards: files with further arrays.
+            write: instead of `file.write`.
 
         Raises:
             CheckpointError: names path and cause; all older checkpoints are unchanged.
@@ -55,13 +70,21 @@ class CheckpointManager:
         for leftover in self.folder.glob(".step-[0-9]*-phase-*.tmp"):  # whose writer was killed
             if not leftover.name.startswith(f".{path.stem}."):
                 leftover.unlink(missing_ok=True)
-        written = file.write(path, content, shards)
+        written = (write or file.write)(path, content, shards)
         self._damaged.discard(path)
         self._remove_old(path, {shard.name for shard in shards})
         size = written.bytes + sum(shard.bytes for shard in shards)
         return Published(path, size, time.perf_counter() - start)
 
-    def write_shard(self, path: Path, save: str, number: int, of: int, content: Content) -> Written:
+    def write_shard(
+        self,
+        path: Path,
+        save: str,
+        number: int,
+        of: int,
+        content: Content,
+        write: Write | None = None,
+    ) -> Written:
         """Write and verify shard `number`, from 1, of the checkpoint to be published at `path`.
 
         Args:
@@ -70,13 +93,14 @@ class CheckpointManager:
             number: of the shard.
             of: how many shards there are.
             content: arrays under the names they have in the checkpoint.
+            write: instead of `file.write`.
 
         Raises:
             CheckpointError: names path and cause.
         """
         name = f"{path.stem}.{save}.{number:04d}-of-{of:04d}{SHARD_SUFFIX}"
         numbered = Content({**content.attributes, SHARD: number}, content.groups)
-        return file.write(path.with_name(name), numbered)
+        return (write or file.write)(path.with_name(name), numbered, ())
 
     def mark_damaged(self, path: Path) -> None:
         """A damaged checkpoint does not count among those to keep."""

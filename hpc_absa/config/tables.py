@@ -233,7 +233,7 @@ class Checkpoint(Section):
     keep: Annotated[int, Field(ge=2)] = 3
     """Checkpoints kept; at least two, so that there is another one if the newest is damaged."""
     background: bool = Field(default=True, alias="async")
-    """Write in a background thread while training continues."""
+    """Write while training continues."""
     shard_bytes: PositiveInt = 64 << 20
     """Bytes of state per shard: if the state has twice as many or more, each rank writes a file
     with its share (ours)."""

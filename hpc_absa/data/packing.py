@@ -21,7 +21,7 @@ from hpc_absa.data.packed import (
 )
 from hpc_absa.data.sources import Source
 from hpc_absa.errors import HpcAbsaError, first_line
-from hpc_absa.hdf5 import DeferredErrorFile, reserve, write_at
+from hpc_absa.hdf5 import MemoryFile, reserve, write_at
 from hpc_absa.rundir.files import replacing
 
 PIXELS_VERSION = 1
@@ -55,18 +55,16 @@ def write_packed(
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with (
-            replacing(path, durable=True) as temporary,
-            DeferredErrorFile(temporary, "x+") as file,
-        ):
-            with h5py.File(file, "w", **LAYOUT) as layout:
+        with replacing(path, durable=True) as temporary, temporary.open("xb", 0) as file:
+            image = MemoryFile()
+            with h5py.File(image, "w", **LAYOUT) as layout:
                 layout.attrs["format"] = fixed_text(FORMAT)
                 layout.attrs["format_version"] = PIXELS_VERSION
                 layout.attrs["name"] = fixed_text(name)
                 layout.attrs["arguments"] = fixed_text(json.dumps(arguments or {}, sort_keys=True))
                 layout["classes"] = fixed_text(source.classes)
                 _write_arrays(file.fileno(), layout, source, progress)
-            file.check()
+            image.write_to(file.fileno())
             check_replaceable(path)  # again, because packing takes long
     except OSError as error:
         raise HpcAbsaError(

@@ -72,7 +72,7 @@ def _load(path: Path) -> Checkpoint:
     nodes = nested.from_array(arrays[JSON]) if JSON in arrays else {}
 
     def tensor(node: Mapping[str, Any]) -> Tensor:
-        return nested.saved_tensor(node, arrays[node["tensor"]])
+        return nested.saved_tensor(node, arrays[node["tensor"]]).clone()
 
     eigenvalue = groups["curvature"].attributes.get("eigenvalue")
     return Checkpoint(

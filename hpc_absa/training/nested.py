@@ -103,7 +103,7 @@ def from_array(array: np.ndarray) -> Any:
 
 
 def saved_tensor(node: Mapping[str, Any], array: np.ndarray) -> Tensor:
-    """A saved array with the type that it had as a tensor, on the CPU."""
-    copy = torch.from_numpy(array.copy())
+    """A saved array with the type that it had as a tensor, on the CPU; it shares the memory."""
+    saved = torch.from_numpy(array)
     dtype: torch.dtype = getattr(torch, node["dtype"])
-    return copy.view(dtype) if dtype == torch.bfloat16 else copy
+    return saved.view(dtype) if dtype == torch.bfloat16 else saved

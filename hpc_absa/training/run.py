@@ -202,8 +202,8 @@ class Run:
         flags, self._flags = self._flags, Flags()
         self._checkpointer.update(flags.written, flags.failed)
         if self._outcome is None and flags.stop:
-            self.save()
             self._outcome = "stopped"
+            self.save()
         elif self._outcome is None and flags.save:
             self.save()
         return None if self._outcome else self.state.progress.next(self.stream)
@@ -378,8 +378,8 @@ class Run:
                     )
                     vector = estimates[-1].vector
         except Interrupted:
-            self.save()
             self._outcome = "stopped"
+            self.save()
             return None
         estimate = mean(estimates)
         state.eigenvector = estimate.vector
@@ -577,7 +577,8 @@ class Run:
             )
             path = self.directory.checkpoint(step, progress.phase)
             on_saved = self.log.on_saved(progress.phase, step, self.samples)
-            self._checkpointer.save(path, scalars, tensors, on_saved)
+            ends = self._outcome or self._next_ranks > self.comm.size or not self.steps_left
+            self._checkpointer.save(path, scalars, tensors, on_saved, training=not ends)
 
     def wait_for_writes(self) -> None:
         """Return once this rank writes nothing any more; not a collective."""

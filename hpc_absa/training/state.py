@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Protocol
@@ -11,6 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor, nn
+from xxhash import xxh3_64_intdigest
 
 from hpc_absa import __version__
 from hpc_absa.checkpoint import Content, Group, Key, Scalar
@@ -231,7 +231,7 @@ class TrainState:
 
         def tensor(node: Mapping[str, Any]) -> Tensor:
             saved = nested.saved_tensor(node, arrays[node["tensor"]])
-            return saved if node["device"] == "cpu" else saved.to(device)
+            return saved.clone() if node["device"] == "cpu" else saved.to(device)
 
         for name, other in self.others.items():
             with user_code(f"{origin}: state[{name!r}].load_state_dict"):
@@ -249,9 +249,9 @@ def _optimizer_tensor(
     def restore(node: Mapping[str, Any]) -> Tensor:
         saved = nested.saved_tensor(node, arrays[node["tensor"]])
         if parameter is None or (key == "step" and node["device"] == "cpu"):
-            return saved
+            return saved.clone()
         if saved.shape != parameter.shape:
-            return saved.to(parameter.device)
+            return saved.to(parameter.device, copy=True)
         return torch.empty_like(parameter, dtype=saved.dtype, requires_grad=False).copy_(saved)
 
     return restore
@@ -266,7 +266,7 @@ def require_equal(tensors: Mapping[Key, Tensor], comm: Communicator) -> None:
     if comm.size == 1:
         return
     digests = {key: digest(tensor) for key, tensor in tensors.items()}
-    if len(set(comm.allgather_object(zlib.crc32(repr(digests).encode())))) == 1:
+    if len(set(comm.allgather_object(xxh3_64_intdigest(repr(digests).encode())))) == 1:
         return
     ranks = comm.allgather_object(digests)
     for rank, other in enumerate(ranks):
@@ -292,15 +292,15 @@ def broadcast_model(model: nn.Module, comm: Communicator) -> None:
 
 
 def digest(tensor: Tensor) -> int:
-    """CRC-32 of the bytes; on a GPU of sums over columns of them, which are computed there."""
+    """XXH3-64 of the bytes; on a GPU of sums over columns of them, which are computed there."""
     tensor = tensor.detach()
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor)
     flat = tensor.contiguous().view(-1).view(BITS[tensor.element_size()])
     rows = len(flat) // COLUMNS if flat.is_cuda else 0
     columns = flat[: rows * COLUMNS].view(rows, COLUMNS).sum(dim=0, dtype=torch.int64)
-    rest = zlib.crc32(flat[rows * COLUMNS :].cpu().numpy().data)
-    return zlib.crc32(columns.cpu().numpy().data, rest) if rows else rest
+    rest = xxh3_64_intdigest(flat[rows * COLUMNS :].cpu().numpy().data)
+    return xxh3_64_intdigest(columns.cpu().numpy().data, rest) if rows else rest
 
 
 def load_model(model: nn.Module, arrays: Mapping[str, np.ndarray], origin: str) -> None:
@@ -323,7 +323,7 @@ def load_model(model: nn.Module, arrays: Mapping[str, np.ndarray], origin: str) 
             if last == "_extra_state":
                 modules[path].set_extra_state(_like(tensor, arrays[name]))
             else:
-                tensor.copy_(_like(tensor, arrays[name]))
+                tensor.copy_(_saved(arrays[name], tensor.dtype))
 
 
 def _schedule_state(kind: type[ScheduleState], saved: Mapping[str, Any]) -> ScheduleState:
@@ -345,9 +345,13 @@ def to_array(tensor: Tensor) -> np.ndarray:
 
 def _like(tensor: Tensor, array: np.ndarray) -> Tensor:
     """The saved values with the device, type and memory format of `tensor`."""
-    saved = torch.from_numpy(array.copy())
-    if tensor.dtype == torch.bfloat16 and saved.dtype == torch.uint16:
-        saved = saved.view(torch.bfloat16)  # saved as its bits
+    saved = _saved(array, tensor.dtype)
     if saved.shape != tensor.shape:  # such as the step counter of an optimizer
-        return saved.to(tensor.device)
+        return saved.to(tensor.device, copy=True)
     return torch.empty_like(tensor).copy_(saved)
+
+
+def _saved(array: np.ndarray, dtype: torch.dtype) -> Tensor:
+    """A saved array as a tensor that shares its memory; bfloat16 was saved as its bits."""
+    saved = torch.from_numpy(array)
+    return saved.view(dtype) if (dtype, saved.dtype) == (torch.bfloat16, torch.uint16) else saved

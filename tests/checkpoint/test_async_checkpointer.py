@@ -14,7 +14,7 @@ from hpc_absa.checkpoint.async_checkpointer import (
 )
 from hpc_absa.comm import SerialCommunicator
 from hpc_absa.errors import CheckpointError, CollectiveError
-from tests.checkpoint.contents import assert_same
+from tests.checkpoint.contents import assert_same, snapshot
 
 
 def scalars(step):
@@ -39,8 +39,10 @@ class Setup:
     def path(self, step):
         return self.folder / f"step-{step:010d}-phase-001.h5"
 
-    def save(self, step):
-        self.checkpointer.save(self.path(step), scalars(step), self.tensors, self.published.append)
+    def save(self, step, **options):
+        self.checkpointer.save(
+            self.path(step), scalars(step), self.tensors, self.published.append, **options
+        )
 
     def steps(self):
         return [int(p.name.split("-")[1]) for p in sorted(self.folder.glob("step-*.h5"))]
@@ -51,10 +53,10 @@ def _break_writes(monkeypatch):
     """Files whose writing fails, as on a full disk."""
     broken, write = set(), file.write
 
-    def fail(path, *args):
+    def fail(path, *args, ready):
         if path in broken:
             raise CheckpointError(f"{path}: cannot be written: no space left on the device")
-        return write(path, *args)
+        return write(path, *args, ready)
 
     monkeypatch.setattr(file, "write", fail)
     return broken
@@ -78,7 +80,7 @@ def test_the_state_at_the_time_of_the_call_is_saved(tmp_path, background):
 
 def test_training_continues_while_a_save_is_written(tmp_path, monkeypatch):
     gate, write = threading.Event(), file.write
-    monkeypatch.setattr(file, "write", lambda *args: gate.wait(10) and write(*args))
+    monkeypatch.setattr(file, "write", lambda *args, ready: gate.wait(10) and write(*args))
     setup = Setup(tmp_path)
     setup.save(1)
     assert setup.steps() == []
@@ -91,10 +93,10 @@ def test_training_continues_while_a_save_is_written(tmp_path, monkeypatch):
 def test_at_most_one_save_is_in_progress(tmp_path, monkeypatch):
     write, running, most = file.write, [], []
 
-    def counted(*args):
+    def counted(*args, ready):
         running.append(1)
         most.append(len(running))
-        written = write(*args)
+        written = write(*args, ready)
         running.pop()
         return written
 
@@ -150,8 +152,8 @@ def test_a_state_that_must_be_on_disk_is_saved_with_a_second_attempt(tmp_path, b
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int64, torch.bfloat16])
 def test_copies_are_bit_for_bit_and_reuse_their_memory(dtype):
     copies = HostCopies()
-    first = copies.take({("model", "w"): torch.arange(4).to(dtype)})["model", "w"]
-    again = copies.take({("model", "w"): torch.arange(4, 8).to(dtype)})["model", "w"]
+    first = snapshot({("model", "w"): torch.arange(4).to(dtype)}, copies)["model", "w"]
+    again = snapshot({("model", "w"): torch.arange(4, 8).to(dtype)}, copies)["model", "w"]
     assert np.shares_memory(first, again)
     bits = torch.from_numpy(again.copy())
     bits = bits.view(torch.bfloat16) if dtype == torch.bfloat16 else bits
@@ -160,8 +162,8 @@ def test_copies_are_bit_for_bit_and_reuse_their_memory(dtype):
 
 def test_copies_follow_a_tensor_that_changes_its_shape():
     copies = HostCopies()
-    copies.take({("model", "w"): torch.zeros(2)})
-    assert copies.take({("model", "w"): torch.ones(3)})["model", "w"].tolist() == [1, 1, 1]
+    snapshot({("model", "w"): torch.zeros(2)}, copies)
+    assert snapshot({("model", "w"): torch.ones(3)}, copies)["model", "w"].tolist() == [1, 1, 1]
 
 
 def test_the_file_contains_all_scalars_and_tensors(tmp_path):

@@ -12,7 +12,7 @@ import h5py
 import numpy as np
 import pytest
 
-from hpc_absa.checkpoint import Content, Group, format, integrity
+from hpc_absa.checkpoint import Content, Group, file, format, integrity
 from hpc_absa.checkpoint.file import read, write
 from hpc_absa.checkpoint.integrity import CHUNK, NotACheckpointError
 from hpc_absa.errors import CheckpointError
@@ -140,17 +140,22 @@ def change(action):
         change(lambda f: f["schedule"].attrs.modify("lr", 0.2)),
         change(lambda f: f["model"].pop("conv.weight")),
         change(lambda f: f.create_group("shards").attrs.create("a.shard", "sha256:1")),
+        lambda path: os.truncate(path, path.stat().st_size - 1),
+        lambda path: os.truncate(path, path.stat().st_size + 1),
     ],
-    ids=["array", "root attribute", "digest", "group attribute", "missing array", "shards"],
+    ids=[
+        *("array", "root attribute", "digest", "group attribute", "missing array", "shards"),
+        *("too short", "too long"),
+    ],
 )
 def test_a_file_that_reads_back_differently_is_not_published(good, monkeypatch, damage):
-    set_digest = format.set_digest
+    compare = file._compare
 
-    def set_digest_and_damage(temporary, digest):
-        set_digest(temporary, digest)
+    def damage_and_compare(temporary, *expected):
         damage(temporary)
+        return compare(temporary, *expected)
 
-    monkeypatch.setattr(format, "set_digest", set_digest_and_damage)
+    monkeypatch.setattr(file, "_compare", damage_and_compare)
     with pytest.raises(CheckpointError, match=r"cannot be written: what was read back is not"):
         write(good, content(step=121))
     assert_unchanged(good, content())
@@ -442,10 +447,9 @@ def test_one_byte_that_reads_back_differently_is_detected(path, monkeypatch, whe
     expected = Content({}, {"model": Group({}, arrays)})
     write(path, expected)
     assert_same(read(path), expected)
-    set_digest = format.set_digest
+    compare = file._compare
 
-    def set_digest_and_damage(temporary, digest):
-        set_digest(temporary, digest)
+    def damage_and_compare(temporary, *pieces):
         block, places = integrity.block_size(expected.nbytes()), format.outline(temporary).places
         second_chunk = block + CHUNK * (1 + (places["model", "b"].start - block) // CHUNK)
         position = {
@@ -457,8 +461,9 @@ def test_one_byte_that_reads_back_differently_is_detected(path, monkeypatch, whe
         with temporary.open("r+b") as opened:
             byte = os.pread(opened.fileno(), 1, position)
             os.pwrite(opened.fileno(), bytes([byte[0] ^ 1]), position)
+        return compare(temporary, *pieces)
 
-    monkeypatch.setattr(format, "set_digest", set_digest_and_damage)
+    monkeypatch.setattr(file, "_compare", damage_and_compare)
     with pytest.raises(CheckpointError, match="what was read back is not what was written"):
         write(path, expected)
     assert_same(read(path), expected)

@@ -104,15 +104,20 @@ def test_unfinished_files_are_ignored_and_removed_by_the_next_save(folder):
     assert [p.name for p in folder.iterdir()] == [path(folder, 1).name]
 
 
+def differs(*_):
+    raise CheckpointError("what was read back is not what was written")
+
+
 def test_nothing_is_removed_before_the_new_checkpoint_is_verified(folder, monkeypatch):
     manager = CheckpointManager(folder, 2)
     save(manager, folder, 1, 2)
     present = []
 
-    def differs(*_):
+    def observed(*_):
         present.extend(steps(folder))
+        differs()
 
-    monkeypatch.setattr(file, "_compare", differs)
+    monkeypatch.setattr(file, "_compare", observed)
     with pytest.raises(CheckpointError, match="not what was written"):
         manager.publish(path(folder, 3), content(3))
     assert present == [1, 2]
@@ -122,7 +127,7 @@ def test_nothing_is_removed_before_the_new_checkpoint_is_verified(folder, monkey
 def test_a_second_save_of_a_step_replaces_the_first_only_once_verified(folder, monkeypatch):
     manager = CheckpointManager(folder, 2)
     save(manager, folder, 1)
-    monkeypatch.setattr(file, "_compare", lambda *_: None)
+    monkeypatch.setattr(file, "_compare", differs)
     with pytest.raises(CheckpointError, match="not what was written"):
         manager.publish(path(folder, 1), content(1, weight=9.0))
     monkeypatch.undo()

@@ -1,5 +1,6 @@
 """docs/verify_checkpoint.py knows the format from its description alone."""
 
+import hashlib
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ import h5py
 import numpy as np
 import pytest
 
-from hpc_absa.checkpoint import CheckpointManager, Content, Group, write
+from hpc_absa.checkpoint import CheckpointManager, Content, Group, format, write
 from tests.checkpoint.contents import content, flip_bit, seal, shards_of, split
 
 SCRIPT = Path(__file__).parents[2] / "docs" / "verify_checkpoint.py"
@@ -47,6 +48,15 @@ def test_exit_status_and_message(tmp_path, damage, status, message):
     actual, output = run_script(path)
     assert actual == status
     assert message in output
+
+
+def test_a_digest_of_earlier_versions_is_verified(tmp_path, monkeypatch):
+    monkeypatch.setattr(format, "DIGEST", "sha256")
+    monkeypatch.setattr(format, "xxh3_128", hashlib.sha256)
+    write(tmp_path / "x.h5", content())
+    assert run_script(tmp_path / "x.h5") == (0, "good\n")
+    change_and_seal(tmp_path / "x.h5")
+    assert run_script(tmp_path / "x.h5")[0] == 1
 
 
 @pytest.mark.parametrize(

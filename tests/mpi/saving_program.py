@@ -104,7 +104,7 @@ def main(folder):
     comm.close()
 
 
-def unwritable(path, *_):
+def unwritable(path, *_, **__):
     raise CheckpointError(f"{path}: cannot be written: no space left on the device")
 
 

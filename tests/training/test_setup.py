@@ -6,7 +6,6 @@ import torch
 from torch import nn
 
 from hpc_absa import config
-from hpc_absa.checkpoint.async_checkpointer import HostCopies
 from hpc_absa.data.prepare import prepare
 from hpc_absa.plan import stream_of
 from hpc_absa.progress import Position, Progress
@@ -15,6 +14,7 @@ from hpc_absa.training.data import build_loader, hessian_sample
 from hpc_absa.training.optimizer import parameter_groups
 from hpc_absa.training.setup import build_model_and_loss
 from hpc_absa.training.state import TrainState
+from tests.checkpoint.contents import snapshot
 
 JOB = """
 name = "a"
@@ -112,7 +112,7 @@ def test_a_checkpoint_can_be_restored_into_the_other_memory_format(dataset):
     before = state(LAYOUTS[1])
     before.model(torch.randn(4, 1, 8, 8)).square().mean().backward()
     before.optimizer.step()
-    content = before.scalars(0, "d", "t").with_arrays(HostCopies().take(before.tensors()))
+    content = before.scalars(0, "d", "t").with_arrays(snapshot(before.tensors()))
     assert all(isinstance(array, np.ndarray) for array in content.arrays().values())
     for overrides in LAYOUTS:
         after = state(overrides)

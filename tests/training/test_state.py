@@ -9,13 +9,13 @@ import torch
 from torch import nn
 
 from hpc_absa.checkpoint import Group, read, write
-from hpc_absa.checkpoint.async_checkpointer import HostCopies
 from hpc_absa.comm import SerialCommunicator
 from hpc_absa.errors import CheckpointError, CollectiveError, ExitStatus
 from hpc_absa.progress import Position, Progress
 from hpc_absa.records import ScheduleState
 from hpc_absa.schedules.noise import NoiseState
 from hpc_absa.training.state import TrainState, digest, require_equal
+from tests.checkpoint.contents import snapshot
 
 PROGRESS = Progress(
     Position(microbatch=12, step=5, boundary=2),
@@ -49,7 +49,7 @@ def untrained(schedule=INITIAL.schedule, **options):
 
 def saved(state):
     scalars = state.scalars(3, "sha256:0", "name = 'x'", world_size=2, global_batch=64, samples=100)
-    return scalars.with_arrays(HostCopies().take(state.tensors()))
+    return scalars.with_arrays(snapshot(state.tensors()))
 
 
 def restored(content, state):

@@ -19,7 +19,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 from hpc_absa.errors import UsageError
 from hpc_absa.records import Decision, Observation, ScheduleState
@@ -72,6 +72,11 @@ class Position:
     """Optimizer steps taken."""
     boundary: int = 0
     """Boundaries passed."""
+
+    def after(self, step: Step, count: int = 1) -> Position:
+        """After `step`, and `count` − 1 further steps of its size."""
+        microbatch = step.start + count * (step.stop - step.start)
+        return Position(microbatch, self.step + count, self.boundary)
 
 
 @dataclass(frozen=True)
@@ -209,19 +214,14 @@ class Progress:
         start = self.position.microbatch
         stop = start + self.schedule.global_batch // stream.microbatch
         if self.position.boundary < stream.num_boundaries:
-            boundary = stream.boundary(self.position.boundary)
+            boundary = _boundary(stream, self.position.boundary)
             if boundary.microbatch < stop:
                 return boundary
         return Step(start, stop) if stop <= stream.microbatches else None
 
     def after_step(self, step: Step, count: int = 1) -> Progress:
         """After `step`, and `count` − 1 further steps of its size."""
-        position = replace(
-            self.position,
-            microbatch=step.start + count * (step.stop - step.start),
-            step=self.position.step + count,
-        )
-        return replace(self, position=position)
+        return replace(self, position=self.position.after(step, count))
 
     def cut_step(self, boundary: Boundary, decision: Decision) -> Step | None:
         """The step up to `boundary`, if a growth there cuts the step that contains it."""
@@ -235,6 +235,10 @@ class Progress:
         position = replace(self.position, boundary=self.position.boundary + 1)
         phase = self.phase + (decision.action == "grow")
         return replace(self, position=position, schedule=decision.state, phase=phase)
+
+
+_boundary = lru_cache(16)(SampleStream.boundary)
+"""The same one is asked for before each step."""
 
 
 def decide(

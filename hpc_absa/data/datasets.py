@@ -18,10 +18,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.data import TensorDataset, default_collate
 
 from hpc_absa import plugins
 from hpc_absa.data.loader import Batch, Indices, Part
-from hpc_absa.data.order import sample_seeds
+from hpc_absa.data.order import sample_seed, sample_seeds
 from hpc_absa.data.seeding import preserved_generators, seed_generators
 from hpc_absa.data.workers import Workers
 from hpc_absa.errors import UsageError
@@ -29,7 +30,7 @@ from hpc_absa.errors import UsageError
 NO_EPOCH = 2**32 - 1
 """In place of the epoch, for the test set and for samples of the Hessian."""
 
-WITHOUT_RANDOMNESS = (list, tuple, torch.utils.data.TensorDataset)
+WITHOUT_RANDOMNESS = (list, tuple, TensorDataset)
 """Reading a sample of these runs no code of the user's, and to seed takes 20 µs a sample."""
 
 FINGERPRINTED = 16
@@ -51,6 +52,8 @@ class Datasets:
     """Names of the classes or their number, which a model's builder may take."""
     input_range: tuple[float, float] | None = None
     """Smallest and largest valid input, for adversarial examples."""
+    whole: bool = False
+    """Whether a batch is all inputs, also one of two parts."""
 
 
 def as_datasets(value: Any) -> Datasets | None:
@@ -140,20 +143,25 @@ def collated(
     datasets: Datasets, part: Part, samples: Indices, seed: int, epochs: Indices | None = None
 ) -> Batch:
     """A batch on the CPU; changes the global random generators."""
-    dataset = getattr(datasets, part)
-    if epochs is None:
-        epochs = np.full(len(samples), NO_EPOCH)
-    if type(dataset) in WITHOUT_RANDOMNESS:
-        seeds = sample_seeds(seed, epochs[:1], samples[:1])
-        items = [dataset[index] for index in samples.tolist()]
+    dataset, collate = getattr(datasets, part), datasets.collate_fn or default_collate
+    batch: Any
+    if type(dataset) is TensorDataset and collate is default_collate:
+        rows = torch.from_numpy(samples)
+        batch = [tensor[rows] for tensor in dataset.tensors]
     else:
-        seeds, items = sample_seeds(seed, epochs, samples), []
-        for index, sample_seed in zip(samples.tolist(), seeds.tolist(), strict=True):
-            seed_generators(sample_seed)
-            items.append(dataset[index])
-    seed_generators(int(seeds[0]) ^ 1)  # a collate function may be random, too
-    batch = (datasets.collate_fn or torch.utils.data.default_collate)(items)
-    if type(batch) in (tuple, list) and len(batch) == 2:
+        if epochs is None:
+            epochs = np.full(len(samples), NO_EPOCH)
+        first = sample_seed(seed, int(epochs[0]), int(samples[0]))
+        if type(dataset) in WITHOUT_RANDOMNESS:
+            items = [dataset[index] for index in samples.tolist()]
+        else:
+            seeds, items = sample_seeds(seed, epochs, samples), []
+            for index, own in zip(samples.tolist(), seeds.tolist(), strict=True):
+                seed_generators(own)
+                items.append(dataset[index])
+        seed_generators(first ^ 1)  # a collate function may be random, too
+        batch = collate(items)
+    if not datasets.whole and type(batch) in (tuple, list) and len(batch) == 2:
         return Batch(_plain(batch[0]), _plain(batch[1]))
     return Batch(_plain(batch), None)
 
@@ -216,6 +224,8 @@ class MapReader:
         return torch.ones((), device=self._device)
 
     def _on_device(self, batch: Batch) -> Batch:
+        if self._device.type == "cpu" and not self._channels_last:
+            return batch
         return Batch(*tree_map_only(torch.Tensor, self._tensor_on_device, tuple(batch)))
 
     def _tensor_on_device(self, tensor: torch.Tensor) -> torch.Tensor:

@@ -98,7 +98,7 @@ class Loader:
         self.seed = seed
         self._stream = stream
         self._orders: dict[int, Indices] = {}
-        self._pending: dict[int, Pending] = {}
+        self._pending: dict[int, tuple[Pending, Indices, Indices]] = {}
 
     @property
     def ahead(self) -> int:
@@ -114,13 +114,16 @@ class Loader:
         prepared = self._pending.pop(k, None)
         then = then[: self.ahead]
         for index in self._pending.keys() - set(then):
-            self._pending.pop(index).cancel()
+            self._pending.pop(index)[0].cancel()
         for index in then:
             if index not in self._pending:
-                self._pending[index] = self.reader.submit("train", *self.samples(index))
+                chosen = self.samples(index)
+                self._pending[index] = (self.reader.submit("train", *chosen), *chosen)
+        if prepared:
+            pending, samples, epochs = prepared
+            return Microbatch(*pending.result(), samples, epochs)
         samples, epochs = self.samples(k)
-        batch = prepared.result() if prepared else self.reader.read("train", samples, epochs)
-        return Microbatch(*batch, samples, epochs)
+        return Microbatch(*self.reader.read("train", samples, epochs), samples, epochs)
 
     def close(self) -> None:
         """Drop what is prepared, without waiting for it; `get` cannot be called again."""
@@ -130,6 +133,10 @@ class Loader:
     def samples(self, k: int) -> tuple[Indices, Indices]:
         """The samples of microbatch k, and the epoch of each; [b]."""
         segments = self._stream.segments(k)
+        if len(segments) == 1:
+            (only,) = segments
+            samples = self._order(only.epoch)[only.start : only.stop]
+            return samples, np.full(len(samples), only.epoch, np.int64)
         samples = np.concatenate([self._order(s.epoch)[s.start : s.stop] for s in segments])
         epochs = np.concatenate([np.full(s.stop - s.start, s.epoch, np.int64) for s in segments])
         return samples, epochs

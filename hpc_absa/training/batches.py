@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 from torch.utils._pytree import tree_map_only
-from torch.utils.data import default_collate
 
 from hpc_absa.data.datasets import Datasets, MapDataset, MapReader, as_datasets
 from hpc_absa.data.loader import Batch, Indices, Loader, Part
@@ -27,15 +25,9 @@ def open_dataset(dataset: Any, collate_fn: Collate | None) -> MapDataset:
     Raises:
         UsageError: it is of another kind, or its samples cannot be read or collated.
     """
-    collate = partial(_collate, collate_fn or default_collate)
-    datasets = as_datasets(Datasets(dataset, collate_fn=collate))
+    datasets = as_datasets(Datasets(dataset, collate_fn=collate_fn, whole=True))
     assert datasets is not None
     return MapDataset(NAME, datasets, "absa.Run: dataset")
-
-
-def _collate(collate_fn: Collate, samples: list[Any]) -> tuple[Any, None]:
-    """The whole batch, whatever it is, as the inputs."""
-    return collate_fn(samples), None
 
 
 class ScriptLoader(Loader):

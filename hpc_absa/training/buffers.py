@@ -222,7 +222,8 @@ class ModelBuffers:
             ).unbind()
             if buffers.get("num_batches_tracked") is not None:
                 buffers["num_batches_tracked"] = scratch
-            module.momentum = 1.0  # the buffers become the statistics of this call
+            # The buffers become the statistics of this call; nn.Module's setattr takes 10 µs.
+            vars(module)["momentum"] = 1.0
 
         return before
 
@@ -232,7 +233,7 @@ class ModelBuffers:
                 return
             buffers = module._buffers
             statistics = torch.cat([buffers["running_mean"], buffers["running_var"]])
-            saved, module.momentum = layer.saved
+            saved, vars(module)["momentum"] = layer.saved
             buffers.update(saved)
             layer.saved = None
             if not self._collecting:

@@ -28,12 +28,21 @@ from hpc_absa.errors import CollectiveError, ExitStatus, UsageError
 from hpc_absa.progress import SampleStream
 from hpc_absa.rundir import RunDir
 from hpc_absa.rundir.paths import packed_name
-from hpc_absa.training.run import Draw
 
 DataSet = PackedDataset | MapDataset
 
 HESSIAN_ORDER = 2**32 - 1
 """The "epoch" whose order gives the Hessian sample: no epoch of a run."""
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Which samples an estimate is made on; those of one boundary are disjoint."""
+
+    boundary: int
+    """Index of the boundary."""
+    repeat: int
+    """Estimates at this boundary before it."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The estimate of curvature that a job asks for, for `Run`."""
+"""The estimate of curvature that a job asks for, as `Run` calls it."""
 
 from __future__ import annotations
 
@@ -14,10 +14,17 @@ from hpc_absa.config import Job
 from hpc_absa.curvature.estimate import Estimate, estimate_eigenvalue
 from hpc_absa.curvature.loss import Loss
 from hpc_absa.curvature.sharpness import critical_sharpness
-from hpc_absa.training.data import HessianSample
-from hpc_absa.training.run import Draw, Estimator
+from hpc_absa.training.data import Draw, HessianSample
 from hpc_absa.training.state import TrainState
 from hpc_absa.training.virtual_step import update_direction
+
+Estimator = Callable[[Tensor | None, float | None, Callable[[], bool], Draw], Estimate]
+"""Estimates the top eigenvalue of the Hessian (a collective).
+
+Args: the eigenvector to start from, [P] or None; the threshold that the decision compares with, or
+None; a function that tells, equally on all ranks, whether to give up by raising `Interrupted`; the
+samples.
+"""
 
 
 def make_estimator(

@@ -65,7 +65,7 @@ class StopRequest:
                 the signals they forward.
         """
         self._comm = comm
-        self._file = file
+        self._file = os.fspath(file)
         self._signalled = threading.Event()
         self._last_progress: float | None = None
         self._longest = 0.0
@@ -85,7 +85,7 @@ class StopRequest:
     def requested_here(self) -> bool:
         """Whether a stop was requested on this rank; not a collective."""
         self._progress()
-        return self._signalled.is_set() or (self._comm.rank == 0 and self._file.exists())
+        return self._signalled.is_set() or (self._comm.rank == 0 and os.path.exists(self._file))
 
     def requested(self) -> bool:
         """Whether a stop was requested on any rank, the same on all ranks (a collective)."""

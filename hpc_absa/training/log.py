@@ -43,10 +43,9 @@ class EventLogger:
         if self._console is not sys.stdout:
             print(line, flush=True)
 
-    def progress(self, line: str) -> None:
-        """Print `line` if nothing was printed for `LINE_INTERVAL`."""
-        if time.monotonic() - self._last_line >= LINE_INTERVAL:
-            self.print(line)
+    def line_due(self) -> bool:
+        """Whether nothing was printed for `LINE_INTERVAL`."""
+        return self._active and time.monotonic() - self._last_line >= LINE_INTERVAL
 
     def emit(self, event: str, phase: int, **fields: Any) -> None:
         """Append an event now."""

@@ -2,14 +2,14 @@
 
 `OverlappedReduction` is the fast one: Horovod's ring-allreduce of each bucket of gradients starts
 as soon as the last local backward pass has completed it, so communication overlaps with the rest of
-that pass. `ReproducibleReduction` sums along one fixed tree (`hpc_absa.summation`), so that any
-power-of-two number of ranks gives the same bits.
+that pass. `LocalReduction` is that of one rank. `ReproducibleReduction` sums along one fixed tree
+(`hpc_absa.summation`), so that any power-of-two number of ranks gives the same bits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -19,7 +19,13 @@ from torch import Tensor, nn
 from hpc_absa import summation
 from hpc_absa.comm import Communicator
 from hpc_absa.errors import MisuseError
+from hpc_absa.training.sums import FLAGS, Flags, StepSums
 from hpc_absa.worldsize import share
+
+GRADIENT_REPLACED = (
+    "a parameter's .grad was replaced during a step, as zero_grad() does: expected no such call, "
+    "because every step begins without gradients"
+)
 
 
 class Reduction(Protocol):
@@ -30,30 +36,28 @@ class Reduction(Protocol):
         ...
 
     def begin(self) -> None:
-        """Start a step with all gradients zero."""
+        """Start a step without gradients."""
         ...
 
-    @contextmanager
-    def backward(self, *, last: bool) -> Iterator[None]:
+    def backward(self, *, last: bool) -> AbstractContextManager[None]:
         """Encloses a backward pass; `last` for this rank's last microbatch of the step."""
         ...
 
-    def end_lane(self, sums: Tensor | None) -> None:
-        """The microbatches of one lane are done; `sums` [S] is what they add beside gradients.
-
-        None for a lane without microbatches.
-        """
+    def end_lane(self, sums: StepSums, *, empty: bool) -> None:
+        """The microbatches of one lane are done, if it has any; `sums` are theirs."""
         ...
 
-    def finish(self, sums: Tensor, flags: Tensor) -> tuple[Tensor, Tensor]:
-        """Sum over ranks; every `.grad` then holds the sum over all microbatches.
+    def finish(self, flags: Flags) -> tuple[StepSums, Flags]:
+        """Sum over ranks.
+
+        Every `.grad` then holds the sum over all microbatches; as in PyTorch it is None where no
+        backward pass computed one, so that neither momentum nor weight decay applies.
 
         Args:
-            sums: [S], the sum over this rank's lanes.
-            flags: [F], this rank's own values.
+            flags: this rank's own.
 
         Returns:
-            The sums of both over all ranks.
+            The sums of lanes and of flags over all ranks.
         """
         ...
 
@@ -66,11 +70,61 @@ class Reduction(Protocol):
         ...
 
 
+class LocalReduction:
+    """One rank: gradients as PyTorch accumulates them, and nothing to exchange."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self._gradients: list[Tensor | None] = []
+        self._sums: StepSums
+
+    def lanes(self, microbatches: range) -> list[range]:
+        return [microbatches]
+
+    def begin(self) -> None:
+        for parameter in self._parameters:
+            parameter.grad = None
+        self._gradients = [None] * len(self._parameters)
+
+    def backward(self, *, last: bool) -> AbstractContextManager[None]:
+        return self
+
+    def __enter__(self) -> None:
+        self._require_same_gradients()
+
+    def __exit__(self, *error: object) -> None:
+        for parameter in self._parameters:
+            if parameter.grad is not None and parameter.grad.is_sparse:
+                parameter.grad = parameter.grad.to_dense()  # as in the buckets of several ranks
+        self._gradients = [p.grad for p in self._parameters]
+
+    def end_lane(self, sums: StepSums, *, empty: bool) -> None:
+        self._sums = sums
+
+    def finish(self, flags: Flags) -> tuple[StepSums, Flags]:
+        self._require_same_gradients()
+        return self._sums, flags
+
+    def sum_lanes(self, lanes: list[Tensor]) -> Tensor:
+        (lane,) = lanes
+        return lane
+
+    def close(self) -> None:
+        for parameter in self._parameters:
+            parameter.grad = None
+
+    def _require_same_gradients(self) -> None:
+        for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
+            if parameter.grad is not gradient:
+                raise MisuseError(GRADIENT_REPLACED)
+
+
 class OverlappedReduction:
     """Horovod's ring-allreduce, overlapped with the backward pass.
 
     Gradients lie next to each other in buckets, in the order in which the backward pass completes
-    them, and a bucket is sent with its last gradient. Horovod's own tensor fusion would join
+    them, and a bucket is sent with its last gradient. The last bucket is complete when the backward
+    pass is, and is sent then. Horovod's own tensor fusion would join
     whatever gradients happen to be ready (`comm` turns it off): a value's place in such a message
     decides in which order more than two ranks are added, so that the last bits would be random.
     """
@@ -78,7 +132,10 @@ class OverlappedReduction:
     def __init__(self, model: nn.Module, comm: Communicator) -> None:
         self._comm = comm
         self._buckets = _buckets([p for p in model.parameters() if p.requires_grad])
+        self._parameters = [p for bucket in self._buckets for p in bucket.parameters]
         self._handles: dict[int, Any] = {}
+        self._sums: StepSums
+        self._used: set[Tensor] = set()
         self._accumulated: set[Tensor] = set()
         self._missing = [0] * len(self._buckets)
         self._repeated = False
@@ -88,7 +145,6 @@ class OverlappedReduction:
             parameter.register_post_accumulate_grad_hook(self._hook(index))
             for index, bucket in enumerate(self._buckets)
             for parameter in bucket.parameters
-            if comm.size > 1
         ]
 
     def lanes(self, microbatches: range) -> list[range]:
@@ -96,6 +152,7 @@ class OverlappedReduction:
 
     def begin(self) -> None:
         """Zero the gradients in place, so that Horovod always gets the same memory."""
+        self._used = set()
         for bucket in self._buckets:
             bucket.sums.zero_()
             for parameter, gradient in zip(bucket.parameters, bucket.gradients, strict=True):
@@ -114,29 +171,31 @@ class OverlappedReduction:
             yield
         finally:
             self._last = False
+            self._used |= self._accumulated
 
-    def end_lane(self, sums: Tensor | None) -> None:
-        """There is one lane."""
+    def end_lane(self, sums: StepSums, *, empty: bool) -> None:
+        self._sums = sums  # there is one lane
 
-    def finish(self, sums: Tensor, flags: Tensor) -> tuple[Tensor, Tensor]:
+    def finish(self, flags: Flags) -> tuple[StepSums, Flags]:
         for bucket in self._buckets:
             for parameter, gradient in zip(bucket.parameters, bucket.gradients, strict=True):
                 if parameter.grad is not gradient:
-                    raise MisuseError(
-                        "a parameter's .grad was replaced during a step, as zero_grad() does: "
-                        "expected no such call, because every step begins with zero gradients"
-                    )
-        both = torch.cat([sums, flags])
-        handle = self._comm.allreduce_async_(both, "sums")
-        for index in range(len(self._buckets)):
+                    raise MisuseError(GRADIENT_REPLACED)
+        packed = self._sums.pack()
+        used = packed.new_tensor([p in self._used for p in self._parameters])
+        message = torch.cat([packed, used, flags.pack(packed)])
+        *early, last = self._buckets
+        for index in range(len(early)):
             if index not in self._handles:  # no backward pass completed it
                 self._send(index)
-        for bucket_handle in self._handles.values():
-            self._comm.wait(bucket_handle)
+        for handle in self._handles.values():
+            self._comm.wait(handle)
         self._handles.clear()
-        self._comm.wait(handle)
+        self._comm.allreduce_list_([last.sums, message], "last")
         self._observed = True
-        return both[: len(sums)], both[len(sums) :]
+        sums, used, total_flags = message.split([len(packed), len(used), FLAGS])
+        _drop_unused(self._parameters, used)
+        return StepSums.unpack(sums), Flags.unpack(total_flags)
 
     def sum_lanes(self, lanes: list[Tensor]) -> Tensor:
         return self._comm.allreduce_(torch.stack(lanes).sum(dim=0))
@@ -160,7 +219,8 @@ class OverlappedReduction:
                 return
             self._accumulated.add(parameter)
             self._missing[index] -= 1
-            if self._last and not self._repeated and not self._missing[index]:
+            complete = self._last and not self._repeated and not self._missing[index]
+            if complete and index < len(self._buckets) - 1:
                 self._send(index)
 
         return on_gradient
@@ -218,6 +278,8 @@ class ReproducibleReduction:
         self._comm = comm
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._tree = summation.Tree()
+        self._sizes = [p.numel() for p in self._parameters]
+        self._sums: Tensor
 
     def lanes(self, microbatches: range) -> list[range]:
         return summation.lanes(microbatches, self._comm.rank, self._comm.size)
@@ -227,26 +289,26 @@ class ReproducibleReduction:
         for parameter in self._parameters:
             parameter.grad = None
 
-    @contextmanager
-    def backward(self, *, last: bool) -> Iterator[None]:
-        yield
+    def backward(self, *, last: bool) -> AbstractContextManager[None]:
+        return nullcontext()
 
-    def end_lane(self, sums: Tensor | None) -> None:
+    def end_lane(self, sums: StepSums, *, empty: bool) -> None:
         """Add this lane to the tree; an empty lane would add exact zeros and is left out."""
-        self._tree.add(None if sums is None else self._take_gradients(sums))
+        self._sums = sums.pack()
+        self._tree.add(None if empty else self._take_gradients(self._sums))
 
-    def finish(self, sums: Tensor, flags: Tensor) -> tuple[Tensor, Tensor]:
-        total = self._tree.total()
+    def finish(self, flags: Flags) -> tuple[StepSums, Flags]:
+        total, like = self._tree.total(), self._sums
+        sizes = [*self._sizes, len(like), len(self._parameters)]
         if total is None:
-            count = sum(parameter.numel() for parameter in self._parameters)
-            total = sums.new_zeros(count + len(sums))
-        total = self._comm.allreduce_recursive_doubling_(torch.cat([total, flags]))
-        start = 0
-        for parameter in self._parameters:
-            stop = start + parameter.numel()
-            parameter.grad = total[start:stop].view_as(parameter).to(parameter.dtype)
-            start = stop
-        return total[start : start + len(sums)], total[start + len(sums) :]
+            total = like.new_zeros(sum(sizes))
+        total = torch.cat([total, flags.pack(like)])
+        total = self._comm.allreduce_recursive_doubling_(total)
+        *gradients, sums, used, total_flags = total.split([*sizes, FLAGS])
+        for parameter, gradient in zip(self._parameters, gradients, strict=True):
+            parameter.grad = gradient.view_as(parameter).to(parameter.dtype)
+        _drop_unused(self._parameters, used)
+        return StepSums.unpack(sums), Flags.unpack(total_flags)
 
     def sum_lanes(self, lanes: list[Tensor]) -> Tensor:
         tree = summation.Tree()
@@ -261,52 +323,56 @@ class ReproducibleReduction:
             parameter.grad = None
 
     def _take_gradients(self, sums: Tensor) -> Tensor:
-        """The gradients and `sums` as one flat tensor; the gradients are then None."""
+        """The gradients, `sums`, and which gradients there are, as one flat tensor.
+
+        The gradients are then None.
+        """
         parts = [
             sums.new_zeros(p.numel()) if p.grad is None else p.grad.to(sums.dtype).reshape(-1)
             for p in self._parameters
         ]
+        used = sums.new_tensor([p.grad is not None for p in self._parameters])
         for parameter in self._parameters:
             parameter.grad = None
-        return torch.cat([*parts, sums])
+        return torch.cat([*parts, sums, used])
 
 
-class GradientHooks:
-    """What single backward passes compute: which gradients, and optionally their squared norm.
+def _drop_unused(parameters: Sequence[Tensor], used: Tensor) -> None:
+    for parameter, number in zip(parameters, used.tolist(), strict=True):
+        if not number:
+            parameter.grad = None
+
+
+class GradientNorms:
+    """The squared norm of what single backward passes compute.
 
     The unit is the microbatch and not the rank, so the sum over all of them does not depend on the
     number of ranks, up to the order of summation.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.used = [0.0] * len(self.parameters)
-        """Backward passes that computed a gradient of each parameter."""
         self._gradients: dict[int, Tensor] | None = None
-        self._handles = [p.register_hook(self._hook(i)) for i, p in enumerate(self.parameters)]
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        self._handles = [p.register_hook(self._hook(i)) for i, p in enumerate(parameters)]
 
     def close(self) -> None:
         for handle in self._handles:
             handle.remove()
 
     @contextmanager
-    def measuring(self, total: Tensor | None) -> Iterator[None]:
-        """Within, one backward pass adds its gradient's squared norm to `total`, a scalar."""
-        if total is None:
-            yield
-            return
+    def measuring(self, sums: StepSums) -> Iterator[None]:
+        """Within, one backward pass adds its gradient's squared norm to `sums`."""
         self._gradients = {}
         try:
             yield
             if self._gradients:
                 norms = [torch.linalg.vector_norm(g) ** 2 for g in self._gradients.values()]
-                total += torch.stack(norms).sum()
+                sums.add_square(torch.stack(norms).sum())
         finally:
             self._gradients = None
 
     def _hook(self, index: int) -> Any:
         def on_gradient(gradient: Tensor) -> None:
-            self.used[index] += 1
             if self._gradients is None:
                 return
             gradient = gradient.detach()

@@ -31,56 +31,32 @@ a model looks like. `hpc_absa.training.trainer.Trainer` is the loop for job file
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from torch import Tensor, nn
+from torch import nn
 
 from hpc_absa.checkpoint.async_checkpointer import AsyncCheckpointer, require_durable
 from hpc_absa.comm import Communicator, raise_on_all_ranks
 from hpc_absa.curvature.estimate import Estimate, Interrupted
 from hpc_absa.curvature.repeated import mean
-from hpc_absa.errors import CollectiveError, ExitStatus, RunDirError
+from hpc_absa.errors import CollectiveError, ExitStatus
 from hpc_absa.progress import Boundary, SampleStream, Step, decide
-from hpc_absa.records import Decision, Eigenvalue, Observation, PhaseOutcome
+from hpc_absa.records import Decision, Observation, PhaseOutcome
 from hpc_absa.rundir import RunDir
 from hpc_absa.rundir.events import Event
-from hpc_absa.rundir.lock import host
 from hpc_absa.schedules import Rule
+from hpc_absa.training.data import Draw
+from hpc_absa.training.estimator import Estimator
 from hpc_absa.training.faults import StopRequest
-from hpc_absa.training.log import EventLogger, ProgressMeter, duration, memory_in_use
-from hpc_absa.training.metrics import shown
+from hpc_absa.training.log import EventLogger
+from hpc_absa.training.recorder import Recorder
 from hpc_absa.training.state import TrainState, require_equal
-from hpc_absa.training.step import Flags, StepEngine, StepResult, TrainStep
-
-EVIDENCE = (
-    "residual", "converged", "stopped_above_threshold", "seconds", "error", "sampling_error",
-    "upper_bound",
-)  # fmt: skip
-"""Fields of an eigenvalue that a decision event has under the same names."""
-
-
-@dataclass(frozen=True)
-class Draw:
-    """Which samples an estimate is made on; those of one boundary are disjoint."""
-
-    boundary: int
-    """Index of the boundary."""
-    repeat: int
-    """Estimates at this boundary before it."""
-
-
-Estimator = Callable[[Tensor | None, float | None, Callable[[], bool], Draw], Estimate]
-"""Estimates the top eigenvalue of the Hessian (a collective).
-
-Args: the eigenvector to start from, [P] or None; the threshold that the decision compares with, or
-None; a function that tells, equally on all ranks, whether to give up by raising `Interrupted`; the
-samples.
-"""
+from hpc_absa.training.step import StepEngine, StepResult, TrainStep
+from hpc_absa.training.sums import Flags
 
 
 @dataclass(frozen=True)
@@ -148,16 +124,13 @@ class Run:
         self.state, self.engine, self.stop, self.log = state, engine, stop, log
         self.clock = engine.clock
         self._estimator, self._checkpointer, self.options = estimator, checkpointer, options
-        self._resumed_from, self._previous_phase = options.resumed_from, options.previous_phase
         self._outcome: Literal["done", "resize", "stopped"] | None = None
         self._flags = Flags()
         self._next_ranks = options.ranks_for(state.progress.schedule.global_batch)
         self._schedule_before = state.progress.schedule
-        self._ending_phase = state.progress.phase
         self._last_save = time.monotonic()
         self._nonfinite_step: int | None = None
-        self._measured = ""
-        self._meter = ProgressMeter()
+        self._recorder = Recorder(self, log)
         if not state.progress.position.step:
             raise_on_all_ranks(
                 comm, lambda: stream.require_step(state.progress.schedule.global_batch)
@@ -210,14 +183,12 @@ class Run:
 
     def begin_step(self, step: Step) -> TrainStep:
         """Start an optimizer step: this rank's microbatches, the learning rate, the flags."""
-        self._meter.begin_step()
+        self._recorder.step_begins()
         state = self.state.progress.schedule
-        full = state.global_batch // self.stream.microbatch
-        after = Step(step.stop, step.stop + full)
         due = time.monotonic() - self._last_save >= self.options.save_seconds
         return self.engine.begin(
             step,
-            divisor=full,
+            divisor=state.global_batch // self.stream.microbatch,
             lr=self.lr,
             flags=Flags(
                 self.stop.requested_here(),
@@ -225,7 +196,6 @@ class Run:
                 *self._checkpointer.flags(),
             ),
             measure_squares=self.rule.wants_gradients(state),
-            upcoming=after if after.stop <= self.stream.microbatches else None,
         )
 
     def end_step(self, step: Step, result: StepResult) -> None:
@@ -240,43 +210,14 @@ class Run:
         if result.squares:
             schedule = self.rule.learn(schedule, result.squares)
         self.state.progress = replace(
-            progress.after_step(step),
+            progress,
+            position=progress.position.after(step),
             schedule=schedule,
             epoch_loss=progress.epoch_loss + result.loss,
             epoch_samples=progress.epoch_samples + result.denominator,
         )
         self._flags = result.flags
-        if self._previous_phase:
-            self.log.emit(
-                "resize",
-                progress.phase,
-                from_ranks=self._previous_phase["ranks"],
-                to_ranks=self.comm.size,
-                seconds=time.time() - self._previous_phase["time"],
-            )
-            self._previous_phase = None
-        self._meter.end_step(result.loss, result.denominator, result.samples)
-        if self.comm.rank == 0 and self._meter.due():
-            self._record_progress(result)
-        self.log.progress(self._progress_line(result.loss / (result.denominator or 1.0)))
-
-    def _record_progress(self, result: StepResult) -> None:
-        """A `progress` event (on rank 0); training continues where it cannot be written."""
-        progress = self.state.progress
-        with contextlib.suppress(RunDirError):
-            self.log.emit(
-                "progress",
-                progress.phase,
-                epoch=self.epoch,
-                step=progress.position.step,
-                samples=self.samples,
-                **self._meter.take(),
-                grad_norm=self.engine.grad_norm(result),
-                memory=memory_in_use(self.engine.device),
-                lr=self.lr,
-                global_batch=progress.schedule.global_batch,
-                ranks=self.comm.size,
-            )
+        self._recorder.step_ends(result)
 
     # Boundaries
 
@@ -306,49 +247,25 @@ class Run:
         if loss is not None and not math.isfinite(loss) and not _finite(self.state.model):
             self._require_finite("test loss", loss, progress.position.step)
         train_loss = progress.epoch_loss / (progress.epoch_samples or 1.0)
-        epoch = round(boundary.epoch)
         self.state.progress = replace(
-            progress, epoch=epoch, epoch_loss=0.0, epoch_samples=0, test_accuracy=accuracy
-        )
-        self.log.emit_when_saved(
-            "epoch",
-            progress.phase,
-            epoch=epoch,
-            step=progress.position.step,
-            samples=self.samples,
-            train_loss=train_loss,
+            progress,
+            epoch=round(boundary.epoch),
+            epoch_loss=0.0,
+            epoch_samples=0,
             test_accuracy=accuracy,
-            test_loss=loss,
-            metrics=dict(metrics or {}),
-            lr=self.lr,
-            global_batch=progress.schedule.global_batch,
-            ranks=self.comm.size,
-            samples_per_second=self._samples_per_second(),
         )
-        if metrics is None and accuracy is not None:
-            metrics = {"accuracy": accuracy}
-        self._measured = shown(metrics or {}, loss)
-        tested = f" · test {self._measured}" if self._measured else ""
-        self.log.print(self._progress_line(train_loss) + tested)
+        self._recorder.epoch(train_loss, loss, accuracy, metrics)
 
     def _require_finite(self, what: str, loss: float, step: int) -> None:
         if math.isfinite(loss) or self._nonfinite_step is not None:
             return
         self._nonfinite_step = step
-        action = self.options.on_nonfinite_loss
-        self.log.emit(
-            "nonfinite_loss",
-            self.state.progress.phase,
-            step=step,
-            epoch=self.epoch,
-            lr=self.lr,
-            action=action,
-        )
+        self._recorder.nonfinite_loss(step)
         reason = (
             f"the {what} is not finite at step {step} (epoch {self.epoch:.2f}, learning rate "
             f"{self.lr:.4g})"
         )
-        if action == "stop":
+        if self.options.on_nonfinite_loss == "stop":
             raise CollectiveError(
                 f"{reason}: lower train.lr, set train.max_grad_norm, or check data and loss "
                 "(train.on_nonfinite_loss = 'continue' trains on)",
@@ -418,44 +335,14 @@ class Run:
         if grows:
             self._next_ranks = self.options.ranks_for(decision.state.global_batch)
         if boundary.decision_point or grows:
-            self._record_decision(boundary, decision, estimate)
+            before, ranks = self._schedule_before, self._next_ranks
+            self._recorder.decision(boundary, decision, before, estimate, ranks)
         self.save()
         if not grows:
             return
         if not self.end_for_more_ranks():
-            self._end_phase("in_place", self.comm.size)
+            self._recorder.phase_ends("in_place", self.comm.size)
             self.begin_phase()
-
-    def _record_decision(
-        self, boundary: Boundary, decision: Decision, estimate: Estimate | None
-    ) -> None:
-        before, progress = self._schedule_before, self.state.progress
-        grows, ranks = decision.action == "grow", self.comm.size
-        next_ranks = max(ranks, self._next_ranks) if grows else ranks
-        reason = decision.reason + (f", ranks {ranks} → {next_ranks}" * (next_ranks != ranks))
-        eigenvalue = estimate.eigenvalue if estimate else None
-        measured = self.rule.evidence(before)
-        self.log.emit_when_saved(
-            "decision",
-            progress.phase - grows,
-            epoch=boundary.epoch,
-            step=progress.position.step,
-            samples=self.samples,
-            **_evidence(eigenvalue),
-            reference=before.reference,
-            action=decision.action,
-            cause=decision.cause if grows else None,
-            reason=reason,
-            batch=before.global_batch,
-            next_batch=decision.state.global_batch,
-            ranks=ranks,
-            next_ranks=next_ranks,
-            lr=before.lr,
-            next_lr=decision.state.lr,
-            **measured,
-        )
-        if eigenvalue or measured or grows:
-            self.log.print(f"decision at epoch {boundary.epoch:g} · {reason}")
 
     # Phases
 
@@ -466,41 +353,8 @@ class Run:
         return self._next_ranks > self.comm.size
 
     def begin_phase(self) -> None:
-        """Record the start of a phase."""
-        self._ending_phase = self.state.progress.phase
-        progress, environment = self.state.progress, self.options.environment
-        self.log.emit(
-            "phase_start",
-            progress.phase,
-            ranks=self.comm.size,
-            global_batch=progress.schedule.global_batch,
-            lr=self.lr,
-            resumed_from=self._resumed_from,
-            step=progress.position.step,
-            samples=self.samples,
-            epoch=self.epoch,
-            training_samples=self.stream.samples,
-            hosts=sorted(set(self.comm.allgather_object(host()))),
-            backend=self.comm.backend,
-            **environment,
-        )
-        words = [
-            f"phase {progress.phase}",
-            f"{_count(self.comm.size, 'rank')} ({self.comm.backend})",
-            f"batch {progress.schedule.global_batch}",
-            f"learning rate {self.lr:.4g}",
-        ]
-        if environment:
-            words.append(
-                f"{environment['threads_per_rank']} threads a rank on {environment['device']}"
-            )
-        if self._resumed_from:
-            words.append(f"from {self._resumed_from}")
-        self.log.print(" · ".join(words))
-        self._resumed_from = None
-        self._meter = ProgressMeter()
-        self._phase_step = progress.position.step
-        self._phase_samples, self._phase_begun = self.samples, time.monotonic()
+        """Record the start of a phase (a collective)."""
+        self._recorder.phase_begins()
 
     def end(self) -> PhaseOutcome:
         """End the phase; the state is on disk on return.
@@ -511,43 +365,11 @@ class Run:
         outcome = self._outcome or "done"
         with self.clock("checkpoint"), self.stop.saving():
             require_durable(self._checkpointer, self.save)
-        progress = self.state.progress
         ranks = self._next_ranks if outcome == "resize" else self.comm.size
-        self._end_phase(outcome, ranks)
+        self._recorder.phase_ends(outcome, ranks)
         if outcome == "done":
-            accuracy, step = progress.test_accuracy, self._nonfinite_step
-            self.log.emit(
-                "done",
-                progress.phase,
-                steps=progress.position.step,
-                epochs=progress.epoch,
-                test_accuracy=accuracy,
-            )
-            if accuracy is not None and not self._measured:  # measured before a stop
-                self._measured = f"accuracy {accuracy:.2%}"
-            self.log.print(
-                f"done · {progress.position.step} steps · {progress.epoch} epochs"
-                + (f" · test {self._measured}" if self._measured else "")
-                + (f" · loss not finite since step {step}" if step is not None else "")
-            )
-        return PhaseOutcome(outcome, ranks, progress.phase)
-
-    def _end_phase(self, outcome: str, next_ranks: int) -> None:
-        ranks = self.comm.allgather_object(self.clock.seconds())
-        self.clock.restart()
-        position = self.state.progress.position
-        self.log.emit(
-            "phase_end",
-            self._ending_phase,
-            seconds={kind: sum(s[kind] for s in ranks) / len(ranks) for kind in ranks[0]},
-            outcome=outcome,
-            ranks=self.comm.size,
-            next_ranks=next_ranks,
-            step=position.step,
-            steps=position.step - self._phase_step,
-            samples=self.samples,
-            epoch=self.epoch,
-        )
+            self._recorder.done(self._nonfinite_step)
+        return PhaseOutcome(outcome, ranks, self.state.progress.phase)
 
     # Checkpoints
 
@@ -584,47 +406,6 @@ class Run:
         """Return once this rank writes nothing any more; not a collective."""
         self._checkpointer.wait()
 
-    # Progress lines
-
-    def _samples_per_second(self) -> float:
-        """Since the phase began."""
-        seconds = time.monotonic() - self._phase_begun
-        return (self.samples - self._phase_samples) / max(seconds, 1e-9)
-
-    def _progress_line(self, loss: float) -> str:
-        progress = self.state.progress
-        left = self.stream.microbatches * self.stream.microbatch - self.samples
-        rate = self._samples_per_second()
-        words = [
-            f"phase {progress.phase}",
-            f"epoch {self.epoch:.1f}/{self.stream.epochs}",
-            f"step {progress.position.step}",
-            f"{rate:.0f} samples/s",
-            f"loss {loss:.3f}",
-        ]
-        if progress.eigenvalue is not None:
-            words.append(f"λ {progress.eigenvalue:.4g}")
-        words.append(f"B {progress.schedule.global_batch}")
-        words.append(f"ranks {self.comm.size}")
-        words.append(f"{duration(left / rate) if rate else '?'} left")
-        return " · ".join(words)
-
-
-def _evidence(eigenvalue: Eigenvalue | None) -> dict[str, Any]:
-    """The fields of a decision event that describe the estimate."""
-    if eigenvalue is None:
-        fields: dict[str, Any] = {"eigenvalue": None, **dict.fromkeys(EVIDENCE)}
-        fields |= {"matvecs": 0, "hessian_samples": 0}
-    else:
-        fields = {"eigenvalue": eigenvalue.value}
-        fields |= {name: getattr(eigenvalue, name) for name in EVIDENCE}
-        fields |= {"matvecs": eigenvalue.matvecs, "hessian_samples": eigenvalue.samples}
-    return fields | {"settled": fields["stopped_above_threshold"]}  # its former name
-
 
 def _finite(model: nn.Module) -> bool:
     return all(bool(parameter.isfinite().all()) for parameter in model.parameters())
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

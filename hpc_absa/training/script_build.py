@@ -19,7 +19,6 @@ from hpc_absa.config import Job
 from hpc_absa.curvature.check import check_curvature
 from hpc_absa.curvature.estimate import Estimate
 from hpc_absa.curvature.loss import Loss
-from hpc_absa.curvature.operator import HessianSample
 from hpc_absa.data.datasets import MapDataset
 from hpc_absa.errors import UsageError
 from hpc_absa.plan import stream_of
@@ -28,7 +27,7 @@ from hpc_absa.progress import Position, Progress
 from hpc_absa.schedules import build as build_rule
 from hpc_absa.training import run as core
 from hpc_absa.training.batches import ScriptLoader, open_dataset
-from hpc_absa.training.data import hessian_samples, require_equal_data
+from hpc_absa.training.data import Draw, HessianSample, hessian_samples, require_equal_data
 from hpc_absa.training.estimator import make_estimator
 from hpc_absa.training.log import EventLogger
 from hpc_absa.training.rank import Session, redirect_output, supervised
@@ -48,7 +47,7 @@ class ScriptHessian:
         state: TrainState,
         loss: Loss | None,
         comm: Communicator,
-        sample_of: Callable[[core.Draw], HessianSample] | None,
+        sample_of: Callable[[Draw], HessianSample] | None,
         optimizer: ScriptOptimizer,
     ) -> None:
         """`loss` and `sample_of` are None where the script did not give what they need."""
@@ -70,11 +69,9 @@ class ScriptHessian:
         loss, sample_of = self._require()
         with user_code("absa.Run: the Hessian of model and loss, which the schedule needs"):
             microbatch = self._job.train.microbatch
-            check_curvature(
-                self._state.model, loss, sample_of(core.Draw(0, 0)), microbatch=microbatch
-            )
+            check_curvature(self._state.model, loss, sample_of(Draw(0, 0)), microbatch=microbatch)
 
-    def _require(self) -> tuple[Loss, Callable[[core.Draw], HessianSample]]:
+    def _require(self) -> tuple[Loss, Callable[[Draw], HessianSample]]:
         if self._loss is None:
             raise UsageError(
                 f"absa.Run: schedule {self._job.schedule.method!r} estimates an eigenvalue: "

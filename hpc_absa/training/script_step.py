@@ -100,7 +100,7 @@ class Step:
         """Epochs visited before it."""
         self.global_batch: int = progress.schedule.global_batch
         """Samples of a full step, all ranks together."""
-        self.factor: float = run.lr / optimizer.base_lr
+        self.factor: float = self._step.lr / optimizer.base_lr
         """By which the optimizer's learning rates are multiplied."""
         self.adversarial_fraction: float = run.adversarial_fraction
         """Share of adversarial examples that ABSA asks for; making them is up to the script."""

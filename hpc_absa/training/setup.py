@@ -40,14 +40,19 @@ from hpc_absa.training.data import (
     hessian_samples,
     open_data,
 )
-from hpc_absa.training.estimator import make_estimator
+from hpc_absa.training.estimator import Estimator, make_estimator
 from hpc_absa.training.faults import StopRequest
 from hpc_absa.training.layer_rates import LayerRates
 from hpc_absa.training.log import EventLogger
 from hpc_absa.training.metrics import Metric
-from hpc_absa.training.reduction import OverlappedReduction, ReproducibleReduction
+from hpc_absa.training.reduction import (
+    LocalReduction,
+    OverlappedReduction,
+    Reduction,
+    ReproducibleReduction,
+)
 from hpc_absa.training.resume import resized_from, resume
-from hpc_absa.training.run import Estimator, Run, RunOptions
+from hpc_absa.training.run import Run, RunOptions
 from hpc_absa.training.state import TrainState, load_model, to_array
 from hpc_absa.training.step import StepEngine
 from hpc_absa.training.trainer import Adversary, Trainer
@@ -162,11 +167,17 @@ def build_engine(
     update: Callable[[float], None] | None = None,
 ) -> StepEngine:
     """What takes the steps; `update` as in `StepEngine`."""
-    reduction = ReproducibleReduction if job.train.reproducible else OverlappedReduction
+    reduction: Reduction
+    if job.train.reproducible:
+        reduction = ReproducibleReduction(model, comm)
+    elif comm.size == 1:
+        reduction = LocalReduction(model)
+    else:
+        reduction = OverlappedReduction(model, comm)
     return StepEngine(
         model,
         optimizer,
-        reduction(model, comm),
+        reduction,
         seed=job.seed,
         clock=clock,
         max_grad_norm=job.train.max_grad_norm,

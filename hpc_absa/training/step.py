@@ -15,8 +15,8 @@ their number, a weighted sum with the sum of the weights. The gradient of a step
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
-from dataclasses import astuple, dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -28,51 +28,11 @@ from hpc_absa.progress import Step
 from hpc_absa.records import GradientSquares
 from hpc_absa.training.buffers import Collected, ModelBuffers
 from hpc_absa.training.clock import Clock
-from hpc_absa.training.reduction import GradientHooks, Reduction
+from hpc_absa.training.reduction import GradientNorms, Reduction
+from hpc_absa.training.sums import Flags, StepSums
 
 MicrobatchLoss = Tensor | tuple[Tensor, Tensor | float]
 """The mean over a microbatch, or `(sum, denominator)`."""
-
-
-@dataclass(frozen=True)
-class Flags:
-    """What ranks exchange with every step: 0 or 1 of one rank, the number of ranks in a sum."""
-
-    stop: int = 0
-    """A stop was requested on this rank."""
-    save: int = 0
-    """A periodic checkpoint is due (by rank 0's clock)."""
-    written: int = 0
-    """This rank's part of the pending save is on disk."""
-    failed: int = 0
-    """This rank could not write its part."""
-
-    def pack(self, device: torch.device) -> Tensor:
-        """As float32 [4]."""
-        return torch.tensor(astuple(self), dtype=torch.float32, device=device)
-
-    @classmethod
-    def unpack(cls, values: Tensor) -> Flags:
-        return cls(*(round(value) for value in values.tolist()))
-
-
-class StepSums:
-    """What a step sums beside the gradients: named views of one flat tensor."""
-
-    def __init__(self, flat: Tensor, buffers: int) -> None:
-        """`flat` is [S + P + 4], with the S values of `buffers` and P parameters."""
-        self.flat = flat
-        self.buffers = Collected(flat[:buffers])
-        self.used = flat[buffers:-4]
-        """[P], microbatches with a gradient of each parameter."""
-        self.gradient_square, self.loss, self.denominator, self.samples = flat[-4:].unbind()
-        """Squared norms of microbatch gradients; the loss as a sum, and what it is divided by;
-        samples; scalars."""
-
-    def numbers(self) -> tuple[list[float], float, float, float, float]:
-        """All but `buffers`, in one transfer from the device."""
-        *used, square, loss, denominator, samples = self.flat[-len(self.used) - 4 :].tolist()
-        return used, square, loss, denominator, samples
 
 
 @dataclass(frozen=True)
@@ -126,11 +86,14 @@ class StepEngine:
         self.scale: Callable[[Tensor], Tensor] = lambda loss: loss
         """Applied to the loss that is differentiated: float16 needs larger gradients."""
         self.buffers = ModelBuffers(model)
-        self.hooks = GradientHooks(model)
-        self.device = next(model.parameters()).device
-        double = any(p.dtype == torch.float64 for p in model.parameters())
-        self.dtype = torch.float64 if double else torch.float32
-        """Of sums."""
+        self._norms: GradientNorms | None = None  # from the first step that wants them
+        self._parameters = list(model.parameters())
+        self._trained = [p for p in self._parameters if p.requires_grad]
+        self.device = self._parameters[0].device
+        double = any(p.dtype == torch.float64 for p in self._parameters)
+        dtype = torch.float64 if double else torch.float32
+        self.no_buffers = torch.empty(0, dtype=dtype, device=self.device)
+        """Of the type of all sums."""
 
     def begin(
         self,
@@ -140,7 +103,6 @@ class StepEngine:
         lr: float,
         flags: Flags,
         measure_squares: bool = False,
-        upcoming: Step | None = None,
     ) -> TrainStep:
         """Begin a step (all ranks together).
 
@@ -151,18 +113,24 @@ class StepEngine:
             lr: learning rate.
             flags: this rank's.
             measure_squares: measure the squared norms of gradients.
-            upcoming: the step after it, if it is known.
         """
-        ahead = self.lanes(upcoming.microbatches) if upcoming else []
-        following = next((k for lane in ahead for k in lane), None)
-        return TrainStep(self, step, divisor, lr, flags, measure_squares, following)
+        return TrainStep(self, step, divisor, lr, flags, measure_squares)
 
     def grad_norm(self, result: StepResult) -> float:
         """The norm of the last step's gradient, before clipping; on this rank alone."""
         if result.unclipped_norm is not None:
             return float(result.unclipped_norm)
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        return float(torch.nn.utils.get_total_norm(gradients))
+        return float(torch.nn.utils.get_total_norm(self.gradients()))
+
+    def measuring(self, lane: StepSums) -> AbstractContextManager[None]:
+        """Encloses a backward pass whose gradient's squared norm is added to `lane`."""
+        if self._norms is None:
+            self._norms = GradientNorms(self.model)
+        return self._norms.measuring(lane)
+
+    def gradients(self) -> list[Tensor]:
+        """Those that there are."""
+        return [p.grad for p in self._trained if p.grad is not None]
 
     def lanes(self, microbatches: range) -> list[range]:
         """This rank's microbatches."""
@@ -174,7 +142,7 @@ class StepEngine:
         Raises:
             MisuseError: there are such ones, whose gradients would not be summed over the ranks.
         """
-        if sum(p.requires_grad for p in self.model.parameters()) != len(self.hooks.parameters):
+        if sum(p.requires_grad for p in self._parameters) != len(self._trained):
             raise MisuseError(
                 "requires_grad of a parameter was changed during a run: expected it before; leave "
                 "the loop with break, and make another Run in another directory"
@@ -183,7 +151,8 @@ class StepEngine:
     def close(self) -> None:
         """Remove the hooks; the model and its parameters are plain ones again."""
         self.buffers.close()
-        self.hooks.close()
+        if self._norms:
+            self._norms.close()
         self.reduction.close()
 
     def _update(self, lr: float) -> None:
@@ -207,16 +176,14 @@ class TrainStep:
         lr: float,
         flags: Flags,
         measure_squares: bool,
-        following: int | None,
     ) -> None:
         self._engine, self._step, self._divisor = engine, step, divisor
-        self._lr, self._flags, self._measure_squares = lr, flags, measure_squares
+        self.lr, self._flags, self._measure_squares = lr, flags, measure_squares
         self._lanes = engine.lanes(step.microbatches)
-        self._mine = [k for lane in self._lanes for k in lane]
-        self._after = dict(zip(self._mine, [*self._mine[1:], following], strict=False))
-        self._total, self._lane = self._new_sums(), self._new_sums()
+        self._last = next((lane[-1] for lane in reversed(self._lanes) if lane), None)
+        self._k: int | None = None
+        self._lane = self._new_sums()
         self._changed: list[Collected] = []  # one for each lane
-        self._last = False
         self._result: StepResult | None = None
         engine.reduction.begin()
 
@@ -227,16 +194,13 @@ class TrainStep:
         Seeds torch's random generators for each, so that dropout does not depend on the rank.
         """
         for lane in self._lanes:
-            self._lane = self._new_sums()
-            hooks = self._engine.hooks
-            hooks.used = [0.0] * len(hooks.parameters)
+            if self._changed:
+                self._lane = self._new_sums()
             for k in lane:
                 self.seed_generators(k)
-                self._last = k == self._mine[-1]
+                self._k = k
                 yield k
-            self._lane.used += torch.tensor(hooks.used, device=self._engine.device)
-            self._engine.reduction.end_lane(self._lane.flat if lane else None)
-            self._total.flat += self._lane.flat
+            self._engine.reduction.end_lane(self._lane, empty=not lane)
             self._changed.append(self._lane.buffers)
 
     def seed_generators(self, k: int) -> int:
@@ -247,13 +211,10 @@ class TrainStep:
             torch.cuda.manual_seed(seed)
         return seed
 
-    def following(self, k: int) -> int | None:
-        """The microbatch that this rank computes after `k`, also in the next step, if known."""
-        return self._after[k]
-
     def forward(self) -> AbstractContextManager[None]:
         """Encloses the one forward pass of a microbatch that trains: its buffers are collected."""
-        return self._engine.buffers.collecting(self._lane.buffers)
+        buffers = self._engine.buffers
+        return buffers.collecting(self._lane.buffers) if buffers.size else nullcontext()
 
     def backward(self, loss: MicrobatchLoss, samples: int) -> None:
         """Accumulate the gradient of a microbatch.
@@ -264,26 +225,28 @@ class TrainStep:
             samples: in the microbatch.
         """
         engine, lane = self._engine, self._lane
-        square = lane.gradient_square if self._measure_squares else None
         if isinstance(loss, tuple):
             total, denominator = loss
             scaled = total / (samples * self._divisor)
+            if isinstance(denominator, float) and not denominator:
+                lane.samples += samples
+                return  # no loss here, as where all targets are ignored
+            lane.add(total, denominator, samples)
         else:
-            total, denominator = loss.detach() * samples, float(samples)
-            scaled = loss / self._divisor
-        lane.samples += samples
-        if isinstance(denominator, float) and not denominator:
-            return  # no loss here, as where all targets are ignored
-        with engine.reduction.backward(last=self._last), engine.hooks.measuring(square):
-            engine.scale(scaled).backward()
-        lane.loss += total.detach()
-        lane.denominator += denominator
+            scaled = loss / self._divisor if self._divisor > 1 else loss
+            lane.add(loss.detach() * samples, samples, samples)
+        with engine.reduction.backward(last=self._k == self._last):
+            if not self._measure_squares:
+                engine.scale(scaled).backward()
+                return
+            with engine.measuring(lane):
+                engine.scale(scaled).backward()
 
     def optimize(self) -> StepResult:
         """Sum over all ranks, unless `reduce` was called, and update the parameters."""
         result = self.reduce()
         with self._engine.clock("comp"):
-            self._engine.update(self._lr)
+            self._engine.update(self.lr)
         return result
 
     def reduce(self) -> StepResult:
@@ -292,20 +255,15 @@ class TrainStep:
             return self._result
         engine, count = self._engine, len(self._step.microbatches)
         with engine.clock("comm"):
-            flat, flags = engine.reduction.finish(self._total.flat, self._flags.pack(engine.device))
-            sums = StepSums(flat, engine.buffers.size)
-            used, square, loss, denominator, samples = sums.numbers()
-            buffers = flat[: engine.buffers.size]
+            sums, flags = engine.reduction.finish(self._flags)
+            square, loss, denominator, samples = sums.numbers()
+            buffers = sums.buffers.flat
             changed = engine.buffers.changed(buffers)
             values = self._sum_values(changed) if changed else None
         with engine.clock("comp"):
-            for parameter, microbatches in zip(engine.hooks.parameters, used, strict=True):
-                if not microbatches:  # as in PyTorch, neither momentum nor weight decay applies
-                    parameter.grad = None
             if denominator not in (0.0, samples):  # gradients were divided by samples
                 factor = samples / denominator
-                gradients = [p.grad for p in engine.hooks.parameters if p.grad is not None]
-                torch._foreach_mul_(gradients, factor)
+                torch._foreach_mul_(engine.gradients(), factor)
                 square *= factor**2
             squares = self._squares(square, count) if self._measure_squares else None
             engine.buffers.update(buffers, count, changed, values)
@@ -314,16 +272,15 @@ class TrainStep:
                 norm = torch.nn.utils.clip_grad_norm_(
                     engine.model.parameters(), engine.max_grad_norm
                 )
-        self._result = StepResult(
-            loss, denominator, round(samples), Flags.unpack(flags), squares, norm
-        )
+        self._result = StepResult(loss, denominator, samples, flags, squares, norm)
         return self._result
 
     def _new_sums(self) -> StepSums:
         engine = self._engine
-        size = engine.buffers.size + len(engine.hooks.parameters) + 4
-        flat = torch.zeros(size, dtype=engine.dtype, device=engine.device)
-        return StepSums(flat, engine.buffers.size)
+        flat = engine.no_buffers
+        if engine.buffers.size:
+            flat = flat.new_zeros(engine.buffers.size)
+        return StepSums(flat)
 
     def _sum_values(self, changed: list[int]) -> Tensor:
         """The sums over all ranks of the values of changed buffers."""
@@ -334,7 +291,7 @@ class TrainStep:
 
     def _squares(self, sum_of_squares: float, microbatches: int) -> GradientSquares:
         """From the reduced gradients, which are sums over microbatches divided by the divisor."""
-        gradients = [p.grad for p in self._engine.model.parameters() if p.grad is not None]
+        gradients = self._engine.gradients()
         norm = float(torch.nn.utils.get_total_norm(gradients)) * self._divisor / microbatches
         each = sum_of_squares * self._divisor**2 / microbatches
         return GradientSquares(microbatches, each, norm**2)

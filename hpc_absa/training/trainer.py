@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -198,9 +198,11 @@ class Trainer:
             batches = run.stop.count_progress(share)
             return evaluate(self.model, self.loss, self.metrics, batches, run.comm)
 
-    def autocast(self) -> AbstractContextManager[None]:
+    def autocast(self) -> AbstractContextManager[Any]:
+        if not self.bfloat16:
+            return nullcontext()
         device = self.run.engine.device.type
-        return torch.autocast(device, torch.bfloat16, enabled=self.bfloat16)
+        return torch.autocast(device, torch.bfloat16)
 
 
 def _float(tensor: Tensor) -> Tensor:

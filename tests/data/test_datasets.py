@@ -8,7 +8,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from hpc_absa.data import sources
-from hpc_absa.data.datasets import MapDataset, MapReader, as_datasets
+from hpc_absa.data.datasets import Datasets, MapDataset, MapReader, as_datasets, collated
 from hpc_absa.data.loader import Loader
 from hpc_absa.errors import UsageError
 from hpc_absa.progress import SampleStream
@@ -94,6 +94,20 @@ def test_what_a_batch_is_made_of():
     inputs, targets = loader("regression").sample(np.arange(2))
     assert (inputs.shape, targets.dtype) == ((2, 5), torch.int64)
     assert loader("augmented").reader.input_range()[1] == 1.0
+
+
+def test_rows_of_tensors_are_what_the_default_collate_function_makes():
+    random_numbers = torch.Generator().manual_seed(0)
+    tensors = torch.randn(9, 2, generator=random_numbers), torch.arange(9), torch.arange(9) > 3
+    dataset, rows = torch.utils.data.TensorDataset(*tensors), np.array([5, 0, 5])
+    for whole in (False, True):
+        datasets = Datasets(dataset, whole=whole)
+        batch = collated(datasets, "train", rows, 0)
+        expected = torch.utils.data.default_collate([dataset[row] for row in rows])
+        assert type(batch.inputs) is type(expected)
+        for ours, theirs in zip(batch.inputs, expected, strict=True):
+            assert torch.equal(ours, theirs)
+            assert ours.dtype == theirs.dtype
 
 
 def test_what_a_model_is_offered():

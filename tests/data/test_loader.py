@@ -153,7 +153,8 @@ def test_feature_vectors(tmp_path):
 
 def prepared(reading, k):
     """Wait until the background thread has prepared microbatch k."""
-    return reading._pending[k].result(timeout=60)
+    pending, *_ = reading._pending[k]
+    return pending.result(timeout=60)
 
 
 def test_announced_and_other_microbatches_are_the_same(dataset):

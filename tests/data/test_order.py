@@ -4,7 +4,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from hpc_absa.data.order import permutation, uniform
+from hpc_absa.data.order import (
+    microbatch_seed,
+    permutation,
+    sample_seed,
+    sample_seeds,
+    uniform,
+)
 
 seeds = st.integers(-(2**70), 2**70)
 epochs = st.integers(0, 2**32)
@@ -45,6 +51,19 @@ def test_the_hash_is_the_published_one_in_plain_integers(seed, epoch, sample, st
     start = mix(key ^ mix((epoch + 1) * weyl & mask))
     bits = mix((start + (sample + 1) * weyl) & mask)
     assert uniform(seed, epoch, np.array([sample]), stream)[0] == (bits >> 11) / 2**53
+
+
+@given(seed=seeds, epoch=st.integers(0, 2**32), sample=st.integers(0, 2**40))
+def test_the_seed_of_one_sample_is_that_among_many(seed, epoch, sample):
+    several = sample_seeds(seed, np.array([epoch, 0]), np.array([sample, 1]))
+    assert sample_seed(seed, epoch, sample) == several[0]
+
+
+def test_seeds_of_microbatches_never_change():
+    assert [microbatch_seed(3, k) for k in range(2)] == [
+        8828039035558192673,
+        3537398674478637218,
+    ]
 
 
 def test_orders_of_seeds_and_epochs_are_unrelated():

@@ -24,6 +24,10 @@ handles = [comm.allreduce_async_(tensors[name], name) for name in names]
 for handle in handles:
     comm.wait(handle)
 assert all(t.tolist() == [total - size] * 3 for t in tensors.values())
+for dtype in (torch.float32, torch.float16):  # by MPI itself, and by Horovod
+    pair = [torch.full((3,), rank + 1, dtype=dtype) for _ in range(2)]
+    comm.allreduce_list_(pair, f"pair.{dtype}")
+    assert [tensor.tolist() for tensor in pair] == [[total] * 3] * 2
 assert comm.broadcast_object({"from": rank}, root=0) == {"from": 0}
 assert comm.allgather_object((rank, "x")) == [(r, "x") for r in range(size)]
 # Of other types on other ranks, as an error of one rank and the decision of rank 0 are.

@@ -27,7 +27,11 @@ from hpc_absa.checkpoint import file
 from hpc_absa.data.loader import Loader, Microbatch
 from hpc_absa.models import small
 from hpc_absa.training import estimator, trainer
-from hpc_absa.training.reduction import OverlappedReduction, ReproducibleReduction
+from hpc_absa.training.reduction import (
+    LocalReduction,
+    OverlappedReduction,
+    ReproducibleReduction,
+)
 from hpc_absa.training.run import Run
 from hpc_absa.training.step import TrainStep
 
@@ -70,7 +74,7 @@ class Watcher:
         self._moment("start")
         Run.begin_step = self._beginning(Run.begin_step)  # type: ignore[method-assign]
         Loader.get = self._loading(Loader.get)  # type: ignore[method-assign]
-        for kind in (ReproducibleReduction, OverlappedReduction):
+        for kind in (LocalReduction, OverlappedReduction, ReproducibleReduction):
             kind.finish = self._finishing(kind.finish)  # type: ignore[attr-defined]
         for module, name, moment in ANNOUNCED:
             setattr(module, name, self._announcing(getattr(module, name), moment))

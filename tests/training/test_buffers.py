@@ -10,7 +10,8 @@ from hpc_absa.progress import Step
 from hpc_absa.training.buffers import Collected, ModelBuffers
 from hpc_absa.training.clock import Clock
 from hpc_absa.training.reduction import OverlappedReduction, ReproducibleReduction
-from hpc_absa.training.step import Flags, StepEngine
+from hpc_absa.training.step import StepEngine
+from hpc_absa.training.sums import Flags
 from tests.training import random_models
 
 

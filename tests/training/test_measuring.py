@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hpc_absa.errors import CollectiveError
-from hpc_absa.training.run import Draw
+from hpc_absa.training.data import Draw
 from tests.training.runs import SAMPLES, Stop, events, train, trainer
 
 

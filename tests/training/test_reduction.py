@@ -11,10 +11,11 @@ from hpc_absa.comm import SerialCommunicator
 from hpc_absa.summation import LANES
 from hpc_absa.training import reduction
 from hpc_absa.training.reduction import (
-    GradientHooks,
+    GradientNorms,
     OverlappedReduction,
     ReproducibleReduction,
 )
+from hpc_absa.training.sums import Flags, StepSums
 
 
 class Simulated(SerialCommunicator):
@@ -29,20 +30,20 @@ class Simulated(SerialCommunicator):
 
 
 def local_sum(gradients, rank, size):
-    """What a rank sends, for `gradients` of one number per microbatch: gradient, count, flag."""
+    """What a rank sends, for `gradients` of one number per microbatch: gradient, samples, flag."""
     net = nn.Linear(1, 1, bias=False)
     comm = Simulated(rank, size)
     reproducible = ReproducibleReduction(net, comm)
     reproducible.begin()
     for lane in reproducible.lanes(range(len(gradients))):
-        sums = torch.zeros(1)
+        sums = StepSums(torch.zeros(0))
         for k in lane:
             with reproducible.backward(last=False):
                 (net.weight.sum() * gradients[k]).backward()
-            sums += 1
-        reproducible.end_lane(sums if lane else None)
-    reproducible.finish(torch.zeros(1), torch.ones(1))
-    return comm.sent
+            sums.samples += 1
+        reproducible.end_lane(sums, empty=not lane)
+    reproducible.finish(Flags(stop=1))
+    return comm.sent[[0, 4, 6]]
 
 
 @pytest.mark.parametrize("microbatches", [1, 3, 8, 50, 64, 200])
@@ -103,11 +104,14 @@ def test_gradients_in_buckets_are_the_gradients(monkeypatch):
         for part in inputs:
             with overlapped.backward(last=False):
                 net(part).square().sum().backward()
-        sums, flags = overlapped.finish(torch.ones(2), torch.full((3,), 7.0))
-        assert (sums.tolist(), flags.tolist()) == ([1.0] * 2, [7.0] * 3)
+        overlapped.end_lane(StepSums(torch.ones(2)), empty=False)
+        sums, flags = overlapped.finish(Flags(failed=7))
+        assert (sums.buffers.flat.tolist(), flags) == ([1.0] * 2, Flags(failed=7))
         for name, parameter in net.named_parameters():
-            expected = torch.zeros(3) if gradients[name] is None else gradients[name]
-            assert torch.equal(parameter.grad, expected), name
+            if gradients[name] is None:
+                assert parameter.grad is None, name
+                continue
+            assert torch.equal(parameter.grad, gradients[name]), name
             assert parameter.grad.stride() == parameter.stride()
     assert len(overlapped._buckets) > 2
     assert sum(bucket.sums.numel() for bucket in overlapped._buckets) == sum(
@@ -120,18 +124,17 @@ def test_norms_of_microbatches_ignore_other_backward_passes():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3))
     inputs = torch.randn(4, 5)
-    hooks = GradientHooks(net)
-    total = torch.zeros(())
+    hooks = GradientNorms(net)
+    total = StepSums(torch.zeros(0))
     torch.autograd.grad(net(inputs).square().mean(), list(net.parameters()))
-    assert total == 0
+    assert total.gradient_square == 0
     with hooks.measuring(total):
         net(inputs).square().mean().backward()
     squares = sum(p.grad.square().sum() for p in net.parameters())
-    torch.testing.assert_close(total, squares)
-    before = total.clone()
-    with hooks.measuring(None):
-        net(inputs).square().mean().backward()
-    assert total == before
+    torch.testing.assert_close(total.gradient_square, squares)
+    before = total.gradient_square
+    net(inputs).square().mean().backward()
+    assert total.gradient_square is before
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -141,11 +144,11 @@ def test_norms_are_of_whole_gradients_with_activation_checkpointing(reentrant):
     def gradient(through):
         torch.manual_seed(0)
         layer = nn.Linear(5, 5)
-        hooks, total = GradientHooks(layer), torch.zeros(())
+        hooks, total = GradientNorms(layer), StepSums(torch.zeros(0))
         inputs = torch.randn(4, 5, requires_grad=True)
         with hooks.measuring(total):
             through(layer, through(layer, inputs)).square().mean().backward()
-        return total, sum(p.grad.square().sum() for p in layer.parameters())
+        return total.gradient_square, sum(p.grad.square().sum() for p in layer.parameters())
 
     squares, expected = gradient(lambda layer, x: checkpoint(layer, x, use_reentrant=reentrant))
     torch.testing.assert_close(squares, expected)
@@ -163,9 +166,13 @@ class Sending(SerialCommunicator):
         self.sent.append((name, tensor.clone()))
         return tensor
 
+    def allreduce_list_(self, tensors, name):
+        self.sent += [(f"{name}.{index}", tensor.clone()) for index, tensor in enumerate(tensors)]
+
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_a_gradient_is_sent_once_and_complete(reentrant):
+def test_a_gradient_is_sent_once_and_complete(reentrant, monkeypatch):
+    monkeypatch.setattr(reduction, "BUCKET_BYTES", 64)
     torch.manual_seed(0)
     layer = nn.Linear(5, 5)
     net = nn.Sequential(layer, nn.Linear(5, 5))
@@ -179,11 +186,14 @@ def test_a_gradient_is_sent_once_and_complete(reentrant):
             x = checkpoint(layer, inputs, use_reentrant=reentrant)
             checkpoint(layer, net[1](x), use_reentrant=reentrant).square().mean().backward()
         early.append(len(comm.sent))
-        overlapped.finish(torch.zeros(1), torch.zeros(1))
-        sent = {name: tensor for name, tensor in comm.sent if name.startswith("gradients")}
-        assert len(sent) == len(comm.sent) - 1 == len(overlapped._buckets)
-        for index, bucket in enumerate(overlapped._buckets):
+        overlapped.end_lane(StepSums(torch.zeros(1)), empty=False)
+        overlapped.finish(Flags())
+        *others, last = overlapped._buckets
+        sent = dict(comm.sent)
+        assert len(sent) == len(comm.sent) == len(others) + 2
+        for index, bucket in enumerate(others):
             assert torch.equal(sent[f"gradients.{index}"], bucket.sums)
+        assert torch.equal(sent["last.0"], last.sums)
         comm.sent.clear()
-    # After the first step the plain kind is sent within the backward pass.
+    # After the first step the plain kind is sent within the backward pass, but for the last bucket.
     assert early == ([0, 0, 0] if reentrant else [0, 1, 1])

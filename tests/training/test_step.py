@@ -7,12 +7,25 @@ import torch
 from torch import nn
 
 from hpc_absa.comm import SerialCommunicator
+from hpc_absa.errors import MisuseError
 from hpc_absa.progress import Step
 from hpc_absa.training.clock import Clock
-from hpc_absa.training.reduction import OverlappedReduction, ReproducibleReduction
-from hpc_absa.training.step import Flags, StepEngine, StepSums
+from hpc_absa.training.reduction import (
+    LocalReduction,
+    OverlappedReduction,
+    ReproducibleReduction,
+)
+from hpc_absa.training.step import StepEngine
+from hpc_absa.training.sums import Flags, StepSums
 
-REDUCTIONS = pytest.mark.parametrize("reduction", [OverlappedReduction, ReproducibleReduction])
+
+def local(net, comm):
+    return LocalReduction(net)
+
+
+REDUCTIONS = pytest.mark.parametrize(
+    "reduction", [local, OverlappedReduction, ReproducibleReduction]
+)
 
 
 def microbatches(count, b=4):
@@ -148,34 +161,15 @@ def test_flags_are_summed_with_the_step_and_unused_parameters_do_not_change(redu
 
 def test_flags_and_sums_are_unpacked_as_they_were_packed():
     flags = Flags(stop=1, save=2, written=3, failed=4)
-    assert Flags.unpack(flags.pack(torch.device("cpu"))) == flags
-    sums = StepSums(torch.zeros(7), 2)
-    sums.buffers.flat += torch.tensor([1.0, 2.0])
-    sums.used += 9
-    sums.gradient_square += 3
-    sums.loss += 4
-    sums.denominator += 5
-    sums.samples += 6
-    assert sums.flat.tolist() == [1, 2, 9, 3, 4, 5, 6]
-    assert sums.numbers() == ([9], 3, 4, 5, 6)
-
-
-@pytest.mark.parametrize("ahead", [Step(6, 12), None])
-def test_the_microbatch_after_each_one_is_known_also_in_the_next_step(ahead):
-    class OneOfTwo(SerialCommunicator):
-        size = 2
-
-    net = model()
-    engine = StepEngine(
-        net,
-        torch.optim.SGD(net.parameters(), lr=0.1),
-        OverlappedReduction(net, OneOfTwo()),
-        seed=0,
-        clock=Clock(),
-    )
-    step = engine.begin(Step(0, 6), divisor=6, lr=0.1, flags=Flags(), upcoming=ahead)
-    following = {k: step.following(k) for k in step.microbatches}
-    assert following == {0: 1, 1: 2, 2: 6 if ahead else None}
+    assert Flags.unpack(flags.pack(torch.zeros(1))) == flags
+    sums = StepSums(torch.tensor([1.0, 2.0]))
+    sums.gradient_square = torch.tensor(3.0)
+    sums.add(torch.tensor(1.5), torch.tensor(2), 3)
+    sums.add(torch.tensor(2.5), 3.0, 3)
+    assert sums.pack().tolist() == [1, 2, 3, 4, 5, 6]
+    unpacked = StepSums.unpack(sums.pack())
+    assert unpacked.numbers() == sums.numbers() == (3, 4, 5, 6)
+    assert unpacked.buffers.flat.tolist() == [1, 2]
 
 
 @REDUCTIONS
@@ -307,6 +301,26 @@ def test_microbatches_without_a_target_count_for_nothing(reduction):
     result = step_of_pairs(net := model(), batches, reduction)
     assert (result.loss, result.denominator) == (0, 0)
     assert all(not p.grad.any() for p in net.parameters())
+
+
+@pytest.mark.parametrize("reduction", [local, OverlappedReduction])
+def test_replacing_gradients_during_a_step_is_an_error(reduction):
+    net, batches = model(), microbatches(2)
+    comm = SerialCommunicator()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    engine = StepEngine(net, optimizer, reduction(net, comm), seed=0, clock=Clock())
+    for wrong in (0, 1):
+        step = engine.begin(Step(0, 2), divisor=2, lr=0.1, flags=Flags())
+
+        def take(step=step, wrong=wrong):
+            for k in step.microbatches:
+                step.backward(net(batches[k][0]).sum(), samples=4)
+                if k == wrong:
+                    optimizer.zero_grad()
+            step.optimize()
+
+        with pytest.raises(MisuseError, match=r"\.grad was replaced during a step"):
+            take()
 
 
 def test_squared_norms_are_of_gradients_whose_mean_is_the_step():

@@ -22,7 +22,8 @@ from hpc_absa.rundir import RunDir
 from hpc_absa.status import status
 from hpc_absa.training.clock import Clock
 from hpc_absa.training.reduction import OverlappedReduction
-from hpc_absa.training.step import Flags, StepEngine
+from hpc_absa.training.step import StepEngine
+from hpc_absa.training.sums import Flags
 from hpc_absa.training.trainer import Adversary, Trainer
 from tests.training import runs
 from tests.training.runs import SAMPLES, Stop, events, state_bits

@@ -44,6 +44,7 @@ from hpc_absa.training.estimator import Estimator, make_estimator
 from hpc_absa.training.faults import StopRequest
 from hpc_absa.training.layer_rates import LayerRates
 from hpc_absa.training.log import EventLogger
+from hpc_absa.training.memory import keep_freed_memory
 from hpc_absa.training.metrics import Metric
 from hpc_absa.training.reduction import (
     LocalReduction,
@@ -167,6 +168,7 @@ def build_engine(
     update: Callable[[float], None] | None = None,
 ) -> StepEngine:
     """What takes the steps; `update` as in `StepEngine`."""
+    keep_freed_memory()
     reduction: Reduction
     if job.train.reproducible:
         reduction = ReproducibleReduction(model, comm)

@@ -4,6 +4,8 @@ import random
 
 from benchmarks.faults import trace
 from benchmarks.schedules import false_growths, reference
+from benchmarks.training import workloads
+from hpc_absa import config
 
 
 def test_more_estimates_make_fewer_false_growths():
@@ -55,3 +57,10 @@ def test_what_became_of_each_sample_in_a_run_with_a_fault():
     assert (found.steps, found.redone, found.gap) == (2, 1, 6.0)
     assert found.repeated == 1, "sample `half`, in steps 1 and 2"
     assert found.lost == half - 3
+
+
+def test_jobs_of_the_throughput_benchmark():
+    for model, (microbatch, _) in workloads.MODELS.items():
+        job = config.parse(workloads.job(model, 4, 1, "folder", channels_last=True), model)
+        assert job.schedule.base_batch == 4 * microbatch
+        assert job.train.threads_per_rank == 1

@@ -1,0 +1,1 @@
+"""Training throughput against DDP, Horovod and Lightning."""

@@ -16,7 +16,7 @@ The layers are in the checkpoint, in the group `state`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -60,8 +60,7 @@ class LayerPrecision:
             if isinstance(module, LAYERS) and id(module.weight) in names and not _unused(module)
         }
         self._weights = {name: names[id(layer.weight)] for name, layer in self._layers.items()}
-        self.chosen: tuple[str, ...] = ()
-        """Names of the layers in bfloat16; none before the first decision point."""
+        self._choose(())
 
     def update(self, seed: int) -> dict[str, Any]:
         """Choose the layers (a collective); returns the fields of the event."""
@@ -70,7 +69,7 @@ class LayerPrecision:
             name: _rise(found[self._weights[name]], layer.weight)
             for name, layer in self._layers.items()
         }
-        self.chosen = least_sensitive(rises, self.limit)
+        self._choose(least_sensitive(rises, self.limit))
         total = sum(rises[name] for name in self.chosen)
         return {
             "measure": self.measure,
@@ -84,20 +83,25 @@ class LayerPrecision:
     @contextmanager
     def autocast(self) -> Iterator[None]:
         """Within it the chosen layers compute in bfloat16; their outputs are float32 again."""
-        layers = [self._layers[name] for name in self.chosen]
-        for layer in layers:
-            layer.forward = _in_bfloat16(layer)  # type: ignore[method-assign]
+        for layer, forward in self._forwards:
+            layer.forward = forward
         try:
             yield
         finally:
-            for layer in layers:
+            for layer, _ in self._forwards:
                 del layer.forward
+
+    def _choose(self, names: Iterable[str]) -> None:
+        self.chosen = tuple(names)
+        """Names of the layers in bfloat16; none before the first decision point."""
+        layers = [self._layers[name] for name in self.chosen]
+        self._forwards = [(layer, _in_bfloat16(layer)) for layer in layers]
 
     def state_dict(self) -> dict[str, Any]:
         return {"bfloat16": list(self.chosen)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.chosen = tuple(state["bfloat16"])
+        self._choose(state["bfloat16"])
 
 
 def _in_bfloat16(layer: nn.Module) -> Any:

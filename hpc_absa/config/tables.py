@@ -203,9 +203,8 @@ class Hessian(Section):
     """Whether the least sensitive layers compute in bfloat16 in training, by the mean or the top
     eigenvalue of their block of the Hessian at the last decision point (`docs/robustness.md`;
     talk)."""
-    layer_precision_rise: Positive = 1e-4
-    """The largest rise of the loss, as predicted, that the rounding of their weights may cause
-    (ours)."""
+    layer_precision_limit: Positive = 1e-4
+    """The largest change of the loss, as predicted, by the rounding of their weights (ours)."""
 
 
 class RankLimits(Section):

@@ -1,14 +1,14 @@
 """Which layers compute in bfloat16, from the curvature of the loss in them.
 
 "Precision from the Hessian" (the ABSA talk), decided like the batch: at each decision point. If the
-weights W of a layer are rounded to bfloat16, the loss rises by about
+weights W of a layer are rounded to bfloat16, the loss changes by about
 
-    r = c / 2 · ‖bf16(W) − W‖²
+    r = |c| / 2 · ‖bf16(W) − W‖²
 
 where c is the mean eigenvalue of the layer's block of the Hessian (this is Ω / 2 of HAWQ,
 arXiv:1911.03852), or its top one, which gives a bound. The layers with the smallest r compute in
-bfloat16, as many as together stay below the rise that the job allows. Rounding of their inputs and
-outputs is not part of r.
+bfloat16, as many as together stay below the limit of the job. Rounding of their inputs and outputs
+is not part of r.
 
 The layers are in the checkpoint, in the group `state`.
 """
@@ -28,13 +28,13 @@ from hpc_absa.training.layer_curvature import LayerCurvature, Measure
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-def least_sensitive(rises: Mapping[str, float], limit: float) -> tuple[str, ...]:
-    """The layers of the smallest rises, together at most `limit`; none if a rise is not finite."""
-    if not all(map(math.isfinite, rises.values())):
+def least_sensitive(changes: Mapping[str, float], limit: float) -> tuple[str, ...]:
+    """The layers of the smallest changes, at most `limit` together; none if one is not finite."""
+    if not all(map(math.isfinite, changes.values())):
         return ()
     chosen, total = list[str](), 0.0
-    for name in sorted(rises, key=lambda name: rises[name]):
-        total += rises[name]
+    for name in sorted(changes, key=lambda name: changes[name]):
+        total += changes[name]
         if total > limit:
             break
         chosen.append(name)
@@ -49,7 +49,7 @@ class LayerPrecision:
         Args:
             curvature: of the model whose linear layers and convolutions are chosen from.
             measure: c.
-            limit: largest rise of the loss, of all chosen layers together.
+            limit: of r, of all chosen layers together.
         """
         self._curvature, self.measure, self.limit = curvature, measure, limit
         model = curvature.model
@@ -65,26 +65,29 @@ class LayerPrecision:
     def update(self, seed: int) -> dict[str, Any]:
         """Choose the layers (a collective); returns the fields of the event."""
         found = self._curvature.of(self.measure, seed)
-        rises = {
-            name: _rise(found[self._weights[name]], layer.weight)
+        changes = {
+            name: _change(found[self._weights[name]], layer.weight)
             for name, layer in self._layers.items()
         }
-        self._choose(least_sensitive(rises, self.limit))
-        total = sum(rises[name] for name in self.chosen)
+        self._choose(least_sensitive(changes, self.limit))
+        total = sum(changes[name] for name in self.chosen)
+        reason = (
+            f"{len(self.chosen)} of {len(changes)} layers in bfloat16: predicted to change the "
+            f"loss by {total:.2g}, at most {self.limit:g}"
+        )
         return {
             "measure": self.measure,
             "limit": self.limit,
-            "rises": {name: r if math.isfinite(r) else None for name, r in rises.items()},
+            "changes": {name: r if math.isfinite(r) else None for name, r in changes.items()},
             "bfloat16": list(self.chosen),
-            "reason": f"{len(self.chosen)} of {len(rises)} layers in bfloat16: predicted rise of "
-            f"the loss {total:.2g}, at most {self.limit:g}",
+            "reason": reason,
         }
 
     @contextmanager
     def autocast(self) -> Iterator[None]:
         """Within it the chosen layers compute in bfloat16; their outputs are float32 again."""
         for layer, forward in self._forwards:
-            layer.forward = forward
+            layer.forward = forward  # type: ignore[method-assign]
         try:
             yield
         finally:
@@ -116,12 +119,9 @@ def _in_bfloat16(layer: nn.Module) -> Any:
     return forward
 
 
-def _rise(curvature: float, weight: Any) -> float:
-    """r; a curvature below zero, which noise or a saddle can give, counts as zero."""
-    if not math.isfinite(curvature):
-        return math.nan
+def _change(curvature: float, weight: Any) -> float:
     rounding = weight.detach().bfloat16().double() - weight.detach().double()
-    return max(0.0, curvature) / 2 * float(rounding.square().sum())
+    return abs(curvature) / 2 * float(rounding.square().sum())
 
 
 def _unused(module: nn.Module) -> bool:

@@ -91,7 +91,9 @@ def build_trainer(
     if hessian.layer_rates != "off":
         split_groups(optimizer)
     if curvature and hessian.layer_precision != "off":
-        precision = LayerPrecision(curvature, hessian.layer_precision, hessian.layer_precision_rise)
+        precision = LayerPrecision(
+            curvature, hessian.layer_precision, hessian.layer_precision_limit
+        )
     progress = Progress(Position(), rule.initial())
     state = TrainState(model, optimizer, progress, with_groups=hessian.layer_rates != "off")
     if precision:

@@ -83,7 +83,7 @@ def test_resuming_by_hand_with_other_launchers_gives_the_same_weights(mpirun, fo
     assert not replay(run).differing
 
 
-BY_LAYER = 'layer_rates = "trace"\nlayer_precision = "trace"\nlayer_precision_rise = 1e-3'
+BY_LAYER = 'layer_rates = "trace"\nlayer_precision = "trace"\nlayer_precision_limit = 1e-3'
 
 
 def test_reproducible_runs_give_the_same_bits(mpirun, folder):
@@ -98,7 +98,7 @@ def test_reproducible_runs_give_the_same_bits(mpirun, folder):
         weights.append(final_weights(place / "run"))
         log = RunDir(place / "run").log.read()
         decided.append(
-            [e.get("factors") or e["rises"] for e in log if e["event"].startswith("layer_")]
+            [e.get("factors") or e["changes"] for e in log if e["event"].startswith("layer_")]
         )
     assert np.array_equal(*weights)
     assert len(decided[0]) == 6

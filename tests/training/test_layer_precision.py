@@ -14,7 +14,7 @@ from tests.training.test_layer_curvature import quadratic
 
 
 @pytest.mark.parametrize(
-    ("rises", "limit", "chosen"),
+    ("changes", "limit", "chosen"),
     [
         ({"a": 3.0, "b": 1.0, "c": 2.0}, 3.5, ("b", "c")),
         ({"a": 3.0, "b": 1.0, "c": 2.0}, 6.0, ("b", "c", "a")),
@@ -23,8 +23,8 @@ from tests.training.test_layer_curvature import quadratic
         ({}, 1.0, ()),
     ],
 )
-def test_the_least_sensitive_layers_are_chosen(rises, limit, chosen):
-    assert least_sensitive(rises, limit) == chosen
+def test_the_least_sensitive_layers_are_chosen(changes, limit, chosen):
+    assert least_sensitive(changes, limit) == chosen
 
 
 class Curvature:
@@ -37,18 +37,21 @@ class Curvature:
         return self.values
 
 
-def test_the_predicted_rise_is_half_of_curvature_and_squared_rounding():
+def test_the_predicted_change_is_half_of_curvature_and_squared_rounding():
     curvature = quadratic()
     weight = curvature.model.weight.detach()
     rounding = (weight.bfloat16().double() - weight).square().sum().item()
     assert rounding > 0
     for limit, chosen in ((rounding, [""]), (rounding / 3, [])):
         found = LayerPrecision(curvature, "trace", limit).update(5)
-        assert found["rises"] == {"": pytest.approx(1.0 / 2 * rounding)}
+        assert found["changes"] == {"": pytest.approx(1.0 / 2 * rounding)}
         assert found["bfloat16"] == chosen
-    for value, rise in ((-1.0, 0.0), (math.nan, None), (math.inf, None)):
+    assert LayerPrecision(Curvature(curvature.model, weight=-1.0), "trace", 1.0).update(5)[
+        "changes"
+    ] == {"": pytest.approx(rounding / 2)}
+    for value in (math.nan, math.inf):
         found = LayerPrecision(Curvature(curvature.model, weight=value), "trace", 1.0).update(5)
-        assert (found["rises"], found["bfloat16"]) == ({"": rise}, [] if rise is None else [""])
+        assert (found["changes"], found["bfloat16"]) == ({"": None}, [])
 
 
 class Net(nn.Sequential):
@@ -87,23 +90,18 @@ def test_layers_whose_forward_pass_is_another_are_not_chosen_from():
 CHANGES = ("hessian.layer_precision=trace", "train.epochs=3", "hessian.samples=16")
 
 
-def limit_of_some(folder) -> str:
-    """An override with which some layers are chosen and some are not."""
-    runs.trainer(folder, *CHANGES, "hessian.layer_precision_rise=1e9").train()
-    first, *_ = runs.events(folder, "layer_precision")
-    assert len(first["bfloat16"]) == len(first["rises"])
-    smallest, *_, largest = sorted(first["rises"].values())
-    assert smallest < largest
-    return f"hessian.layer_precision_rise={(smallest + largest) / 2}"
-
-
 def test_a_run_has_the_layers_and_continues_with_the_same_bits(tmp_path):
-    changes = (*CHANGES, limit_of_some(tmp_path / "all"))
+    every = runs.trainer(tmp_path / "every", *CHANGES, "hessian.layer_precision_limit=1e9")
+    every.train()
+    first, *_ = runs.events(tmp_path / "every", "layer_precision")
+    assert len(first["bfloat16"]) == len(first["changes"])
+    limit = sum(sorted(first["changes"].values())[:2])
+    changes = (*CHANGES, f"hessian.layer_precision_limit={limit * 1.01}")
     whole = runs.trainer(tmp_path / "whole", *changes)
     whole.train()
     first, *_ = chosen = runs.events(tmp_path / "whole", "layer_precision")
     assert [event["epoch"] for event in chosen] == [1, 2]
-    assert 0 < len(first["bfloat16"]) < len(first["rises"])
+    assert len(first["bfloat16"]) == 2
     stop = runs.Stop()
     trainer = runs.trainer(tmp_path / "parts", *changes, stop=stop)
     get = trainer.loader.get
@@ -117,13 +115,15 @@ def test_a_run_has_the_layers_and_continues_with_the_same_bits(tmp_path):
     resumed = runs.trainer(tmp_path / "parts", *changes)
     assert list(resumed.precision.chosen) == chosen[-1]["bfloat16"]
     resumed.train()
-    assert runs.state_bits(resumed.run.state) == runs.state_bits(whole.run.state)
-    plain = runs.trainer(tmp_path / "plain", "train.epochs=3", "hessian.samples=16")
-    plain.train()
-    assert plain.precision is None
-    assert runs.events(tmp_path / "plain", "layer_precision") == []
-    one, other = (runs.state_bits(t.run.state)["model/classifier.weight"] for t in (plain, whole))
-    assert one != other
+    bits = [runs.state_bits(trainer.run.state) for trainer in (resumed, whole, every)]
+    assert bits[0] == bits[1]
+    assert bits[1]["model/classifier.weight"] != bits[2]["model/classifier.weight"]
+
+
+def test_off_by_default(tmp_path):
+    trainer = runs.trainer(tmp_path)
+    assert trainer.precision is None
+    assert not trainer.run.state.others
 
 
 def test_not_together_with_bfloat16_for_all_layers(tmp_path):

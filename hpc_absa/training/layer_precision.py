@@ -6,9 +6,9 @@ weights W of a layer are rounded to bfloat16, the loss changes by about
     r = |c| / 2 · ‖bf16(W) − W‖²
 
 where c is the mean eigenvalue of the layer's block of the Hessian (this is Ω / 2 of HAWQ,
-arXiv:1911.03852), or its top one, which gives a bound. The layers with the smallest r compute in
-bfloat16, as many as together stay below the limit of the job. Rounding of their inputs and outputs
-is not part of r.
+arXiv:1911.03852), or its top one, for the largest rise by any change of that size. The layers with
+the smallest r compute in bfloat16, as many as together stay below the limit of the job. Rounding of
+their inputs and outputs is not part of r.
 
 The layers are in the checkpoint, in the group `state`.
 """

@@ -160,12 +160,12 @@ def build(options: Options, model: nn.Module, loss: Loss, space: InputSpace) -> 
             made.append(Attack(name, norm, run))
             continue
         for epsilon in options.epsilons:
-            size = space.unit * epsilon
+            limits: dict[str, Any] = {"epsilon": space.unit * epsilon, "valid": space.valid}
             norm = "l2" if name.endswith("l2") else "linf"
             if name == "fgsm":
-                run = partial(_fgsm, model, loss, size, space.valid)
+                run = partial(_fgsm, model, loss, **limits)
             else:
-                run = partial(_pgd, model, loss, size, space.valid, norm=norm, steps=options.steps)
+                run = partial(attacks.pgd, model, loss, **limits, norm=norm, steps=options.steps)
             made.append(Attack(f"{name} ε={epsilon:g}", norm, run))
     return made
 
@@ -173,29 +173,17 @@ def build(options: Options, model: nn.Module, loss: Loss, space: InputSpace) -> 
 def _fgsm(
     model: nn.Module,
     loss: Loss,
-    size: Tensor,
-    valid: tuple[Tensor, Tensor],
     inputs: Tensor,
     targets: Tensor,
+    epsilon: Tensor,
+    valid: tuple[Tensor, Tensor],
 ) -> Attacked:
     """FGSM on the samples that are classified correctly."""
     with fgsm.frozen(model):
         right = attacks.correct(model, inputs, targets)
-    moved = fgsm.perturb(model, loss, inputs, targets, size, valid)
+    moved = fgsm.perturb(model, loss, inputs, targets, epsilon, valid)
     keep = right.view(-1, *(1,) * (inputs.dim() - 1))
     return Attacked(torch.where(keep, moved, inputs), right.long().cpu())
-
-
-def _pgd(
-    model: nn.Module,
-    loss: Loss,
-    size: Tensor,
-    valid: tuple[Tensor, Tensor],
-    inputs: Tensor,
-    targets: Tensor,
-    **settings: Any,
-) -> Attacked:
-    return attacks.pgd(model, loss, inputs, targets, size, valid, **settings)
 
 
 Batch = tuple[NDArray[np.int64], Tensor, Tensor]

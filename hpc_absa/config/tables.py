@@ -199,6 +199,12 @@ class Hessian(Section):
     block of the Hessian at the last decision point (`docs/robustness.md`; talk)."""
     layer_rate_bound: Annotated[float, Field(gt=1)] = 3.0
     """The largest factor of such a rate, and one by the smallest (ours)."""
+    layer_precision: Literal["off", "trace", "eigenvalue"] = "off"
+    """Whether the least sensitive layers compute in bfloat16 in training, by the mean or the top
+    eigenvalue of their block of the Hessian at the last decision point (`docs/robustness.md`;
+    talk)."""
+    layer_precision_limit: Positive = 1e-4
+    """The largest change of the loss, as predicted, by the rounding of their weights (ours)."""
 
 
 class RankLimits(Section):
@@ -369,6 +375,15 @@ class Job(Section):
         if is_adaptive(str(train.get("optimizer"))) and rule.default == "linear":
             tables["schedule"] = {"lr_rule": "square-root", **table}
         return tables
+
+    @model_validator(mode="after")
+    def _check_precision(self) -> Self:
+        if self.hessian.layer_precision != "off" and self.train.precision != "float32":
+            raise ValueError(
+                f"hessian.layer_precision = {self.hessian.layer_precision!r}: expected "
+                f"train.precision = 'float32', got {self.train.precision!r} for all layers"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_schedule(self) -> Self:

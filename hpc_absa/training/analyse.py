@@ -23,7 +23,6 @@ from rich.table import Table
 
 from hpc_absa.adversarial.robustness import Options as AttackOptions
 from hpc_absa.comm import Communicator, raise_on_all_ranks
-from hpc_absa.config import Job
 from hpc_absa.console import rich_console
 from hpc_absa.curvature.export import to_dict
 from hpc_absa.curvature.operator import HessianOperator, evaluation_mode
@@ -188,7 +187,7 @@ def measure(
         "checkpoint": loaded.origin,
         "method": loaded.job.schedule.method,
         "batch": int(attributes["global_batch"]),
-        "largest_batch": _largest_batch(loaded.job),
+        "largest_batch": loaded.job.schedule.largest_batch,
         "epoch": float(attributes["samples"]) / len(loaded.dataset.train),
         "step": int(attributes["step"]),
         "test_accuracy": test.accuracy,
@@ -239,10 +238,6 @@ def surface(
             for x in axes[0]
         ]
     return {"first": axes[0].tolist(), "second": axes[1].tolist(), "losses": losses}
-
-
-def _largest_batch(job: Job) -> int:
-    return int(job.schedule.largest_batch)
 
 
 def table(points: Sequence[Point]) -> Table:

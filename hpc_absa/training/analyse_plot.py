@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,17 @@ def draw(points: Sequence[Point], path: Path) -> None:
     parts = figure.subfigures(1 + bool(surfaces), 1, squeeze=False,
                               height_ratios=[8, 3.6][: 1 + bool(surfaces)])[:, 0]  # fmt: skip
     axes = parts[0].subplots(2, 5)
-    _over_epochs(axes[0, 0], runs, lambda p: p["eigenvalues"][0], "top eigenvalue λ₁", log=True)
-    _over_epochs(axes[0, 1], runs, lambda p: p["trace"], "trace", log=True)
-    _over_epochs(axes[0, 2], runs, _negative, "negative eigenvalues, %")
-    _over_epochs(axes[0, 3], runs, _accuracy, "test accuracy, %")
-    _against_batch(axes[0, 4], runs)
+    single = all(len(run) == 1 for run in runs.values())
+    over = partial(_scalars, runs=runs, by_batch=single)
+    over(axes[0, 0], value=_top, title="top eigenvalue λ₁", log=True)
+    over(axes[0, 1], value=lambda p: p["trace"], title="trace", log=True)
+    over(axes[0, 2], value=_negative, title="negative eigenvalues, %")
+    over(axes[0, 3], value=_accuracy, title="test accuracy, %")
+    if single:
+        over(axes[0, 4], value=lambda p: p["lowest"], title="lowest Ritz value")
+    else:
+        title = "top eigenvalue λ₁, newest checkpoint"
+        _scalars(axes[0, 4], runs, _top, title, by_batch=True)
     _slices(axes[1, 0], runs)
     _densities(axes[1, 1], runs)
     names = list(runs[next(iter(runs))][-1]["robust"])
@@ -39,12 +46,17 @@ def draw(points: Sequence[Point], path: Path) -> None:
     axes[1, 2].set_title("accuracy under attack, %")
     _bars(axes[1, 3], runs, [name for name in names if name not in limited], _perturbation)
     axes[1, 3].set_title("mean ‖δ‖/‖x‖ that a trust-region attack needs")
-    _over_epochs(axes[1, 4], runs, lambda p: p["train_loss"], "training loss")
+    over(axes[1, 4], value=lambda p: p["train_loss"], title="training loss")
     handles, labels = axes[0, 0].get_legend_handles_labels()
     parts[0].legend(handles, labels, loc="outside upper center", ncols=min(6, len(labels)))
     if surfaces:
         _surfaces(parts[1], surfaces)
     figure.savefig(path, dpi=120, metadata={"Software": "hpc-absa"})
+
+
+def _top(point: Point) -> float | None:
+    value: float | None = point["eigenvalues"][0]
+    return value
 
 
 def _negative(point: Point) -> float | None:
@@ -60,15 +72,21 @@ def _colours(runs: Mapping[str, Any]) -> dict[str, str]:
     return {name: COLOURS[index % len(COLOURS)] for index, name in enumerate(runs)}
 
 
-def _over_epochs(axis: Any, runs: Any, value: Any, title: str, log: bool = False) -> None:
+def _scalars(
+    axis: Any, runs: Any, value: Any, title: str, log: bool = False, by_batch: bool = False
+) -> None:
+    """A number of each checkpoint over epochs, or of each run's newest over its largest batch."""
     for name, colour in _colours(runs).items():
-        pairs = [(point["epoch"], value(point)) for point in runs[name]]
+        points = runs[name][-1:] if by_batch else runs[name]
+        pairs = [(p["largest_batch" if by_batch else "epoch"], value(p)) for p in points]
         pairs = [(x, y) for x, y in pairs if y is not None]
         xs, ys = [x for x, _ in pairs], [y for _, y in pairs]
         axis.plot(xs, ys, "o-", color=colour, label=name, markersize=4)
     if log and axis.has_data() and all(min(line.get_ydata(), default=1) > 0 for line in axis.lines):
         axis.set_yscale("log")
-    axis.set(xlabel="epoch", title=title)
+    if by_batch:
+        axis.set_xscale("log", base=2)
+    axis.set(xlabel="largest batch" if by_batch else "epoch", title=title)
 
 
 def _slices(axis: Any, runs: Any) -> None:
@@ -105,17 +123,6 @@ def _accuracy_under(point: Point, attack: str) -> float:
 
 def _perturbation(point: Point, attack: str) -> float:
     return float(point["perturbation"].get(attack) or 0.0)
-
-
-def _against_batch(axis: Any, runs: Any) -> None:
-    """The largest batch of each run and its last λ₁."""
-    for name, colour in _colours(runs).items():
-        last = runs[name][-1]
-        if last["eigenvalues"][0] is not None:
-            axis.plot(last["largest_batch"], last["eigenvalues"][0], "o", color=colour)
-            axis.annotate(f" {last['method']}", (last["largest_batch"], last["eigenvalues"][0]))
-    axis.set_xscale("log", base=2)
-    axis.set(xlabel="largest batch", title="top eigenvalue λ₁, newest checkpoint")
 
 
 def _surfaces(figure: Any, surfaces: Sequence[tuple[str, Point]]) -> None:

@@ -94,7 +94,8 @@ def _rehearse(trainer: Trainer) -> None:
             with user_code(f"{model_name}: the gradient by its inputs, for adversarial examples"):
                 step, valid = trainer.adversary.step, trainer.adversary.valid
                 perturb(model, trainer.loss, inputs, targets, step, valid, call=call)
-        if run.rule.wants_eigenvalue(progress.schedule):
+        by_layer = trainer.rates or trainer.precision
+        if by_layer or run.rule.wants_eigenvalue(progress.schedule):
             _rehearse_hessian(trainer, indices)
         run.engine.buffers.restore()
         _rehearse_checkpoint(trainer)
@@ -119,9 +120,10 @@ def _rehearse_evaluation(trainer: Trainer, inputs: Any, targets: Any) -> None:
 def _rehearse_hessian(trainer: Trainer, indices: NDArray[np.int64]) -> None:
     hint = (
         "the Hessian needs a model and a loss that can be differentiated twice, which scripted "
-        "models cannot; or choose schedule.method = 'bl', 'fb', 'gg' or 'gns'"
+        "models cannot; or choose schedule.method = 'bl', 'fb', 'gg' or 'gns' without "
+        "hessian.layer_rates and hessian.layer_precision"
     )
-    with user_code(f"{trainer.names[0]}: its Hessian, which the schedule needs", hint):
+    with user_code(f"{trainer.names[0]}: its Hessian, which the job needs", hint):
         sample = _Sample(trainer.loader, indices)
         notes = check_curvature(trainer.model, trainer.loss, sample, microbatch=sample.size)
     for note in notes:

@@ -29,7 +29,7 @@ from hpc_absa.progress import Position, Progress, SampleStream
 from hpc_absa.rundir import RunDir
 from hpc_absa.schedules import Rule
 from hpc_absa.schedules import build as build_rule
-from hpc_absa.training import layer_rates, metrics
+from hpc_absa.training import metrics
 from hpc_absa.training import optimizer as optimizers
 from hpc_absa.training.clock import Clock
 from hpc_absa.training.data import (
@@ -42,7 +42,9 @@ from hpc_absa.training.data import (
 )
 from hpc_absa.training.estimator import Estimator, make_estimator
 from hpc_absa.training.faults import StopRequest
-from hpc_absa.training.layer_rates import LayerRates
+from hpc_absa.training.layer_curvature import LayerCurvature
+from hpc_absa.training.layer_precision import LayerPrecision
+from hpc_absa.training.layer_rates import LayerRates, split_groups
 from hpc_absa.training.log import EventLogger
 from hpc_absa.training.memory import keep_freed_memory
 from hpc_absa.training.metrics import Metric
@@ -89,18 +91,27 @@ def build_trainer(
         comm,
         lambda: optimizers.build(job.train, job.optimizer.arguments, model, lr=job.train.lr),
     )
-    by_layer = job.hessian.layer_rates != "off"
-    if by_layer:
-        layer_rates.split_groups(optimizer)
+    hessian, curvature, rates, precision = job.hessian, None, None, None
+    if hessian.layer_rates != "off" or hessian.layer_precision != "off":
+        curvature = build_layer_curvature(job, model, loss, loader, stream, comm)
+    if hessian.layer_rates != "off":
+        split_groups(optimizer)
+    if curvature and hessian.layer_precision != "off":
+        precision = LayerPrecision(
+            curvature, hessian.layer_precision, hessian.layer_precision_limit
+        )
     progress = Progress(Position(), rule.initial())
-    state = TrainState(model, optimizer, progress, with_groups=by_layer)
+    state = TrainState(model, optimizer, progress, with_groups=hessian.layer_rates != "off")
+    if precision:
+        state.others = {"layer_precision": precision}
     manager = CheckpointManager(directory.checkpoints, job.checkpoint.keep)
     resumed_from = resume(job, dataset.digest, manager, comm, state, allow_changed)
     if resumed_from is None and job.model.weights:
         raise_on_all_ranks(comm, lambda: load_weights(job, model))
     engine = build_engine(job, model, optimizer, comm, clock)
-    if by_layer:
-        engine.lr_ratios = layer_rates.ratios(optimizer)
+    if curvature and hessian.layer_rates != "off":
+        rates = LayerRates(engine, curvature, hessian.layer_rates, hessian.layer_rate_bound)
+        rates.apply()
     sample_of = raise_on_all_ranks(comm, lambda: hessian_samples(job, loader, stream))
     run = build_run(
         job,
@@ -132,28 +143,25 @@ def build_trainer(
         bfloat16=job.train.precision == "bfloat16",
         reproducible=job.train.reproducible,
         names=(f"model.name = {job.model.name!r}", f"train.loss = {job.train.loss!r}"),
-        rates=build_layer_rates(job, model, loss, loader, stream, comm) if by_layer else None,
+        rates=rates,
+        precision=precision,
     )
 
 
-def build_layer_rates(
+def build_layer_curvature(
     job: Job,
     model: nn.Module,
     loss: Loss,
     loader: Loader,
     stream: SampleStream,
     comm: Communicator,
-) -> LayerRates:
+) -> LayerCurvature:
     """What measures the curvature of each layer, on the sample of λ."""
-    settings = job.hessian
-    assert settings.layer_rates != "off"
-    return LayerRates(
+    return LayerCurvature(
         model,
         loss,
-        hessian_sample(job, loader, stream, settings.samples),
+        hessian_sample(job, loader, stream, job.hessian.samples),
         comm,
-        measure=settings.layer_rates,
-        bound=settings.layer_rate_bound,
         microbatch=stream.microbatch,
         reproducible=job.train.reproducible,
     )

@@ -16,9 +16,9 @@ from hpc_absa.curvature.loss import Loss, split
 from hpc_absa.data.loader import Loader, Microbatch
 from hpc_absa.progress import Boundary, Step
 from hpc_absa.records import PhaseOutcome
-from hpc_absa.training import layer_rates
 from hpc_absa.training.adahessian import AdaHessian, StepDiagonal
 from hpc_absa.training.evaluate import Evaluation, call, evaluate
+from hpc_absa.training.layer_precision import LayerPrecision
 from hpc_absa.training.layer_rates import LayerRates
 from hpc_absa.training.metrics import Metric
 from hpc_absa.training.rehearsal import rehearse
@@ -52,6 +52,7 @@ class Trainer:
         reproducible: bool = False,
         names: tuple[str, str] = ("the model", "the loss"),
         rates: LayerRates | None = None,
+        precision: LayerPrecision | None = None,
     ) -> None:
         """
         Args:
@@ -66,11 +67,12 @@ class Trainer:
             reproducible: as in the job.
             names: of model and loss, for messages.
             rates: sets a learning rate for each layer at decision points.
+            precision: chooses at decision points the layers that compute in bfloat16.
         """
         self.run, self.loader, self.loss, self.adversary = run, loader, loss, adversary
         self.metrics, self.evaluation_batch = metrics, evaluation_batch
         self.bfloat16, self.reproducible, self.names = bfloat16, reproducible, names
-        self.rates = rates
+        self.rates, self.precision = rates, precision
         self.diagonal = StepDiagonal(
             self.model, loss, loader, run.comm, run.stream.microbatch, reproducible
         )
@@ -94,7 +96,7 @@ class Trainer:
             estimate = run.estimate_eigenvalue(item)
             if run.stopped:
                 continue
-            self.set_layer_rates(item)
+            self.decide_by_layer(item)
             decision = run.decide(item, estimate)
             if step := run.cut_step(item, decision):
                 self.train_step(step)
@@ -119,25 +121,17 @@ class Trainer:
                 step.backward(loss, samples)
         self.run.end_step(item, step.optimize())
 
-    def set_layer_rates(self, boundary: Boundary) -> None:
-        """Where the job wants a learning rate for each layer: from the curvature here."""
+    def decide_by_layer(self, boundary: Boundary) -> None:
+        """Where the job wants learning rates or a precision by layer: from the curvature here."""
         run = self.run
-        if self.rates is None or not boundary.decision_point or boundary.last:
+        if not boundary.decision_point or boundary.last:
             return
-        with run.clock("hessian"):
-            found = self.rates.update(run.state.optimizer, run.state.progress.position.step)
-        run.engine.lr_ratios = layer_rates.ratios(run.state.optimizer)
-        run.log.emit_when_saved(
-            "layer_rates",
-            run.state.progress.phase,
-            epoch=boundary.epoch,
-            step=run.state.progress.position.step,
-            measure=self.rates.measure,
-            bound=self.rates.bound,
-            factors=found,
-            reason=f"(mean {self.rates.measure} / its own)^½ of each weight, at most "
-            f"{self.rates.bound:g}",
-        )
+        step, phase = run.state.progress.position.step, run.state.progress.phase
+        for kind, layers in (("layer_rates", self.rates), ("layer_precision", self.precision)):
+            if layers is not None:
+                with run.clock("hessian"):
+                    found = layers.update(step)
+                run.log.emit_when_saved(kind, phase, epoch=boundary.epoch, step=step, **found)
 
     def estimate_diagonal(self, item: Step) -> None:
         """For AdaHessian: the diagonal of the Hessian of the step's loss, if it is due."""
@@ -199,6 +193,8 @@ class Trainer:
             return evaluate(self.model, self.loss, self.metrics, batches, run.comm)
 
     def autocast(self) -> AbstractContextManager[Any]:
+        if self.precision is not None:
+            return self.precision.autocast()
         if not self.bfloat16:
             return nullcontext()
         device = self.run.engine.device.type

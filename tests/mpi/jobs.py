@@ -31,6 +31,7 @@ kappa = 1
 [hessian]
 samples = 128
 tol = 0.1
+{hessian}
 [ranks]
 initial = {initial}
 max = {most}
@@ -38,10 +39,18 @@ max = {most}
 """With kappa = 1 the batch is 32, 64 and 128 in the first three epochs, whatever the eigenvalue."""
 
 
-def write_job(folder: Path, *, initial: int = 1, most: int = 4, reproducible: bool = False) -> Path:
+def write_job(
+    folder: Path,
+    *,
+    initial: int = 1,
+    most: int = 4,
+    reproducible: bool = False,
+    hessian: str = "",
+) -> Path:
     """The small job as a file; returns its path."""
     path = folder / "small.toml"
-    text = SMALL.format(initial=initial, most=most, reproducible=str(reproducible).lower())
+    text = SMALL.format(initial=initial, most=most, reproducible=str(reproducible).lower(),
+                        hessian=hessian)  # fmt: skip
     path.write_text(text, encoding="utf-8")
     return path
 

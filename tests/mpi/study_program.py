@@ -1,4 +1,7 @@
-"""attack, quantize, analyse and AdaHessian's diagonal on every rank; rank 0 prints the results."""
+"""attack, quantize, analyse, AdaHessian's diagonal and the curvature by layer, on every rank.
+
+Rank 0 prints the results.
+"""
 
 import json
 import sys
@@ -14,6 +17,7 @@ from hpc_absa.quantization.result import as_dict
 from hpc_absa.training import analyse, quantize
 from hpc_absa.training.adahessian import AdaHessian, StepDiagonal
 from hpc_absa.training.attack import attack_model
+from hpc_absa.training.layer_curvature import LayerCurvature
 from hpc_absa.training.load import Loaded, Source, load
 
 ATTACKS = Attacks(("fgsm", "pgd", "tr-l2-easy"), 50, (16.0,), radius=0.05, iterations=20)
@@ -48,11 +52,16 @@ def results(checkpoint: Path, comm: Communicator) -> dict[str, object]:
     quantized = quantize.Quantizer(loaded, comm, options).run(None)
     study = analyse.Options(samples=24, trace_matvecs=6, density_steps=4, surface=2)
     point = analyse.measure(loaded, comm, "run", study, ATTACKS, lambda part: None)
+    layers = LayerCurvature(
+        loaded.model, loaded.loss, loaded.training_sample(24), comm,
+        microbatch=loaded.stream.microbatch, reproducible=False,
+    )  # fmt: skip
     found = {
         "attack": [to_dict(r) for r in robustness.results],
         "quantize": as_dict(quantized),
         "analyse": {k: v for k, v in point.items() if k != "seconds"},
         "diagonal": diagonals(loaded, comm),
+        "layers": {measure: layers.of(measure, 0) for measure in ("trace", "eigenvalue")},
     }
     for result in found["attack"]:
         del result["seconds_per_sample"]

@@ -83,17 +83,29 @@ def test_resuming_by_hand_with_other_launchers_gives_the_same_weights(mpirun, fo
     assert not replay(run).differing
 
 
+BY_LAYER = 'layer_rates = "trace"\nlayer_precision = "trace"\nlayer_precision_limit = 1e-5'
+
+
 def test_reproducible_runs_give_the_same_bits(mpirun, folder):
-    """On one rank, and grown from one to two to four."""
-    weights = []
+    """On one rank, and grown from one to two to four; with what is decided by layer."""
+    weights, decided = [], []
     for most, sizes in ((1, [1]), (4, [1, 2, 4])):
         place = folder / f"reproducible{most}"
         place.mkdir()
-        job = write_job(place, most=most, reproducible=True)
+        job = write_job(place, most=most, reproducible=True, hessian=BY_LAYER)
         for ranks in sizes:
             mpirun(ranks, "hpc_absa", "train", job, "--run-dir", place / "run", timeout=120)
         weights.append(final_weights(place / "run"))
+        log = RunDir(place / "run").log.read()
+        decided.append(
+            [(e["reason"], e.get("factors") or e["changes"], e.get("bfloat16"))
+             for e in log if e["event"] in ("layer_rates", "layer_precision")]
+        )  # fmt: skip
     assert np.array_equal(*weights)
+    assert decided[0] == decided[1]
+    chosen = [layers for _, _, layers in decided[0] if layers is not None]
+    assert len(chosen) == 3
+    assert len(set(map(len, chosen))) > 1, "the same layers throughout"
 
 
 @pytest.mark.slow

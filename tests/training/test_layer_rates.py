@@ -1,11 +1,8 @@
-"""Learning rates by layer: the factors, the curvature, and a run that has them."""
+"""Learning rates by layer: the factors, and a run that has them."""
 
 import pytest
-import torch
-from torch import nn
 
-from hpc_absa.comm import SerialCommunicator
-from hpc_absa.training.layer_rates import LayerRates, factors
+from hpc_absa.training.layer_rates import factors
 from tests.training import runs
 
 
@@ -19,32 +16,6 @@ def test_factors_are_bounded_and_their_curvatures_mean_is_one():
     assert saddle == pytest.approx({"a": 3.0, "b": 1 / 3})
     for useless in ({"a": -1.0, "b": 0.0}, {"a": float("nan"), "b": 1.0}):
         assert factors(useless, bound=3.0) == {"a": 1.0, "b": 1.0}
-
-
-class Sample:
-    size = 4
-
-    def load(self, start, stop):
-        inputs = torch.eye(4).double()[start:stop]
-        return inputs, torch.zeros(stop - start, 2).double()
-
-
-@pytest.mark.parametrize("measure", ["trace", "eigenvalue"])
-def test_curvatures_of_a_quadratic(measure):
-    """`Σ_n (2 y_n1² + 6 y_n2²) / 2N` of `y_n = W x_n`, x_n the N = 4 unit vectors: H is diagonal,
-    with 2 / 4 for the first row of W and 6 / 4 for the second.
-    """
-    model = nn.Linear(4, 2, bias=False).double()
-
-    def loss(outputs, targets):
-        return (torch.tensor([2.0, 6.0]).double() * outputs.square()).sum() / (2 * len(outputs))
-
-    rates = LayerRates(
-        model, loss, Sample(), SerialCommunicator(), measure=measure, bound=3.0, microbatch=2,
-        reproducible=False,
-    )  # fmt: skip
-    value = {"trace": 1.0, "eigenvalue": 1.5}[measure]
-    assert rates.curvatures(0)["weight"] == pytest.approx(value)
 
 
 CHANGES = ("hessian.layer_rates=trace", "train.epochs=3", "hessian.samples=16")

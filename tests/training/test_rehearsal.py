@@ -103,6 +103,12 @@ def test_without_the_hessian_these_models_are_trained(tmp_path, model):
     assert runs.train(tmp_path, *overrides(model, None, BL)).kind == "done"
 
 
+@pytest.mark.parametrize("setting", ["layer_rates", "layer_precision"])
+def test_without_the_hessian_nothing_is_decided_by_layer(tmp_path, setting):
+    changes = overrides("OnceDifferentiable", None, BL, f"hessian.{setting}=trace")
+    assert "cannot be differentiated twice" in refused(tmp_path, *changes)
+
+
 @pytest.mark.parametrize("model", ["compiled", "SparseEmbedding"])
 def test_with_the_hessian_these_models_are_trained(tmp_path, model):
     assert runs.train(tmp_path, *overrides(model)).kind == "done"

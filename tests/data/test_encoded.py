@@ -289,6 +289,19 @@ def test_a_packing_that_was_stopped_is_continued(root, tmp_path, monkeypatch):
     assert {file.name for file in tmp_path.iterdir()} == {"whole.h5", "parts.h5"}
 
 
+def test_a_second_packing_at_the_same_time_is_refused(root, tmp_path):
+    path, messages = tmp_path / "set.h5", []
+
+    def second(done, total):
+        if not messages:
+            with pytest.raises(UsageError, match="another process is packing it") as caught:
+                pack_encoded(path, source(root), "x", {})
+            messages.append(str(caught.value))
+
+    assert len(pack_encoded(path, source(root), "x", {}, second).train) == 16
+    assert "without mpirun" in messages[0]
+
+
 def test_other_files_start_again(root, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         pack_encoded(tmp_path / "set.h5", source(root), "x", {}, interrupt)

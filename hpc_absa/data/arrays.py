@@ -69,7 +69,7 @@ class PackedReader:
     def read(self, part: Part, samples: Indices, epochs: Indices | None = None) -> Batch:
         split = self.dataset.train if part == "train" else self.dataset.test
         targets = torch.from_numpy(split.labels[samples])
-        if self._device.type == "cpu" and self.dataset.is_image:
+        if self._device.type == "cpu" and self.dataset.is_image and len(self.dataset.shape) == 3:
             return Batch(self._host_inputs(split.images, samples, epochs), targets)
         # Bytes are copied to the device, a quarter of what their float32 would be.
         images = self._to_device(torch.from_numpy(self._images(split.images, samples, epochs)))

@@ -36,15 +36,24 @@ PEER, JPEG, PIXELS = "ImageFolder and DataLoader", "packed JPEG", "packed pixels
 CORES = len(os.sched_getaffinity(0))
 
 
-def draw(folder: Path, images: int) -> None:
-    """Smooth images with some noise, of about the bytes per pixel of photographs."""
+def draw(folder: Path, images: int, distinct: int) -> None:
+    """Smooth images with some noise, of about the bytes per pixel of photographs.
+
+    Those after the first `distinct` are hard links to these.
+    """
+    drawn: list[Path] = []
     random = np.random.default_rng(0)
     for k in range(images):
         part = "val" if k % 20 == 0 else "train"
         path = folder / part / f"class{k // 20 % 10}" / f"{k:06d}.jpg"
+        if k < distinct:
+            drawn.append(path)
         if path.exists():
             continue
         path.parent.mkdir(parents=True, exist_ok=True)
+        if k >= distinct:
+            path.hardlink_to(drawn[k % distinct])
+            continue
         width, height = random.integers(100, 501, 2)
         coarse = random.integers(0, 256, (12, 16, 3), dtype=np.uint8)
         image = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
@@ -126,13 +135,14 @@ def train(dataset: PackedDataset, name: str, steps: int) -> float:
 def main() -> None:
     parser = results.options(__doc__)
     parser.add_argument("--images", type=int, default=20_000)
+    parser.add_argument("--distinct", type=int, default=4_000, help="the others are hard links")
     parser.add_argument("--folder", type=Path, default=Path("data/drawn"))
     parser.add_argument("--model", default="resnet18")
     options = parser.parse_args()
     images, rounds = (600, 2) if options.quick else (options.images, options.rounds)
     folder = options.folder.with_name(f"{options.folder.name}-{images}")
     torch.set_num_threads(1)
-    draw(folder, images)
+    draw(folder, images, options.distinct)
     prepared = Comparison(
         "Packing, and the first batch",
         {"packing": Measure("images/s"), "first batch": Measure("s")},
@@ -140,7 +150,8 @@ def main() -> None:
     )
     table = Comparison("Training input", {"speed": Measure("images/s", "higher")}, JPEG)
     table.not_peers = (PIXELS,)
-    table.note = f"{images:,} images; {PIXELS}: padded crops of decoded images of 224 pixels."
+    distinct = f"{images:,} images, {min(images, options.distinct):,} of them distinct"
+    table.note = f"{distinct}; {PIXELS}: padded crops of decoded images of 224 pixels."
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
         encoded, rate = packing(folder, Path(temporary, "encoded.h5"), encoded=True)
         begin = time.perf_counter()

@@ -5,19 +5,32 @@ Shapes: b samples of a batch, C channels, H × W pixels; other data is [b, C, ..
 
 from __future__ import annotations
 
+import math
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from hpc_absa.data.augment import augment, normalise
+from hpc_absa.data.augment import (
+    augment,
+    empty_inputs,
+    normalise,
+    normalise_into,
+    scale_and_shift,
+)
 from hpc_absa.data.loader import Batch, Indices, Part
 from hpc_absa.data.packed import PackedDataset
 
+BLOCK_BYTES = 2**20
+"""Of images that are augmented and normalised at a time."""
+
 
 class PackedReader:
-    """A `Reader` that prepares the next batch in a thread."""
+    """A `Reader` that prepares the next batches in threads."""
 
-    ahead = 1
+    ahead = 2
 
     def __init__(
         self,
@@ -51,27 +64,54 @@ class PackedReader:
         mean, std = torch.tensor(dataset.mean), torch.tensor(dataset.std)
         self._mean = (mean if normalize else torch.zeros_like(mean)).to(device)
         self._std = (std if normalize else torch.ones_like(std)).to(device)
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="loader")
+        self._threads = ThreadPoolExecutor(self.ahead, thread_name_prefix="loader")
 
     def read(self, part: Part, samples: Indices, epochs: Indices | None = None) -> Batch:
         split = self.dataset.train if part == "train" else self.dataset.test
-        if epochs is not None and self.dataset.is_encoded:
-            crops = split.images.random_crops(samples, self._seed, epochs, self._flip)
-            images = torch.from_numpy(crops)
-        else:
-            images = torch.from_numpy(split.images[samples])
-            if epochs is not None:
-                images = augment(images, self._seed, epochs, samples, self._padding, self._flip)
         targets = torch.from_numpy(split.labels[samples])
+        if self._device.type == "cpu" and self.dataset.is_image and len(self.dataset.shape) == 3:
+            return Batch(self._host_inputs(split.images, samples, epochs), targets)
         # Bytes are copied to the device, a quarter of what their float32 would be.
-        inputs = normalise(self._to_device(images), self._mean, self._std, self._channels_last)
+        images = self._to_device(torch.from_numpy(self._images(split.images, samples, epochs)))
+        inputs = normalise(images, self._mean, self._std, self._channels_last)
         return Batch(inputs, self._to_device(targets))
 
+    def _images(self, images: Any, samples: Indices, epochs: Indices | None) -> NDArray[Any]:
+        """As they are stored, and augmented in training."""
+        if epochs is None:
+            pixels: NDArray[Any] = images[samples]
+            return pixels
+        if self.dataset.is_encoded:
+            return images.random_crops(samples, self._seed, epochs, self._flip)
+        return augment(images[samples], self._seed, epochs, samples, self._padding, self._flip)
+
+    def _host_inputs(self, images: Any, samples: Indices, epochs: Indices | None) -> torch.Tensor:
+        """Normalised while they are in the cache."""
+        result = empty_inputs((len(samples), *self.dataset.shape), self._channels_last)
+        scale, shift = (values.numpy() for values in scale_and_shift(self._mean, self._std))
+        if self.dataset.is_encoded:
+
+            def store(one: NDArray[np.float32], pixels: NDArray[np.uint8]) -> None:
+                normalise_into(one[None], pixels[None], scale, shift)
+
+            if epochs is None:
+                images.center_crops(samples, result, store)
+            else:
+                images.random_crops(samples, self._seed, epochs, self._flip, result, store)
+        else:
+            count = max(1, BLOCK_BYTES // math.prod(self.dataset.shape))
+            for k in range(0, len(samples), count):
+                block = slice(k, k + count)
+                of_block = None if epochs is None else epochs[block]
+                pixels = self._images(images, samples[block], of_block)
+                normalise_into(result[block], pixels, scale, shift)
+        return torch.from_numpy(result)
+
     def submit(self, part: Part, samples: Indices, epochs: Indices | None = None) -> Future[Batch]:
-        return self._thread.submit(self.read, part, samples, epochs)
+        return self._threads.submit(self.read, part, samples, epochs)
 
     def close(self) -> None:
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
     def input_range(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The normalised values of black and of white, [1, C, 1, 1] each; infinite for other data.

@@ -7,6 +7,7 @@ damaged one is found then and not in training.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -15,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import h5py
 import numpy as np
@@ -90,33 +91,60 @@ def pack_encoded(
     are listed with the reasons in `NAME.unreadable.txt` beside the packed file.
 
     Raises:
-        UsageError: an unreadable file, if they are not left out; names it.
+        UsageError: an unreadable file, if they are not left out; names it. Or another process is
+            packing into `path`.
         HpcAbsaError: the disk cannot be written.
     """
     partial = path.with_name(f".{path.name}.partial")
     journal = partial.with_name(partial.name + ".jsonl")
-    parts = [_Part("train", *source.train), _Part("test", *source.test)]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        fingerprint = _fingerprint(parts, arguments)
-        if not _continue(journal, partial, parts, fingerprint):
-            _lay_out(partial, parts)
-            journal.write_text(json.dumps({"files": fingerprint}) + "\n")
-        with h5py.File(partial, "r", locking=False) as layout:
-            offsets = {part.name: _offset(layout, part) for part in parts}
-        _write_blocks(partial, journal, parts, offsets, source.skip_unreadable, progress)
-        dropped = _finish(partial, parts, source, name, arguments)
-        check_replaceable(path)
-        sync(partial)
-        os.replace(partial, path)
-        sync(path.parent)
-        _list_unreadable(path, dropped)
-        journal.unlink(missing_ok=True)
+        with journal.open("a") as lock:
+            _lock(lock, path)
+            _pack_all(path, partial, journal, source, name, arguments, progress)
     except OSError as error:
         raise HpcAbsaError(
             f"{path}: cannot be written ({first_line(error)}); the same command continues"
         ) from error
     return open_packed(path)
+
+
+def _lock(journal: IO[str], path: Path) -> None:
+    try:
+        fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UsageError(
+            f"{path}: another process is packing it; start `hpc-absa data` once, without mpirun "
+            "or srun: it uses all cores of its host"
+        ) from error
+    except OSError:  # a file system without locks
+        pass
+
+
+def _pack_all(
+    path: Path,
+    partial: Path,
+    journal: Path,
+    source: EncodedSource,
+    name: str,
+    arguments: dict[str, Any],
+    progress: Progress | None,
+) -> None:
+    parts = [_Part("train", *source.train), _Part("test", *source.test)]
+    fingerprint = _fingerprint(parts, arguments)
+    if not _continue(journal, partial, parts, fingerprint):
+        _lay_out(partial, parts)
+        journal.write_text(json.dumps({"files": fingerprint}) + "\n")
+    with h5py.File(partial, "r", locking=False) as layout:
+        offsets = {part.name: _offset(layout, part) for part in parts}
+    _write_blocks(partial, journal, parts, offsets, source.skip_unreadable, progress)
+    dropped = _finish(partial, parts, source, name, arguments)
+    check_replaceable(path)
+    sync(partial)
+    os.replace(partial, path)
+    sync(path.parent)
+    _list_unreadable(path, dropped)
+    journal.unlink(missing_ok=True)
 
 
 def _fingerprint(parts: Sequence[_Part], arguments: dict[str, Any]) -> str:

@@ -12,7 +12,7 @@ from hpc_absa import config
 from hpc_absa.comm import SerialCommunicator
 from hpc_absa.data import encoded_packing
 from hpc_absa.data.arrays import PackedReader
-from hpc_absa.data.encoded import decode
+from hpc_absa.data.encoded import decode, pixels_of
 from hpc_absa.data.encoded_packing import EncodedSource, pack_encoded
 from hpc_absa.data.loader import Loader
 from hpc_absa.data.packed import open_packed
@@ -289,6 +289,19 @@ def test_a_packing_that_was_stopped_is_continued(root, tmp_path, monkeypatch):
     assert {file.name for file in tmp_path.iterdir()} == {"whole.h5", "parts.h5"}
 
 
+def test_a_second_packing_at_the_same_time_is_refused(root, tmp_path):
+    path, messages = tmp_path / "set.h5", []
+
+    def second(done, total):
+        if not messages:
+            with pytest.raises(UsageError, match="another process is packing it") as caught:
+                pack_encoded(path, source(root), "x", {})
+            messages.append(str(caught.value))
+
+    assert len(pack_encoded(path, source(root), "x", {}, second).train) == 16
+    assert "without mpirun" in messages[0]
+
+
 def test_other_files_start_again(root, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         pack_encoded(tmp_path / "set.h5", source(root), "x", {}, interrupt)
@@ -361,6 +374,27 @@ def test_kinds_of_images_are_those_of_convert_rgb():
     exif[0x0112] = 6
     picture(20, 30).save(rotated, "JPEG", exif=exif)
     assert decode(rotated.getvalue(), "x").size == (20, 30)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("keys", [{"subsampling": k} for k in range(3)] + [{"progressive": True}])
+def test_jpeg_has_the_pixels_of_pillow(mode, keys):
+    """At every scale, also of odd sizes."""
+    for width, height in ((97, 61), (240, 135)):
+        out = io.BytesIO()
+        picture(width, height).convert(mode).save(out, "JPEG", quality=80, **keys)
+        for reduction in (1, 2, 4, 8):
+            data = np.frombuffer(out.getvalue(), np.uint8)  # read-only, as a mapped file
+            expected = np.asarray(decode(data, "x", reduction))
+            assert expected.shape == (-(-height // reduction), -(-width // reduction), 3)
+            assert np.array_equal(pixels_of(data, "x", reduction), expected)
+
+
+def test_a_truncated_jpeg_in_a_packed_file_is_named():
+    out = io.BytesIO()
+    picture(97, 61).save(out, "JPEG")
+    with pytest.raises(HpcAbsaError, match="set: image 3: unreadable image"):
+        pixels_of(np.frombuffer(out.getvalue()[:900], np.uint8), "set: image 3")
 
 
 def test_a_huge_image_is_refused_by_name(root, tmp_path, monkeypatch):

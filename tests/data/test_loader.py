@@ -67,8 +67,8 @@ def test_drop_last_omits_the_remainder_of_each_epoch(dataset):
 
 def test_inputs_are_the_augmented_images_of_these_samples(dataset):
     batch = loader(dataset).get(5)
-    images = torch.from_numpy(dataset.train.images[batch.samples])
-    pixels = augment(images, 3, batch.epochs, batch.samples, 2, True).double() / 255
+    images = dataset.train.images[batch.samples]
+    pixels = torch.tensor(augment(images, 3, batch.epochs, batch.samples, 2, True)).double() / 255
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (dataset.mean, dataset.std))
     torch.testing.assert_close(batch.inputs.double(), (pixels - mean) / std, rtol=0, atol=1e-5)
     assert batch.inputs.dtype == torch.float32

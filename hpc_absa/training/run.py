@@ -103,8 +103,8 @@ class RunOptions:
     """Whether a loss that is infinite or NaN ends the run."""
     resumed_from: str | None = None
     """Name of the checkpoint that the state was restored from."""
-    previous_phase: Event | None = None
-    """`phase_end` event of the phase before a resize, to measure how long the resize took."""
+    previous_end: Event | None = None
+    """`phase_end` or `failure` of the launch before, to measure how long it took to continue."""
     environment: Mapping[str, Any] = field(default_factory=dict)
     """Further fields of `phase_start` events."""
 
@@ -148,7 +148,7 @@ class Run:
         self.state, self.engine, self.stop, self.log = state, engine, stop, log
         self.clock = engine.clock
         self._estimator, self._checkpointer, self.options = estimator, checkpointer, options
-        self._resumed_from, self._previous_phase = options.resumed_from, options.previous_phase
+        self._resumed_from, self._previous_end = options.resumed_from, options.previous_end
         self._outcome: Literal["done", "resize", "stopped"] | None = None
         self._flags = Flags()
         self._next_ranks = options.ranks_for(state.progress.schedule.global_batch)
@@ -246,15 +246,16 @@ class Run:
             epoch_samples=progress.epoch_samples + result.denominator,
         )
         self._flags = result.flags
-        if self._previous_phase:
+        if before := self._previous_end:
+            restarted = before["event"] == "failure"
             self.log.emit(
-                "resize",
+                "restart" if restarted else "resize",
                 progress.phase,
-                from_ranks=self._previous_phase["ranks"],
+                **({} if restarted else {"from_ranks": before.get("ranks")}),
                 to_ranks=self.comm.size,
-                seconds=time.time() - self._previous_phase["time"],
+                seconds=time.time() - before["time"],
             )
-            self._previous_phase = None
+            self._previous_end = None
         self._meter.end_step(result.loss, result.denominator, result.samples)
         if self.comm.rank == 0 and self._meter.due():
             self._record_progress(result)

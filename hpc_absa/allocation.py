@@ -27,6 +27,9 @@ from hpc_absa.errors import UsageError
 RANKS = "HPC_ABSA_RANKS"
 """Set by our supervisor: the number of ranks that it asked its launcher for."""
 
+REHEARSED = "HPC_ABSA_REHEARSED"
+"""Set by our supervisor for ranks whose job has passed its rehearsal."""
+
 RUN_DIR = "HPC_ABSA_RUN_DIR"
 """Set by `hpc-absa launch` for the script that it supervises: the run directory."""
 

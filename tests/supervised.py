@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
 import subprocess
 import sys
 import time
@@ -9,10 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Self
 
-import pytest
-
 from hpc_absa.rundir import RunDir
 from hpc_absa.rundir.events import Event
+from hpc_absa.supervisor.forking import NAME
 
 
 class Supervised:
@@ -63,17 +64,8 @@ class Supervised:
             time.sleep(0.02)
 
     def ranks(self) -> list[int]:
-        """Process ids of the running ranks."""
-        mark = f"--run-dir\0{self.run.path}\0".encode()
-        ranks = []
-        for path in Path("/proc").glob("[0-9]*/cmdline"):
-            try:
-                words = path.read_bytes()
-            except OSError:
-                continue
-            if mark in words and b"\0train\0" in words and b"mpirun" not in words:
-                ranks.append(int(path.parent.name))
-        return ranks
+        """Process ids of the running ranks, by rank."""
+        return ranks(self.run)
 
     def diagnostics(self) -> str:
         """More output for the message of a failed test."""
@@ -82,4 +74,33 @@ class Supervised:
     def _fail(self, why: str) -> None:
         assert self.process is not None
         self.process.kill()
+        import pytest  # benchmarks use this module without it
+
         pytest.fail(f"{why}: {self.process.communicate()[0]}\n{self.diagnostics()}")
+
+
+def processes(run: RunDir) -> dict[int, str]:
+    """The command of each process on this machine that has the run directory as an argument."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            words = path.read_bytes().split(b"\0")
+            if str(run.path).encode() in words:
+                found[int(path.parent.name)] = b" ".join(words).decode(errors="replace")
+    return found
+
+
+def ranks(run: RunDir) -> list[int]:
+    """Process ids of a run's ranks on this machine, by rank."""
+    found = {}
+    for pid, command in processes(run).items():
+        path = Path(f"/proc/{pid}")
+        with contextlib.suppress(OSError):
+            name = (path / "comm").read_text().strip()
+            environment = (path / "environ").read_bytes()
+            number = re.search(rb"OMPI_COMM_WORLD_RANK=(\d+)", environment)
+            if name.startswith(NAME):
+                found[int(name.removeprefix(NAME))] = pid
+            elif " train " in command and not re.search("mpirun|forked_rank", command):
+                found[int(number[1]) if number else 0] = pid
+    return [found[rank] for rank in sorted(found)]

@@ -118,6 +118,7 @@ class HpcAbsa(System):
     def start(self, ranks: int) -> None:
         options = [f"--ranks={ranks}", f"--max-ranks={ranks}", f"--run-dir={self.folder}/run"]
         options += [f"--set=launch.heartbeat_timeout={DETECTION}", "--allow-changed=command"]
+        options += ["--set=launch.fork_server=true"]
         launch = [sys.executable, "-m", "hpc_absa", "launch", *options]
         self.spawn(*launch, "--", "python", *self.module)
 

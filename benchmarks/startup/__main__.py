@@ -1,32 +1,37 @@
-"""From a decision to the first step of the next phase, as a ratio to a bare start of those ranks.
+"""From the decision for more ranks to the first step with them.
 
-    python -m benchmarks.startup [--launcher mpirun|horovodrun|slurm] [--resizes 10] [--ranks 2]
+    python -m benchmarks.startup [--launcher mpirun|horovodrun|slurm] [--rounds 10]
 
-A resize is timed by the run itself: from the `phase_end` of the phase whose decision asked for more
-ranks, to the end of the first step of the next one (event `resize`). The bare start is `mpirun` of
-the imports, `hvd.init()` and one allreduce, from the launch to the allreduce's end. The two
-alternate, so that a slow machine affects both. `slurm` starts a four-node Slurm, as the tests do;
-its bare start is mpirun's, so that its ratio shows what Slurm adds. Bytecode is kept, as for any
-installed package (PYTHONDONTWRITEBYTECODE is removed).
+One rank to two, and two to four. A resize is timed by the run's events: from the `decision` to the
+event `resize`, which is the end of the first step of the next phase: the save, the end of the old
+ranks, the start of the new ones, the restored state and a step. Its limit is the bare start of the
+same ranks: mpirun of the imports, `hvd.init()` and one allreduce, from the launch to the
+allreduce's end. For torchrun (a second agent joins) and Horovod Elastic (the list of hosts changes)
+it is the time from the operator's wish to a step with the new number of ranks; they save nothing.
+`slurm` starts a four-node Slurm, as the tests do; its bare start is mpirun's, so that its ratio
+shows what Slurm adds. Bytecode is kept, as for any installed package.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
+from benchmarks import results
+from benchmarks.results import Comparison, Measure, Numbers
+from benchmarks.startup import rivals
 from hpc_absa.rundir.events import EventLog
 from hpc_absa.supervisor.launchers import mpi_environment, program
 
+BARE_START = "bare start"
+IMPORTS = "hpc_absa, imports in each launch"
 BARE = """
 import time, torch, horovod.torch as hvd
 from mpi4py import MPI
@@ -44,20 +49,20 @@ name = "digits"
 name = "digits-cnn"
 [train]
 epochs = 2
-microbatch = 32
+microbatch = {microbatch}
 lr = 0.05
 threads_per_rank = 1
 [schedule]
 method = "absa"
 base_batch = 32
-max_batch = {batch}
-beta = {ranks}
+max_batch = 64
+beta = 2
 kappa = 1
 [hessian]
 samples = 128
 [ranks]
-initial = 1
-max = {ranks}
+initial = {before}
+max = {after}
 [launch]
 launcher = "{launcher}"
 ranks_per_node = 1
@@ -65,37 +70,41 @@ ranks_per_node = 1
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = results.options(__doc__)
+    parser.set_defaults(rounds=10)
     parser.add_argument("--launcher", choices=["mpirun", "horovodrun", "slurm"], default="mpirun")
-    parser.add_argument("--resizes", type=int, default=10)
-    parser.add_argument("--ranks", type=int, default=2)
     options = parser.parse_args()
-    bare, resizes = [], []
-    with tempfile.TemporaryDirectory() as folder, surroundings(options.launcher) as environment:
-        job = Path(folder) / "job.toml"
-        job.write_text(
-            JOB.format(batch=32 * options.ranks, ranks=options.ranks, launcher=options.launcher)
-        )
-        for n in range(options.resizes):
-            bare.append(bare_start(options.ranks))
-            resizes.append(resize(job, Path(folder) / str(n), environment))
-            print(f"{n + 1}: bare {bare[-1]:.2f} s, resize {resizes[-1]:.2f} s", flush=True)
-    print(
-        json.dumps(
-            {
-                "launcher": options.launcher,
-                "ranks": [1, options.ranks],
-                "resizes": len(resizes),
-                "bare_median": round(statistics.median(bare), 2),
-                "resize_median": round(statistics.median(resizes), 2),
-                "resize_worst": round(max(resizes), 2),
-                "ratio": round(statistics.median(resizes) / statistics.median(bare), 2),
+    launcher, rounds = options.launcher, 3 if options.quick else options.rounds
+    tables = []
+    with tempfile.TemporaryDirectory() as folder, surroundings(launcher) as environment:
+        for before in (1,) if options.quick else (1, 2):
+            after = 2 * before
+            job = Path(folder) / f"{after}.toml"
+            fields = {"microbatch": 32 // before, "before": before, "after": after}
+            job.write_text(JOB.format(launcher=launcher, **fields))
+            contenders: dict[str, Callable[[], Numbers]] = {
+                "hpc_absa": partial(resize, job, environment),
+                BARE_START: partial(bare_start, after),
             }
-        )
-    )
+            if launcher == "mpirun":
+                imports = partial(resize, job, environment, "--set", "launch.fork_server=false")
+                contenders[IMPORTS] = imports
+                contenders["torchrun"] = partial(rivals.torchrun, before, after)
+                contenders["Horovod Elastic"] = partial(rivals.horovod_elastic, before, after)
+            table = Comparison(
+                f"{before} to {after} ranks, {launcher}",
+                {"seconds": Measure("s", "lower"), "of it the save": Measure("s")},
+                "hpc_absa",
+                (BARE_START, IMPORTS),
+            )
+            table.run(contenders, rounds)
+            if ratio := table.ratio("hpc_absa", BARE_START, "seconds"):
+                table.note = f"A resize is {ratio:.2f} bare starts."
+            tables.append(table)
+    results.write("startup" if launcher == "mpirun" else f"startup-{launcher}", tables, options)
 
 
-def bare_start(ranks: int) -> float:
+def bare_start(ranks: int) -> Numbers:
     """Seconds from mpirun's launch to the end of the first allreduce."""
     command = [program("mpirun"), "--oversubscribe", "--bind-to", "none", "-np", str(ranks)]
     start = time.time()
@@ -106,15 +115,19 @@ def bare_start(ranks: int) -> float:
         text=True,
         check=True,
     )
-    return float(done.stdout.split()[-1]) - start
+    return {"seconds": float(done.stdout.split()[-1]) - start}
 
 
-def resize(job: Path, run: Path, environment: dict[str, str]) -> float:
-    """Seconds of the one resize of a new run."""
-    command = [sys.executable, "-m", "hpc_absa", "run", str(job), "--run-dir", str(run)]
-    subprocess.run(command, env=environment, check=True, capture_output=True)
-    (event,) = [e for e in EventLog(run / "events.jsonl").read() if e["event"] == "resize"]
-    return float(event["seconds"])
+def resize(job: Path, environment: dict[str, str], *words: str) -> Numbers:
+    """The one resize of a new run."""
+    with tempfile.TemporaryDirectory(dir=job.parent) as folder:
+        command = [sys.executable, "-m", "hpc_absa", "run", str(job), "--run-dir", f"{folder}/run"]
+        subprocess.run([*command, *words], env=environment, check=True, capture_output=True)
+        events = EventLog(Path(folder) / "run/events.jsonl").read()
+    (end,) = [e for e in events if e["event"] == "resize"]
+    (decision,) = [e for e in events if e["event"] == "decision" and e["action"] == "grow"]
+    saves = [e["seconds"] for e in events if e.get("step") == decision["step"] and "path" in e]
+    return {"seconds": end["time"] - decision["time"], "of it the save": saves[0]}
 
 
 @contextmanager

@@ -314,6 +314,11 @@ class Launch(Section):
     file system hangs, or its model is in an infinite loop (ours)."""
     start_seconds: PositiveFloat = 600.0
     """A phase is killed if its ranks are not connected after so many seconds (ours)."""
+    fork_server: bool | None = None
+    """Whether mpirun's ranks on this host are forked from a process that has imported PyTorch, so
+    that phases start without the imports (ours); not with `hosts` or `extra`. None: those of job
+    files are. In a script, environment variables that PyTorch reads when it is imported, such as
+    `OMP_NUM_THREADS`, are then without effect."""
     ranks_per_node: PositiveInt | None = None
     """Ranks on one node of a batch job; None means one per GPU, or as many as have
     `train.threads_per_rank` cores each."""

@@ -20,8 +20,9 @@ from hpc_absa.supervisor.resources import fill
 
 KILL_SECONDS = 3
 """Seconds that Open MPI waits before and after the SIGTERM with which it ends the other ranks after
-one has failed. It can be short: ranks that are to save and stop are asked by the supervisor
-(`RunDir.stop_request`) and take as long as they need."""
+one has failed, or it was ended itself. It can be short: ranks that are to save and stop are asked
+by the supervisor (`RunDir.stop_request`) and take as long as they need. The supervisor does not
+wait for it where the ranks are on its own host (`process.py`)."""
 
 KEEPALIVE = {"time": 10, "intvl": 5, "probes": 3}
 """TCP keepalive between mpirun and its daemons: idle seconds before the first probe, seconds

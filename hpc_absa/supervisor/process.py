@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import json
 import os
 import re
 import signal
@@ -16,6 +17,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from hpc_absa.errors import ExitStatus
+from hpc_absa.rundir import RunDir
 from hpc_absa.supervisor.launchers import Command
 
 PYTHON = (sys.executable, "-P")
@@ -34,6 +37,9 @@ NOTICE = re.compile(r"\s*-{20,}\s*")
 """The line before and after a notice of Open MPI's mpirun."""
 EXCEPTION = re.compile(r"([A-Za-z_]\w*\.)*[A-Z]\w*(Error|Exception|Interrupt)(: .*)?")
 """The last line of a traceback."""
+POLL_SECONDS = 0.05
+EXIT_SECONDS = 0.2
+"""Between a rank's failure and the kill of the others, which may be reporting theirs."""
 TAG = re.compile(r"\[\d+,\d+\]<std(out|err)>:")
 """What horovodrun writes before each piece of a rank's output."""
 
@@ -50,6 +56,8 @@ class Failure:
     """A restart would fail the same way."""
     early: bool = False
     """A script failed before its `hpc_absa.Run` began."""
+    seconds: float = 0.0
+    """As of `Exit`."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +69,8 @@ class Exit:
     """The last lines it printed."""
     start_timed_out: bool = False
     """Killed because its ranks had not connected to each other in time."""
+    seconds: float = 0.0
+    """From a rank's failure to this end, where the launcher was not waited for."""
 
     def killed_rank(self) -> tuple[int, str, int] | None:
         """Rank, host and signal of a rank that was killed, where the launcher printed it."""
@@ -107,6 +117,8 @@ class LauncherProcess:
             show: called with every line.
         """
         self._tail: deque[str] = deque(maxlen=60)
+        self._abandoned = False
+        """What it prints is no longer shown."""
         self._process = subprocess.Popen(
             command.words,
             env=os.environ | command.environment,
@@ -123,27 +135,63 @@ class LauncherProcess:
         self._reader = threading.Thread(target=self._read, args=(log, show), name="output")
         self._reader.start()
 
-    def wait(self, joined: Path, start_seconds: float, poll: Callable[[], None]) -> Exit:
-        """Return when the launcher and its output have ended.
+    def wait(
+        self,
+        run: RunDir,
+        start_seconds: float,
+        poll: Callable[[], None],
+        phase_ended: Callable[[], bool],
+        only_here: bool,
+    ) -> Exit:
+        """Return when the launcher and its output have ended, or its ranks after one has failed.
 
         Args:
-            joined: exists once the ranks have connected to each other.
-            start_seconds: the launcher is killed if that takes longer.
-            poll: called five times a second until then.
+            run: has a file once the ranks have connected to each other, and one if a rank failed.
+            start_seconds: the launcher is killed if connecting takes longer.
+            poll: called often until then.
+            phase_ended: whether the ranks have written the end of their phase.
+            only_here: all ranks are the launcher's children. They are then killed when one has
+                failed, without waiting for the launcher, which takes 6 s for it and its own end.
         """
         until = time.monotonic() + start_seconds
+        failed = 0.0
         timed_out = False
         while True:
             try:
-                code = self._process.wait(timeout=0.2)
+                code = self._process.wait(timeout=POLL_SECONDS)
                 break
             except subprocess.TimeoutExpired:
                 poll()
-                if not timed_out and time.monotonic() > until and not joined.exists():
-                    timed_out = True
-                    self.kill()
+            now = time.monotonic()
+            if not timed_out and now > until and not run.joined.exists():
+                timed_out = True
+                self.kill()
+            if only_here and not failed and _one_failed(run.failure) and not phase_ended():
+                failed = now
+            if failed and now - failed > EXIT_SECONDS:
+                self._abandoned = True
+                for rank in self._children():
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(rank, signal.SIGKILL)
+                return Exit(ExitStatus.FAILED, tuple(self._tail), seconds=now - failed)
         self._reader.join(timeout=10)
         return Exit(code, tuple(self._tail), timed_out)
+
+    def finish(self) -> None:
+        """Wait for a launcher whose ranks have ended; end it where it does not."""
+        try:
+            self._process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            self.kill()
+        self._reader.join(timeout=10)
+
+    def _children(self) -> set[int]:
+        """The launcher's processes; empty where Linux does not list them."""
+        children = set[int]()
+        for path in Path(f"/proc/{self._process.pid}/task").glob("*/children"):
+            with contextlib.suppress(OSError):
+                children.update(map(int, path.read_text().split()))
+        return children
 
     def kill(self) -> None:
         """End all ranks now: SIGTERM to the launcher, which alone reaches other hosts; SIGKILL."""
@@ -161,8 +209,17 @@ class LauncherProcess:
             # A full disk must not stop the reading: the ranks would block on a full pipe.
             with contextlib.suppress(OSError), log.open("a", encoding="utf-8") as file:
                 file.write(line)
-            with contextlib.suppress(Exception):  # nor must a console that was closed
-                show(line.rstrip("\n"))
+            if not self._abandoned:
+                with contextlib.suppress(Exception):  # nor must a console that was closed
+                    show(line.rstrip("\n"))
+
+
+def _one_failed(record: Path) -> bool:
+    """Whether a rank has failed alone; after a usage error, all ranks exit by themselves."""
+    try:
+        return not json.loads(record.read_bytes()).get("final")
+    except (OSError, ValueError):  # none, or not written yet
+        return False
 
 
 _libc = ctypes.CDLL(None)

@@ -20,7 +20,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from hpc_absa import allocation, worldsize
 from hpc_absa.allocation import Hosts
-from hpc_absa.config import Launchable
+from hpc_absa.config import Launch, Launchable
 
 AGENT = "ssh -o BatchMode=yes -o ConnectTimeout=5"
 """Reaches a host unless `launch.rsh_agent` or `plm_rsh_agent` of Open MPI names a program."""
@@ -170,6 +170,13 @@ def resources_of(job: Launchable, on_change: HostChanged) -> Resources:
         return HostPool(job, named, on_change)
     limit = worldsize.limit(job)
     return Resources(min(limit, current.slots) if current else limit)
+
+
+def only_here(launch: Launch) -> bool:
+    """Whether all ranks of a placed launch are children of its mpirun, on this host."""
+    current = allocation.detect()
+    single = current is None or len(current.hosts) == 1
+    return launch.launcher == "mpirun" and not launch.hosts and single
 
 
 def fill(hosts: Hosts, ranks: int) -> Hosts:

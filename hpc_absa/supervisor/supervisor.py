@@ -7,19 +7,24 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.util import find_spec
 from types import FrameType
 
+from hpc_absa import allocation
 from hpc_absa.config import Launch
 from hpc_absa.errors import ExitStatus, HpcAbsaError, UsageError
 from hpc_absa.rundir import RunDir
 from hpc_absa.rundir.lock import RunLock
 from hpc_absa.supervisor import run_state
+from hpc_absa.supervisor.fork_server import ForkServer, represented
 from hpc_absa.supervisor.launchers import Command, command, outside_settings
 from hpc_absa.supervisor.process import Exit, Failure, LauncherProcess
-from hpc_absa.supervisor.program import Program
-from hpc_absa.supervisor.resources import Resources, resources_of
+from hpc_absa.supervisor.program import JobProgram, Program
+from hpc_absa.supervisor.resources import Resources, only_here, resources_of
+
+AFTER_A_STEP = ("progress", "epoch", "decision", "checkpoint", "phase_end")
+"""Events that ranks write after a step."""
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 
@@ -55,7 +60,16 @@ class Supervisor:
         self._resources = resources or resources_of(self._settings, self._on_host_change)
         self._lock = RunLock(run)
         self._process: LauncherProcess | None = None
+        forks = self._settings.launch.fork_server
+        if forks is None:
+            forks = isinstance(program, JobProgram)
+        self._fork_server = ForkServer(run) if forks else None
+        self._ending: list[LauncherProcess] = []
+        """Launchers without ranks, after a failure."""
         self._ranks, self._launched = 0, 0.0
+        self._only_here = False
+        self._rehearsed = False
+        """Ranks of this supervisor took a step: the rehearsal before it need not be repeated."""
         self._relaunching = False
         """The ranks were asked to save and exit so that a returned host can be used."""
         self.stopped_by: int | None = None
@@ -72,6 +86,10 @@ class Supervisor:
             on_stop(self._on_signal)
             return self._supervise()
         finally:
+            for launcher in self._ending:
+                launcher.finish()
+            if self._fork_server:
+                self._fork_server.close(ranks_ended=self._process is None)
             self._run.stop_request.unlink(missing_ok=True)
             self._lock.release()
 
@@ -141,12 +159,18 @@ class Supervisor:
         assert self._process is not None
         with self._resources.watch(self._on_host_return):
             ended = self._process.wait(
-                self._run.joined, self._settings.launch.start_seconds, self._handle_signals
+                self._run,
+                self._settings.launch.start_seconds,
+                self._handle_signals,
+                lambda: self._outcome(events_before) is not None,
+                self._only_here,
             )
+        if ended.seconds:
+            self._ending.append(self._process)
         self._process = None
-        ends = [e for e in self._run.log.read()[events_before:] if e["event"] == "phase_end"]
-        outcome = str(ends[-1].get("outcome")) if ends else ""
-        if outcome in ("done", "resize", "stopped"):
+        new = self._run.log.read()[events_before:]
+        self._rehearsed |= any(e["event"] in AFTER_A_STEP for e in new)
+        if outcome := self._outcome(events_before):
             self._run.failure.unlink(missing_ok=True)
             self._resources.report_success()
             if failure := self._program.failed_after(outcome, ended):
@@ -157,11 +181,17 @@ class Supervisor:
             return "stopped" if outcome == "resize" and self._stop_requested(ended) else outcome
         if self._stop_requested(ended) and not self._run.failure.exists():
             return "stopped"
-        return self._failure(ended)
+        return replace(self._failure(ended), seconds=round(ended.seconds, 3))
+
+    def _outcome(self, events_before: int) -> str | None:
+        """How the ranks ended their last phase; None if they did not."""
+        ends = [e for e in self._run.log.read()[events_before:] if e["event"] == "phase_end"]
+        outcome = ends[-1].get("outcome") if ends else None
+        return outcome if outcome in ("done", "resize", "stopped") else None
 
     def _launch(self, number: int) -> None:
         self._ranks = self._next_ranks(self._resources.available())
-        start, launch = self._command(self._ranks)
+        shown, launch = self._command(self._ranks)
         places = [f"ranks on {launch.hosts}"] if launch.hosts else []
         places += ["bound to cores"] if launch.bind == "core" else []
         if places:
@@ -169,17 +199,28 @@ class Supervisor:
         self._run.joined.unlink(missing_ok=True)
         log = self._run.logs / f"world-{number:06d}-{self._settings.launch.launcher}.log"
         with log.open("a", encoding="utf-8") as file:
-            file.write(f"$ {start}\n")
+            file.write(f"$ {shown}\n")
         self._launched = time.time()
+        start = self._command(self._ranks, represent=True)[0]
         self._process = LauncherProcess(start, log, self._lock.descriptor, self._show)
         # While the ranks start: the next launch reads a checkpoint, and the import takes 0.2 s.
         import hpc_absa.checkpoint  # noqa: F401
 
-    def _command(self, ranks: int) -> tuple[Command, Launch]:
-        """The command that starts `ranks` ranks, and where it starts them."""
+    def _command(self, ranks: int, represent: bool = False) -> tuple[Command, Launch]:
+        """The command that starts `ranks` ranks, and where it starts them.
+
+        With `represent`, ranks of this host are below processes of ours (`forked_rank.py`).
+        """
         settings = self._resources.place(self._settings, ranks)
-        worker = self._program.worker(self._run, self._resources.maximum())
-        return command(settings, ranks, worker), settings.launch
+        launch, worker = settings.launch, self._program.worker(self._run, self._resources.maximum())
+        if self._rehearsed:
+            worker = replace(worker, environment=worker.environment | {allocation.REHEARSED: "1"})
+        self._only_here = only_here(launch)
+        if represent and self._only_here:
+            server = None if launch.extra else self._fork_server
+            address = server.address(worker) if server else ""
+            worker = represented(worker, self._run, address)
+        return command(settings, ranks, worker), launch
 
     def _next_ranks(self, limit: int) -> int:
         return run_state.next_ranks(self._program, self._run, limit)

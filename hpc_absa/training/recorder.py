@@ -33,7 +33,7 @@ class Recorder:
     def __init__(self, run: Run, log: EventLogger) -> None:
         self._run, self._log = run, log
         self._resumed_from = run.options.resumed_from
-        self._previous_phase: Event | None = run.options.previous_phase
+        self._previous_end: Event | None = run.options.previous_end
         self._meter = ProgressMeter()
         self._measured = ""
         """Of the test set, for the last line."""
@@ -79,15 +79,16 @@ class Recorder:
 
     def step_ends(self, result: StepResult) -> None:
         run = self._run
-        if self._previous_phase:
+        if before := self._previous_end:
+            restarted = before["event"] == "failure"
             self._log.emit(
-                "resize",
+                "restart" if restarted else "resize",
                 run.state.progress.phase,
-                from_ranks=self._previous_phase["ranks"],
+                **({} if restarted else {"from_ranks": before.get("ranks")}),
                 to_ranks=run.comm.size,
-                seconds=time.time() - self._previous_phase["time"],
+                seconds=time.time() - before["time"],
             )
-            self._previous_phase = None
+            self._previous_end = None
         self._meter.end_step(result.loss, result.denominator, result.samples)
         if run.comm.rank == 0 and self._meter.due():
             self._progress(result)

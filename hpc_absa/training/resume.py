@@ -49,10 +49,14 @@ def _require_same_job(
     config.refuse_changes(saved, job, path, allow_changed)
 
 
-def resized_from(directory: RunDir) -> Event | None:
-    """The `phase_end` event of the phase before, if that ended to continue with more ranks."""
-    last = directory.log.last("phase_end", "failure")
-    if last is None or last["event"] != "phase_end" or last.get("outcome") != "resize":
+def previous_end(directory: RunDir) -> Event | None:
+    """How the launch before ended: its `phase_end`, if it continues with more ranks, or failure.
+
+    None where a launch after it has taken a step, or it has stopped.
+    """
+    last = directory.log.last("phase_end", "failure", "resize", "restart")
+    if last is None or last["event"] in ("resize", "restart"):
         return None
-    numbers = (last.get("ranks"), last.get("time"))
-    return last if all(isinstance(number, int | float) for number in numbers) else None
+    if last["event"] == "phase_end" and last.get("outcome") != "resize":
+        return None
+    return last if isinstance(last.get("time"), int | float) else None

@@ -79,8 +79,8 @@ class RunOptions:
     """Whether a loss that is infinite or NaN ends the run."""
     resumed_from: str | None = None
     """Name of the checkpoint that the state was restored from."""
-    previous_phase: Event | None = None
-    """`phase_end` event of the phase before a resize, to measure how long the resize took."""
+    previous_end: Event | None = None
+    """`phase_end` or `failure` of the launch before, to measure how long it took to continue."""
     environment: Mapping[str, Any] = field(default_factory=dict)
     """Further fields of `phase_start` events."""
 

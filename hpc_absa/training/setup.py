@@ -54,7 +54,7 @@ from hpc_absa.training.reduction import (
     Reduction,
     ReproducibleReduction,
 )
-from hpc_absa.training.resume import resized_from, resume
+from hpc_absa.training.resume import previous_end, resume
 from hpc_absa.training.run import Run, RunOptions
 from hpc_absa.training.state import TrainState, load_model, to_array
 from hpc_absa.training.step import StepEngine
@@ -236,7 +236,7 @@ def build_run(
         ranks_for=lambda batch: worldsize.ranks_for(job, batch, limit),
         on_nonfinite_loss=job.train.on_nonfinite_loss,
         resumed_from=resumed_from,
-        previous_phase=resized_from(directory),
+        previous_end=previous_end(directory),
         environment={
             "threads_per_rank": torch.get_num_threads(),
             "device": str(engine.device),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from hpc_absa.adversarial import fgsm
+from hpc_absa.allocation import REHEARSED
 from hpc_absa.curvature.loss import Loss, split
 from hpc_absa.data.loader import Loader, Microbatch
 from hpc_absa.progress import Boundary, Step
@@ -84,7 +86,7 @@ class Trainer:
     def train(self) -> PhaseOutcome:
         run = self.run
         run.begin_phase()
-        if run.steps_left:
+        if run.steps_left and REHEARSED not in os.environ:
             rehearse(self)
         while (item := run.next()) is not None:
             if isinstance(item, Step):

@@ -18,6 +18,7 @@ from hpc_absa.rundir import RunDir
 from hpc_absa.rundir.events import Event
 from hpc_absa.rundir.paths import checkpoint_files
 from tests.soak import watched
+from tests.supervised import ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -148,15 +149,12 @@ class SoakRun:
         return None
 
     def ranks(self) -> list[psutil.Process]:
-        """The running ranks by rank; those of the launcher's children that have become Python."""
-        launcher = self.mpirun()
-        ranks = []
-        with contextlib.suppress(psutil.NoSuchProcess):
-            for child in launcher.children() if launcher else []:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    if "train" in child.cmdline():
-                        ranks.append(child)
-        return sorted(ranks, key=lambda process: process.pid)
+        """The running ranks by rank, where there is a launcher at present."""
+        found = []
+        for pid in ranks(self.run) if self.mpirun() else []:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                found.append(psutil.Process(pid))
+        return found
 
     def kill_tree(self) -> None:
         """SIGKILL the supervisor and everything under it."""

@@ -24,6 +24,7 @@ from hpc_absa.supervisor.launchers import KILL_SECONDS
 from tests.soak import ledger, watched
 from tests.soak.runs import SoakRun, weights, write_job
 from tests.soak.summary import Case, Summary
+from tests.supervised import processes
 
 pytestmark = [pytest.mark.mpi, pytest.mark.slow]
 
@@ -100,6 +101,8 @@ def _case(
         code = run.finish(60)
         if code != ExitStatus.STOPPED:
             return f"exit {code}, not 75: {run.output_tail()[-500:]}"
+        if left := processes(run.run):
+            return f"left running: {left}"
         before = ledger.launches(run.watched)
         code = run.start().finish(120)
         if code != 0:

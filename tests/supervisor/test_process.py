@@ -1,10 +1,12 @@
 """The end of a launcher's process."""
 
 import signal
+import time
 from pathlib import Path
 
 import pytest
 
+from hpc_absa.rundir import RunDir
 from hpc_absa.supervisor.launchers import Command
 from hpc_absa.supervisor.process import Exit, LauncherProcess
 
@@ -31,8 +33,30 @@ def test_a_full_disk_does_not_block_the_ranks(tmp_path):
     shown: list[str] = []
     many = Command(("seq", "1", "30000"))
     process = LauncherProcess(many, Path("/dev/full"), None, shown.append)
-    assert process.wait(tmp_path, 60, lambda: None).code == 0
+    assert process.wait(RunDir(tmp_path), 60, lambda: None, lambda: True, True).code == 0
     assert len(shown) == 30000
+
+
+@pytest.mark.parametrize(
+    ("only_here", "phase_ended", "record", "killed"),
+    [
+        (True, False, '{"reason": "killed by SIGKILL"}', True),
+        (True, True, '{"reason": "killed by SIGKILL"}', False),
+        (False, False, '{"reason": "killed by SIGKILL"}', False),
+        (True, False, '{"reason": "lower train.lr", "final": true}', False),
+    ],
+)
+def test_after_a_failure_in_a_phase_the_other_ranks_are_killed(
+    tmp_path, only_here, phase_ended, record, killed
+):
+    run = RunDir(tmp_path).create()
+    command = Command(("sh", "-c", f"sleep 1 & echo '{record}' > {run.failure}; wait; sleep 0.1"))
+    process = LauncherProcess(command, run.logs / "world-0-mpirun.log", None, print)
+    begin = time.monotonic()
+    ended = process.wait(run, 60, lambda: None, lambda: phase_ended, only_here)
+    assert (time.monotonic() - begin < 0.9) == (ended.seconds > 0) == killed
+    process.finish()
+    assert process._process.returncode == 0
 
 
 def test_the_last_line_of_a_rank_is_its_exception():

@@ -17,7 +17,7 @@ from hpc_absa.config import Script
 from hpc_absa.errors import UsageError
 from hpc_absa.rundir import RunDir
 from hpc_absa.status import status
-from hpc_absa.supervisor import launchers, run_state
+from hpc_absa.supervisor import fork_server, launchers, run_state
 from hpc_absa.supervisor.program import ScriptProgram, make_script, name_of, read_script
 from tests.mpi.jobs import final_weights
 from tests.supervisor.digits import PATH, save
@@ -25,9 +25,10 @@ from tests.supervisor.digits import PATH, save
 ROOT = Path(__file__).resolve().parents[2]
 
 LAUNCHER = """#!/bin/sh
-# mpirun as far as one process can play it: the words after @ are the command of a rank
-while [ "$1" != @ ]; do shift; done
-shift
+# mpirun as far as one process can play it: the words after @, or from the process that stands for a
+# rank, are the command of a rank
+while [ "$1" != @ ] && [ "$2" != -I ]; do shift; done
+[ "$1" != @ ] || shift
 exec "$@"
 """
 
@@ -85,6 +86,19 @@ def test_a_script_grows_as_its_checkpoints_say(launch, tmp_path):
     code, out, _ = launch("--max-ranks", 4, "--", *STAND_IN, "two words", "--lr", "1")
     assert (code, len(seen(tmp_path))) == (0, 3)
     assert "already done after 40 steps" in out
+
+
+def test_a_script_is_forked_where_it_asks_for_it(launch, tmp_path, monkeypatch):
+    monkeypatch.setattr(fork_server, "PRELOADED", ())
+    words = ("--set", "launch.extra=[]", "--max-ranks", 2, "--set", "launch.fork_server=true")
+    code, out, err = launch(*words, "--", *STAND_IN, "two words")
+    assert (code, err) == (0, ""), out
+    launches = seen(tmp_path)
+    assert [(s["ranks"], s["process"]) for s in launches] == [
+        (1, "absa-rank-0"),
+        (2, "absa-rank-0"),
+    ]
+    assert all(s["arguments"] == ["two words"] for s in launches)
 
 
 def test_options_after_the_program_are_the_programs(launch, tmp_path):
@@ -153,7 +167,7 @@ def test_a_script_that_exits_within_its_loop_is_not_restarted(tmp_path):
 def test_a_killed_rank_of_a_script_costs_no_bit(tmp_path, ranks):
     """Against the same script alone, which is not killed any more."""
     script = Path(__file__).with_name("elastic_script.py")
-    words = [sys.executable, "-m", "tests.supervisor.quick_kill", "launch", "--run-dir", "r"]
+    words = [sys.executable, "-m", "hpc_absa", "launch", "--run-dir", "r"]
     words += [f"--ranks={ranks}", f"--max-ranks={ranks}", "--", "python", str(script), "killed"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)

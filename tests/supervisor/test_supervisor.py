@@ -17,7 +17,7 @@ from hpc_absa.status import status
 from hpc_absa.supervisor import supervisor
 from hpc_absa.supervisor.program import JobProgram
 from tests.mpi.jobs import final_weights, relative_difference, write_job
-from tests.supervised import Supervised
+from tests.supervised import Supervised, processes
 
 pytestmark = pytest.mark.mpi
 
@@ -28,7 +28,6 @@ class Run(Supervised):
     def __init__(self, folder: Path, *words: str, job: Path | None = None, **environment: str):
         job, run = job or write_job(folder), RunDir(folder / "run")
         super().__init__(job, run, *words, environment=os.environ | environment)
-        self.words[2] = "tests.supervisor.quick_kill"
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +61,9 @@ def test_a_job_grows_through_three_phases(undisturbed):
     assert run.run.figure.read_bytes().startswith(b"\x89PNG")
     assert list(run.run.tensorboard.glob("events.out.tfevents.*"))
     assert len(list(run.run.logs.glob("phase-003-rank-*.log"))) == 4
+    rehearsals = [end["seconds"]["rehearsal"] for end in run.events("phase_end")]
+    assert rehearsals[0] > 0
+    assert rehearsals[1:] == [0, 0]
 
 
 def test_events_account_for_every_second_of_a_phase(undisturbed):
@@ -84,7 +86,7 @@ def test_a_killed_rank_costs_one_restart(tmp_path, undisturbed, victim):
     run = Run(tmp_path, "--max-ranks", "2").start()
     run.wait_for("phase_start", 2)
     run.wait_for("checkpoint", 1)
-    os.kill(sorted(run.ranks())[victim], signal.SIGKILL)
+    os.kill(run.ranks()[victim], signal.SIGKILL)
     code, output = run.finish()
     assert code == 0, output
     assert "restart 1 of 3" in output
@@ -92,6 +94,11 @@ def test_a_killed_rank_costs_one_restart(tmp_path, undisturbed, victim):
     assert failure["reason"] == "killed by SIGKILL"
     assert failure["rank"] in (0, 1)
     assert failure["exit_code"] == 137
+    assert 0 < failure["seconds"] < 3  # mpirun itself takes six
+    (restart,) = run.events("restart")
+    assert restart["to_ranks"] == 2
+    assert restart["seconds"] == pytest.approx(restart["time"] - failure["time"], abs=0.1)
+    assert [end["seconds"]["rehearsal"] for end in run.events("phase_end")][-1] == 0
     weights = final_weights(undisturbed[0].run.path)
     assert relative_difference(weights, final_weights(run.run.path)) < 1e-4
 
@@ -102,12 +109,12 @@ NO_RESTART = ("--max-ranks", "2", "--set", "ranks.initial=2", "--set", "launch.m
 def test_a_rank_that_does_not_answer_is_named_and_its_ranks_are_ended(tmp_path):
     run = Run(tmp_path, *NO_RESTART, "--set", "launch.heartbeat_timeout=3").start()
     run.wait_for("phase_start")
-    os.kill(max(run.ranks()), signal.SIGSTOP)
+    os.kill(run.ranks()[-1], signal.SIGSTOP)
     assert run.finish()[0] == 1
     (failure,) = run.events("failure")
     assert re.fullmatch(r"rank 1 on \S+ has not answered for \d+ s", failure["reason"])
     assert (failure["rank"], failure["host"]) == (1, host())
-    assert run.ranks() == []
+    assert processes(run.run) == {}
 
 
 def test_a_rank_without_progress_is_named_and_its_ranks_are_ended(tmp_path):
@@ -131,7 +138,7 @@ def test_a_rank_without_progress_is_named_and_its_ranks_are_ended(tmp_path):
     )
     assert (failure["rank"], failure["host"]) == (1, host())
     assert "looping.py" in run.run.rank_log(1, 1).read_text()
-    assert run.ranks() == []
+    assert processes(run.run) == {}
 
 
 def test_ranks_that_do_not_connect_in_time_are_ended(tmp_path):
@@ -158,6 +165,7 @@ def test_a_signal_saves_and_the_same_command_continues(tmp_path, undisturbed, nu
     code, output = run.finish()
     assert code == 75, output
     assert "run the same command to continue" in output
+    assert processes(run.run) == {}
     assert run.events("phase_end")[-1]["outcome"] in ("stopped", "resize")
     code, output = run.start().finish()
     assert code == 0, output

@@ -260,8 +260,12 @@ def index(folder: Path) -> str:
     for path in sorted(folder.glob("*.json")):
         result = json.loads(path.read_text())
         about = result["about"]
-        lines += ["", f"## [{result['name']}]({result['name']}.md)", ""]
-        lines += [f"{about['processor']}, {about['cores']} cores, {about['date'][:10]}", ""]
+        lines += ["", f"## [{path.stem}]({path.stem}.md)", ""]
+        machine = [about["processor"], f"{about['cores']} cores", about["date"][:10]]
+        machine += [about["GPU"]] if about.get("GPU", "none") != "none" else []
+        if float(about.get("load before", 0)) > BUSY:
+            machine.append(f"made on a busy machine (load {about['load before']}): to be repeated")
+        lines += [", ".join(machine), ""]
         for one in result["comparisons"]:
             own, found = one["summary"].get(one["baseline"], {}), []
             for key, measure in one["measures"].items():
@@ -273,5 +277,8 @@ def index(folder: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
+BUSY = 8.0
+"""A load before a benchmark above which it did not have the machine to itself; the loads of the
+benchmark before it, and of tests, are still in the average below that."""
 LOAD = round(os.getloadavg()[0], 2)
 """Processes that wanted a core in the minute before: no timing is worth much above 0.5."""

@@ -1,6 +1,6 @@
 """Within one allocation: phases take a growing part of it."""
 
-import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,7 @@ from tests.slurm.cluster import wait_until
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(300)]
 
 LAUNCH = Path(__file__).resolve().parents[2] / "launch"
+BIN = Path(sys.executable).parent
 
 
 def submit(cluster, folder, script, *options, arguments=()):
@@ -35,7 +36,7 @@ def test_the_shipped_script_grows_onto_the_second_node(cluster, tmp_path):
     """As a site would adapt it: two nodes of one rank."""
     venv = tmp_path / "venv" / "bin"
     venv.mkdir(parents=True)
-    (venv / "activate").write_text(f'PATH="{Path(shutil.which("hpc-absa")).parent}:$PATH"\n')
+    (venv / "activate").write_text(f'PATH="{BIN}:$PATH"\n')
     options = ("--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", "--time=5")
     chain, output = submit(
         cluster,
@@ -56,7 +57,7 @@ def test_srun_starts_the_ranks(cluster, tmp_path):
     if "plugin" in output:
         pytest.skip(f"Slurm's PMIx plugin does not work (Debian: libpmix-dev): {output}")
     script = tmp_path / "job.sh"
-    script.write_text('#!/bin/sh\nexec hpc-absa run "$@" --launcher srun\n')
+    script.write_text(f'#!/bin/sh\nexec {BIN}/hpc-absa run "$@" --launcher srun\n')
     chain, output = submit(
         cluster,
         tmp_path,
@@ -77,7 +78,9 @@ def test_srun_without_an_mpi_plugin_is_refused(cluster, tmp_path):
     is when the step's number is not set.
     """
     script = tmp_path / "job.sh"
-    script.write_text('#!/bin/sh\nhpc-absa run "$@" --launcher srun\necho "exit status $?"\n')
+    script.write_text(
+        f'#!/bin/sh\n{BIN}/hpc-absa run "$@" --launcher srun\necho "exit status $?"\n'
+    )
     chain, output = submit(
         cluster,
         tmp_path,

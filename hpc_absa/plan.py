@@ -181,6 +181,8 @@ def _walk(job: Job, rule: Rule, samples: int, *, growing: bool) -> tuple[Plan, b
         if changed:
             began_as = after
     end_phase()
+    if estimates and phases:  # at decision points after the last step
+        phases[-1] = replace(phases[-1], estimates=phases[-1].estimates + estimates)
     return Plan(progress.position.step, tuple(phases)), measured
 
 

@@ -379,6 +379,16 @@ def test_plans_are_equal_to_the_simulation(task):
         assert sum(p.epochs for p in planned.phases) <= of.train.epochs + 1e-3
 
 
+def test_estimates_after_the_last_step_are_counted():
+    of = job(
+        "train.microbatch=1", "train.epochs=2", "train.milestones=[]", "hessian.every=13",
+        "schedule={method='abs', base_batch=2, max_batch=17, alpha=1.5, kappa=2}",
+    )  # fmt: skip
+    for name, planned in plan(of, 46, 4).items():
+        estimates = simulate(of, 46, name == "earliest")[2]
+        assert sum(p.estimates for p in planned.phases) == estimates
+
+
 @given(tasks())
 @settings(max_examples=100)
 def test_the_earliest_plan_is_the_shortest(task):

@@ -86,6 +86,20 @@ class Stop:
         return nullcontext()
 
 
+def train_until(folder: Path, *overrides: str, microbatch: int) -> None:
+    """Train the job with a stop that is requested when it loads a microbatch."""
+    stop = Stop()
+    stopping = trainer(folder, *overrides, stop=stop)
+    get = stopping.loader.get
+
+    def get_and_stop(k, then=()):
+        stop.now |= k == microbatch
+        return get(k, then)
+
+    stopping.loader.get = get_and_stop
+    assert stopping.train().kind == "stopped"
+
+
 def trainer(folder: Path, *overrides: str, stop: Stop | None = None) -> Trainer:
     """The job's trainer, at the newest checkpoint in `folder`."""
     job = config.parse(JOB, "test", overrides)

@@ -102,16 +102,7 @@ def test_a_run_has_the_layers_and_continues_with_the_same_bits(tmp_path):
     first, *_ = chosen = runs.events(tmp_path / "whole", "layer_precision")
     assert [event["epoch"] for event in chosen] == [1, 2]
     assert len(first["bfloat16"]) == 2
-    stop = runs.Stop()
-    trainer = runs.trainer(tmp_path / "parts", *changes, stop=stop)
-    get = trainer.loader.get
-
-    def get_and_stop(k, then=()):
-        stop.now |= k == 40
-        return get(k, then)
-
-    trainer.loader.get = get_and_stop
-    assert trainer.train().kind == "stopped"
+    runs.train_until(tmp_path / "parts", *changes, microbatch=40)
     resumed = runs.trainer(tmp_path / "parts", *changes)
     assert list(resumed.precision.chosen) == chosen[-1]["bfloat16"]
     resumed.train()

@@ -36,16 +36,7 @@ def test_a_run_has_the_rates_and_continues_with_the_same_bits(tmp_path):
     for group in groups:
         factor = rated[-1]["factors"].get(names[group["params"][0]], 1.0)
         assert group["lr"] == pytest.approx(rate * factor)
-    stop = runs.Stop()
-    trainer = runs.trainer(tmp_path / "parts", *CHANGES, stop=stop)
-    get = trainer.loader.get
-
-    def get_and_stop(k, then=()):
-        stop.now |= k == 40
-        return get(k, then)
-
-    trainer.loader.get = get_and_stop
-    assert trainer.train().kind == "stopped"
+    runs.train_until(tmp_path / "parts", *CHANGES, microbatch=40)
     resumed = runs.trainer(tmp_path / "parts", *CHANGES)
     resumed.train()
     assert runs.state_bits(resumed.run.state) == runs.state_bits(whole.run.state)

@@ -201,16 +201,7 @@ def test_a_stopped_run_continues_with_the_same_bits(tmp_path, name):
     changes = (f"train.optimizer={name}", "train.epochs=2", "hessian.samples=8")
     whole = runs.trainer(tmp_path / "whole", *changes)
     whole.train()
-    stop = runs.Stop()
-    trainer = runs.trainer(tmp_path / "parts", *changes, stop=stop)
-    get = trainer.loader.get
-
-    def get_and_stop(k, then=()):
-        stop.now |= k == 6
-        return get(k, then)
-
-    trainer.loader.get = get_and_stop
-    assert trainer.train().kind == "stopped"
+    runs.train_until(tmp_path / "parts", *changes, microbatch=6)
     resumed = runs.trainer(tmp_path / "parts", *changes)
     resumed.train()
     assert state_bits(resumed.run.state) == state_bits(whole.run.state)

@@ -31,7 +31,7 @@ _mine: tuple[Any, int]
 class Workers:
     """Worker processes of one rank.
 
-    They are forked by a server that was started anew, because a process with MPI must not fork.
+    They are forked by a separate server process, because a process with MPI must not fork.
     A worker ends with its rank, also when that is killed.
     """
 

@@ -1,7 +1,7 @@
-"""What mpirun starts as a rank on this host: stands for the rank, its child or the fork server's.
+"""What mpirun starts for a rank on this host; the rank is its child, or the fork server's.
 
 Called with the server's address (empty: none), the file for a failure, and the command of a rank.
-Signals are passed on to the rank, and the end of either is the end of the other. A rank that is
+Signals are passed on to the rank, and when one of the two ends, so does the other. A rank that is
 killed is recorded at once: mpirun reports it after it has ended the others. It imports nothing else
 of ours, so that it starts in 20 ms (`python -I -S`).
 """

@@ -24,8 +24,9 @@ import sys
 
 from hpc_absa.allocation import launcher_rank
 from hpc_absa.supervisor.forked_rank import SIGNALS
+from hpc_absa.supervisor.process import end_with_parent
 
-PR_SET_PDEATHSIG, PR_SET_NAME = 1, 15
+PR_SET_NAME = 15
 LIBC = ctypes.CDLL(None)
 NAME = "absa-rank-"
 """Of a rank's process in `ps`, with its number; its command there is the server's."""
@@ -92,7 +93,7 @@ class Server:
         return None
 
     def _forward(self, pid: int) -> None:
-        """Pass signals on to a rank; its requester's death is its death."""
+        """Pass signals on to a rank, which is killed when its requester has ended."""
         try:
             numbers = self._ranks[pid].recv(64)
         except OSError:
@@ -123,7 +124,7 @@ class Server:
         cores: list[int],
     ) -> list[str]:
         """In the child: have the surroundings of the requester; returns the command."""
-        LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        end_with_parent(signal.SIGKILL)
         if os.getppid() != self._pid:
             os._exit(1)
         os.setpgid(0, 0)

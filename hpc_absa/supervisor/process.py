@@ -169,8 +169,11 @@ class LauncherProcess:
             if only_here and not failed and _one_failed(run.failure) and not phase_ended():
                 failed = now
             if failed and now - failed > EXIT_SECONDS:
+                if (ranks := self._children()) is None:
+                    only_here, failed = False, 0.0  # the launcher ends them
+                    continue
                 self._abandoned = True
-                for rank in self._children():
+                for rank in ranks:
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(rank, signal.SIGKILL)
                 return Exit(ExitStatus.FAILED, tuple(self._tail), seconds=now - failed)
@@ -185,10 +188,12 @@ class LauncherProcess:
             self.kill()
         self._reader.join(timeout=10)
 
-    def _children(self) -> set[int]:
-        """The launcher's processes; empty where Linux does not list them."""
+    def _children(self) -> set[int] | None:
+        """The launcher's processes; None where the kernel does not list them."""
         children = set[int]()
-        for path in Path(f"/proc/{self._process.pid}/task").glob("*/children"):
+        if not (lists := list(Path(f"/proc/{self._process.pid}/task").glob("*/children"))):
+            return None
+        for path in lists:
             with contextlib.suppress(OSError):
                 children.update(map(int, path.read_text().split()))
         return children
@@ -225,6 +230,6 @@ def _one_failed(record: Path) -> bool:
 _libc = ctypes.CDLL(None)
 
 
-def end_with_parent() -> None:
-    """In a child, before exec: request SIGTERM when the parent dies, even by SIGKILL."""
-    _libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+def end_with_parent(number: signal.Signals = signal.SIGTERM) -> None:
+    """In a child: request a signal when the parent dies, even by SIGKILL."""
+    _libc.prctl(PR_SET_PDEATHSIG, number)

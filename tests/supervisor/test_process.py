@@ -59,6 +59,16 @@ def test_after_a_failure_in_a_phase_the_other_ranks_are_killed(
     assert process._process.returncode == 0
 
 
+def test_where_the_kernel_lists_no_children_the_launcher_is_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(LauncherProcess, "_children", lambda self: None)
+    run = RunDir(tmp_path).create()
+    record = '{"reason": "killed by SIGKILL"}'
+    command = Command(("sh", "-c", f"echo '{record}' > {run.failure}; sleep 1; exit 3"))
+    process = LauncherProcess(command, run.logs / "world-0-mpirun.log", None, print)
+    ended = process.wait(run, 60, lambda: None, lambda: False, only_here=True)
+    assert (ended.code, ended.seconds) == (3, 0)
+
+
 def test_the_last_line_of_a_rank_is_its_exception():
     """Of what mpirun and horovodrun print, with the lines of two ranks mixed."""
     notice = ("-" * 74, "Primary job  terminated normally, but 1 process returned", "-" * 74)

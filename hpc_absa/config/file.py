@@ -127,7 +127,7 @@ def dump(job: BaseModel) -> str:
     """The job as TOML with all defaults; `parse` gives the same job back."""
     import tomli_w
 
-    return tomli_w.dumps(job.model_dump(mode="json", exclude_none=True, by_alias=True))
+    return tomli_w.dumps(job.model_dump(exclude_none=True, by_alias=True))
 
 
 def refuse_changes(saved: Job, now: Job, origin: str, allowed: tuple[str, ...]) -> None:
@@ -147,6 +147,7 @@ def refuse_changes(saved: Job, now: Job, origin: str, allowed: tuple[str, ...]) 
         key
         for key in sorted(old.keys() | new.keys())
         if old.get(key) != new.get(key)
+        and repr(old.get(key)) != repr(new.get(key))  # NaN is not equal to itself
         and key not in allowed
         and not any(key == part or key.startswith(f"{part}.") for part in WITHOUT_EFFECT)
     ]

@@ -364,6 +364,14 @@ def test_other_changes_are_refused_unless_allowed(override, message):
     config.refuse_changes(saved, now, "D/job.toml", (key,))
 
 
+@pytest.mark.parametrize("value", ["inf", "nan", "[1.0, inf, [nan]]", "{a = -inf}", "2026-01-01"])
+def test_any_value_of_toml_reaches_the_ranks_as_an_argument(value):
+    job = parse(f"model.more={value}")
+    written = config.parse(config.dump(job), "D/job.toml")
+    assert repr(written.model.arguments) == repr(job.model.arguments)
+    config.refuse_changes(written, job, "D/job.toml", ())
+
+
 def test_every_difference_is_named():
     with pytest.raises(UsageError, match=r"seed = 0 there, 1 here; train\.lr = 0\.05"):
         config.refuse_changes(parse(), parse("seed=1", "train.lr=1"), "D", ("train.epochs",))

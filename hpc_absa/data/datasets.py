@@ -72,11 +72,7 @@ def as_datasets(value: Any) -> Datasets | None:
         dataset = getattr(value, part)
         if part == "test" and dataset is None:
             continue
-        if isinstance(dataset, torch.utils.data.IterableDataset) or not _is_map_style(dataset):
-            raise UsageError(
-                f"the {part} set is a {type(dataset).__name__}, expected a map-style data set with "
-                "__getitem__ and __len__, because the order of samples is by their index"
-            )
+        require_map_style(dataset, f"the {part} set")
         if len(dataset) == 0:
             raise UsageError(f"the {part} set is empty, expected at least one sample")
     return value
@@ -158,12 +154,28 @@ def collated(
             seeds, items = sample_seeds(seed, epochs, samples), []
             for index, own in zip(samples.tolist(), seeds.tolist(), strict=True):
                 seed_generators(own)
-                items.append(dataset[index])
+                try:
+                    items.append(dataset[index])
+                except Exception:
+                    with plugins.user_code(f"reading sample {index} of the {part} set"):
+                        raise
         seed_generators(first ^ 1)  # a collate function may be random, too
         batch = collate(items)
     if not datasets.whole and type(batch) in (tuple, list) and len(batch) == 2:
         return Batch(_plain(batch[0]), _plain(batch[1]))
     return Batch(_plain(batch), None)
+
+
+def require_map_style(dataset: Any, title: str) -> None:
+    """
+    Raises:
+        UsageError: the samples cannot be read by their index.
+    """
+    if isinstance(dataset, torch.utils.data.IterableDataset) or not _is_map_style(dataset):
+        raise UsageError(
+            f"{title} is a {type(dataset).__name__}, expected a map-style data set with "
+            "__getitem__ and __len__, because the order of samples is by their index"
+        )
 
 
 def _plain(value: Any) -> Any:

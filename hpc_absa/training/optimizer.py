@@ -187,6 +187,8 @@ def build(
             f"{key} = {given[unknown[0]]!r}: {name} has no such argument here; "
             f"{plugins.valid_ones(taken - own)}"
         )
+    if "weight_decay" in taken:  # also the default of a class that makes groups of its own
+        given["weight_decay"] = train.weight_decay
     with plugins.user_code(f"train.optimizer = {name!r}"):
         optimizer = function(groups, lr=lr, **given)
     if not isinstance(optimizer, torch.optim.Optimizer):
@@ -194,13 +196,21 @@ def build(
             f"train.optimizer = {name!r}: made a {type(optimizer).__name__}, expected a "
             "torch.optim.Optimizer"
         )
+    require_no_closure(optimizer, f"train.optimizer = {name!r}")
+    return optimizer
+
+
+def require_no_closure(optimizer: torch.optim.Optimizer, title: str) -> None:
+    """
+    Raises:
+        UsageError: the optimizer computes the loss several times in a step, as LBFGS.
+    """
     closure = inspect.signature(optimizer.step).parameters.get("closure")
     if closure is not None and closure.default is closure.empty:
         raise UsageError(
-            f"train.optimizer = {name!r}: its step needs a closure, expected an optimizer that "
-            "takes one gradient for each step"
+            f"{title}: its step needs a closure, expected an optimizer that takes one gradient for "
+            "each step"
         )
-    return optimizer
 
 
 def parameter_groups(train: Train, model: nn.Module) -> Groups:

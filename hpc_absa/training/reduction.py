@@ -26,6 +26,10 @@ GRADIENT_REPLACED = (
     "a parameter's .grad was replaced during a step, as zero_grad() does: expected no such call, "
     "because every step begins without gradients"
 )
+GRADIENT_CHANGED = (
+    "a parameter's .grad was changed during a step, as clipping, zero_grad() or loss.backward() "
+    "do: expected step.backward(loss), and other changes between step.reduce() and step.optimize()"
+)
 
 
 class Reduction(Protocol):
@@ -76,6 +80,7 @@ class LocalReduction:
     def __init__(self, model: nn.Module) -> None:
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._gradients: list[Tensor | None] = []
+        self._versions: list[int] = []
         self._sums: StepSums
 
     def lanes(self, microbatches: range) -> list[range]:
@@ -85,6 +90,7 @@ class LocalReduction:
         for parameter in self._parameters:
             parameter.grad = None
         self._gradients = [None] * len(self._parameters)
+        self._versions = []
 
     def backward(self, *, last: bool) -> AbstractContextManager[None]:
         return self
@@ -97,6 +103,7 @@ class LocalReduction:
             if parameter.grad is not None and parameter.grad.is_sparse:
                 parameter.grad = parameter.grad.to_dense()  # as in the buckets of several ranks
         self._gradients = [p.grad for p in self._parameters]
+        self._versions = _versions(self._gradients)
 
     def end_lane(self, sums: StepSums, *, empty: bool) -> None:
         self._sums = sums
@@ -117,6 +124,13 @@ class LocalReduction:
         for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
             if parameter.grad is not gradient:
                 raise MisuseError(GRADIENT_REPLACED)
+        if self._versions and self._versions != _versions(self._gradients):
+            raise MisuseError(GRADIENT_CHANGED)
+
+
+def _versions(gradients: Sequence[Tensor | None]) -> list[int]:
+    """They increase with every change in place."""
+    return [gradient._version for gradient in gradients if gradient is not None]
 
 
 class OverlappedReduction:
@@ -141,6 +155,7 @@ class OverlappedReduction:
         self._repeated = False
         self._observed = False
         self._last = False
+        self._versions: list[int] = []
         self._hooks = [
             parameter.register_post_accumulate_grad_hook(self._hook(index))
             for index, bucket in enumerate(self._buckets)
@@ -152,7 +167,7 @@ class OverlappedReduction:
 
     def begin(self) -> None:
         """Zero the gradients in place, so that Horovod always gets the same memory."""
-        self._used = set()
+        self._used, self._versions = set(), []
         for bucket in self._buckets:
             bucket.sums.zero_()
             for parameter, gradient in zip(bucket.parameters, bucket.gradients, strict=True):
@@ -164,6 +179,7 @@ class OverlappedReduction:
         a gradient more than once. Which addition is the last one is then unknown, so the first
         step observes and sends all buckets in `finish`, and such a model continues to do so.
         """
+        self._require_same_gradients()
         self._accumulated = set()
         self._missing = [len(bucket.parameters) for bucket in self._buckets]
         self._last = last and self._observed and not self._repeated
@@ -172,15 +188,13 @@ class OverlappedReduction:
         finally:
             self._last = False
             self._used |= self._accumulated
+            self._versions = _versions([bucket.sums for bucket in self._buckets])
 
     def end_lane(self, sums: StepSums, *, empty: bool) -> None:
         self._sums = sums  # there is one lane
 
     def finish(self, flags: Flags) -> tuple[StepSums, Flags]:
-        for bucket in self._buckets:
-            for parameter, gradient in zip(bucket.parameters, bucket.gradients, strict=True):
-                if parameter.grad is not gradient:
-                    raise MisuseError(GRADIENT_REPLACED)
+        self._require_same_gradients()
         packed = self._sums.pack()
         used = packed.new_tensor([p in self._used for p in self._parameters])
         message = torch.cat([packed, used, flags.pack(packed)])
@@ -206,6 +220,14 @@ class OverlappedReduction:
         for bucket in self._buckets:
             for parameter in bucket.parameters:
                 parameter.grad = None
+
+    def _require_same_gradients(self) -> None:
+        for bucket in self._buckets:
+            for parameter, gradient in zip(bucket.parameters, bucket.gradients, strict=True):
+                if parameter.grad is not gradient:
+                    raise MisuseError(GRADIENT_REPLACED)
+        if self._versions and self._versions != _versions([b.sums for b in self._buckets]):
+            raise MisuseError(GRADIENT_CHANGED)
 
     def _hook(self, index: int) -> Any:
         def on_gradient(parameter: Tensor) -> None:

@@ -334,12 +334,17 @@ class Run:
         assert self._session is not None
         with self._core.clock("eval"), self._session.stop.saving(), evaluating(self._given.model):
             result = self._evaluate()
-        if result is None:
-            metrics = {}
-        elif isinstance(result, Mapping):
+        try:
+            if result is None:
+                result = {}
+            elif not isinstance(result, Mapping):
+                result = {"loss": float(result)}
             metrics = {str(name): float(value) for name, value in result.items()}
-        else:
-            metrics = {"loss": float(result)}
+        except (TypeError, ValueError, RuntimeError):
+            raise MisuseError(
+                f"evaluate returned {result!r:.80}: expected the test loss, numbers by name such "
+                'as {"loss": 0.5, "accuracy": 0.9}, or None'
+            ) from None
         return self._calls.exchange(Call.EVALUATE, metrics)[0]
 
     def _rehearse(self) -> None:

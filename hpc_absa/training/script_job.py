@@ -21,9 +21,11 @@ from hpc_absa.allocation import MAX_RANKS, RUN_DIR
 from hpc_absa.comm import Communicator
 from hpc_absa.config import Job
 from hpc_absa.curvature.loss import Loss
+from hpc_absa.data.datasets import require_map_style
 from hpc_absa.errors import CollectiveError, ExitStatus, UsageError
 from hpc_absa.schedules import Schedule
 from hpc_absa.training.batches import NAME
+from hpc_absa.training.optimizer import require_no_closure
 from hpc_absa.training.state import Stateful
 
 if TYPE_CHECKING:
@@ -99,6 +101,11 @@ def job_of(name: str, given: Arguments, size: int) -> Job:
     if isinstance(schedule, Schedule):  # what is not set may depend on the optimizer
         stated = {"method", *schedule.model_fields_set}
         schedule = schedule.model_dump(include=stated, by_alias=True)
+    elif not isinstance(schedule, Mapping):
+        raise UsageError(
+            f"absa.Run: schedule = {schedule!r}: expected one such as absa.ABSA(base_batch=64, "
+            "max_batch=1024)"
+        )
     samples = len(given.dataset) if given.samples is None else given.samples
     ranks = dict(tables["ranks"])
     if isinstance(ranks.get("initial"), int):
@@ -189,6 +196,11 @@ def _require_arguments(given: Arguments) -> None:
     """
     if (given.dataset is None) == (given.samples is None):
         raise UsageError("absa.Run: expected either dataset or samples")
+    if given.samples is None:
+        require_map_style(given.dataset, "absa.Run: dataset")
+    for value, kind in ((given.model, nn.Module), (given.optimizer, torch.optim.Optimizer)):
+        if not isinstance(value, kind):
+            raise UsageError(f"absa.Run: expected a torch {kind.__name__}, got {value!r:.80}")
     for key in given.train:
         if key not in TRAIN_KEYS:
             raise UsageError(
@@ -201,16 +213,19 @@ def _require_arguments(given: Arguments) -> None:
             f"absa.Run: the loss has reduction = {reduction!r}: expected a mean over the samples, "
             "or a function that returns (sum, denominator)"
         )
-    if isinstance(given.model, nn.parallel.DistributedDataParallel):
+    if isinstance(given.model, nn.parallel.DistributedDataParallel | nn.DataParallel):
         raise UsageError(
-            "absa.Run: the model is wrapped in DistributedDataParallel; expected the model itself, "
-            "whose gradients the run reduces"
+            f"absa.Run: the model is wrapped in {type(given.model).__name__}; expected the model "
+            "itself, whose gradients the run reduces"
         )
+    if not any(parameter.requires_grad for parameter in given.model.parameters()):
+        raise UsageError("absa.Run: the model has no parameter with requires_grad, expected some")
     if hasattr(given.optimizer, "skip_synchronize"):
         raise UsageError(
             "absa.Run: the optimizer is Horovod's DistributedOptimizer; expected the optimizer "
             "itself, since the run reduces the gradients"
         )
+    require_no_closure(given.optimizer, f"absa.Run: optimizer {type(given.optimizer).__name__}")
     own = {id(parameter) for parameter in given.model.parameters()}
     for group in given.optimizer.param_groups:
         if "lr" not in group:

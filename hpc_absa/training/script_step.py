@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from hpc_absa.errors import MisuseError
 from hpc_absa.progress import Step as Microbatches
@@ -92,7 +93,7 @@ class Step:
         self._optimizer, self._calls = optimizer, calls
         self._step = run.begin_step(item)
         self._forward: AbstractContextManager[None] | None = None
-        self._exhausted = False
+        self._exhausted = self._optimized = False
         progress = run.state.progress
         self.number: int = progress.position.step + 1
         """From 1."""
@@ -126,6 +127,13 @@ class Step:
                 and their number: the step then divides the sum of all sums by that of all
                 denominators. A `scaler` is applied here.
         """
+        value = loss[0] if isinstance(loss, tuple) else loss
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            kind = f"shape {list(value.shape)}" if isinstance(value, Tensor) else repr(value)[:80]
+            raise MisuseError(
+                f"step.backward: got {kind}: expected the mean loss of the microbatch as a scalar "
+                "tensor, or (sum, denominator)"
+            )
         if self._forward is None:
             raise MisuseError("step.backward: expected one call for each microbatch of the step")
         self._forward.__exit__(None, None, None)
@@ -148,8 +156,11 @@ class Step:
 
     def optimize(self) -> None:
         """Sum the gradients over all ranks, and let the optimizer make its step."""
+        if self._optimized:
+            raise MisuseError("step.optimize: expected one call for each step")
         self.reduce()
         assert self.result is not None
+        self._optimized = True
         self._step.optimize()
         self._run.end_step(self._item, self.result)
         self._calls.step = self.number

@@ -132,6 +132,16 @@ class Mine(torch.optim.Adagrad):
     """A user's optimizer."""
 
 
+class TwoRates(torch.optim.SGD):
+    """One with groups of its own, as for a new head on a network that was trained before."""
+
+    def __init__(self, groups, lr, weight_decay=0.0):
+        *body, head = [parameter for group in groups for parameter in group["params"]]
+        super().__init__(
+            [{"params": body}, {"params": head, "lr": 10 * lr}], lr=lr, weight_decay=weight_decay
+        )
+
+
 def test_optimizers_by_name():
     nesterov = built("optimizer.nesterov=true")
     assert type(nesterov) is SGD
@@ -145,6 +155,9 @@ def test_optimizers_by_name():
     mine = built(f"train.optimizer={__name__}:Mine", "optimizer.lr_decay=0.5")
     assert type(mine) is Mine
     assert mine.defaults["lr_decay"] == 0.5
+    own = built(f"train.optimizer={__name__}:TwoRates")
+    assert [group["lr"] / own.defaults["lr"] for group in own.param_groups] == [1, 10]
+    assert [group["weight_decay"] for group in own.param_groups] == [1e-3, 1e-3]
 
 
 @pytest.mark.parametrize(

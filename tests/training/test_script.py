@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 import hpc_absa as absa
 from hpc_absa import config
@@ -55,6 +55,11 @@ def network():
     )
 
 
+class Endless(IterableDataset):
+    def __iter__(self):
+        yield from Noisy()
+
+
 class Counter:
     """A user's own state."""
 
@@ -95,15 +100,17 @@ class Script:
     def run(self):
         with absa.Run(
             self.folder,
-            model=self.model,
-            optimizer=self.optimizer,
             epochs=EPOCHS,
             microbatch=MICROBATCH,
             dataset=self.dataset,
-            evaluate=self.evaluate,
             lr_scheduler=self.scheduler,
             state={"average": self.average, "counter": self.counter},
-            **self.options,
+            **{
+                "model": self.model,
+                "optimizer": self.optimizer,
+                "evaluate": self.evaluate,
+                **self.options,
+            },
         ) as run:
             for step in run:
                 for inputs, targets in step.batches:
@@ -326,6 +333,25 @@ def test_an_error_of_the_script_is_raised_and_the_run_can_be_continued(tmp_path)
         ({"loss": nn.MSELoss(reduction="sum")}, "the loss has reduction = 'sum': expected a mean"),
         ({"seed": -1}, "seed = -1: expected greater than or equal to 0"),
         ({"schedule": absa.ABS(base_batch=6)}, "schedule.base_batch = 6: expected a multiple"),
+        ({"schedule": "absa"}, "schedule = 'absa': expected one such as absa.ABSA"),
+        (
+            {"dataset": DataLoader(Noisy())},
+            "dataset is a DataLoader, expected a map-style data set",
+        ),
+        ({"dataset": Endless()}, "dataset is a Endless, expected a map-style data set"),
+        ({"model": nn.Linear}, "expected a torch Module, got <class"),
+        (
+            {"model": nn.DataParallel(nn.Linear(3, 1))},
+            "wrapped in DataParallel; expected the model",
+        ),
+        ({"model": nn.Linear(3, 1).requires_grad_(False)}, "no parameter with requires_grad"),
+        ({"optimizer": torch.optim.SGD}, "expected a torch Optimizer, got <class"),
+        ({"optimizer": torch.optim.LBFGS([torch.zeros(3)])}, "LBFGS: its step needs a closure"),
+        (
+            {"evaluate": lambda: (0.5, 0.9)},
+            r"evaluate returned \(0.5, 0.9\): expected the test loss",
+        ),
+        ({"evaluate": lambda: {"loss": "low"}}, "evaluate returned .*: expected the test loss"),
         (
             {
                 "scaler": torch.amp.GradScaler("cpu"),
@@ -405,6 +431,22 @@ def step_twice(step, model, optimizer):
     optimizer.step()
 
 
+def optimize_twice(step, model, optimizer):
+    each(step, model, step.backward)
+    step.optimize()
+    step.optimize()
+
+
+def changing(change):
+    """Each microbatch is followed by `change`, which must not be lost in the sum over ranks."""
+
+    def body(step, model, optimizer):
+        each(step, model, lambda loss: (step.backward(loss), change(model, optimizer)))
+        step.optimize()
+
+    return body
+
+
 @pytest.mark.parametrize(
     ("body", "message"),
     [
@@ -415,6 +457,21 @@ def step_twice(step, model, optimizer):
         (zero_grad, r"\.grad was replaced during a step"),
         (freeze, "requires_grad of a parameter was changed during a run"),
         (step_twice, r"optimizer.step\(\) was called: expected step.optimize"),
+        (optimize_twice, "step.optimize: expected one call for each step"),
+        (
+            changing(lambda _, o: o.zero_grad(set_to_none=False)),
+            r"\.grad was changed during a step",
+        ),
+        (changing(lambda m, _: nn.utils.clip_grad_norm_(m.parameters(), 1e-3)), "was changed"),
+        (changing(lambda m, _: m(torch.ones(2, 3)).sum().backward()), "was changed"),
+        (
+            lambda s, m, _: each(s, m, lambda loss: s.backward(loss.item())),
+            r"got \d.*: expected the mean",
+        ),
+        (
+            lambda s, m, _: each(s, m, lambda loss: s.backward(loss * torch.ones(3))),
+            r"got shape \[3\]",
+        ),
     ],
 )
 def test_a_loop_that_uses_a_step_in_another_way_is_refused(tmp_path, body, message):

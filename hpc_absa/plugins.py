@@ -109,25 +109,24 @@ def user_code(what: str, hint: str = "") -> Iterator[None]:
     except HpcAbsaError:
         raise
     except Exception as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        # TorchScript names the cause in the last line
-        line = lines[-1 if "TorchScript" in lines[0] else 0] if lines else ""
-        message = f"{type(error).__name__}: {line}" if line else type(error).__name__
-        place = _place(error)
         raise UsageError(
-            f"{what} failed: {message}"
-            + (f" ({place})" if place else "")
-            + (f"; {hint}" if hint else "")
+            f"{what} failed: {described(error)}" + (f"; {hint}" if hint else "")
         ) from error
 
 
-def _place(error: BaseException) -> str:
-    """The innermost line that is neither ours nor a library's."""
+def described(error: BaseException) -> str:
+    """One line: the error, and the innermost line of code that is neither ours nor a library's."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    # TorchScript names the cause in the last line
+    line = lines[-1 if "TorchScript" in lines[0] else 0] if lines else ""
+    message = f"{type(error).__name__}: {line}" if line else type(error).__name__
+    if isinstance(error, HpcAbsaError):
+        message = line
     ours = str(Path(__file__).parent)
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         if not frame.filename.startswith((ours, sys.prefix, sys.base_prefix, "<")):
-            return f"{frame.filename}:{frame.lineno}"
-    return ""
+            return f"{message} ({frame.filename}:{frame.lineno})"
+    return message
 
 
 def valid_ones(names: Iterable[str]) -> str:

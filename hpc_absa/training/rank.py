@@ -23,6 +23,7 @@ from hpc_absa.comm import Communicator, connect, raise_on_all_ranks
 from hpc_absa.config import Job
 from hpc_absa.console import tolerant
 from hpc_absa.errors import CollectiveError, ExitStatus, MisuseError, UsageError
+from hpc_absa.plugins import described
 from hpc_absa.records import PhaseOutcome
 from hpc_absa.rundir import RunDir
 from hpc_absa.rundir.lock import SUPERVISED, RunLock, host
@@ -235,7 +236,7 @@ def _abort(error: BaseException, run: RunDir, comm: Communicator, console: TextI
     """Report an error of this rank, as the last thing that is printed, and end all ranks."""
     traceback.print_exception(error, file=sys.stderr)
     sys.stderr.flush()
-    reason = f"{type(error).__name__}: {error}".splitlines()[0]
+    reason = described(error)
     status = error.status if isinstance(error, MisuseError) else ExitStatus.FAILED
     _write_failure(run, reason, comm.rank, host(), status, final=isinstance(error, MisuseError))
     print(f"hpc-absa: rank {comm.rank} on {host()} failed: {reason}", file=console, flush=True)

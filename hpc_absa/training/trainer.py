@@ -16,6 +16,7 @@ from hpc_absa.adversarial import fgsm
 from hpc_absa.allocation import REHEARSED
 from hpc_absa.curvature.loss import Loss, split
 from hpc_absa.data.loader import Loader, Microbatch
+from hpc_absa.plugins import user_code
 from hpc_absa.progress import Boundary, Step
 from hpc_absa.records import PhaseOutcome
 from hpc_absa.training.adahessian import AdaHessian, StepDiagonal
@@ -118,8 +119,12 @@ class Trainer:
             inputs, targets = self.perturbed(microbatch, fraction), microbatch.targets
             samples = len(microbatch.samples)
             with clock("comp"):
-                with step.forward():
-                    loss = self.microbatch_loss(self.forward(inputs), targets, samples)
+                try:
+                    with step.forward():
+                        loss = self.microbatch_loss(self.forward(inputs), targets, samples)
+                except Exception:
+                    with user_code(f"model and loss on samples {microbatch.samples.tolist()}"):
+                        raise
                 step.backward(loss, samples)
         self.run.end_step(item, step.optimize())
 

@@ -151,6 +151,8 @@ def test_an_error_in_a_worker_is_raised_where_its_batch_is_asked_for():
     reading = loader("breaks", workers=1)
     broken = next(k for k in range(6) if 7 in reading.samples(k)[0])
     reading.get(5 - broken, then=[broken])
-    with pytest.raises(UsageError, match="in a worker process failed: OSError: the disk is gone"):
+    with pytest.raises(
+        UsageError, match=r"sample \d+ of the train set failed: OSError: the disk is gone"
+    ):
         reading.get(broken)
     reading.close()

@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from hpc_absa.errors import CollectiveError, ExitStatus
+from hpc_absa.errors import CollectiveError, ExitStatus, UsageError
 from tests.data import kinds
 from tests.training import runs
 from tests.training.runs import events, state_bits
@@ -75,6 +75,33 @@ def test_it_trains_grows_and_is_measured(tmp_path, name):
                       "regression": r"test mse \d", "pairs": r"test loss \d"}.get(name, "done"),
                      console)  # fmt: skip
     assert "test accuracy" not in console
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        (
+            "loss",
+            r"model and loss on samples \[\d+, .*\] failed: IndexError: Target 9 is .* bounds",
+        ),
+        (
+            "__getitem__",
+            r"reading sample \d+ of the train set failed: AttributeError: .* \(.*kinds",
+        ),
+    ],
+)
+def test_an_error_of_the_users_code_while_training_names_the_samples(
+    tmp_path, monkeypatch, method, message
+):
+    trainer = runs.trainer(tmp_path, *changes("text"))
+    if method == "loss":
+        trainer.loss = lambda *_: torch.nn.functional.cross_entropy(
+            torch.zeros(1, 2), torch.tensor([9])
+        )
+    else:
+        monkeypatch.setattr(kinds.Text, "__getitem__", lambda text, index: text.lost)
+    with pytest.raises(UsageError, match=message):
+        trainer.train_step(trainer.run.next())
 
 
 @pytest.mark.parametrize("name", ["text"])

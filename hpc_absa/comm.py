@@ -296,7 +296,8 @@ class HorovodCommunicator:
         if self._mpi:
             from mpi4py import MPI
 
-            MPI.Finalize()
+            if not MPI.Is_finalized():  # by Horovod, where the script has called hvd.init()
+                MPI.Finalize()
 
 
 def _poll(complete: Callable[[], bool]) -> None:

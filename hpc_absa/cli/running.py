@@ -159,7 +159,8 @@ def _supervise(program: Program, directory: RunDir, fresh: bool, dry_run: bool) 
 
     board = lines = None
     settings = program.settings
-    if settings.launch.launcher == "slurm":
+    supervised = settings.launch.launcher != "slurm"  # by this process
+    if not supervised:
         follower = Follower(program, directory, print_line)
         if dry_run:
             print(follower.dry_run(), end="")
@@ -180,7 +181,9 @@ def _supervise(program: Program, directory: RunDir, fresh: bool, dry_run: bool) 
         start = supervisor.supervise
     if fresh:
         run_state.clear(directory)
-    if done := run_state.finished(directory):
+    done = run_state.finished(directory)
+    if done and not (program.allow_changed and supervised):
+        program.require_same(directory)
         print_line(
             f"{directory.path}: already done after {done.get('steps')} steps; "
             "--fresh starts again, --run-dir names another folder"

@@ -163,7 +163,8 @@ def _write_torch(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
         copied = torch.from_numpy(array.copy())
         return copied.view(torch.bfloat16) if array.dtype == np.uint16 else copied
 
-    torch.save({name: tensor(array) for name, array in arrays.items()}, path)
+    with path.open("wb") as file:  # an OSError where torch raises a RuntimeError of many lines
+        torch.save({name: tensor(array) for name, array in arrays.items()}, file)
 
 
 def _widened(array: NDArray[Any]) -> NDArray[Any]:

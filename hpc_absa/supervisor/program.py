@@ -44,13 +44,16 @@ class Program(ABC):
         """The command of one rank, which may ask for up to `maximum` ranks."""
 
     @abstractmethod
-    def write(self, run: RunDir) -> None:
-        """Store what is launched in the run directory.
-
+    def require_same(self, run: RunDir) -> None:
+        """
         Raises:
             UsageError: the saved checkpoints are of something that differs in more than
                 `allow_changed`.
         """
+
+    @abstractmethod
+    def write(self, run: RunDir) -> None:
+        """Store what is launched in the run directory; errors as of `require_same`."""
 
     @abstractmethod
     def initial_ranks(self, limit: int) -> int:
@@ -98,10 +101,13 @@ class JobProgram(Program):
             words += ["--allow-changed", key]
         return Command(tuple(words))
 
-    def write(self, run: RunDir) -> None:
+    def require_same(self, run: RunDir) -> None:
         if run.job.exists() and run.checkpoint_files():
             saved = config.load(run.job, warn=False)
             config.refuse_changes(saved, self.settings, str(run.job), self.allow_changed)
+
+    def write(self, run: RunDir) -> None:
+        self.require_same(run)
         if run.is_script:
             run.launch.unlink()
         run.write_job(config.dump(self.settings))
@@ -131,8 +137,7 @@ class ScriptProgram(Program):
         return Command(self.resolve(), environment, self.settings.directory)
 
     def write(self, run: RunDir) -> None:
-        if run.checkpoint_files():
-            self._require_same(run)
+        self.require_same(run)
         run.write_launch(config.dump(self.settings))
 
     def initial_ranks(self, limit: int) -> int:
@@ -179,8 +184,9 @@ class ScriptProgram(Program):
                     return [TRACEBACK, *lines[-MOST_LINES:]]
         return []
 
-    def _require_same(self, run: RunDir) -> None:
-        """Refuse to continue a run of another command, or of a job file."""
+    def require_same(self, run: RunDir) -> None:
+        if not run.checkpoint_files():
+            return
         if not run.is_script:
             saved_job = config.load(run.job, warn=False)
             if saved_job.data.name != SCRIPT:

@@ -38,8 +38,9 @@ def next_ranks(program: Program, run: RunDir, limit: int) -> int:
 
 
 def finished(run: RunDir) -> Event | None:
-    """The `done` event of a run that is over."""
-    return run.log.last("done")
+    """The `done` event of a run that is over, and was not continued with more epochs."""
+    last = run.log.last("done", "phase_start")
+    return last if last and last["event"] == "done" else None
 
 
 class RestartCounter:

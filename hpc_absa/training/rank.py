@@ -22,7 +22,7 @@ from hpc_absa.allocation import launcher_rank, requested_ranks
 from hpc_absa.comm import Communicator, connect, raise_on_all_ranks
 from hpc_absa.config import Job
 from hpc_absa.console import tolerant
-from hpc_absa.errors import CollectiveError, ExitStatus, MisuseError, UsageError
+from hpc_absa.errors import CollectiveError, ExitStatus, MisuseError, RunDirError, UsageError
 from hpc_absa.plugins import described
 from hpc_absa.records import PhaseOutcome
 from hpc_absa.rundir import RunDir
@@ -194,14 +194,17 @@ def _prepare(
     """Rank 0 sets up the run directory, unless a supervisor has done so."""
     if comm.rank != 0:
         return
-    run.create()
-    run.joined.touch()
-    if not supervised():
-        lock.acquire()
-        run.stop_request.unlink(missing_ok=True)
-        if write_job:
-            run.write_job(config.dump(job))
-    ranks_lock.acquire(wait=supervised())
+    try:
+        run.create()
+        run.joined.touch()
+        if not supervised():
+            lock.acquire()
+            run.stop_request.unlink(missing_ok=True)
+            if write_job:
+                run.write_job(config.dump(job))
+        ranks_lock.acquire(wait=supervised())
+    except OSError as error:
+        raise RunDirError(f"{run.path}: the run cannot be written there: {error}") from None
 
 
 def _next_command(

@@ -7,7 +7,7 @@ from hpc_absa.checkpoint import CheckpointManager, Content
 from hpc_absa.checkpoint.restore import newest_good
 from hpc_absa.comm import Communicator, raise_on_all_ranks
 from hpc_absa.config import Job
-from hpc_absa.errors import CheckpointError
+from hpc_absa.errors import UsageError
 from hpc_absa.rundir import RunDir
 from hpc_absa.rundir.events import Event
 from hpc_absa.training.state import TrainState
@@ -42,11 +42,14 @@ def _require_same_job(
     job: Job, data_digest: str, content: Content, path: str, allow_changed: tuple[str, ...]
 ) -> None:
     """Refuse a checkpoint from which this job could not continue with the same result."""
-    digest = content.groups["data"].attributes["digest"]
-    if digest != data_digest:
-        raise CheckpointError(f"{path}: of another data set: {digest}, not {data_digest}")
     saved = config.parse(str(content.groups["job"].attributes["text"]), path, warn=False)
     config.refuse_changes(saved, job, path, allow_changed)
+    digest = content.groups["data"].attributes["digest"]
+    if digest != data_digest:
+        raise UsageError(
+            f"{path}: of another data set: {digest}, not {data_digest}; expected the same data, "
+            "another --run-dir, or --fresh to start over"
+        )
 
 
 def previous_end(directory: RunDir) -> Event | None:

@@ -2,6 +2,7 @@
 
 import pytest
 
+from hpc_absa.errors import UsageError
 from hpc_absa.rundir import RunDir
 from hpc_absa.supervisor import run_state
 from hpc_absa.supervisor.program import JobProgram
@@ -14,6 +15,20 @@ OWN = "{method='tests.schedules.test_own:Faulty', base_batch=32, max_batch=128, 
 @pytest.fixture
 def run(tmp_path):
     return RunDir(tmp_path).create()
+
+
+def test_a_finished_run_says_what_differs_and_is_continued_only_with_an_allowed_change(run):
+    JobProgram(digits()).write(run)
+    save(run, 10, global_batch=32)
+    run.log.append("phase_start", 1)
+    run.log.append("done", 1, steps=10)
+    assert run_state.finished(run)
+    longer = digits("train.epochs=50")
+    with pytest.raises(UsageError, match=r"train\.epochs = .* there, 50 here"):
+        JobProgram(longer).require_same(run)
+    JobProgram(longer, ("train.epochs",)).require_same(run)
+    run.log.append("phase_start", 1)  # and it is being continued
+    assert not run_state.finished(run)
 
 
 def next_ranks(job, run, limit):

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -9,6 +10,7 @@ from hpc_absa import config
 from hpc_absa.cli import models as commands
 from hpc_absa.errors import CollectiveError, HpcAbsaError, UsageError
 from hpc_absa.models import build
+from hpc_absa.models.weights import write_weights
 from hpc_absa.rundir import RunDir
 from tests.training import runs
 from tests.training.runs import events
@@ -79,6 +81,8 @@ def test_parts_can_keep_their_new_weights(run, tmp_path):
 def test_export_of_what_is_no_run_is_one_line(tmp_path):
     with pytest.raises(HpcAbsaError, match="no checkpoint in this folder"):
         commands.export(tmp_path, tmp_path / "model.pt")
+    with pytest.raises(OSError, match="No such file"):  # shown as one line
+        write_weights(tmp_path / "none" / "model.pt", {"w": np.zeros(1)})
     assert not (tmp_path / "model.pt").exists()
 
 

@@ -5,8 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-from hpc_absa.errors import ExitStatus
+import pytest
+
+from hpc_absa import config
+from hpc_absa.comm import SerialCommunicator
+from hpc_absa.errors import CollectiveError, ExitStatus
 from hpc_absa.rundir import RunDir
+from hpc_absa.training import rank
 from tests.training.runs import JOB
 
 ROOT = Path(__file__).parents[2]
@@ -34,6 +39,15 @@ def test_a_phase_that_ends_for_more_ranks_prints_the_next_command(tmp_path):
     assert "decision at epoch 1" in run.rank_log(1, 0).read_text()
     assert run.job.exists()
     assert not run.failure.exists()
+
+
+def test_a_run_directory_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    run = RunDir(tmp_path / "file" / "run")
+    with pytest.raises(
+        CollectiveError, match="run: the run cannot be written there: .*Not a directory"
+    ):
+        rank.Session(SerialCommunicator(), run, sys.stdout).begin(lambda: config.parse(JOB, "job"))
 
 
 def test_a_user_defined_rule_that_fails_ends_the_run_with_one_line(tmp_path):

@@ -45,7 +45,7 @@ def test_a_run_directory_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "file").touch()
     run = RunDir(tmp_path / "file" / "run")
     with pytest.raises(
-        CollectiveError, match="run: the run cannot be written there: .*Not a directory"
+        CollectiveError, match=r"run: the run cannot be written there: .*Not a directory"
     ):
         rank.Session(SerialCommunicator(), run, sys.stdout).begin(lambda: config.parse(JOB, "job"))
 

@@ -12,7 +12,8 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TextIO
@@ -60,6 +61,8 @@ def train(job: Job, session: Session, allow_changed: tuple[str, ...]) -> PhaseOu
     comm, run, clock = session.comm, session.directory, session.clock
     with clock("start"):
         trainer = build_trainer(job, run, comm, clock, session.stop, session.console, allow_changed)
+        if not supervised():
+            write_job(job, run, comm)
         redirect_output(run, trainer.run.state.progress.phase, comm.rank)
     try:
         return trainer.train()
@@ -93,10 +96,8 @@ class Session:
         assert self._stop
         return self._stop
 
-    def begin(self, load: Callable[[], Job], *, write_job: bool = True) -> Job:
+    def begin(self, load: Callable[[], Job]) -> Job:
         """Lock the run directory and start to watch (a collective); returns the job from `load`.
-
-        Without a supervisor, the job is written into the directory.
 
         Raises:
             CollectiveError: the ranks or the job are not right, or the directory is in use.
@@ -104,7 +105,7 @@ class Session:
         comm, run = self.comm, self.directory
         raise_on_all_ranks(comm, lambda: _require_all_ranks(comm))
         job = raise_on_all_ranks(comm, load)
-        raise_on_all_ranks(comm, lambda: _prepare(job, run, comm, *self._locks, write_job))
+        raise_on_all_ranks(comm, lambda: _prepare(run, comm, *self._locks))
         self.clock.restart()
         self.clock.add("start", _seconds_since_start())
         self._watchdog = Watchdog(
@@ -183,26 +184,34 @@ def _require_all_ranks(comm: Communicator) -> None:
         )
 
 
-def _prepare(
-    job: Job,
-    run: RunDir,
-    comm: Communicator,
-    lock: RunLock,
-    ranks_lock: RunLock,
-    write_job: bool,
-) -> None:
+def _prepare(run: RunDir, comm: Communicator, lock: RunLock, ranks_lock: RunLock) -> None:
     """Rank 0 sets up the run directory, unless a supervisor has done so."""
     if comm.rank != 0:
         return
-    try:
+    with _writing(run):
         run.create()
         run.joined.touch()
         if not supervised():
             lock.acquire()
             run.stop_request.unlink(missing_ok=True)
-            if write_job:
-                run.write_job(config.dump(job))
         ranks_lock.acquire(wait=supervised())
+
+
+def write_job(job: Job, run: RunDir, comm: Communicator) -> None:
+    """Rank 0 writes what it trains, once the checkpoints are known to be of it (a collective)."""
+
+    def write() -> None:
+        if comm.rank == 0:
+            with _writing(run):
+                run.write_job(config.dump(job))
+
+    raise_on_all_ranks(comm, write)
+
+
+@contextmanager
+def _writing(run: RunDir) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise RunDirError(f"{run.path}: the run cannot be written there: {error}") from None
 

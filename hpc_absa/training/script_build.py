@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from hpc_absa import config
 from hpc_absa.checkpoint import CheckpointManager
 from hpc_absa.comm import Communicator, raise_on_all_ranks
 from hpc_absa.config import Job
@@ -30,7 +29,7 @@ from hpc_absa.training.batches import ScriptLoader, open_dataset
 from hpc_absa.training.data import Draw, HessianSample, hessian_samples, require_equal_data
 from hpc_absa.training.estimator import make_estimator
 from hpc_absa.training.log import EventLogger
-from hpc_absa.training.rank import Session, redirect_output, supervised
+from hpc_absa.training.rank import Session, redirect_output, supervised, write_job
 from hpc_absa.training.resume import resume
 from hpc_absa.training.script_job import Arguments, rank_limit, require_equal_arguments
 from hpc_absa.training.script_step import ScriptOptimizer
@@ -130,8 +129,7 @@ def build(
         raise_on_all_ranks(comm, state.tensors)
         manager = CheckpointManager(directory.checkpoints, job.checkpoint.keep)
         resumed_from = resume(job, digest, manager, comm, state, allow_changed)
-        if comm.rank == 0:
-            directory.write_job(config.dump(job))
+        write_job(job, directory, comm)
         if resumed_from is None:
             broadcast_model(given.model, comm)
         require_equal(state.tensors(), comm)

@@ -37,8 +37,12 @@ def test_a_phase_that_ends_for_more_ranks_prints_the_next_command(tmp_path):
     command = f"next phase: mpirun -np 2 hpc-absa train {job} --run-dir {run.path}"
     assert done.stdout.splitlines()[-1] == command
     assert "decision at epoch 1" in run.rank_log(1, 0).read_text()
-    assert run.job.exists()
+    written = run.job.read_text()
     assert not run.failure.exists()
+    refused = train(tmp_path, JOB.replace("width = 2", "width = 3"))
+    assert refused.returncode == ExitStatus.USAGE
+    assert "another job: model.width = 2 there, 3 here" in refused.stdout
+    assert run.job.read_text() == written
 
 
 def test_a_run_directory_that_cannot_be_written_is_one_line(tmp_path):

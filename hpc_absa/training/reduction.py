@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Protocol
 
 import torch
@@ -123,15 +124,17 @@ class OverlappedReduction:
     """Horovod's ring-allreduce, overlapped with the backward pass.
 
     Gradients lie next to each other in buckets, in the order in which the backward pass completes
-    them, and a bucket is sent with its last gradient. The last bucket is complete when the backward
-    pass is, and is sent then. Horovod's own tensor fusion would join
-    whatever gradients happen to be ready (`comm` turns it off): a value's place in such a message
-    decides in which order more than two ranks are added, so that the last bits would be random.
+    them, and a bucket is sent with its last gradient. The last ones are sent after the backward
+    pass, by MPI itself: an exchange of Horovod's, for which ranks wait some milliseconds, has
+    nothing left to overlap with. Horovod's own tensor fusion would join whatever gradients happen
+    to be ready (`comm` turns it off): a value's place in such a message decides in which order more
+    than two ranks are added, so that the last bits would be random.
     """
 
     def __init__(self, model: nn.Module, comm: Communicator) -> None:
         self._comm = comm
         self._buckets = _buckets([p for p in model.parameters() if p.requires_grad])
+        self._early = _overlapped(self._buckets)
         self._parameters = [p for bucket in self._buckets for p in bucket.parameters]
         self._handles: dict[int, Any] = {}
         self._sums: StepSums
@@ -184,14 +187,14 @@ class OverlappedReduction:
         packed = self._sums.pack()
         used = packed.new_tensor([p in self._used for p in self._parameters])
         message = torch.cat([packed, used, flags.pack(packed)])
-        *early, last = self._buckets
-        for index in range(len(early)):
+        for index in range(self._early):
             if index not in self._handles:  # no backward pass completed it
                 self._send(index)
         for handle in self._handles.values():
             self._comm.wait(handle)
         self._handles.clear()
-        self._comm.allreduce_list_([last.sums, message], "last")
+        late = [bucket.sums for bucket in self._buckets[self._early :]]
+        self._comm.allreduce_list_([*late, message], "last")
         self._observed = True
         sums, used, total_flags = message.split([len(packed), len(used), FLAGS])
         _drop_unused(self._parameters, used)
@@ -220,7 +223,7 @@ class OverlappedReduction:
             self._accumulated.add(parameter)
             self._missing[index] -= 1
             complete = self._last and not self._repeated and not self._missing[index]
-            if complete and index < len(self._buckets) - 1:
+            if complete and index < self._early:
                 self._send(index)
 
         return on_gradient
@@ -244,6 +247,9 @@ class Bucket:
 BUCKET_BYTES = 1 << 20
 """Bytes of gradients that one message contains at least."""
 
+OVERLAP_BYTES = BUCKET_BYTES // 2
+"""Bytes of gradients that the backward pass computes at least while a message is sent."""
+
 
 def _buckets(parameters: list[Tensor]) -> list[Bucket]:
     """Parameters from the last to the first, the order of the backward pass, in buckets."""
@@ -255,6 +261,12 @@ def _buckets(parameters: list[Tensor]) -> list[Bucket]:
             groups.append([])
         groups[-1].append(parameter)
     return [_bucket(group) for group in groups]
+
+
+def _overlapped(buckets: list[Bucket]) -> int:
+    """How many of them are sent within the backward pass."""
+    following = list(accumulate(bucket.sums.nbytes for bucket in reversed(buckets[1:])))
+    return sum(count >= OVERLAP_BYTES for count in following)
 
 
 def _bucket(parameters: list[Tensor]) -> Bucket:

@@ -173,6 +173,7 @@ class Sending(SerialCommunicator):
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_a_gradient_is_sent_once_and_complete(reentrant, monkeypatch):
     monkeypatch.setattr(reduction, "BUCKET_BYTES", 64)
+    monkeypatch.setattr(reduction, "OVERLAP_BYTES", 64)
     torch.manual_seed(0)
     layer = nn.Linear(5, 5)
     net = nn.Sequential(layer, nn.Linear(5, 5))
@@ -197,3 +198,24 @@ def test_a_gradient_is_sent_once_and_complete(reentrant, monkeypatch):
         comm.sent.clear()
     # After the first step the plain kind is sent within the backward pass, but for the last bucket.
     assert early == ([0, 0, 0] if reentrant else [0, 1, 1])
+
+
+@pytest.mark.parametrize(
+    ("widths", "early"),
+    [([600, 600, 600], 2), ([100, 600, 600], 1), ([100, 400, 600, 600], 2), ([100], 0)],
+)
+def test_a_message_is_sent_early_only_with_enough_of_the_backward_pass_left(widths, early):
+    """A square layer of width 512 has 1 MiB of gradients."""
+    net = nn.Sequential(*(nn.Linear(width, width, bias=False) for width in widths))
+    comm = Sending()
+    overlapped = OverlappedReduction(net, comm)
+    for _ in range(2):
+        comm.sent.clear()
+        overlapped.begin()
+        with overlapped.backward(last=True):
+            sum(layer.weight.sum() for layer in net).backward()
+        before = len(comm.sent)
+        overlapped.end_lane(StepSums(torch.zeros(1)), empty=False)
+        overlapped.finish(Flags())
+    assert before == early
+    assert sum(tensor.numel() for _, tensor in comm.sent[:-1]) == sum(w * w for w in widths)

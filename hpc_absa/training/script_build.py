@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -143,6 +144,7 @@ def build(
     cleanup.callback(engine.close)
     if given.scaler is not None:
         engine.scale = given.scaler.scale
+        engine.unscale = partial(given.scaler.unscale_, given.optimizer)
     readable = given.dataset is not None or given.hessian_batch is not None
     samples = sample_of if readable else None
     hessian = ScriptHessian(job, state, given.loss, comm, samples, optimizer)

@@ -53,11 +53,6 @@ class ScriptOptimizer:
                 for group, rate in zip(groups, rates, strict=True):
                     group["lr"] = rate
 
-    def unscale(self) -> None:
-        """Divide the gradients by the scaler's factor, if there is a scaler."""
-        if self._scaler is not None:
-            self._scaler.unscale_(self._optimizer)
-
     @contextmanager
     def permitted(self) -> Iterator[None]:
         """Within, the optimizer may step."""
@@ -144,7 +139,6 @@ class Step:
             self._run.engine.require_same_parameters()
             self._calls.enter(Call.REDUCE)
             self.result = self._step.reduce()
-            self._optimizer.unscale()
 
     def optimize(self) -> None:
         """Sum the gradients over all ranks, and let the optimizer make its step."""

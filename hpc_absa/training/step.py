@@ -85,6 +85,8 @@ class StepEngine:
         self.update = update or self._update
         self.scale: Callable[[Tensor], Tensor] = lambda loss: loss
         """Applied to the loss that is differentiated: float16 needs larger gradients."""
+        self.unscale: Callable[[], None] = lambda: None
+        """Undoes `scale` in the gradients, once they are summed."""
         self.buffers = ModelBuffers(model)
         self._norms: GradientNorms | None = None  # from the first step that wants them
         self._parameters = list(model.parameters())
@@ -265,6 +267,7 @@ class TrainStep:
                 factor = samples / denominator
                 torch._foreach_mul_(engine.gradients(), factor)
                 square *= factor**2
+            engine.unscale()
             squares = self._squares(square, count) if self._measure_squares else None
             engine.buffers.update(buffers, count, changed, values)
             norm = None

@@ -225,9 +225,11 @@ def test_a_sum_with_its_denominator_is_the_mean_over_the_step(tmp_path):
     torch.testing.assert_close(parts, whole)
 
 
-def test_a_scaler_of_the_loss_changes_nothing_where_nothing_overflows(tmp_path):
+@pytest.mark.parametrize("max_grad_norm", [None, 0.05])
+def test_a_scaler_of_the_loss_changes_nothing_where_nothing_overflows(tmp_path, max_grad_norm):
     def train(folder, scaler):
-        script = Script(folder, scaler=scaler)
+        settings = {"threads_per_rank": 1, "max_grad_norm": max_grad_norm}
+        script = Script(folder, scaler=scaler, train=settings)
         script.run()
         return script
 

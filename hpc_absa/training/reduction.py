@@ -94,10 +94,12 @@ class LocalReduction:
         self._require_same_gradients()
 
     def __exit__(self, *error: object) -> None:
+        self._gradients.clear()
         for parameter in self._parameters:
-            if parameter.grad is not None and parameter.grad.is_sparse:
-                parameter.grad = parameter.grad.to_dense()  # as in the buckets of several ranks
-        self._gradients = [p.grad for p in self._parameters]
+            gradient = parameter.grad
+            if gradient is not None and gradient.is_sparse:  # as in the buckets of several ranks
+                parameter.grad = gradient = gradient.to_dense()
+            self._gradients.append(gradient)
 
     def end_lane(self, sums: StepSums, *, empty: bool) -> None:
         self._sums = sums

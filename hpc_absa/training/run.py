@@ -380,7 +380,7 @@ class Run:
             CollectiveError: ranks have different states, or a save failed and the job stops then.
         """
         self._last_save = time.monotonic()
-        self._flags = replace(self._flags, written=0, failed=0)  # of the save before this one
+        self._flags = self._flags._replace(written=0, failed=0)  # of the save before this one
         options, progress = self.options, self.state.progress
         step = progress.position.step
         self.engine.buffers.restore()

@@ -59,7 +59,7 @@ class ScriptHessian:
         """An `Estimator` of a run."""
         loss, sample_of = self._require()
         estimator = make_estimator(self._job, self._state, loss, self._comm, sample_of)
-        with self._optimizer.permitted():  # the sharpness takes a step, and takes it back
+        with self._optimizer:  # the sharpness takes a step, and takes it back
             return estimator(*arguments)
 
     def check(self) -> None:

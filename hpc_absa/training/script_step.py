@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -39,7 +39,7 @@ class ScriptOptimizer:
         groups = self._optimizer.param_groups
         rates = [group["lr"] for group in groups]
         factor = lr / self.base_lr
-        with self.permitted():
+        with self:
             try:
                 if factor != 1:
                     for group in groups:
@@ -53,14 +53,12 @@ class ScriptOptimizer:
                 for group, rate in zip(groups, rates, strict=True):
                     group["lr"] = rate
 
-    @contextmanager
-    def permitted(self) -> Iterator[None]:
-        """Within, the optimizer may step."""
+    def __enter__(self) -> None:
+        """Until `__exit__`, the optimizer may step."""
         self._permitted = True
-        try:
-            yield
-        finally:
-            self._permitted = False
+
+    def __exit__(self, *error: object) -> None:
+        self._permitted = False
 
     def _on_step(self, *arguments: Any) -> None:
         if not self._permitted:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,8 +15,7 @@ SCALARS = FLAGS = 4
 """Numbers of sums beside those of buffers, and of flags."""
 
 
-@dataclass(frozen=True)
-class Flags:
+class Flags(NamedTuple):
     """What ranks exchange with every step: 0 or 1 of one rank, the number of ranks in a sum."""
 
     stop: int = 0
@@ -30,7 +29,7 @@ class Flags:
 
     def pack(self, like: Tensor) -> Tensor:
         """As [4], with the type and device of `like`."""
-        return like.new_tensor([self.stop, self.save, self.written, self.failed])
+        return like.new_tensor(self)
 
     @classmethod
     def unpack(cls, values: Tensor) -> Flags:

@@ -194,13 +194,21 @@ def build(
             f"train.optimizer = {name!r}: made a {type(optimizer).__name__}, expected a "
             "torch.optim.Optimizer"
         )
+    require_no_closure(f"train.optimizer = {name!r}", optimizer)
+    return optimizer
+
+
+def require_no_closure(origin: str, optimizer: torch.optim.Optimizer) -> None:
+    """
+    Raises:
+        UsageError: its step evaluates the loss again, as that of LBFGS; begins with `origin`.
+    """
     closure = inspect.signature(optimizer.step).parameters.get("closure")
     if closure is not None and closure.default is closure.empty:
         raise UsageError(
-            f"train.optimizer = {name!r}: its step needs a closure, expected an optimizer that "
-            "takes one gradient for each step"
+            f"{origin}: its step needs a closure, expected an optimizer that takes one gradient "
+            "for each step"
         )
-    return optimizer
 
 
 def parameter_groups(train: Train, model: nn.Module) -> Groups:

@@ -23,9 +23,9 @@ from hpc_absa.errors import MisuseError
 from hpc_absa.training.sums import FLAGS, Flags, StepSums
 from hpc_absa.worldsize import share
 
-GRADIENT_REPLACED = (
-    "a parameter's .grad was replaced during a step, as zero_grad() does: expected no such call, "
-    "because every step begins without gradients"
+GRADIENT_CHANGED = (
+    "a parameter's .grad was changed during a step, as by zero_grad() or loss.backward(): expected "
+    "step.backward(loss) alone; every step begins without gradients"
 )
 
 
@@ -119,7 +119,7 @@ class LocalReduction:
     def _require_same_gradients(self) -> None:
         for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
             if parameter.grad is not gradient:
-                raise MisuseError(GRADIENT_REPLACED)
+                raise MisuseError(GRADIENT_CHANGED)
 
 
 class OverlappedReduction:
@@ -142,6 +142,7 @@ class OverlappedReduction:
         self._sums: StepSums
         self._used: set[Tensor] = set()
         self._accumulated: set[Tensor] = set()
+        self._in_step = self._in_backward = False
         self._missing = [0] * len(self._buckets)
         self._repeated = False
         self._observed = False
@@ -158,6 +159,7 @@ class OverlappedReduction:
     def begin(self) -> None:
         """Zero the gradients in place, so that Horovod always gets the same memory."""
         self._used = set()
+        self._in_step = True
         for bucket in self._buckets:
             bucket.sums.zero_()
             for parameter, gradient in zip(bucket.parameters, bucket.gradients, strict=True):
@@ -172,10 +174,11 @@ class OverlappedReduction:
         self._accumulated = set()
         self._missing = [len(bucket.parameters) for bucket in self._buckets]
         self._last = last and self._observed and not self._repeated
+        self._in_backward = True
         try:
             yield
         finally:
-            self._last = False
+            self._last = self._in_backward = False
             self._used |= self._accumulated
 
     def end_lane(self, sums: StepSums, *, empty: bool) -> None:
@@ -185,7 +188,7 @@ class OverlappedReduction:
         for bucket in self._buckets:
             for parameter, gradient in zip(bucket.parameters, bucket.gradients, strict=True):
                 if parameter.grad is not gradient:
-                    raise MisuseError(GRADIENT_REPLACED)
+                    raise MisuseError(GRADIENT_CHANGED)
         packed = self._sums.pack()
         used = packed.new_tensor([p in self._used for p in self._parameters])
         message = torch.cat([packed, used, flags.pack(packed)])
@@ -197,7 +200,7 @@ class OverlappedReduction:
         self._handles.clear()
         late = [bucket.sums for bucket in self._buckets[self._early :]]
         self._comm.allreduce_list_([*late, message], "last")
-        self._observed = True
+        self._observed, self._in_step = True, False
         sums, used, total_flags = message.split([len(packed), len(used), FLAGS])
         _drop_unused(self._parameters, used)
         return StepSums.unpack(sums), Flags.unpack(total_flags)
@@ -214,6 +217,10 @@ class OverlappedReduction:
 
     def _hook(self, index: int) -> Any:
         def on_gradient(parameter: Tensor) -> None:
+            if not self._in_backward:
+                if self._in_step:
+                    raise MisuseError(GRADIENT_CHANGED)
+                return
             if parameter in self._accumulated:
                 self._repeated = True
                 if index in self._handles:

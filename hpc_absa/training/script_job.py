@@ -24,6 +24,7 @@ from hpc_absa.curvature.loss import Loss
 from hpc_absa.errors import CollectiveError, ExitStatus, UsageError
 from hpc_absa.schedules import Schedule
 from hpc_absa.training.batches import NAME
+from hpc_absa.training.optimizer import require_no_closure
 from hpc_absa.training.state import Stateful
 
 if TYPE_CHECKING:
@@ -211,6 +212,7 @@ def _require_arguments(given: Arguments) -> None:
             "absa.Run: the optimizer is Horovod's DistributedOptimizer; expected the optimizer "
             "itself, since the run reduces the gradients"
         )
+    require_no_closure(f"absa.Run: optimizer = {type(given.optimizer).__name__}", given.optimizer)
     own = {id(parameter) for parameter in given.model.parameters()}
     for group in given.optimizer.param_groups:
         if "lr" not in group:

@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from hpc_absa.comm import SerialCommunicator
+from hpc_absa.errors import MisuseError
 from hpc_absa.summation import LANES
 from hpc_absa.training import reduction
 from hpc_absa.training.reduction import (
@@ -219,3 +220,24 @@ def test_a_message_is_sent_early_only_with_enough_of_the_backward_pass_left(widt
         overlapped.finish(Flags())
     assert before == early
     assert sum(tensor.numel() for _, tensor in comm.sent[:-1]) == sum(w * w for w in widths)
+
+
+def test_another_backward_pass_is_refused_in_a_step_and_ignored_between_steps():
+    net, comm = nn.Linear(5, 5), Sending()
+    overlapped = OverlappedReduction(net, comm)
+
+    def backward():
+        net(torch.ones(2, 5)).sum().backward()
+
+    for _ in range(2):
+        overlapped.begin()
+        with pytest.raises(MisuseError, match=r"as by zero_grad\(\) or loss.backward\(\)"):
+            backward()
+        overlapped.begin()
+        with overlapped.backward(last=True):
+            backward()
+        overlapped.end_lane(StepSums(torch.zeros(1)), empty=False)
+        overlapped.finish(Flags())
+        for _ in range(2):
+            backward()
+    assert not overlapped._repeated

@@ -82,7 +82,8 @@ class Script:
         )
         self.scheduler = torch.optim.lr_scheduler.StepLR(self.optimizer, 1, gamma=0.9)
         self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
-        self.counter, self.dataset = Counter(), dataset or Noisy()
+        self.counter, self.counter_name = Counter(), "counter"
+        self.dataset = dataset or Noisy()
         self.options = {
             "schedule": absa.ABS(base_batch=8, max_batch=32, kappa=1),
             "hessian": {"samples": 16, "max_iter": 2},
@@ -102,7 +103,7 @@ class Script:
             dataset=self.dataset,
             evaluate=self.evaluate,
             lr_scheduler=self.scheduler,
-            state={"average": self.average, "counter": self.counter},
+            state={"average": self.average, self.counter_name: self.counter},
             **self.options,
         ) as run:
             for step in run:
@@ -343,6 +344,23 @@ def test_arguments_that_do_not_fit_are_refused_by_name(tmp_path, options, messag
     assert "\n" not in str(error.value)
 
 
+def test_a_state_may_have_the_name_of_one_of_ours(tmp_path):
+    script = Script(tmp_path)
+    script.counter_name = "lr_scheduler"
+    script.run()
+    state = absa.load_checkpoint(tmp_path).state
+    assert state["lr_scheduler"]["steps"] == script.counter.steps
+    assert state["lr_scheduler_"]["last_epoch"] == EPOCHS
+
+
+def test_an_optimizer_that_needs_a_closure_is_refused(tmp_path):
+    script = Script(tmp_path)
+    script.scheduler = None
+    script.optimizer = torch.optim.LBFGS(script.model.parameters())
+    with pytest.raises(HpcAbsaError, match=r"absa.Run: optimizer = LBFGS: its step needs a clos"):
+        script.run()
+
+
 def test_a_state_that_is_not_made_of_plain_values_is_refused_by_name(tmp_path):
     script = Script(tmp_path)
     script.counter.history = [{"model": network()}]
@@ -414,7 +432,7 @@ def step_twice(step, model, optimizer):
         (lambda step, model, optimizer: step.optimize(), "a loop over all of its microbatches"),
         (lambda step, model, _: each(step, model, lambda loss: loss.backward()), "step.backward"),
         (lambda step, *_: step.backward(torch.ones(())), "expected one call for each microbatch"),
-        (zero_grad, r"\.grad was replaced during a step"),
+        (zero_grad, r"\.grad was changed during a step"),
         (freeze, "requires_grad of a parameter was changed during a run"),
         (step_twice, r"optimizer.step\(\) was called: expected step.optimize"),
     ],

@@ -140,25 +140,25 @@ class OverlappedReduction:
         self._parameters = [p for bucket in self._buckets for p in bucket.parameters]
         self._handles: dict[int, Any] = {}
         self._sums: StepSums
-        self._used: set[Tensor] = set()
-        self._accumulated: set[Tensor] = set()
+        self._used = [False] * len(self._parameters)
+        self._accumulated = list(self._used)
         self._in_step = self._in_backward = False
         self._missing = [0] * len(self._buckets)
         self._repeated = False
         self._observed = False
         self._last = False
-        self._hooks = [
-            parameter.register_post_accumulate_grad_hook(self._hook(index))
-            for index, bucket in enumerate(self._buckets)
-            for parameter in bucket.parameters
-        ]
+        self._hooks: list[Any] = []
+        for index, bucket in enumerate(self._buckets):
+            for parameter in bucket.parameters:
+                hook = self._hook(index, len(self._hooks))
+                self._hooks.append(parameter.register_post_accumulate_grad_hook(hook))
 
     def lanes(self, microbatches: range) -> list[range]:
         return [share(microbatches, self._comm.rank, self._comm.size)]
 
     def begin(self) -> None:
         """Zero the gradients in place, so that Horovod always gets the same memory."""
-        self._used = set()
+        self._used = [False] * len(self._parameters)
         self._in_step = True
         for bucket in self._buckets:
             bucket.sums.zero_()
@@ -171,7 +171,7 @@ class OverlappedReduction:
         a gradient more than once. Which addition is the last one is then unknown, so the first
         step observes and sends all buckets in `finish`, and such a model continues to do so.
         """
-        self._accumulated = set()
+        self._accumulated = [False] * len(self._parameters)
         self._missing = [len(bucket.parameters) for bucket in self._buckets]
         self._last = last and self._observed and not self._repeated
         self._in_backward = True
@@ -179,7 +179,7 @@ class OverlappedReduction:
             yield
         finally:
             self._last = self._in_backward = False
-            self._used |= self._accumulated
+            self._used = [any(pair) for pair in zip(self._used, self._accumulated, strict=True)]
 
     def end_lane(self, sums: StepSums, *, empty: bool) -> None:
         self._sums = sums  # there is one lane
@@ -190,7 +190,7 @@ class OverlappedReduction:
                 if parameter.grad is not gradient:
                     raise MisuseError(GRADIENT_CHANGED)
         packed = self._sums.pack()
-        used = packed.new_tensor([p in self._used for p in self._parameters])
+        used = packed.new_tensor(self._used)
         message = torch.cat([packed, used, flags.pack(packed)])
         for index in range(self._early):
             if index not in self._handles:  # no backward pass completed it
@@ -215,13 +215,15 @@ class OverlappedReduction:
             for parameter in bucket.parameters:
                 parameter.grad = None
 
-    def _hook(self, index: int) -> Any:
+    def _hook(self, index: int, place: int) -> Any:
+        """Of the parameter at `place` among all, in the bucket `index`."""
+
         def on_gradient(parameter: Tensor) -> None:
             if not self._in_backward:
                 if self._in_step:
                     raise MisuseError(GRADIENT_CHANGED)
                 return
-            if parameter in self._accumulated:
+            if self._accumulated[place]:
                 self._repeated = True
                 if index in self._handles:
                     raise RuntimeError(
@@ -229,7 +231,7 @@ class OverlappedReduction:
                         "step before; activation checkpointing with use_reentrant=False does not"
                     )
                 return
-            self._accumulated.add(parameter)
+            self._accumulated[place] = True
             self._missing[index] -= 1
             complete = self._last and not self._repeated and not self._missing[index]
             if complete and index < self._early:

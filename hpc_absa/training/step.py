@@ -28,8 +28,8 @@ from hpc_absa.progress import Step
 from hpc_absa.records import GradientSquares
 from hpc_absa.training.buffers import Collected, ModelBuffers
 from hpc_absa.training.clock import Clock
-from hpc_absa.training.reduction import GradientNorms, Reduction
-from hpc_absa.training.sums import Flags, StepSums
+from hpc_absa.training.reduction import Reduction
+from hpc_absa.training.sums import Flags, GradientNorms, StepSums
 
 MicrobatchLoss = Tensor | tuple[Tensor, Tensor | float]
 """The mean over a microbatch, or `(sum, denominator)`."""

@@ -11,12 +11,8 @@ from hpc_absa.comm import SerialCommunicator
 from hpc_absa.errors import MisuseError
 from hpc_absa.summation import LANES
 from hpc_absa.training import reduction
-from hpc_absa.training.reduction import (
-    GradientNorms,
-    OverlappedReduction,
-    ReproducibleReduction,
-)
-from hpc_absa.training.sums import Flags, StepSums
+from hpc_absa.training.reduction import OverlappedReduction, ReproducibleReduction
+from hpc_absa.training.sums import Flags, GradientNorms, StepSums
 
 
 class Simulated(SerialCommunicator):

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
@@ -80,7 +81,7 @@ def run_steps(
         for step in run:
             if by_index:
                 for indices in step.microbatches:
-                    rows = torch.tensor(indices)
+                    rows = torch.from_numpy(np.array(indices))
                     outputs = model(inputs[rows])
                     step.backward(nn.functional.cross_entropy(outputs, targets[rows]))
             else:

@@ -22,6 +22,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -73,10 +74,12 @@ class Layer:
     """A normalization with PyTorch's own forward pass, whose statistics are averaged."""
 
     module: Any
+    statistics: tuple[Tensor, ...]
+    """Mean and variance of this microbatch: `Σᵢ (1 − m)^(c−1−i) sᵢ` over its c calls."""
+    others: tuple[Tensor, ...]
+    """Likewise, for those of other calls."""
     saved: tuple[Any, ...] | None = None
     """Its buffers and momentum during a call in training mode."""
-    statistics: Tensor | None = None
-    """[2, features], of this microbatch: `Σᵢ (1 − m)^(c−1−i) sᵢ` over its c calls."""
     weight: float = 0.0
     """`Σᵢ (1 − m)^i`, the weight of `statistics` in units of m."""
     calls: int = 0
@@ -101,18 +104,28 @@ class ModelBuffers:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self._device = next(model.parameters()).device
-        self._layers = [Layer(module) for module in _standard_layers(model)]
+        modules = _standard_layers(model)
+        sizes = [2 * module.num_features for module in modules]
+        self._running = torch.zeros(sum(sizes), device=self._device)
+        self._statistics, others = torch.zeros_like(self._running), torch.zeros_like(self._running)
+        self._layers = [
+            Layer(module, mean_and_variance.chunk(2), other.chunk(2))
+            for module, mean_and_variance, other in zip(
+                modules, self._statistics.split(sizes), others.split(sizes), strict=True
+            )
+        ]
         self._handles: list[RemovableHandle] = []
-        self._sizes = [layer.module.num_features for layer in self._layers]
-        self._features = torch.tensor(
-            [size for size in self._sizes for _ in range(2)], dtype=torch.int64, device=self._device
+        self._layer_of = torch.arange(len(sizes), device=self._device).repeat_interleave(
+            torch.tensor(sizes, dtype=torch.int64, device=self._device)
         )
-        self._running = torch.zeros(2 * sum(self._sizes), device=self._device)
+        """Of each element of `_running`."""
         self._counters = torch.zeros(len(self._layers), dtype=torch.int64, device=self._device)
-        self._momenta: tuple[float | None, ...] | None = None
-        self._momentum = self._running
+        self._constant = lru_cache(8)(
+            partial(torch.tensor, dtype=torch.float32, device=self._device)
+        )
+        """Numbers as a tensor: usually the same ones in each step."""
         self._collecting = False
-        self._adopt_layers()
+        self._adopt_layers(sizes)
         self._others = self._other_buffers()
         self._compare_all = True
         self.size = self._running.numel() + 2 * len(self._layers) + len(self._others)
@@ -123,7 +136,8 @@ class ModelBuffers:
         """Within, one training forward pass adds its microbatch's changes to `collected`."""
         self.restore()
         for layer in self._layers:
-            layer.statistics, layer.weight, layer.calls = None, 0.0, 0
+            layer.weight, layer.calls = 0.0, 0
+        self._statistics.data.zero_()  # `.data`: autograd has saved them, without using them
         self._collecting = True
         try:
             yield
@@ -191,14 +205,13 @@ class ModelBuffers:
 
     # Normalizations
 
-    def _adopt_layers(self) -> None:
+    def _adopt_layers(self, sizes: list[int]) -> None:
         """Make the layers' buffers views of the flat tensors, and register the hooks."""
-        pairs = self._running.split([size for size in self._sizes for _ in range(2)])
-        for index, layer in enumerate(self._layers):
+        for index, (layer, pair) in enumerate(
+            zip(self._layers, self._running.split(sizes), strict=True)
+        ):
             module = layer.module
-            for name, view in zip(
-                ("running_mean", "running_var"), pairs[2 * index :], strict=False
-            ):
+            for name, view in zip(("running_mean", "running_var"), pair.chunk(2), strict=True):
                 view.copy_(module._buffers[name])
                 module._buffers[name] = view
             if module._buffers.get("num_batches_tracked") is not None:
@@ -217,9 +230,12 @@ class ModelBuffers:
                 return
             buffers = module._buffers
             layer.saved = (dict(buffers), module.momentum)
-            buffers["running_mean"], buffers["running_var"] = torch.zeros(
-                2, module.num_features, device=self._device
-            ).unbind()
+            statistics = layer.statistics
+            if layer.weight or not self._collecting:
+                statistics = layer.others
+                for tensor in statistics:
+                    tensor.data.zero_()  # 0 times infinity would be NaN
+            buffers["running_mean"], buffers["running_var"] = statistics
             if buffers.get("num_batches_tracked") is not None:
                 buffers["num_batches_tracked"] = scratch
             # The buffers become the statistics of this call; nn.Module's setattr takes 10 µs.
@@ -231,18 +247,17 @@ class ModelBuffers:
         def after(module: Any, inputs: Any, outputs: Any) -> None:
             if layer.saved is None:
                 return
-            buffers = module._buffers
-            statistics = torch.cat([buffers["running_mean"], buffers["running_var"]])
             saved, vars(module)["momentum"] = layer.saved
-            buffers.update(saved)
+            module._buffers.update(saved)
             layer.saved = None
             if not self._collecting:
                 return
             layer.calls += isinstance(module, _BatchNorm)  # instance norm does not count
             kept = 1.0 if module.momentum is None else 1.0 - module.momentum
-            if layer.statistics is not None:
-                statistics = statistics + kept * layer.statistics
-            layer.statistics, layer.weight = statistics, 1.0 + kept * layer.weight
+            if layer.weight:
+                for sums, statistics in zip(layer.statistics, layer.others, strict=True):
+                    sums.data.mul_(kept).add_(statistics)
+            layer.weight = 1.0 + kept * layer.weight
 
         return after
 
@@ -250,38 +265,26 @@ class ModelBuffers:
         if not self._layers:
             return
         for index, layer in enumerate(self._layers):
-            if layer.statistics is not None and layer.module.momentum is None:
+            if layer.weight and layer.module.momentum is None:
                 calls = int(self._counters[index]) + layer.calls  # the mean over all of them
-                layer.statistics, layer.weight = layer.statistics / calls, layer.weight / calls
+                layer.weight /= calls
+                for sums in layer.statistics:
+                    sums.data.div_(calls)
         size = self._running.numel()
-        flat[:size] += torch.cat(
-            [
-                torch.zeros(2 * features, device=self._device)
-                if layer.statistics is None
-                else layer.statistics
-                for layer, features in zip(self._layers, self._sizes, strict=True)
-            ]
-        )
+        flat[:size] += self._statistics
         numbers = [layer.weight for layer in self._layers] + [layer.calls for layer in self._layers]
-        flat[size : size + len(numbers)] += torch.tensor(numbers, device=self._device)
+        flat[size : size + len(numbers)] += self._constant(tuple(numbers))
 
     def _update_layers(self, total: Tensor, microbatches: int) -> None:
         size, count = self._running.numel(), len(self._layers)
         means = total[: size + 2 * count].to(self._running.dtype) / microbatches
         weights, calls = means[size : size + count], means[size + count :]
-        weight = weights.repeat_interleave(2).repeat_interleave(self._features)
-        updated = self._running.lerp(means[:size] / weight, self._momentum_of_elements() * weight)
+        # with `momentum=None` it is in the weight
+        momenta = (1.0 if (m := layer.module.momentum) is None else m for layer in self._layers)
+        weight, momentum = weights[self._layer_of], self._constant(tuple(momenta))[self._layer_of]
+        updated = self._running.lerp(means[:size] / weight, momentum * weight)
         self._running.copy_(torch.where(weight > 0, updated, self._running))
         self._counters += calls.ceil().to(torch.int64)
-
-    def _momentum_of_elements(self) -> Tensor:
-        """One for each element of the flat tensor; with `momentum=None` it is in the weight."""
-        momenta = tuple(layer.module.momentum for layer in self._layers)
-        if momenta != self._momenta:
-            values = [1.0 if m is None else m for m in momenta for _ in range(2)]
-            tensor = torch.tensor(values, device=self._device)
-            self._momenta, self._momentum = momenta, tensor.repeat_interleave(self._features)
-        return self._momentum
 
     # Other buffers
 

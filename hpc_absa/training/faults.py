@@ -85,7 +85,7 @@ class StopRequest:
     def requested_here(self) -> bool:
         """Whether a stop was requested on this rank; not a collective."""
         self._progress()
-        return self._signalled.is_set() or (self._comm.rank == 0 and os.path.exists(self._file))
+        return self._signalled.is_set() or (self._comm.rank == 0 and os.access(self._file, os.F_OK))
 
     def requested(self) -> bool:
         """Whether a stop was requested on any rank, the same on all ranks (a collective)."""

@@ -44,13 +44,8 @@ class Recorder:
         self._log.emit(
             "phase_start",
             progress.phase,
-            ranks=run.comm.size,
-            global_batch=progress.schedule.global_batch,
-            lr=run.lr,
+            **self._place(),
             resumed_from=self._resumed_from,
-            step=progress.position.step,
-            samples=run.samples,
-            epoch=run.epoch,
             training_samples=run.stream.samples,
             hosts=sorted(set(run.comm.allgather_object(host()))),
             backend=run.comm.backend,
@@ -97,20 +92,15 @@ class Recorder:
 
     def _progress(self, result: StepResult) -> None:
         """A `progress` event (on rank 0); training continues where it cannot be written."""
-        run, progress = self._run, self._run.state.progress
+        run = self._run
         with contextlib.suppress(RunDirError):
             self._log.emit(
                 "progress",
-                progress.phase,
-                epoch=run.epoch,
-                step=progress.position.step,
-                samples=run.samples,
+                run.state.progress.phase,
+                **self._place(),
                 **self._meter.take(),
                 grad_norm=run.engine.grad_norm(result),
                 memory=memory_in_use(run.engine.device),
-                lr=run.lr,
-                global_batch=progress.schedule.global_batch,
-                ranks=run.comm.size,
             )
 
     def epoch(
@@ -120,20 +110,15 @@ class Recorder:
         accuracy: float | None,
         metrics: Mapping[str, float] | None,
     ) -> None:
-        run, progress = self._run, self._run.state.progress
+        progress = self._run.state.progress
         self._log.emit_when_saved(
             "epoch",
             progress.phase,
-            epoch=progress.epoch,
-            step=progress.position.step,
-            samples=run.samples,
+            **self._place() | {"epoch": progress.epoch},
             train_loss=train_loss,
             test_accuracy=accuracy,
             test_loss=test_loss,
             metrics=dict(metrics or {}),
-            lr=run.lr,
-            global_batch=progress.schedule.global_batch,
-            ranks=run.comm.size,
             samples_per_second=self._samples_per_second(),
         )
         if metrics is None and accuracy is not None:
@@ -225,6 +210,18 @@ class Recorder:
                 else ""
             )
         )
+
+    def _place(self) -> dict[str, Any]:
+        """How far the run is, and how it takes steps."""
+        run, progress = self._run, self._run.state.progress
+        return {
+            "epoch": run.epoch,
+            "step": progress.position.step,
+            "samples": run.samples,
+            "lr": run.lr,
+            "global_batch": progress.schedule.global_batch,
+            "ranks": run.comm.size,
+        }
 
     def _samples_per_second(self) -> float:
         """Since the phase began."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Protocol
 
 import torch
@@ -22,10 +23,6 @@ from hpc_absa.errors import MisuseError
 from hpc_absa.training.sums import FLAGS, Flags, StepSums
 from hpc_absa.worldsize import share
 
-GRADIENT_REPLACED = (
-    "a parameter's .grad was replaced during a step, as zero_grad() does: expected no such call, "
-    "because every step begins without gradients"
-)
 GRADIENT_CHANGED = (
     "a parameter's .grad was changed during a step, as clipping, zero_grad() or loss.backward() "
     "do: expected step.backward(loss), and other changes between step.reduce() and step.optimize()"
@@ -99,10 +96,12 @@ class LocalReduction:
         self._require_same_gradients()
 
     def __exit__(self, *error: object) -> None:
+        self._gradients.clear()
         for parameter in self._parameters:
-            if parameter.grad is not None and parameter.grad.is_sparse:
-                parameter.grad = parameter.grad.to_dense()  # as in the buckets of several ranks
-        self._gradients = [p.grad for p in self._parameters]
+            gradient = parameter.grad
+            if gradient is not None and gradient.is_sparse:  # as in the buckets of several ranks
+                parameter.grad = gradient = gradient.to_dense()
+            self._gradients.append(gradient)
         self._versions = _versions(self._gradients)
 
     def end_lane(self, sums: StepSums, *, empty: bool) -> None:
@@ -123,7 +122,7 @@ class LocalReduction:
     def _require_same_gradients(self) -> None:
         for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
             if parameter.grad is not gradient:
-                raise MisuseError(GRADIENT_REPLACED)
+                raise MisuseError(GRADIENT_CHANGED)
         if self._versions and self._versions != _versions(self._gradients):
             raise MisuseError(GRADIENT_CHANGED)
 
@@ -137,37 +136,41 @@ class OverlappedReduction:
     """Horovod's ring-allreduce, overlapped with the backward pass.
 
     Gradients lie next to each other in buckets, in the order in which the backward pass completes
-    them, and a bucket is sent with its last gradient. The last bucket is complete when the backward
-    pass is, and is sent then. Horovod's own tensor fusion would join
-    whatever gradients happen to be ready (`comm` turns it off): a value's place in such a message
-    decides in which order more than two ranks are added, so that the last bits would be random.
+    them, and a bucket is sent with its last gradient. The last ones are sent after the backward
+    pass, by MPI itself: an exchange of Horovod's, for which ranks wait some milliseconds, has
+    nothing left to overlap with. Horovod's own tensor fusion would join whatever gradients happen
+    to be ready (`comm` turns it off): a value's place in such a message decides in which order more
+    than two ranks are added, so that the last bits would be random.
     """
 
     def __init__(self, model: nn.Module, comm: Communicator) -> None:
         self._comm = comm
         self._buckets = _buckets([p for p in model.parameters() if p.requires_grad])
+        self._early = _overlapped(self._buckets)
         self._parameters = [p for bucket in self._buckets for p in bucket.parameters]
         self._handles: dict[int, Any] = {}
         self._sums: StepSums
-        self._used: set[Tensor] = set()
-        self._accumulated: set[Tensor] = set()
+        self._used = [False] * len(self._parameters)
+        self._accumulated = list(self._used)
+        self._in_step = self._in_backward = False
         self._missing = [0] * len(self._buckets)
         self._repeated = False
         self._observed = False
         self._last = False
         self._versions: list[int] = []
-        self._hooks = [
-            parameter.register_post_accumulate_grad_hook(self._hook(index))
-            for index, bucket in enumerate(self._buckets)
-            for parameter in bucket.parameters
-        ]
+        self._hooks: list[Any] = []
+        for index, bucket in enumerate(self._buckets):
+            for parameter in bucket.parameters:
+                hook = self._hook(index, len(self._hooks))
+                self._hooks.append(parameter.register_post_accumulate_grad_hook(hook))
 
     def lanes(self, microbatches: range) -> list[range]:
         return [share(microbatches, self._comm.rank, self._comm.size)]
 
     def begin(self) -> None:
         """Zero the gradients in place, so that Horovod always gets the same memory."""
-        self._used, self._versions = set(), []
+        self._used, self._versions = [False] * len(self._parameters), []
+        self._in_step = True
         for bucket in self._buckets:
             bucket.sums.zero_()
             for parameter, gradient in zip(bucket.parameters, bucket.gradients, strict=True):
@@ -180,14 +183,15 @@ class OverlappedReduction:
         step observes and sends all buckets in `finish`, and such a model continues to do so.
         """
         self._require_same_gradients()
-        self._accumulated = set()
+        self._accumulated = [False] * len(self._parameters)
         self._missing = [len(bucket.parameters) for bucket in self._buckets]
         self._last = last and self._observed and not self._repeated
+        self._in_backward = True
         try:
             yield
         finally:
-            self._last = False
-            self._used |= self._accumulated
+            self._last = self._in_backward = False
+            self._used = [any(pair) for pair in zip(self._used, self._accumulated, strict=True)]
             self._versions = _versions([bucket.sums for bucket in self._buckets])
 
     def end_lane(self, sums: StepSums, *, empty: bool) -> None:
@@ -196,17 +200,17 @@ class OverlappedReduction:
     def finish(self, flags: Flags) -> tuple[StepSums, Flags]:
         self._require_same_gradients()
         packed = self._sums.pack()
-        used = packed.new_tensor([p in self._used for p in self._parameters])
+        used = packed.new_tensor(self._used)
         message = torch.cat([packed, used, flags.pack(packed)])
-        *early, last = self._buckets
-        for index in range(len(early)):
+        for index in range(self._early):
             if index not in self._handles:  # no backward pass completed it
                 self._send(index)
         for handle in self._handles.values():
             self._comm.wait(handle)
         self._handles.clear()
-        self._comm.allreduce_list_([last.sums, message], "last")
-        self._observed = True
+        late = [bucket.sums for bucket in self._buckets[self._early :]]
+        self._comm.allreduce_list_([*late, message], "last")
+        self._observed, self._in_step = True, False
         sums, used, total_flags = message.split([len(packed), len(used), FLAGS])
         _drop_unused(self._parameters, used)
         return StepSums.unpack(sums), Flags.unpack(total_flags)
@@ -225,13 +229,19 @@ class OverlappedReduction:
         for bucket in self._buckets:
             for parameter, gradient in zip(bucket.parameters, bucket.gradients, strict=True):
                 if parameter.grad is not gradient:
-                    raise MisuseError(GRADIENT_REPLACED)
+                    raise MisuseError(GRADIENT_CHANGED)
         if self._versions and self._versions != _versions([b.sums for b in self._buckets]):
             raise MisuseError(GRADIENT_CHANGED)
 
-    def _hook(self, index: int) -> Any:
+    def _hook(self, index: int, place: int) -> Any:
+        """Of the parameter at `place` among all, in the bucket `index`."""
+
         def on_gradient(parameter: Tensor) -> None:
-            if parameter in self._accumulated:
+            if not self._in_backward:
+                if self._in_step:
+                    raise MisuseError(GRADIENT_CHANGED)
+                return
+            if self._accumulated[place]:
                 self._repeated = True
                 if index in self._handles:
                     raise RuntimeError(
@@ -239,10 +249,10 @@ class OverlappedReduction:
                         "step before; activation checkpointing with use_reentrant=False does not"
                     )
                 return
-            self._accumulated.add(parameter)
+            self._accumulated[place] = True
             self._missing[index] -= 1
             complete = self._last and not self._repeated and not self._missing[index]
-            if complete and index < len(self._buckets) - 1:
+            if complete and index < self._early:
                 self._send(index)
 
         return on_gradient
@@ -266,6 +276,9 @@ class Bucket:
 BUCKET_BYTES = 1 << 20
 """Bytes of gradients that one message contains at least."""
 
+OVERLAP_BYTES = BUCKET_BYTES // 2
+"""Bytes of gradients that the backward pass computes at least while a message is sent."""
+
 
 def _buckets(parameters: list[Tensor]) -> list[Bucket]:
     """Parameters from the last to the first, the order of the backward pass, in buckets."""
@@ -277,6 +290,12 @@ def _buckets(parameters: list[Tensor]) -> list[Bucket]:
             groups.append([])
         groups[-1].append(parameter)
     return [_bucket(group) for group in groups]
+
+
+def _overlapped(buckets: list[Bucket]) -> int:
+    """How many of them are sent within the backward pass."""
+    following = list(accumulate(bucket.sums.nbytes for bucket in reversed(buckets[1:])))
+    return sum(count >= OVERLAP_BYTES for count in following)
 
 
 def _bucket(parameters: list[Tensor]) -> Bucket:
@@ -363,44 +382,3 @@ def _drop_unused(parameters: Sequence[Tensor], used: Tensor) -> None:
     for parameter, number in zip(parameters, used.tolist(), strict=True):
         if not number:
             parameter.grad = None
-
-
-class GradientNorms:
-    """The squared norm of what single backward passes compute.
-
-    The unit is the microbatch and not the rank, so the sum over all of them does not depend on the
-    number of ranks, up to the order of summation.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self._gradients: dict[int, Tensor] | None = None
-        parameters = [p for p in model.parameters() if p.requires_grad]
-        self._handles = [p.register_hook(self._hook(i)) for i, p in enumerate(parameters)]
-
-    def close(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-    @contextmanager
-    def measuring(self, sums: StepSums) -> Iterator[None]:
-        """Within, one backward pass adds its gradient's squared norm to `sums`."""
-        self._gradients = {}
-        try:
-            yield
-            if self._gradients:
-                norms = [torch.linalg.vector_norm(g) ** 2 for g in self._gradients.values()]
-                sums.add_square(torch.stack(norms).sum())
-        finally:
-            self._gradients = None
-
-    def _hook(self, index: int) -> Any:
-        def on_gradient(gradient: Tensor) -> None:
-            if self._gradients is None:
-                return
-            gradient = gradient.detach()
-            if gradient.dtype != torch.float64:
-                gradient = gradient.float()
-            known = self._gradients.get(index)  # from a backward pass within this one
-            self._gradients[index] = gradient if known is None else known + gradient
-
-        return on_gradient

@@ -37,8 +37,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from torch import nn
-
 from hpc_absa.checkpoint.async_checkpointer import AsyncCheckpointer, require_durable
 from hpc_absa.comm import Communicator, raise_on_all_ranks
 from hpc_absa.curvature.estimate import Estimate, Interrupted
@@ -103,19 +101,7 @@ class Run:
         log: EventLogger,
         options: RunOptions,
     ) -> None:
-        """
-        Args:
-            comm: all ranks.
-            directory: of the run's files.
-            stream: the microbatches of all epochs.
-            rule: the schedule.
-            state: model, optimizer and progress, new or restored.
-            engine: takes the steps, with the model and optimizer of `state`.
-            estimator: of the top eigenvalue.
-            checkpointer: writes the checkpoints.
-            stop: requests to stop.
-            log: events and console lines.
-            options: everything else.
+        """`state` is new or restored; `engine` has its model and optimizer.
 
         Raises:
             CollectiveError: the stream has too few samples for one step.
@@ -244,8 +230,9 @@ class Run:
             CollectiveError: the last step made the weights infinite or NaN, and the job stops then.
         """
         progress = self.state.progress
-        if loss is not None and not math.isfinite(loss) and not _finite(self.state.model):
-            self._require_finite("test loss", loss, progress.position.step)
+        weights = self.state.model.parameters()
+        if not math.isfinite(loss or 0.0) and not all(p.isfinite().all() for p in weights):
+            self._require_finite("test loss", math.nan, progress.position.step)
         train_loss = progress.epoch_loss / (progress.epoch_samples or 1.0)
         self.state.progress = replace(
             progress,
@@ -380,7 +367,7 @@ class Run:
             CollectiveError: ranks have different states, or a save failed and the job stops then.
         """
         self._last_save = time.monotonic()
-        self._flags = replace(self._flags, written=0, failed=0)  # of the save before this one
+        self._flags = self._flags._replace(written=0, failed=0)  # of the save before this one
         options, progress = self.options, self.state.progress
         step = progress.position.step
         self.engine.buffers.restore()
@@ -405,7 +392,3 @@ class Run:
     def wait_for_writes(self) -> None:
         """Return once this rank writes nothing any more; not a collective."""
         self._checkpointer.wait()
-
-
-def _finite(model: nn.Module) -> bool:
-    return all(bool(parameter.isfinite().all()) for parameter in model.parameters())

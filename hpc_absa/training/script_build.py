@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -57,7 +58,7 @@ class ScriptHessian:
         """An `Estimator` of a run."""
         loss, sample_of = self._require()
         estimator = make_estimator(self._job, self._state, loss, self._comm, sample_of)
-        with self._optimizer.permitted():  # the sharpness takes a step, and takes it back
+        with self._optimizer:  # the sharpness takes a step, and takes it back
             return estimator(*arguments)
 
     def check(self) -> None:
@@ -141,6 +142,7 @@ def build(
     cleanup.callback(engine.close)
     if given.scaler is not None:
         engine.scale = given.scaler.scale
+        engine.unscale = partial(given.scaler.unscale_, given.optimizer)
     readable = given.dataset is not None or given.hessian_batch is not None
     samples = sample_of if readable else None
     hessian = ScriptHessian(job, state, given.loss, comm, samples, optimizer)

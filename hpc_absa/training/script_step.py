@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -40,7 +40,7 @@ class ScriptOptimizer:
         groups = self._optimizer.param_groups
         rates = [group["lr"] for group in groups]
         factor = lr / self.base_lr
-        with self.permitted():
+        with self:
             try:
                 if factor != 1:
                     for group in groups:
@@ -54,19 +54,12 @@ class ScriptOptimizer:
                 for group, rate in zip(groups, rates, strict=True):
                     group["lr"] = rate
 
-    def unscale(self) -> None:
-        """Divide the gradients by the scaler's factor, if there is a scaler."""
-        if self._scaler is not None:
-            self._scaler.unscale_(self._optimizer)
-
-    @contextmanager
-    def permitted(self) -> Iterator[None]:
-        """Within, the optimizer may step."""
+    def __enter__(self) -> None:
+        """Until `__exit__`, the optimizer may step."""
         self._permitted = True
-        try:
-            yield
-        finally:
-            self._permitted = False
+
+    def __exit__(self, *error: object) -> None:
+        self._permitted = False
 
     def _on_step(self, *arguments: Any) -> None:
         if not self._permitted:
@@ -152,7 +145,6 @@ class Step:
             self._run.engine.require_same_parameters()
             self._calls.enter(Call.REDUCE)
             self.result = self._step.reduce()
-            self._optimizer.unscale()
 
     def optimize(self) -> None:
         """Sum the gradients over all ranks, and let the optimizer make its step."""

@@ -16,8 +16,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,15 +28,14 @@ from hpc_absa.progress import Step
 from hpc_absa.records import GradientSquares
 from hpc_absa.training.buffers import Collected, ModelBuffers
 from hpc_absa.training.clock import Clock
-from hpc_absa.training.reduction import GradientNorms, Reduction
-from hpc_absa.training.sums import Flags, StepSums
+from hpc_absa.training.reduction import Reduction
+from hpc_absa.training.sums import Flags, GradientNorms, StepSums
 
 MicrobatchLoss = Tensor | tuple[Tensor, Tensor | float]
 """The mean over a microbatch, or `(sum, denominator)`."""
 
 
-@dataclass(frozen=True)
-class StepResult:
+class StepResult(NamedTuple):
     """A finished step, summed over all ranks."""
 
     loss: float
@@ -72,7 +71,7 @@ class StepEngine:
             optimizer: of the model's parameters.
             reduction: how gradients are summed.
             seed: with the index of a microbatch, of the random generators in its forward pass.
-            clock: charged with computing and communication.
+            clock: charged with communication.
             max_grad_norm: clip the gradient of a step to this norm; None for no clipping.
             update: updates the parameters from the gradients, with the schedule's learning rate; by
                 default a step of the optimizer, whose groups get that rate times their ratio.
@@ -85,6 +84,8 @@ class StepEngine:
         self.update = update or self._update
         self.scale: Callable[[Tensor], Tensor] = lambda loss: loss
         """Applied to the loss that is differentiated: float16 needs larger gradients."""
+        self.unscale: Callable[[], None] = lambda: None
+        """Undoes `scale` in the gradients, once they are summed."""
         self.buffers = ModelBuffers(model)
         self._norms: GradientNorms | None = None  # from the first step that wants them
         self._parameters = list(model.parameters())
@@ -245,8 +246,7 @@ class TrainStep:
     def optimize(self) -> StepResult:
         """Sum over all ranks, unless `reduce` was called, and update the parameters."""
         result = self.reduce()
-        with self._engine.clock("comp"):
-            self._engine.update(self.lr)
+        self._engine.update(self.lr)
         return result
 
     def reduce(self) -> StepResult:
@@ -260,18 +260,16 @@ class TrainStep:
             buffers = sums.buffers.flat
             changed = engine.buffers.changed(buffers)
             values = self._sum_values(changed) if changed else None
-        with engine.clock("comp"):
-            if denominator not in (0.0, samples):  # gradients were divided by samples
-                factor = samples / denominator
-                torch._foreach_mul_(engine.gradients(), factor)
-                square *= factor**2
-            squares = self._squares(square, count) if self._measure_squares else None
-            engine.buffers.update(buffers, count, changed, values)
-            norm = None
-            if engine.max_grad_norm is not None:
-                norm = torch.nn.utils.clip_grad_norm_(
-                    engine.model.parameters(), engine.max_grad_norm
-                )
+        if denominator not in (0.0, samples):  # gradients were divided by samples
+            factor = samples / denominator
+            torch._foreach_mul_(engine.gradients(), factor)
+            square *= factor**2
+        engine.unscale()
+        squares = self._squares(square, count) if self._measure_squares else None
+        engine.buffers.update(buffers, count, changed, values)
+        norm = None
+        if engine.max_grad_norm is not None:
+            norm = torch.nn.utils.clip_grad_norm_(engine.model.parameters(), engine.max_grad_norm)
         self._result = StepResult(loss, denominator, samples, flags, squares, norm)
         return self._result
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hpc_absa.training.buffers import Collected
 
@@ -15,8 +17,7 @@ SCALARS = FLAGS = 4
 """Numbers of sums beside those of buffers, and of flags."""
 
 
-@dataclass(frozen=True)
-class Flags:
+class Flags(NamedTuple):
     """What ranks exchange with every step: 0 or 1 of one rank, the number of ranks in a sum."""
 
     stop: int = 0
@@ -30,7 +31,7 @@ class Flags:
 
     def pack(self, like: Tensor) -> Tensor:
         """As [4], with the type and device of `like`."""
-        return like.new_tensor([self.stop, self.save, self.written, self.failed])
+        return like.new_tensor(self)
 
     @classmethod
     def unpack(cls, values: Tensor) -> Flags:
@@ -89,3 +90,44 @@ class StepSums:
         sums.gradient_square, sums.loss, sums.denominator = square, loss, denominator
         sums.samples = samples
         return sums
+
+
+class GradientNorms:
+    """The squared norm of what single backward passes compute.
+
+    The unit is the microbatch and not the rank, so the sum over all of them does not depend on the
+    number of ranks, up to the order of summation.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._gradients: dict[int, Tensor] | None = None
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        self._handles = [p.register_hook(self._hook(i)) for i, p in enumerate(parameters)]
+
+    def close(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    @contextmanager
+    def measuring(self, sums: StepSums) -> Iterator[None]:
+        """Within, one backward pass adds its gradient's squared norm to `sums`."""
+        self._gradients = {}
+        try:
+            yield
+            if self._gradients:
+                norms = [torch.linalg.vector_norm(g) ** 2 for g in self._gradients.values()]
+                sums.add_square(torch.stack(norms).sum())
+        finally:
+            self._gradients = None
+
+    def _hook(self, index: int) -> Any:
+        def on_gradient(gradient: Tensor) -> None:
+            if self._gradients is None:
+                return
+            gradient = gradient.detach()
+            if gradient.dtype != torch.float64:
+                gradient = gradient.float()
+            known = self._gradients.get(index)  # from a backward pass within this one
+            self._gradients[index] = gradient if known is None else known + gradient
+
+        return on_gradient

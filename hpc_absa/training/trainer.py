@@ -111,14 +111,14 @@ class Trainer:
         """One optimizer step."""
         self.estimate_diagonal(item)
         clock, fraction = self.run.clock, self.run.adversarial_fraction
-        step, upcoming = self.run.begin_step(item), self.upcoming(item)
-        for index, k in enumerate(step.microbatches, start=1):
-            with clock("data"):
-                then = upcoming[index : index + self.loader.ahead]
-                microbatch = self.loader.get(k, then)
-            inputs, targets = self.perturbed(microbatch, fraction), microbatch.targets
-            samples = len(microbatch.samples)
-            with clock("comp"):
+        with clock("comp"):
+            step, upcoming = self.run.begin_step(item), self.upcoming(item)
+            for index, k in enumerate(step.microbatches, start=1):
+                with clock("data"):
+                    then = upcoming[index : index + self.loader.ahead]
+                    microbatch = self.loader.get(k, then)
+                inputs, targets = self.perturbed(microbatch, fraction), microbatch.targets
+                samples = len(microbatch.samples)
                 try:
                     with step.forward():
                         loss = self.microbatch_loss(self.forward(inputs), targets, samples)
@@ -126,7 +126,7 @@ class Trainer:
                     with user_code(f"model and loss on samples {microbatch.samples.tolist()}"):
                         raise
                 step.backward(loss, samples)
-        self.run.end_step(item, step.optimize())
+            self.run.end_step(item, step.optimize())
 
     def decide_by_layer(self, boundary: Boundary) -> None:
         """Where the job wants learning rates or a precision by layer: from the curvature here."""

@@ -8,14 +8,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from hpc_absa.comm import SerialCommunicator
+from hpc_absa.errors import MisuseError
 from hpc_absa.summation import LANES
 from hpc_absa.training import reduction
-from hpc_absa.training.reduction import (
-    GradientNorms,
-    OverlappedReduction,
-    ReproducibleReduction,
-)
-from hpc_absa.training.sums import Flags, StepSums
+from hpc_absa.training.reduction import OverlappedReduction, ReproducibleReduction
+from hpc_absa.training.sums import Flags, GradientNorms, StepSums
 
 
 class Simulated(SerialCommunicator):
@@ -173,6 +170,7 @@ class Sending(SerialCommunicator):
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_a_gradient_is_sent_once_and_complete(reentrant, monkeypatch):
     monkeypatch.setattr(reduction, "BUCKET_BYTES", 64)
+    monkeypatch.setattr(reduction, "OVERLAP_BYTES", 64)
     torch.manual_seed(0)
     layer = nn.Linear(5, 5)
     net = nn.Sequential(layer, nn.Linear(5, 5))
@@ -197,3 +195,45 @@ def test_a_gradient_is_sent_once_and_complete(reentrant, monkeypatch):
         comm.sent.clear()
     # After the first step the plain kind is sent within the backward pass, but for the last bucket.
     assert early == ([0, 0, 0] if reentrant else [0, 1, 1])
+
+
+@pytest.mark.parametrize(
+    ("widths", "early"),
+    [([600, 600, 600], 2), ([100, 600, 600], 1), ([100, 400, 600, 600], 2), ([100], 0)],
+)
+def test_a_message_is_sent_early_only_with_enough_of_the_backward_pass_left(widths, early):
+    """A square layer of width 512 has 1 MiB of gradients."""
+    net = nn.Sequential(*(nn.Linear(width, width, bias=False) for width in widths))
+    comm = Sending()
+    overlapped = OverlappedReduction(net, comm)
+    for _ in range(2):
+        comm.sent.clear()
+        overlapped.begin()
+        with overlapped.backward(last=True):
+            sum(layer.weight.sum() for layer in net).backward()
+        before = len(comm.sent)
+        overlapped.end_lane(StepSums(torch.zeros(1)), empty=False)
+        overlapped.finish(Flags())
+    assert before == early
+    assert sum(tensor.numel() for _, tensor in comm.sent[:-1]) == sum(w * w for w in widths)
+
+
+def test_another_backward_pass_is_refused_in_a_step_and_ignored_between_steps():
+    net, comm = nn.Linear(5, 5), Sending()
+    overlapped = OverlappedReduction(net, comm)
+
+    def backward():
+        net(torch.ones(2, 5)).sum().backward()
+
+    for _ in range(2):
+        overlapped.begin()
+        with pytest.raises(MisuseError, match=r"as by zero_grad\(\) or loss.backward\(\)"):
+            backward()
+        overlapped.begin()
+        with overlapped.backward(last=True):
+            backward()
+        overlapped.end_lane(StepSums(torch.zeros(1)), empty=False)
+        overlapped.finish(Flags())
+        for _ in range(2):
+            backward()
+    assert not overlapped._repeated

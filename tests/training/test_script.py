@@ -87,7 +87,8 @@ class Script:
         )
         self.scheduler = torch.optim.lr_scheduler.StepLR(self.optimizer, 1, gamma=0.9)
         self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
-        self.counter, self.dataset = Counter(), dataset or Noisy()
+        self.counter, self.counter_name = Counter(), "counter"
+        self.dataset = dataset or Noisy()
         self.options = {
             "schedule": absa.ABS(base_batch=8, max_batch=32, kappa=1),
             "hessian": {"samples": 16, "max_iter": 2},
@@ -104,7 +105,7 @@ class Script:
             microbatch=MICROBATCH,
             dataset=self.dataset,
             lr_scheduler=self.scheduler,
-            state={"average": self.average, "counter": self.counter},
+            state={"average": self.average, self.counter_name: self.counter},
             **{
                 "model": self.model,
                 "optimizer": self.optimizer,
@@ -232,9 +233,11 @@ def test_a_sum_with_its_denominator_is_the_mean_over_the_step(tmp_path):
     torch.testing.assert_close(parts, whole)
 
 
-def test_a_scaler_of_the_loss_changes_nothing_where_nothing_overflows(tmp_path):
+@pytest.mark.parametrize("max_grad_norm", [None, 0.05])
+def test_a_scaler_of_the_loss_changes_nothing_where_nothing_overflows(tmp_path, max_grad_norm):
     def train(folder, scaler):
-        script = Script(folder, scaler=scaler)
+        settings = {"threads_per_rank": 1, "max_grad_norm": max_grad_norm}
+        script = Script(folder, scaler=scaler, train=settings)
         script.run()
         return script
 
@@ -367,6 +370,23 @@ def test_arguments_that_do_not_fit_are_refused_by_name(tmp_path, options, messag
     assert "\n" not in str(error.value)
 
 
+def test_a_state_may_have_the_name_of_one_of_ours(tmp_path):
+    script = Script(tmp_path)
+    script.counter_name = "lr_scheduler"
+    script.run()
+    state = absa.load_checkpoint(tmp_path).state
+    assert state["lr_scheduler"]["steps"] == script.counter.steps
+    assert state["lr_scheduler_"]["last_epoch"] == EPOCHS
+
+
+def test_an_optimizer_that_needs_a_closure_is_refused(tmp_path):
+    script = Script(tmp_path)
+    script.scheduler = None
+    script.optimizer = torch.optim.LBFGS(script.model.parameters())
+    with pytest.raises(HpcAbsaError, match=r"absa.Run: optimizer = LBFGS: its step needs a clos"):
+        script.run()
+
+
 def test_a_state_that_is_not_made_of_plain_values_is_refused_by_name(tmp_path):
     script = Script(tmp_path)
     script.counter.history = [{"model": network()}]
@@ -454,7 +474,7 @@ def changing(change):
         (lambda step, model, optimizer: step.optimize(), "a loop over all of its microbatches"),
         (lambda step, model, _: each(step, model, lambda loss: loss.backward()), "step.backward"),
         (lambda step, *_: step.backward(torch.ones(())), "expected one call for each microbatch"),
-        (zero_grad, r"\.grad was replaced during a step"),
+        (zero_grad, r"\.grad was changed during a step"),
         (freeze, "requires_grad of a parameter was changed during a run"),
         (step_twice, r"optimizer.step\(\) was called: expected step.optimize"),
         (optimize_twice, "step.optimize: expected one call for each step"),

@@ -319,7 +319,7 @@ def test_replacing_gradients_during_a_step_is_an_error(reduction):
                     optimizer.zero_grad()
             step.optimize()
 
-        with pytest.raises(MisuseError, match=r"\.grad was replaced during a step"):
+        with pytest.raises(MisuseError, match=r"\.grad was changed during a step"):
             take()
 
 

@@ -6,6 +6,7 @@ and reads those bytes itself, at the speed of the disk and without the interpret
 
 from __future__ import annotations
 
+import io
 import math
 import struct
 import time
@@ -170,13 +171,14 @@ def lay_out(
         groups = {name: file.create_group(name) for name in content.groups}
         for name, group in content.groups.items():
             groups[name].attrs.update(group.attributes)
+        arrays = content.arrays()
+        starts = hdf5.reserve_together(
+            (groups[name].id, key, array.dtype, array.shape)
+            for (name, key), array in arrays.items()
+        )
         places = {
-            (name, key): Place(
-                array.dtype.str,
-                array.shape,
-                hdf5.reserve(groups[name].id, key, array.dtype, array.shape),
-            )
-            for (name, key), array in content.arrays().items()
+            key: Place(array.dtype.str, array.shape, start)
+            for (key, array), start in zip(arrays.items(), starts, strict=True)
         }
         if shards:
             file.create_group(SHARDS).attrs.update({s.name: s.digest for s in shards})
@@ -186,13 +188,17 @@ def lay_out(
         yield file, image, places
 
 
-def outline(path: Path) -> Outline:
-    """Read a file's outline; its bytes must have been verified before.
+def outline(path: Path, source: io.RawIOBase | None = None) -> Outline:
+    """Read a file's outline; the bytes that HDF5 reads must be verified.
+
+    Args:
+        path: of the file.
+        source: what HDF5 reads instead of the file.
 
     Raises:
         CheckpointError: it has another format version.
     """
-    with h5py.File(path, "r", locking=False) as file:
+    with h5py.File(source or path, "r", locking=False) as file:
         version = int(file.attrs["format_version"])
         if version != FORMAT_VERSION:
             age = "a newer" if version > FORMAT_VERSION else "an older"

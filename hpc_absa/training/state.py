@@ -14,6 +14,8 @@ from xxhash import xxh3_64_intdigest
 
 from hpc_absa import __version__
 from hpc_absa.checkpoint import Content, Group, Key, Scalar
+from hpc_absa.checkpoint.format import Place
+from hpc_absa.checkpoint.restore import as_array
 from hpc_absa.comm import Communicator
 from hpc_absa.errors import CheckpointError, CollectiveError, ExitStatus
 from hpc_absa.plugins import user_code
@@ -158,15 +160,44 @@ class TrainState:
             },
         )
 
-    def restore(self, content: Content, origin: str) -> None:
+    def memory(self, places: Mapping[Key, Place]) -> dict[Key, Tensor]:
+        """Tensors to read a checkpoint's arrays into, which `restore` then need not copy.
+
+        Those of the model, and of the optimizer present or new ones, where type and layout fit.
+        """
+        tensors: dict[Key, Tensor] = {}
+        for name, tensor in self.model.state_dict().items():
+            if isinstance(tensor, Tensor):
+                tensors["model", name] = tensor
+        parameters, keys = dict(self.model.named_parameters()), _optimizer_keys()
+        for group, saved in places:
+            key, _, name = saved.partition(".")
+            if group == "optimizer" and (parameter := parameters.get(name)) is not None:
+                present = self.optimizer.state.get(parameter, {}).get(keys.get(key, key))
+                like = present if isinstance(present, Tensor) else torch.empty_like(parameter)
+                tensors[group, saved] = like
+        return {
+            key: tensor
+            for key, tensor in tensors.items()
+            if key in places and _fits(tensor, places[key])
+        }
+
+    def restore(
+        self, content: Content, origin: str, memory: Mapping[Key, Tensor] | None = None
+    ) -> None:
         """Take over the state of a checkpoint.
+
+        Args:
+            content: of the checkpoint.
+            origin: its name.
+            memory: tensors of `memory` whose memory the arrays of `content` are in.
 
         Raises:
             CheckpointError: it is of another model; names the first difference.
         """
         groups = content.groups
         load_model(self.model, groups["model"].arrays, origin)
-        self._restore_optimizer(groups["optimizer"].arrays)
+        self._restore_optimizer(groups["optimizer"].arrays, memory or {})
         self._restore_others(groups, origin)
         vector = groups["curvature"].arrays.get("eigenvector")
         self.eigenvector = None if vector is None else torch.from_numpy(vector.copy())
@@ -183,20 +214,24 @@ class TrainState:
             **groups["progress"].attributes,  # type: ignore[arg-type]
         )
 
-    def _restore_optimizer(self, arrays: Mapping[str, np.ndarray]) -> None:
+    def _restore_optimizer(
+        self, arrays: Mapping[str, np.ndarray], memory: Mapping[Key, Tensor]
+    ) -> None:
         parameters = dict(self.model.named_parameters())
         if JSON in arrays:
             saved_state = nested.from_array(arrays[JSON])
             for name, other, nodes in saved_state["state"]:
                 of = parameters[name] if name else other
                 self.optimizer.state[of] = {
-                    key: nested.decode(node, _optimizer_tensor(key, arrays, parameters.get(name)))
+                    key: nested.decode(
+                        node, _optimizer_tensor(key, arrays, parameters.get(name), memory)
+                    )
                     for key, node in nodes.items()
                 }
             if self.with_groups and self.restore_groups:
                 self._restore_groups(saved_state["groups"], arrays, parameters)
             return
-        keys = {saved: key for key, saved in OPTIMIZER_NAMES.items()}
+        keys = _optimizer_keys()
         for saved, array in arrays.items():
             key, _, name = saved.partition(".")
             if name in parameters:
@@ -215,7 +250,7 @@ class TrainState:
         for index, saved in enumerate(groups):
             if index == len(param_groups):
                 param_groups.append({})
-            options = nested.decode(saved["options"], _optimizer_tensor("", arrays, None))
+            options = nested.decode(saved["options"], _optimizer_tensor("", arrays, None, {}))
             param_groups[index].clear()
             param_groups[index].update(
                 params=[parameters[name] for name in saved["params"]], **options
@@ -239,7 +274,10 @@ class TrainState:
 
 
 def _optimizer_tensor(
-    key: str, arrays: Mapping[str, np.ndarray], parameter: Tensor | None
+    key: str,
+    arrays: Mapping[str, np.ndarray],
+    parameter: Tensor | None,
+    memory: Mapping[Key, Tensor],
 ) -> Callable[[Mapping[str, Any]], Tensor]:
     """Restores a tensor of `optimizer.state[parameter][key]`, as `Optimizer.load_state_dict` does.
 
@@ -250,11 +288,26 @@ def _optimizer_tensor(
         saved = nested.saved_tensor(node, arrays[node["tensor"]])
         if parameter is None or (key == "step" and node["device"] == "cpu"):
             return saved.clone()
+        if (read := memory.get(("optimizer", node["tensor"]))) is not None:
+            return read
         if saved.shape != parameter.shape:
             return saved.to(parameter.device, copy=True)
         return torch.empty_like(parameter, dtype=saved.dtype, requires_grad=False).copy_(saved)
 
     return restore
+
+
+def _optimizer_keys() -> dict[str, str]:
+    """Keys of optimizer state by their names in a checkpoint, where they differ."""
+    return {saved: key for key, saved in OPTIMIZER_NAMES.items()}
+
+
+def _fits(tensor: Tensor, place: Place) -> bool:
+    """Whether the bytes at `place` are those of `tensor` in memory."""
+    if tensor.device.type != "cpu" or not tensor.is_contiguous():
+        return False
+    array = as_array(tensor)
+    return (array.dtype.str, array.shape) == (place.dtype, place.shape)
 
 
 def require_equal(tensors: Mapping[Key, Tensor], comm: Communicator) -> None:
@@ -322,8 +375,10 @@ def load_model(model: nn.Module, arrays: Mapping[str, np.ndarray], origin: str) 
             path, _, last = name.rpartition(".")
             if last == "_extra_state":
                 modules[path].set_extra_state(_like(tensor, arrays[name]))
-            else:
-                tensor.copy_(_saved(arrays[name], tensor.dtype))
+                continue
+            saved = _saved(arrays[name], tensor.dtype)
+            if saved.data_ptr() != tensor.data_ptr():  # else it was read into the model's memory
+                tensor.copy_(saved)
 
 
 def _schedule_state(kind: type[ScheduleState], saved: Mapping[str, Any]) -> ScheduleState:
@@ -338,9 +393,8 @@ def _group(values: Mapping[str, Any]) -> Group:
 
 
 def to_array(tensor: Tensor) -> np.ndarray:
-    """A copy as a checkpoint has it: bfloat16 as its bits."""
-    copied = tensor.detach().cpu().clone()
-    return (copied.view(torch.uint16) if copied.dtype == torch.bfloat16 else copied).numpy()
+    """A copy as a checkpoint has it."""
+    return as_array(tensor.detach().cpu().clone())
 
 
 def _like(tensor: Tensor, array: np.ndarray) -> Tensor:

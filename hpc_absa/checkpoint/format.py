@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -234,7 +235,13 @@ def _places(group: Any, prefix: bytes = b"") -> Iterator[tuple[str, Place]]:
             start = 0 if 0 in shape else item.get_offset()
             if start is None:
                 raise ValueError(f"{key} is not contiguous: not written by this program")
-            yield key, Place(item.dtype.str, shape, start)
+            yield key, Place(_dtype(item.get_type().encode()), shape, start)
+
+
+@lru_cache(256)
+def _dtype(kind: bytes) -> str:
+    """Of HDF5's description of a type; a file has hundreds of arrays and few types."""
+    return str(h5py.h5t.decode(kind).dtype.str)
 
 
 def _attributes(item: Any) -> dict[str, Scalar]:

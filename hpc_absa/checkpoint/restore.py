@@ -25,8 +25,8 @@ from hpc_absa.comm import Communicator, raise_on_all_ranks
 from hpc_absa.errors import CollectiveError, ExitStatus, HpcAbsaError
 from hpc_absa.rundir.paths import checkpoint_files
 
-PREFETCH = 2
-"""Chunks that the system reads while others are sent."""
+PREFETCH = 16
+"""Chunks of each rank that the system reads in the background."""
 
 
 @dataclass(frozen=True)
@@ -139,6 +139,11 @@ class _Reading:
         raise_on_all_ranks(comm, lambda: self._open(path) if comm.rank == 0 else None)
         firsts = comm.allgather_object(self._first(path))
         self._readers = [rank for rank, first in enumerate(firsts) if first == firsts[0]]
+        if comm.rank in self._readers:  # while one of them reads the outline
+            opened, position = self._open(path), self._readers.index(comm.rank)
+            first = -(-opened.chunks * position // len(self._readers))
+            for number in range(first, first + PREFETCH):
+                opened.prefetch(number)
         (main,) = self._describe({path: None})
         shards = {path.with_name(name): digest for name, digest in main.outline.shards.items()}
         self._parts = [main, *self._describe(shards)]

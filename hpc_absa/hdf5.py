@@ -88,17 +88,12 @@ def reserve_together(arrays: Iterable[Array]) -> list[int]:
     created = [(_create(*array, late), *array[2:]) for array in arrays]
     for dataset, dtype, shape in created:
         if 0 not in shape:
-            first = _space(shape).copy()
-            if shape:
-                first.select_hyperslab((0,) * len(shape), (1,) * len(shape))
-            dataset.write(_space((1,)), first, np.zeros(1, dtype))
+            dataset.write(_space((1,)), _first(shape), np.zeros(1, dtype), _kind(dtype))
     return [_offset(dataset, shape) for dataset, _, shape in created]
 
 
 def _create(group: Any, key: str, dtype: np.dtype[Any], shape: tuple[int, ...], when: int) -> Any:
-    return h5py.h5d.create(
-        group, key.encode(), _kind(dtype), _space(shape), *_property_lists(when)
-    )
+    return h5py.h5d.create(group, key.encode(), _kind(dtype), _space(shape), *_property_lists(when))
 
 
 def _offset(dataset: Any, shape: tuple[int, ...]) -> int:
@@ -113,6 +108,15 @@ def _kind(dtype: np.dtype[Any]) -> Any:
 @lru_cache(4096)
 def _space(shape: tuple[int, ...]) -> Any:
     return h5py.h5s.create_simple(shape) if shape else h5py.h5s.create(h5py.h5s.SCALAR)
+
+
+@lru_cache(4096)
+def _first(shape: tuple[int, ...]) -> Any:
+    """The first element."""
+    first = _space(shape).copy()
+    if shape:
+        first.select_hyperslab((0,) * len(shape), (1,) * len(shape))
+    return first
 
 
 @cache

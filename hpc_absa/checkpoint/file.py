@@ -39,6 +39,11 @@ _libc = ctypes.CDLL(None)
 READ_BACK = 1 << 20
 """Bytes at a time: they stay in the processor's cache."""
 
+WRITE_BEHIND = 16 << 20
+"""Bytes after which the disk is given what was written."""
+
+SYNC_FILE_RANGE_WRITE = 2
+
 SHARD_SUFFIX = ".shard"
 """Not `.h5`: whoever takes the newest `*.h5` of a folder gets a whole checkpoint."""
 
@@ -81,14 +86,14 @@ def write(
             ThreadPoolExecutor(1) as disk,  # which takes longest
         ):
             arrays, block = content.arrays(), integrity.block_size(content.nbytes())
-            with layout.lay_out(content, shards, block) as (laid_out, image, places):
+            with layout.lay_out(content, block) as (laid_out, image, places):
                 ready()
                 data = in_file(arrays, places)
                 writing = disk.submit(_write, file.fileno(), data)
                 own = {key: fingerprint(array) for key, array in arrays.items()}
                 linked = {key: of for shard in shards for key, of in shard.fingerprints.items()}
                 digest = content.digest({**linked, **own})
-                laid_out.attrs["digest"] = digest
+                layout.complete(laid_out, content, shards, digest)
             gaps = _gaps(image, block, data)
             pieces = sorted([*gaps, *data], key=_start)
             first = integrity.first_block(block, image.size, _checksums(pieces))
@@ -214,8 +219,17 @@ def _gaps(image: hdf5.MemoryFile, block: int, data: list[Piece]) -> list[Piece]:
 
 
 def _write(file: int, pieces: list[Piece]) -> None:
-    for start, data in pieces:
-        hdf5.write_at(file, data, start)
+    """Write the pieces, and have the disk begin before the last of them."""
+    begin = pieces[0][0] if pieces else 0
+    for at, piece in pieces:
+        for offset in range(0, len(piece), WRITE_BEHIND):
+            part = piece[offset : offset + WRITE_BEHIND]
+            hdf5.write_at(file, part, at + offset)
+            end = at + offset + len(part)
+            if end - begin >= WRITE_BEHIND:  # whether it is possible or not: fsync reports errors
+                start, length = ctypes.c_int64(begin), ctypes.c_int64(end - begin)
+                _libc.sync_file_range(file, start, length, SYNC_FILE_RANGE_WRITE)
+                begin = end
 
 
 def _checksums(pieces: list[Piece]) -> list[int]:

@@ -156,22 +156,17 @@ class Outline:
 
 @contextmanager
 def lay_out(
-    content: Content, shards: tuple[Written, ...], block: int
+    content: Content, block: int
 ) -> Iterator[tuple[h5py.File, hdf5.MemoryFile, dict[Key, Place]]]:
-    """The file with everything but its digest and the arrays' bytes, and where those belong.
+    """The file with its groups and arrays, and where the bytes of those belong.
 
     Args:
         content: of the file.
-        shards: files with further arrays, to which it links.
         block: bytes at its beginning that stay free (HDF5's user block).
     """
     image = hdf5.MemoryFile()
     with h5py.File(image, "w", userblock_size=block) as file:
-        file.attrs.update(format=FORMAT, format_version=FORMAT_VERSION, created=time.time())
-        file.attrs.update(content.attributes)
         groups = {name: file.create_group(name) for name in content.groups}
-        for name, group in content.groups.items():
-            groups[name].attrs.update(group.attributes)
         arrays = content.arrays()
         starts = hdf5.reserve_together(
             (groups[name].id, key, array.dtype, array.shape)
@@ -181,12 +176,20 @@ def lay_out(
             key: Place(array.dtype.str, array.shape, start)
             for (key, array), start in zip(arrays.items(), starts, strict=True)
         }
-        if shards:
-            file.create_group(SHARDS).attrs.update({s.name: s.digest for s in shards})
-        for shard in shards:
-            for name, key in shard.fingerprints:
-                file[f"{name}/{key}"] = h5py.ExternalLink(shard.name, f"/{name}/{key}")
         yield file, image, places
+
+
+def complete(file: h5py.File, content: Content, shards: tuple[Written, ...], digest: str) -> None:
+    """Write everything but the arrays' bytes, with links to the arrays in `shards`."""
+    file.attrs.update(format=FORMAT, format_version=FORMAT_VERSION, created=time.time())
+    file.attrs.update(content.attributes, digest=digest)
+    for name, group in content.groups.items():
+        file[name].attrs.update(group.attributes)
+    if shards:
+        file.create_group(SHARDS).attrs.update({s.name: s.digest for s in shards})
+    for shard in shards:
+        for name, key in shard.fingerprints:
+            file[f"{name}/{key}"] = h5py.ExternalLink(shard.name, f"/{name}/{key}")
 
 
 def outline(path: Path, source: io.RawIOBase | None = None) -> Outline:

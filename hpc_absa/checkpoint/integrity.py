@@ -100,14 +100,17 @@ class VerifiedFile(io.RawIOBase):
             data = read_chunk(self._descriptor, start, into[: min(CHUNK, self.size - start)])
         if crc32(data) != self._checksums[number]:
             last = start + len(data) - 1
-            raise self._damaged(f"bytes {start} to {last} of {self.size} do not match their checksum")
+            raise self._damaged(
+                f"bytes {start} to {last} of {self.size} do not match their checksum"
+            )
         return data
 
     def prefetch(self, number: int) -> None:
         """Have the system read a chunk in the background; nothing where there is no such one."""
         if number < self.chunks and number not in self.kept:
-            advice = os.POSIX_FADV_WILLNEED
-            os.posix_fadvise(self._descriptor, self.start(number), CHUNK, advice)
+            with suppress(OSError):
+                advice = os.POSIX_FADV_WILLNEED
+                os.posix_fadvise(self._descriptor, self.start(number), CHUNK, advice)
 
     def keep_chunk(self, number: int) -> memoryview:
         """A chunk, which `read_chunk` will not read again."""

@@ -173,7 +173,7 @@ class _Reading:
                 start, length = part.span(number)
                 comm.broadcast_(torch.from_numpy(buffer[: length + 1]), rank)
                 if not buffer[length]:
-                    raise_on_all_ranks(comm, lambda: _raise(error))
+                    self._fail(error)
                 file.fill(pieces[part.path], start, buffer[:length].data)
         return self.header.scalars.with_arrays(arrays)
 
@@ -234,6 +234,15 @@ class _Reading:
         into[length] = 1
         return None
 
+    def _fail(self, error: HpcAbsaError | None) -> None:
+        """Raise it on all ranks; None on those that read no bad chunk."""
+
+        def fail() -> None:
+            if error:
+                raise error
+
+        raise_on_all_ranks(self._comm, fail)
+
     def _prefetch(self, chunks: list[tuple[_Part, int]], index: int) -> None:
         if index < len(chunks):
             part, number = chunks[index]
@@ -245,8 +254,3 @@ def as_array(tensor: Tensor) -> np.ndarray:
     """The memory of a tensor on the CPU as an array; bfloat16 as its bits."""
     tensor = tensor.detach()
     return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
-
-
-def _raise(error: HpcAbsaError | None) -> None:
-    if error:
-        raise error

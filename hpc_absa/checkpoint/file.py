@@ -154,15 +154,17 @@ def describe(opened: VerifiedFile, digest: str | None = None) -> Outline:
     A file that is named as a checkpoint must be the one of the step in its name, and a shard the
     one with this digest.
     """
-    path = opened.path
+    path, wrong = opened.path, ""
     try:
         if opened.chunks:
             opened.keep_chunk(0)
         outline = layout.outline(path, opened)
-    except CheckpointError:
-        raise
+    except CheckpointError as error:
+        wrong = str(error)
     except Exception as error:  # h5py has no common class of errors
-        raise opened.error or CheckpointError(f"{path}: damaged: {first_line(error)}") from None
+        wrong = opened.error or f"{path}: damaged: {first_line(error)}"
+    if wrong:  # not above: a traceback with HDF5's objects would keep its file open
+        raise CheckpointError(wrong)
     attributes, named = outline.scalars.attributes, CHECKPOINT_NAME.fullmatch(path.name)
     if SHARD in attributes and path.suffix != SHARD_SUFFIX:
         raise CheckpointError(f"{path}: damaged: a shard under the name of a checkpoint")

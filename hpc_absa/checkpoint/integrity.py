@@ -61,7 +61,7 @@ class VerifiedFile(io.RawIOBase):
             CheckpointError: its first block is damaged, or it cannot be read.
         """
         self.path, self.kept = path, dict[int, memoryview]()
-        self.error: CheckpointError | None = None
+        self.error: str | None = None
         """Why HDF5 was refused a chunk."""
         self._at, self._descriptor = 0, -1
         with self._readable():
@@ -136,7 +136,7 @@ class VerifiedFile(io.RawIOBase):
                 try:
                     data = self.keep_chunk(number)[offset:]
                 except CheckpointError as error:
-                    self.error = error
+                    self.error = str(error)
                     raise
             data = data[: len(into) - filled]
             into[filled : filled + len(data)] = data

@@ -49,7 +49,7 @@ checkpoint then is found damaged.
 
 
 class RefusedError(CollectiveError):
-    """A good checkpoint that `Accept` refused."""
+    """A checkpoint that `Accept` refused."""
 
 
 @dataclass(frozen=True)

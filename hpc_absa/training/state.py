@@ -5,19 +5,18 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from xxhash import xxh3_64_intdigest
 
 from hpc_absa import __version__
 from hpc_absa.checkpoint import Content, Group, Key, Scalar
 from hpc_absa.checkpoint.format import Place
 from hpc_absa.checkpoint.restore import as_array
-from hpc_absa.comm import Communicator
-from hpc_absa.errors import CheckpointError, CollectiveError, ExitStatus
+from hpc_absa.errors import CheckpointError
 from hpc_absa.plugins import user_code
 from hpc_absa.progress import Position, Progress
 from hpc_absa.records import ScheduleState
@@ -29,13 +28,7 @@ OPTIMIZER_NAMES = {"momentum_buffer": "momentum"}
 FORMER_SCHEDULE_NAMES = {"patience_count": "waited"}
 """Attributes of `/schedule` with a new name; written under both for one release."""
 
-
-BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""Integers by their size in bytes."""
-
-COLUMNS = 4096
-"""Of the sums in `digest`."""
-
+EIGENVECTOR: Key = ("curvature", "eigenvector")
 
 JSON = "json"
 """The array of a group with what is no tensor, as JSON in UTF-8 (`hpc_absa.training.nested`)."""
@@ -70,7 +63,7 @@ class TrainState:
         tensors = {("model", name): tensor for name, tensor in self.model.state_dict().items()}
         tensors |= self._optimizer_tensors()
         if self.eigenvector is not None:
-            tensors["curvature", "eigenvector"] = self.eigenvector
+            tensors[EIGENVECTOR] = self.eigenvector
         return tensors | self.other_tensors()
 
     def other_tensors(self) -> dict[Key, Tensor]:
@@ -163,7 +156,7 @@ class TrainState:
     def memory(self, places: Mapping[Key, Place]) -> dict[Key, Tensor]:
         """Tensors to read a checkpoint's arrays into, which `restore` then need not copy.
 
-        Those of the model, and of the optimizer present or new ones, where type and layout fit.
+        Those of the model, and present or new ones for the rest, where type and layout fit.
         """
         tensors: dict[Key, Tensor] = {}
         for name, tensor in self.model.state_dict().items():
@@ -176,6 +169,9 @@ class TrainState:
                 present = self.optimizer.state.get(parameter, {}).get(keys.get(key, key))
                 like = present if isinstance(present, Tensor) else torch.empty_like(parameter)
                 tensors[group, saved] = like
+            elif (group, saved) == EIGENVECTOR:
+                place = places[EIGENVECTOR]
+                tensors[EIGENVECTOR] = torch.from_numpy(np.empty(place.shape, place.dtype))
         return {
             key: tensor
             for key, tensor in tensors.items()
@@ -183,7 +179,7 @@ class TrainState:
         }
 
     def restore(
-        self, content: Content, origin: str, memory: Mapping[Key, Tensor] | None = None
+        self, content: Content, origin: str, memory: Mapping[Key, Tensor] = MappingProxyType({})
     ) -> None:
         """Take over the state of a checkpoint.
 
@@ -197,10 +193,13 @@ class TrainState:
         """
         groups = content.groups
         load_model(self.model, groups["model"].arrays, origin)
-        self._restore_optimizer(groups["optimizer"].arrays, memory or {})
+        self._restore_optimizer(groups["optimizer"].arrays, memory)
         self._restore_others(groups, origin)
         vector = groups["curvature"].arrays.get("eigenvector")
-        self.eigenvector = None if vector is None else torch.from_numpy(vector.copy())
+        if (read := memory.get(EIGENVECTOR)) is not None or vector is None:
+            self.eigenvector = read
+        else:
+            self.eigenvector = torch.from_numpy(vector.copy())
         data = groups["data"].attributes
         position = Position(
             int(data["position"]), int(content.attributes["step"]), int(data["boundary"])
@@ -308,52 +307,6 @@ def _fits(tensor: Tensor, place: Place) -> bool:
         return False
     array = as_array(tensor)
     return (array.dtype.str, array.shape) == (place.dtype, place.shape)
-
-
-def require_equal(tensors: Mapping[Key, Tensor], comm: Communicator) -> None:
-    """Compare the state of all ranks by digests (a collective); nothing to do on one rank.
-
-    Raises:
-        CollectiveError: on all ranks, with the first tensor that differs.
-    """
-    if comm.size == 1:
-        return
-    digests = {key: digest(tensor) for key, tensor in tensors.items()}
-    if len(set(comm.allgather_object(xxh3_64_intdigest(repr(digests).encode())))) == 1:
-        return
-    ranks = comm.allgather_object(digests)
-    for rank, other in enumerate(ranks):
-        for key in sorted(other.keys() | ranks[0].keys()):
-            if other.get(key) != ranks[0].get(key):
-                raise CollectiveError(
-                    f"{'/'.join(key)} differs between rank 0 and rank {rank}: the model's own code "
-                    "changes it depending on the rank; nothing was saved",
-                    ExitStatus.FAILED,
-                )
-
-
-def broadcast_model(model: nn.Module, comm: Communicator) -> None:
-    """Give all ranks the weights and buffers of rank 0 (a collective)."""
-    if comm.size == 1:
-        return
-    for tensor in model.state_dict().values():
-        if isinstance(tensor, Tensor):
-            values = tensor.detach().contiguous().clone()
-            comm.broadcast_(values.view(-1).view(torch.uint8))
-            with torch.no_grad():
-                tensor.copy_(values)
-
-
-def digest(tensor: Tensor) -> int:
-    """XXH3-64 of the bytes; on a GPU of sums over columns of them, which are computed there."""
-    tensor = tensor.detach()
-    if tensor.is_complex():
-        tensor = torch.view_as_real(tensor)
-    flat = tensor.contiguous().view(-1).view(BITS[tensor.element_size()])
-    rows = len(flat) // COLUMNS if flat.is_cuda else 0
-    columns = flat[: rows * COLUMNS].view(rows, COLUMNS).sum(dim=0, dtype=torch.int64)
-    rest = xxh3_64_intdigest(flat[rows * COLUMNS :].cpu().numpy().data)
-    return xxh3_64_intdigest(columns.cpu().numpy().data, rest) if rows else rest
 
 
 def load_model(model: nn.Module, arrays: Mapping[str, np.ndarray], origin: str) -> None:

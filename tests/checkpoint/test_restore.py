@@ -26,7 +26,9 @@ def new_state(dtype=torch.float32, steps=0, layout=torch.contiguous_format, opti
         made.zero_grad()
         model(torch.randn(2, 3, 4, 4, dtype=dtype)).square().sum().backward()
         made.step()
-    return TrainState(model, made, Progress(Position(step=steps), ScheduleState(32, 0.1)))
+    vector = torch.full((7,), float(steps)) if steps else None
+    progress = Progress(Position(step=steps), ScheduleState(32, 0.1))
+    return TrainState(model, made, progress, vector)
 
 
 def publish(state, manager):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import os
+from collections.abc import Iterable
 from functools import cache, lru_cache
 from typing import Any
 
@@ -70,8 +71,32 @@ def reserve(group: Any, key: str, dtype: np.dtype[Any], shape: tuple[int, ...]) 
     Returns:
         Its offset in the file in bytes; 0 where it has no bytes.
     """
-    properties = _property_lists()
-    dataset = h5py.h5d.create(group, key.encode(), _kind(dtype), _space(shape), *properties)
+    return _offset(_create(group, key, dtype, shape, h5py.h5d.ALLOC_TIME_EARLY), shape)
+
+
+Array = tuple[Any, str, np.dtype[Any], tuple[int, ...]]
+"""The arguments of `reserve`."""
+
+
+def reserve_together(arrays: Iterable[Array]) -> list[int]:
+    """`reserve` for all arrays of a `MemoryFile`, whose bytes then follow on each other.
+
+    HDF5 allocates an array's bytes with its header, or when the first element is written: here
+    after all headers. So whoever reads the file from its beginning knows early what comes.
+    """
+    late = h5py.h5d.ALLOC_TIME_LATE
+    created = [(_create(*array, late), *array[2:]) for array in arrays]
+    for dataset, dtype, shape in created:
+        if 0 not in shape:
+            dataset.write(_space((1,)), _first(shape), np.zeros(1, dtype), _kind(dtype))
+    return [_offset(dataset, shape) for dataset, _, shape in created]
+
+
+def _create(group: Any, key: str, dtype: np.dtype[Any], shape: tuple[int, ...], when: int) -> Any:
+    return h5py.h5d.create(group, key.encode(), _kind(dtype), _space(shape), *_property_lists(when))
+
+
+def _offset(dataset: Any, shape: tuple[int, ...]) -> int:
     return int(dataset.get_offset()) if 0 not in shape else 0
 
 
@@ -85,11 +110,20 @@ def _space(shape: tuple[int, ...]) -> Any:
     return h5py.h5s.create_simple(shape) if shape else h5py.h5s.create(h5py.h5s.SCALAR)
 
 
+@lru_cache(4096)
+def _first(shape: tuple[int, ...]) -> Any:
+    """The first element."""
+    first = _space(shape).copy()
+    if shape:
+        first.select_hyperslab((0,) * len(shape), (1,) * len(shape))
+    return first
+
+
 @cache
-def _property_lists() -> tuple[Any, Any]:
+def _property_lists(allocation_time: int) -> tuple[Any, Any]:
     """Made once and used by low-level calls: h5py's convenience takes three times as long."""
     creation = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
-    creation.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+    creation.set_alloc_time(allocation_time)
     creation.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
     creation.set_obj_track_times(False)  # so that equal contents are equal files
     links = h5py.h5p.create(h5py.h5p.LINK_CREATE)

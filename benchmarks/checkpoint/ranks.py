@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import distributed
+from torch import Tensor, distributed
 from torch.distributed import checkpoint as dcp
 
 from benchmarks.checkpoint.contenders import HpcAbsa, State, TorchSave, train_state
 from benchmarks.checkpoint.training import Training
-from hpc_absa.checkpoint import restore
+from hpc_absa.checkpoint import Key, restore
 from hpc_absa.comm import Communicator, connect
 from hpc_absa.rundir.paths import checkpoint_files
 
@@ -35,7 +35,14 @@ class Ours:
 
     def restore(self, state: State, folder: Path) -> None:
         (path,) = checkpoint_files(folder)
-        train_state(state).restore(restore.load(path, self._comm), str(path))
+        restored, memory = train_state(state), dict[Key, Tensor]()
+
+        def accept(header: restore.Header) -> dict[Key, Tensor]:
+            memory.update(restored.memory(header.places))
+            return memory
+
+        content = restore.load(path, self._comm, accept)
+        restored.restore(content, str(path), memory)
 
 
 class Torch:

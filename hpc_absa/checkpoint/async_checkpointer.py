@@ -32,6 +32,7 @@ from hpc_absa.checkpoint.manager import (
     assign_shards,
     shard_count,
 )
+from hpc_absa.checkpoint.restore import as_array
 from hpc_absa.checkpoint.writer import SharedMemory, Writer
 from hpc_absa.comm import Communicator
 from hpc_absa.errors import CollectiveError, ExitStatus, HpcAbsaError
@@ -56,10 +57,7 @@ class HostCopies:
         """Where `copy` will put `tensors`: valid until the next call, bfloat16 as its bits."""
         if _kinds(self._copies) != _kinds(tensors):
             self._copies = self._allocate(tensors)
-        return {
-            key: (copy.view(torch.uint16) if copy.dtype == torch.bfloat16 else copy).numpy()
-            for key, copy in self._copies.items()
-        }
+        return {key: as_array(copy) for key, copy in self._copies.items()}
 
     def copy(self, tensors: Mapping[Key, Tensor]) -> None:
         """Copy the `tensors` that memory was reserved for."""

@@ -8,9 +8,8 @@ import errno
 import itertools
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from hpc_absa.checkpoint.format import (
     fingerprint,
     raw,
 )
+from hpc_absa.checkpoint.integrity import VerifiedFile
 from hpc_absa.errors import CheckpointError, first_line
 from hpc_absa.rundir.files import replacing, sync
 from hpc_absa.rundir.paths import CHECKPOINT_NAME
@@ -39,21 +39,13 @@ _libc = ctypes.CDLL(None)
 READ_BACK = 1 << 20
 """Bytes at a time: they stay in the processor's cache."""
 
+WRITE_BEHIND = 16 << 20
+"""Bytes after which the disk is given what was written."""
+
+SYNC_FILE_RANGE_WRITE = 2
+
 SHARD_SUFFIX = ".shard"
 """Not `.h5`: whoever takes the newest `*.h5` of a folder gets a whole checkpoint."""
-
-
-@dataclass(frozen=True)
-class Image:
-    """A verified file in memory."""
-
-    outline: Outline
-    bytes: np.ndarray
-    """uint8, the whole file."""
-
-    def arrays(self) -> dict[Key, np.ndarray]:
-        """The arrays in this file."""
-        return views(self.bytes, self.outline.places)
 
 
 def views(memory: np.ndarray, places: Mapping[Key, Place]) -> dict[Key, np.ndarray]:
@@ -94,15 +86,14 @@ def write(
             ThreadPoolExecutor(1) as disk,  # which takes longest
         ):
             arrays, block = content.arrays(), integrity.block_size(content.nbytes())
-            with layout.lay_out(content, shards, block) as (laid_out, image, places):
+            with layout.lay_out(content, block) as (laid_out, image, places):
                 ready()
-                data = [(places[key].start, raw(a)) for key, a in arrays.items() if a.size]
-                data.sort(key=_start)
+                data = in_file(arrays, places)
                 writing = disk.submit(_write, file.fileno(), data)
                 own = {key: fingerprint(array) for key, array in arrays.items()}
                 linked = {key: of for shard in shards for key, of in shard.fingerprints.items()}
                 digest = content.digest({**linked, **own})
-                laid_out.attrs["digest"] = digest
+                layout.complete(laid_out, content, shards, digest)
             gaps = _gaps(image, block, data)
             pieces = sorted([*gaps, *data], key=_start)
             first = integrity.first_block(block, image.size, _checksums(pieces))
@@ -125,25 +116,55 @@ def read(path: Path) -> Content:
         NotACheckpointError: there is no such file, or it does not begin as a checkpoint.
         CheckpointError: damaged, a shard missing or damaged, or of another format version.
     """
-    image = load(path)
-    content = image.outline.scalars.with_arrays(image.arrays())
-    for name, digest in image.outline.shards.items():
-        content = content.with_arrays(load_shard(path.with_name(name), digest).arrays())
+    outline, arrays = _read(path, None)
+    content = outline.scalars.with_arrays(arrays)
+    for name, digest in outline.shards.items():
+        content = content.with_arrays(_read(path.with_name(name), digest)[1])
     return content
 
 
-def load(path: Path) -> Image:
-    """One file, read once and verified; raises as `read`.
+def verify(path: Path) -> Outline:
+    """Verify one file without its shards; raises as `read`."""
+    with VerifiedFile(path) as opened:
+        outline, buffer = describe(opened), opened.buffer()
+        for number in range(opened.chunks):
+            opened.read_chunk(number, buffer)
+    return outline
 
-    A file that is named as a checkpoint must be the one of the step in its name.
+
+def _read(path: Path, digest: str | None) -> tuple[Outline, dict[Key, np.ndarray]]:
+    if digest and not path.exists():
+        raise missing(path)
+    with VerifiedFile(path) as opened:
+        outline, buffer = describe(opened, digest), opened.buffer()
+        arrays = {k: np.empty(place.shape, place.dtype) for k, place in outline.places.items()}
+        pieces = in_file(arrays, outline.places)
+        for number in range(opened.chunks):
+            fill(pieces, opened.start(number), opened.read_chunk(number, buffer))
+    return outline, arrays
+
+
+def missing(shard: Path) -> CheckpointError:
+    return CheckpointError(f"{shard}: missing, a shard of its checkpoint")
+
+
+def describe(opened: VerifiedFile, digest: str | None = None) -> Outline:
+    """The outline of a file, which keeps the chunks that have it; raises as `read`.
+
+    A file that is named as a checkpoint must be the one of the step in its name, and a shard the
+    one with this digest.
     """
-    file = integrity.read_verified(path)
+    path, wrong = opened.path, ""
     try:
-        outline = layout.outline(path)
-    except CheckpointError:
-        raise
+        if opened.chunks:
+            opened.keep_chunk(0)
+        outline = layout.outline(path, opened)
+    except CheckpointError as error:
+        wrong = str(error)
     except Exception as error:  # h5py has no common class of errors
-        raise CheckpointError(f"{path}: damaged: {first_line(error)}") from None
+        wrong = opened.error or f"{path}: damaged: {first_line(error)}"
+    if wrong:  # not above: a traceback with HDF5's objects would keep its file open
+        raise CheckpointError(wrong)
     attributes, named = outline.scalars.attributes, CHECKPOINT_NAME.fullmatch(path.name)
     if SHARD in attributes and path.suffix != SHARD_SUFFIX:
         raise CheckpointError(f"{path}: damaged: a shard under the name of a checkpoint")
@@ -152,23 +173,38 @@ def load(path: Path) -> Image:
             f"{path}: damaged: it contains step {attributes.get('step')}, "
             f"not the {int(named['step'])} in its name"
         )
-    return Image(outline, file)
-
-
-def load_shard(path: Path, digest: str) -> Image:
-    """A shard, verified to be the one with this digest; raises a CheckpointError."""
-    if not path.exists():
-        raise CheckpointError(f"{path}: missing, a shard of its checkpoint")
-    image = load(path)
-    if image.outline.digest != digest:
+    if digest and outline.digest != digest:
         raise CheckpointError(
-            f"{path}: damaged: its content has digest {image.outline.digest}, not {digest}"
+            f"{path}: damaged: its content has digest {outline.digest}, not {digest}"
         )
-    return image
+    return outline
 
 
 Piece = tuple[int, memoryview]
 """Offset in the file, and bytes."""
+
+
+def in_file(arrays: Mapping[Key, np.ndarray], places: Mapping[Key, Place]) -> list[Piece]:
+    """The bytes of arrays, sorted by their place in the file."""
+    pieces = [(places[key].start, raw(array)) for key, array in arrays.items() if array.size]
+    return sorted(pieces, key=_start)
+
+
+def fill(pieces: list[Piece], start: int, data: memoryview) -> None:
+    """Copy bytes of the file, from `start` on, into the pieces that they belong to."""
+    for at, piece, low, high in _overlaps(pieces, start, start + len(data)):
+        piece[low - at : high - at] = data[low - start : high - start]
+
+
+def _overlaps(
+    pieces: list[Piece], start: int, stop: int
+) -> Iterator[tuple[int, memoryview, int, int]]:
+    """The pieces with bytes of that range of the file, and which part of the range each has."""
+    first = max(0, bisect.bisect_right(pieces, start, key=_start) - 1)
+    for at, data in itertools.takewhile(lambda piece: piece[0] < stop, pieces[first:]):
+        low, high = max(at, start), min(at + len(data), stop)
+        if low < high:
+            yield at, data, low, high
 
 
 def _gaps(image: hdf5.MemoryFile, block: int, data: list[Piece]) -> list[Piece]:
@@ -177,15 +213,25 @@ def _gaps(image: hdf5.MemoryFile, block: int, data: list[Piece]) -> list[Piece]:
     for start, piece in [*data, (image.size, memoryview(b""))]:
         gaps.append((end, bytearray(start - end)))
         end = start + len(piece)
-    for at, written in image.writes:
+    for at, written in image.writes:  # not the first elements of arrays (`reserve_together`)
         start, gap = gaps[bisect.bisect_right(gaps, at, key=_start) - 1]
-        memoryview(gap)[at - start : at - start + len(written)] = written
+        if at < start + len(gap):
+            memoryview(gap)[at - start : at - start + len(written)] = written
     return [(start, memoryview(gap)) for start, gap in gaps if gap]
 
 
 def _write(file: int, pieces: list[Piece]) -> None:
-    for start, data in pieces:
-        hdf5.write_at(file, data, start)
+    """Write the pieces, and have the disk begin before the last of them."""
+    begin = pieces[0][0] if pieces else 0
+    for at, piece in pieces:
+        for offset in range(0, len(piece), WRITE_BEHIND):
+            part = piece[offset : offset + WRITE_BEHIND]
+            hdf5.write_at(file, part, at + offset)
+            end = at + offset + len(part)
+            if end - begin >= WRITE_BEHIND:  # whether it is possible or not: fsync reports errors
+                start, length = ctypes.c_int64(begin), ctypes.c_int64(end - begin)
+                _libc.sync_file_range(file, start, length, SYNC_FILE_RANGE_WRITE)
+                begin = end
 
 
 def _checksums(pieces: list[Piece]) -> list[int]:
@@ -219,13 +265,10 @@ def _compare(path: Path, pieces: list[Piece]) -> None:
 
 def _contains(chunk: memoryview, start: int, pieces: list[Piece]) -> bool:
     """Whether the file's bytes from `start` on are those of the pieces there."""
-    stop = start + len(chunk)
-    first = max(0, bisect.bisect_right(pieces, start, key=_start) - 1)
-    for at, data in itertools.takewhile(lambda piece: piece[0] < stop, pieces[first:]):
-        low, high = max(at, start), min(at + len(data), stop)
-        if low < high and not _same(chunk[low - start : high - start], data[low - at : high - at]):
-            return False
-    return True
+    return all(
+        _same(chunk[low - start : high - start], data[low - at : high - at])
+        for at, data, low, high in _overlaps(pieces, start, start + len(chunk))
+    )
 
 
 def _same(one: memoryview, other: memoryview) -> bool:

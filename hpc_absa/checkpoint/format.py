@@ -6,12 +6,14 @@ and reads those bytes itself, at the speed of the disk and without the interpret
 
 from __future__ import annotations
 
+import io
 import math
 import struct
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -154,45 +156,53 @@ class Outline:
 
 @contextmanager
 def lay_out(
-    content: Content, shards: tuple[Written, ...], block: int
+    content: Content, block: int
 ) -> Iterator[tuple[h5py.File, hdf5.MemoryFile, dict[Key, Place]]]:
-    """The file with everything but its digest and the arrays' bytes, and where those belong.
+    """The file with its groups and arrays, and where the bytes of those belong.
 
     Args:
         content: of the file.
-        shards: files with further arrays, to which it links.
         block: bytes at its beginning that stay free (HDF5's user block).
     """
     image = hdf5.MemoryFile()
     with h5py.File(image, "w", userblock_size=block) as file:
-        file.attrs.update(format=FORMAT, format_version=FORMAT_VERSION, created=time.time())
-        file.attrs.update(content.attributes)
         groups = {name: file.create_group(name) for name in content.groups}
-        for name, group in content.groups.items():
-            groups[name].attrs.update(group.attributes)
+        arrays = content.arrays()
+        starts = hdf5.reserve_together(
+            (groups[name].id, key, array.dtype, array.shape)
+            for (name, key), array in arrays.items()
+        )
         places = {
-            (name, key): Place(
-                array.dtype.str,
-                array.shape,
-                hdf5.reserve(groups[name].id, key, array.dtype, array.shape),
-            )
-            for (name, key), array in content.arrays().items()
+            key: Place(array.dtype.str, array.shape, start)
+            for (key, array), start in zip(arrays.items(), starts, strict=True)
         }
-        if shards:
-            file.create_group(SHARDS).attrs.update({s.name: s.digest for s in shards})
-        for shard in shards:
-            for name, key in shard.fingerprints:
-                file[f"{name}/{key}"] = h5py.ExternalLink(shard.name, f"/{name}/{key}")
         yield file, image, places
 
 
-def outline(path: Path) -> Outline:
-    """Read a file's outline; its bytes must have been verified before.
+def complete(file: h5py.File, content: Content, shards: tuple[Written, ...], digest: str) -> None:
+    """Write everything but the arrays' bytes, with links to the arrays in `shards`."""
+    file.attrs.update(format=FORMAT, format_version=FORMAT_VERSION, created=time.time())
+    file.attrs.update(content.attributes, digest=digest)
+    for name, group in content.groups.items():
+        file[name].attrs.update(group.attributes)
+    if shards:
+        file.create_group(SHARDS).attrs.update({s.name: s.digest for s in shards})
+    for shard in shards:
+        for name, key in shard.fingerprints:
+            file[f"{name}/{key}"] = h5py.ExternalLink(shard.name, f"/{name}/{key}")
+
+
+def outline(path: Path, source: io.RawIOBase | None = None) -> Outline:
+    """Read a file's outline; the bytes that HDF5 reads must be verified.
+
+    Args:
+        path: of the file.
+        source: what HDF5 reads instead of the file.
 
     Raises:
         CheckpointError: it has another format version.
     """
-    with h5py.File(path, "r", locking=False) as file:
+    with h5py.File(source or path, "r", locking=False) as file:
         version = int(file.attrs["format_version"])
         if version != FORMAT_VERSION:
             age = "a newer" if version > FORMAT_VERSION else "an older"
@@ -228,7 +238,13 @@ def _places(group: Any, prefix: bytes = b"") -> Iterator[tuple[str, Place]]:
             start = 0 if 0 in shape else item.get_offset()
             if start is None:
                 raise ValueError(f"{key} is not contiguous: not written by this program")
-            yield key, Place(item.dtype.str, shape, start)
+            yield key, Place(_dtype(item.get_type().encode()), shape, start)
+
+
+@lru_cache(256)
+def _dtype(kind: bytes) -> str:
+    """Of HDF5's description of a type; a file has hundreds of arrays and few types."""
+    return str(h5py.h5t.decode(kind).dtype.str)
 
 
 def _attributes(item: Any) -> dict[str, Scalar]:

@@ -7,11 +7,14 @@ readers (h5py, h5ls, ...) skip it.
 
 from __future__ import annotations
 
+import io
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 from isal.isal_zlib import crc32
 
 from hpc_absa.errors import CheckpointError
@@ -45,22 +48,142 @@ def first_block(block: int, size: int, checksums: list[int]) -> bytes:
     return (MAGIC + text.encode()).ljust(block, b"\0")
 
 
-def read_verified(path: Path) -> np.ndarray:
-    """The bytes of a checkpoint file, uint8, every one as it was written.
+class VerifiedFile(io.RawIOBase):
+    """A checkpoint file that gives out no byte without having compared its chunk's checksum.
 
-    Raises:
-        NotACheckpointError: there is no such file, or it does not begin as a checkpoint.
-        CheckpointError: it is damaged, or cannot be read.
+    HDF5 can read it like any file object; the chunks that it needs are kept in memory.
     """
-    try:
-        if not path.exists():
-            raise NotACheckpointError(f"{path}: no such file")
-        if not path.is_file():
-            raise NotACheckpointError(f"{path}: not a file")
-        with path.open("rb") as file:
-            return _read(path, file.fileno())
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
+
+    def __init__(self, path: Path) -> None:
+        """
+        Raises:
+            NotACheckpointError: there is no such file, or it does not begin as a checkpoint.
+            CheckpointError: its first block is damaged, or it cannot be read.
+        """
+        self.path, self.kept = path, dict[int, memoryview]()
+        self.error: str | None = None
+        """Why HDF5 was refused a chunk."""
+        self._at, self._descriptor = 0, -1
+        with self._readable():
+            if not path.exists():
+                raise NotACheckpointError(f"{path}: no such file")
+            if not path.is_file():
+                raise NotACheckpointError(f"{path}: not a file")
+            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self.size = os.fstat(self._descriptor).st_size
+            self.first, self._checksums = self._first_block()
+
+    @property
+    def chunks(self) -> int:
+        """How many there are."""
+        return len(self._checksums)
+
+    def start(self, number: int) -> int:
+        """The offset of a chunk in the file."""
+        return len(self.first) + number * CHUNK
+
+    def buffer(self) -> memoryview:
+        """Memory for a chunk."""
+        return memoryview(bytearray(min(CHUNK, self.size - len(self.first))))
+
+    def read_chunk(self, number: int, into: memoryview) -> memoryview:
+        """A chunk, in the first bytes of `into`; one that was kept is released.
+
+        Raises:
+            CheckpointError: it is damaged, or cannot be read.
+        """
+        if (kept := self.kept.pop(number, None)) is not None:
+            into[: len(kept)] = kept
+            return into[: len(kept)]
+        start = self.start(number)
+        with self._readable():
+            data = read_chunk(self._descriptor, start, into[: min(CHUNK, self.size - start)])
+        if crc32(data) != self._checksums[number]:
+            last = start + len(data) - 1
+            raise self._damaged(
+                f"bytes {start} to {last} of {self.size} do not match their checksum"
+            )
+        return data
+
+    def prefetch(self, number: int) -> None:
+        """Have the system read a chunk in the background; nothing where there is no such one."""
+        if number < self.chunks and number not in self.kept:
+            with suppress(OSError):
+                advice = os.POSIX_FADV_WILLNEED
+                os.posix_fadvise(self._descriptor, self.start(number), CHUNK, advice)
+
+    def keep_chunk(self, number: int) -> memoryview:
+        """A chunk, which `read_chunk` will not read again."""
+        if number not in self.kept:
+            self.kept[number] = self.read_chunk(number, self.buffer())
+        return self.kept[number]
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        self._at = offset + (0, self._at, self.size)[whence]
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, buffer: Any, /) -> int:
+        into = memoryview(buffer).cast("B")
+        filled, block = 0, len(self.first)
+        while filled < len(into) and self._at < self.size:
+            if self._at < block:
+                data = memoryview(self.first)[self._at :]
+            else:
+                number, offset = divmod(self._at - block, CHUNK)
+                try:
+                    data = self.keep_chunk(number)[offset:]
+                except CheckpointError as error:
+                    self.error = str(error)
+                    raise
+            data = data[: len(into) - filled]
+            into[filled : filled + len(data)] = data
+            filled, self._at = filled + len(data), self._at + len(data)
+        return filled
+
+    def close(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+        self.kept.clear()
+        super().close()
+
+    def _first_block(self) -> tuple[bytes, list[int]]:
+        """The first block, which must be as written, and the checksums in it."""
+        start, size = os.pread(self._descriptor, SMALLEST_BLOCK, 0), self.size
+        if start.startswith(HDF5_MAGIC):
+            raise NotACheckpointError(
+                f"{self.path}: an HDF5 file, but not a checkpoint of hpc-absa"
+            )
+        if not start.startswith(MAGIC) and self.path.suffix != ".h5":
+            raise NotACheckpointError(f"{self.path}: not a checkpoint")
+        if not start.startswith(MAGIC):
+            raise self._damaged("it does not begin as a checkpoint")
+        head = _HEAD.match(start)
+        if head and int(head[2]) != size:
+            raise self._damaged(f"it has {size} bytes, not the {int(head[2])} written")
+        block = int(head[1]) if head else 0
+        if SMALLEST_BLOCK <= block <= min(size, LARGEST_BLOCK):
+            first = bytes(read_chunk(self._descriptor, 0, memoryview(bytearray(block))))
+            with suppress(ValueError, IndexError):
+                checksums = [int(word, 16) for word in first.split(b"\n")[4].split()]
+                complete = len(checksums) == -(-(size - block) // CHUNK)
+                if complete and first == first_block(block, size, checksums):
+                    return first, checksums
+        raise self._damaged("its first block is not as written")
+
+    @contextmanager
+    def _readable(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            what = error.strerror or error
+            raise CheckpointError(f"{self.path}: cannot be read: {what}") from None
+
+    def _damaged(self, what: str) -> CheckpointError:
+        return CheckpointError(f"{self.path}: damaged: {what}")
 
 
 def read_chunk(descriptor: int, start: int, into: memoryview) -> memoryview:
@@ -69,39 +192,3 @@ def read_chunk(descriptor: int, start: int, into: memoryview) -> memoryview:
     while filled < len(into) and (count := os.preadv(descriptor, [into[filled:]], start + filled)):
         filled += count
     return into[:filled]
-
-
-def _read(path: Path, descriptor: int) -> np.ndarray:
-    """The whole file, compared with its first block."""
-    start, size = os.pread(descriptor, SMALLEST_BLOCK, 0), os.fstat(descriptor).st_size
-    if start.startswith(HDF5_MAGIC):
-        raise NotACheckpointError(f"{path}: an HDF5 file, but not a checkpoint of hpc-absa")
-    if not start.startswith(MAGIC) and path.suffix != ".h5":
-        raise NotACheckpointError(f"{path}: not a checkpoint")
-    if not start.startswith(MAGIC):
-        raise _damaged(path, "it does not begin as a checkpoint")
-    head = _HEAD.match(start)
-    if head and int(head[2]) != size:
-        raise _damaged(path, f"it has {size} bytes, not the {int(head[2])} written")
-    block = int(head[1]) if head else 0
-    if not SMALLEST_BLOCK <= block <= min(size, LARGEST_BLOCK):
-        raise _damaged(path, "its first block is not as written")
-    file = np.empty(size, np.uint8)
-    first = bytes(read_chunk(descriptor, 0, file[:block].data))
-    lines = first.rstrip(b"\0").split(b"\n")
-    wanted = lines[4].split() if len(lines) > 4 else []
-    checksums = []
-    for number, at in enumerate(range(block, size, CHUNK)):
-        chunk = read_chunk(descriptor, at, file[at : at + CHUNK].data)
-        checksums.append(crc32(chunk))
-        if number < len(wanted) and wanted[number] != b"%08x" % checksums[-1]:
-            last = at + len(chunk) - 1
-            raise _damaged(path, f"bytes {at} to {last} of {size} do not match their checksum")
-    if first != first_block(block, size, checksums):
-        what = f"its first {block} bytes, or its length of {size}, are not as written"
-        raise _damaged(path, what)
-    return file
-
-
-def _damaged(path: Path, what: str) -> CheckpointError:
-    return CheckpointError(f"{path}: damaged: {what}")

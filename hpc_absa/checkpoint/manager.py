@@ -174,7 +174,7 @@ def saved_phase(folder: Path) -> SavedPhase | None:
     """
     for path in reversed(checkpoint_files(folder)):
         try:
-            attributes = file.load(path).outline.scalars.attributes
+            attributes = file.verify(path).scalars.attributes
         except CheckpointError:
             continue
         ranks, limit = attributes.get("next_ranks"), attributes.get("rank_limit")

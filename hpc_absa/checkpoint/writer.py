@@ -7,7 +7,6 @@ started it.
 
 from __future__ import annotations
 
-import ctypes
 import mmap
 import os
 import signal
@@ -22,11 +21,10 @@ import numpy as np
 from hpc_absa.checkpoint import file
 from hpc_absa.checkpoint.format import Content, Place, Written
 from hpc_absa.errors import CheckpointError
+from hpc_absa.parent_death import end_with_parent
 
 NICENESS = 13
 """The weight of a process of this niceness is 56, that of an ordinary one 1,024."""
-
-PR_SET_PDEATHSIG = 1
 
 
 class SharedMemory:
@@ -142,7 +140,7 @@ def _reason(status: int) -> str:
 
 def main(channel: Connection, memory: SharedMemory, parent: int) -> None:
     """Write what `Writer.write` sends, until the other end is closed."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    end_with_parent(signal.SIGKILL)
     if os.getppid() != parent:  # it died before that
         return
     os.nice(NICENESS)

@@ -14,13 +14,14 @@ from rich import progress as bars
 from rich.console import Console
 
 from hpc_absa.errors import ExitStatus
+from hpc_absa.parent_death import end_with_parent
 from hpc_absa.report import format as text
 from hpc_absa.report.timing import finite, latest
 from hpc_absa.rundir import RunDir
 from hpc_absa.rundir.lock import RunLock
 from hpc_absa.study import tables
 from hpc_absa.study.sweep import Cell, Failure, StudyDir
-from hpc_absa.supervisor.process import PYTHON, end_with_parent
+from hpc_absa.supervisor.process import PYTHON
 from hpc_absa.supervisor.supervisor import STOP_SIGNALS, on_stop
 
 POLL_SECONDS = 0.25

@@ -23,8 +23,8 @@ import struct
 import sys
 
 from hpc_absa.allocation import launcher_rank
+from hpc_absa.parent_death import end_with_parent
 from hpc_absa.supervisor.forked_rank import SIGNALS
-from hpc_absa.supervisor.process import end_with_parent
 
 PR_SET_NAME = 15
 LIBC = ctypes.CDLL(None)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import os
 import re
@@ -18,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hpc_absa.errors import ExitStatus
+from hpc_absa.parent_death import end_with_parent
 from hpc_absa.rundir import RunDir
 from hpc_absa.supervisor.launchers import Command
 
@@ -25,7 +25,6 @@ PYTHON = (sys.executable, "-P")
 """This interpreter, without the current folder on its path: a `random.py` there is not ours. The
 modules that a job names are found in the current folder last (`plugins.py`)."""
 
-PR_SET_PDEATHSIG = 1
 KILLED = re.compile(
     r"process rank (?P<rank>\d+) with PID \d+ on node (?P<host>\S+) "
     r"exited on signal (?P<signal>\d+)"
@@ -225,11 +224,3 @@ def _one_failed(record: Path) -> bool:
         return not json.loads(record.read_bytes()).get("final")
     except (OSError, ValueError):  # none, or not written yet
         return False
-
-
-_libc = ctypes.CDLL(None)
-
-
-def end_with_parent(number: signal.Signals = signal.SIGTERM) -> None:
-    """In a child: request a signal when the parent dies, even by SIGKILL."""
-    _libc.prctl(PR_SET_PDEATHSIG, number)

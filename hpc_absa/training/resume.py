@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+from torch import Tensor
+
 from hpc_absa import config
-from hpc_absa.checkpoint import CheckpointManager, Content
-from hpc_absa.checkpoint.restore import newest_good
+from hpc_absa.checkpoint import CheckpointManager, Key
+from hpc_absa.checkpoint.restore import Header, newest_good
 from hpc_absa.comm import Communicator, raise_on_all_ranks
 from hpc_absa.config import Job
 from hpc_absa.errors import UsageError
@@ -22,26 +26,30 @@ def resume(
     allow_changed: tuple[str, ...],
 ) -> str | None:
     """Restore the newest good checkpoint into `state`; its name, None without any."""
-    restored = newest_good(manager, comm)
+    memory: dict[Key, Tensor] = {}
+
+    def accept(header: Header) -> Mapping[Key, Tensor]:
+        _require_same_job(job, data_digest, header, allow_changed)
+        memory.clear()
+        memory.update(state.memory(header.places))
+        return memory
+
+    restored = newest_good(manager, comm, accept)
     if restored is None:
         return None
     if comm.rank == 0:
         for damaged in restored.damaged:
             print(f"skipped a damaged checkpoint: {damaged}", flush=True)
-    path = restored.path
-
-    def accept() -> None:
-        _require_same_job(job, data_digest, restored.content, str(path), allow_changed)
-        state.restore(restored.content, path.name)
-
-    raise_on_all_ranks(comm, accept)
-    return path.name
+    name = restored.path.name
+    raise_on_all_ranks(comm, lambda: state.restore(restored.content, name, memory))
+    return name
 
 
 def _require_same_job(
-    job: Job, data_digest: str, content: Content, path: str, allow_changed: tuple[str, ...]
+    job: Job, data_digest: str, header: Header, allow_changed: tuple[str, ...]
 ) -> None:
     """Refuse a checkpoint from which this job could not continue with the same result."""
+    content, path = header.scalars, str(header.path)
     saved = config.parse(str(content.groups["job"].attributes["text"]), path, warn=False)
     config.refuse_changes(saved, job, path, allow_changed)
     digest = content.groups["data"].attributes["digest"]

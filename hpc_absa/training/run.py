@@ -48,11 +48,12 @@ from hpc_absa.rundir import RunDir
 from hpc_absa.rundir.events import Event
 from hpc_absa.schedules import Rule
 from hpc_absa.training.data import Draw
+from hpc_absa.training.equal_ranks import require_equal
 from hpc_absa.training.estimator import Estimator
 from hpc_absa.training.faults import StopRequest
 from hpc_absa.training.log import EventLogger
 from hpc_absa.training.recorder import Recorder
-from hpc_absa.training.state import TrainState, require_equal
+from hpc_absa.training.state import TrainState
 from hpc_absa.training.step import StepEngine, StepResult, TrainStep
 from hpc_absa.training.sums import Flags
 

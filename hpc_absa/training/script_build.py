@@ -28,6 +28,7 @@ from hpc_absa.schedules import build as build_rule
 from hpc_absa.training import run as core
 from hpc_absa.training.batches import ScriptLoader, open_dataset
 from hpc_absa.training.data import Draw, HessianSample, hessian_samples, require_equal_data
+from hpc_absa.training.equal_ranks import broadcast_model, require_equal
 from hpc_absa.training.estimator import make_estimator
 from hpc_absa.training.log import EventLogger
 from hpc_absa.training.rank import Session, redirect_output, supervised, write_job
@@ -35,7 +36,7 @@ from hpc_absa.training.resume import resume
 from hpc_absa.training.script_job import Arguments, rank_limit, require_equal_arguments
 from hpc_absa.training.script_step import ScriptOptimizer
 from hpc_absa.training.setup import build_engine, build_run, make_reproducible, threads_per_rank
-from hpc_absa.training.state import TrainState, broadcast_model, require_equal
+from hpc_absa.training.state import TrainState
 
 
 class ScriptHessian:

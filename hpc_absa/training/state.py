@@ -5,17 +5,18 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from xxhash import xxh3_64_intdigest
 
 from hpc_absa import __version__
 from hpc_absa.checkpoint import Content, Group, Key, Scalar
-from hpc_absa.comm import Communicator
-from hpc_absa.errors import CheckpointError, CollectiveError, ExitStatus
+from hpc_absa.checkpoint.format import Place
+from hpc_absa.checkpoint.restore import as_array
+from hpc_absa.errors import CheckpointError
 from hpc_absa.plugins import user_code
 from hpc_absa.progress import Position, Progress
 from hpc_absa.records import ScheduleState
@@ -27,13 +28,7 @@ OPTIMIZER_NAMES = {"momentum_buffer": "momentum"}
 FORMER_SCHEDULE_NAMES = {"patience_count": "waited"}
 """Attributes of `/schedule` with a new name; written under both for one release."""
 
-
-BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""Integers by their size in bytes."""
-
-COLUMNS = 4096
-"""Of the sums in `digest`."""
-
+EIGENVECTOR: Key = ("curvature", "eigenvector")
 
 JSON = "json"
 """The array of a group with what is no tensor, as JSON in UTF-8 (`hpc_absa.training.nested`)."""
@@ -68,7 +63,7 @@ class TrainState:
         tensors = {("model", name): tensor for name, tensor in self.model.state_dict().items()}
         tensors |= self._optimizer_tensors()
         if self.eigenvector is not None:
-            tensors["curvature", "eigenvector"] = self.eigenvector
+            tensors[EIGENVECTOR] = self.eigenvector
         return tensors | self.other_tensors()
 
     def other_tensors(self) -> dict[Key, Tensor]:
@@ -158,18 +153,53 @@ class TrainState:
             },
         )
 
-    def restore(self, content: Content, origin: str) -> None:
+    def memory(self, places: Mapping[Key, Place]) -> dict[Key, Tensor]:
+        """Tensors to read a checkpoint's arrays into, which `restore` then need not copy.
+
+        Those of the model, and present or new ones for the rest, where type and layout fit.
+        """
+        tensors: dict[Key, Tensor] = {}
+        for name, tensor in self.model.state_dict().items():
+            if isinstance(tensor, Tensor):
+                tensors["model", name] = tensor
+        parameters, keys = dict(self.model.named_parameters()), _optimizer_keys()
+        for group, saved in places:
+            key, _, name = saved.partition(".")
+            if group == "optimizer" and (parameter := parameters.get(name)) is not None:
+                present = self.optimizer.state.get(parameter, {}).get(keys.get(key, key))
+                like = present if isinstance(present, Tensor) else torch.empty_like(parameter)
+                tensors[group, saved] = like
+            elif (group, saved) == EIGENVECTOR:
+                place = places[EIGENVECTOR]
+                tensors[EIGENVECTOR] = torch.from_numpy(np.empty(place.shape, place.dtype))
+        return {
+            key: tensor
+            for key, tensor in tensors.items()
+            if key in places and _fits(tensor, places[key])
+        }
+
+    def restore(
+        self, content: Content, origin: str, memory: Mapping[Key, Tensor] = MappingProxyType({})
+    ) -> None:
         """Take over the state of a checkpoint.
+
+        Args:
+            content: of the checkpoint.
+            origin: its name.
+            memory: tensors of `memory` whose memory the arrays of `content` are in.
 
         Raises:
             CheckpointError: it is of another model; names the first difference.
         """
         groups = content.groups
         load_model(self.model, groups["model"].arrays, origin)
-        self._restore_optimizer(groups["optimizer"].arrays)
+        self._restore_optimizer(groups["optimizer"].arrays, memory)
         self._restore_others(groups, origin)
         vector = groups["curvature"].arrays.get("eigenvector")
-        self.eigenvector = None if vector is None else torch.from_numpy(vector.copy())
+        if (read := memory.get(EIGENVECTOR)) is not None or vector is None:
+            self.eigenvector = read
+        else:
+            self.eigenvector = torch.from_numpy(vector.copy())
         data = groups["data"].attributes
         position = Position(
             int(data["position"]), int(content.attributes["step"]), int(data["boundary"])
@@ -183,20 +213,24 @@ class TrainState:
             **groups["progress"].attributes,  # type: ignore[arg-type]
         )
 
-    def _restore_optimizer(self, arrays: Mapping[str, np.ndarray]) -> None:
+    def _restore_optimizer(
+        self, arrays: Mapping[str, np.ndarray], memory: Mapping[Key, Tensor]
+    ) -> None:
         parameters = dict(self.model.named_parameters())
         if JSON in arrays:
             saved_state = nested.from_array(arrays[JSON])
             for name, other, nodes in saved_state["state"]:
                 of = parameters[name] if name else other
                 self.optimizer.state[of] = {
-                    key: nested.decode(node, _optimizer_tensor(key, arrays, parameters.get(name)))
+                    key: nested.decode(
+                        node, _optimizer_tensor(key, arrays, parameters.get(name), memory)
+                    )
                     for key, node in nodes.items()
                 }
             if self.with_groups and self.restore_groups:
                 self._restore_groups(saved_state["groups"], arrays, parameters)
             return
-        keys = {saved: key for key, saved in OPTIMIZER_NAMES.items()}
+        keys = _optimizer_keys()
         for saved, array in arrays.items():
             key, _, name = saved.partition(".")
             if name in parameters:
@@ -215,7 +249,7 @@ class TrainState:
         for index, saved in enumerate(groups):
             if index == len(param_groups):
                 param_groups.append({})
-            options = nested.decode(saved["options"], _optimizer_tensor("", arrays, None))
+            options = nested.decode(saved["options"], _optimizer_tensor("", arrays, None, {}))
             param_groups[index].clear()
             param_groups[index].update(
                 params=[parameters[name] for name in saved["params"]], **options
@@ -239,7 +273,10 @@ class TrainState:
 
 
 def _optimizer_tensor(
-    key: str, arrays: Mapping[str, np.ndarray], parameter: Tensor | None
+    key: str,
+    arrays: Mapping[str, np.ndarray],
+    parameter: Tensor | None,
+    memory: Mapping[Key, Tensor],
 ) -> Callable[[Mapping[str, Any]], Tensor]:
     """Restores a tensor of `optimizer.state[parameter][key]`, as `Optimizer.load_state_dict` does.
 
@@ -250,6 +287,8 @@ def _optimizer_tensor(
         saved = nested.saved_tensor(node, arrays[node["tensor"]])
         if parameter is None or (key == "step" and node["device"] == "cpu"):
             return saved.clone()
+        if (read := memory.get(("optimizer", node["tensor"]))) is not None:
+            return read
         if saved.shape != parameter.shape:
             return saved.to(parameter.device, copy=True)
         return torch.empty_like(parameter, dtype=saved.dtype, requires_grad=False).copy_(saved)
@@ -257,50 +296,17 @@ def _optimizer_tensor(
     return restore
 
 
-def require_equal(tensors: Mapping[Key, Tensor], comm: Communicator) -> None:
-    """Compare the state of all ranks by digests (a collective); nothing to do on one rank.
-
-    Raises:
-        CollectiveError: on all ranks, with the first tensor that differs.
-    """
-    if comm.size == 1:
-        return
-    digests = {key: digest(tensor) for key, tensor in tensors.items()}
-    if len(set(comm.allgather_object(xxh3_64_intdigest(repr(digests).encode())))) == 1:
-        return
-    ranks = comm.allgather_object(digests)
-    for rank, other in enumerate(ranks):
-        for key in sorted(other.keys() | ranks[0].keys()):
-            if other.get(key) != ranks[0].get(key):
-                raise CollectiveError(
-                    f"{'/'.join(key)} differs between rank 0 and rank {rank}: the model's own code "
-                    "changes it depending on the rank; nothing was saved",
-                    ExitStatus.FAILED,
-                )
+def _optimizer_keys() -> dict[str, str]:
+    """Keys of optimizer state by their names in a checkpoint, where they differ."""
+    return {saved: key for key, saved in OPTIMIZER_NAMES.items()}
 
 
-def broadcast_model(model: nn.Module, comm: Communicator) -> None:
-    """Give all ranks the weights and buffers of rank 0 (a collective)."""
-    if comm.size == 1:
-        return
-    for tensor in model.state_dict().values():
-        if isinstance(tensor, Tensor):
-            values = tensor.detach().contiguous().clone()
-            comm.broadcast_(values.view(-1).view(torch.uint8))
-            with torch.no_grad():
-                tensor.copy_(values)
-
-
-def digest(tensor: Tensor) -> int:
-    """XXH3-64 of the bytes; on a GPU of sums over columns of them, which are computed there."""
-    tensor = tensor.detach()
-    if tensor.is_complex():
-        tensor = torch.view_as_real(tensor)
-    flat = tensor.contiguous().view(-1).view(BITS[tensor.element_size()])
-    rows = len(flat) // COLUMNS if flat.is_cuda else 0
-    columns = flat[: rows * COLUMNS].view(rows, COLUMNS).sum(dim=0, dtype=torch.int64)
-    rest = xxh3_64_intdigest(flat[rows * COLUMNS :].cpu().numpy().data)
-    return xxh3_64_intdigest(columns.cpu().numpy().data, rest) if rows else rest
+def _fits(tensor: Tensor, place: Place) -> bool:
+    """Whether the bytes at `place` are those of `tensor` in memory."""
+    if tensor.device.type != "cpu" or not tensor.is_contiguous():
+        return False
+    array = as_array(tensor)
+    return (array.dtype.str, array.shape) == (place.dtype, place.shape)
 
 
 def load_model(model: nn.Module, arrays: Mapping[str, np.ndarray], origin: str) -> None:
@@ -322,8 +328,10 @@ def load_model(model: nn.Module, arrays: Mapping[str, np.ndarray], origin: str) 
             path, _, last = name.rpartition(".")
             if last == "_extra_state":
                 modules[path].set_extra_state(_like(tensor, arrays[name]))
-            else:
-                tensor.copy_(_saved(arrays[name], tensor.dtype))
+                continue
+            saved = _saved(arrays[name], tensor.dtype)
+            if saved.data_ptr() != tensor.data_ptr():  # else it was read into the model's memory
+                tensor.copy_(saved)
 
 
 def _schedule_state(kind: type[ScheduleState], saved: Mapping[str, Any]) -> ScheduleState:
@@ -338,9 +346,8 @@ def _group(values: Mapping[str, Any]) -> Group:
 
 
 def to_array(tensor: Tensor) -> np.ndarray:
-    """A copy as a checkpoint has it: bfloat16 as its bits."""
-    copied = tensor.detach().cpu().clone()
-    return (copied.view(torch.uint16) if copied.dtype == torch.bfloat16 else copied).numpy()
+    """A copy as a checkpoint has it."""
+    return as_array(tensor.detach().cpu().clone())
 
 
 def _like(tensor: Tensor, array: np.ndarray) -> Tensor:

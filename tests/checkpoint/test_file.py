@@ -12,6 +12,7 @@ import h5py
 import numpy as np
 import pytest
 
+from hpc_absa import hdf5
 from hpc_absa.checkpoint import Content, Group, file, format, integrity
 from hpc_absa.checkpoint.file import read, write
 from hpc_absa.checkpoint.integrity import CHUNK, NotACheckpointError
@@ -384,6 +385,49 @@ def test_damaged_bytes_never_reach_libhdf5(good, monkeypatch):
         CheckpointError, match=r"damaged: bytes 512 to .* do not match their checksum"
     ):
         read(good)
+
+
+DAMAGED_CHUNKS = """
+import sys
+from pathlib import Path
+from hpc_absa.checkpoint import integrity, read, write
+from hpc_absa.errors import CheckpointError
+from tests.checkpoint.contents import content, flip_bit
+
+integrity.CHUNK = 512
+path = Path(sys.argv[1])
+errors = []
+for start in range(512, write(path, content()).bytes, 512):
+    flip_bit(path, start + 88)
+    try:
+        read(path)
+    except CheckpointError as error:
+        errors.append(error)
+        print(error)
+    flip_bit(path, start + 88)
+"""
+
+
+def test_hdf5_that_is_refused_a_damaged_chunk_does_not_crash_at_exit(path):
+    done = subprocess.run(
+        [sys.executable, "-c", DAMAGED_CHUNKS, path], capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    starts = [line.split("damaged: bytes ")[1].split()[0] for line in done.stdout.splitlines()]
+    assert starts == [str(start) for start in range(512, path.stat().st_size, 512)]
+
+
+def test_a_file_with_headers_between_its_arrays_is_read(path, monkeypatch):
+    """As earlier versions wrote it: HDF5 reads chunks that also have arrays' bytes."""
+    monkeypatch.setattr(integrity, "CHUNK", 512)
+    together = hdf5.reserve_together
+    monkeypatch.setattr(hdf5, "reserve_together", lambda all: [hdf5.reserve(*each) for each in all])
+    write(path, content())
+    scattered = path.read_bytes()
+    assert_same(read(path), content())
+    monkeypatch.setattr(hdf5, "reserve_together", together)
+    write(path, content())
+    assert path.read_bytes() != scattered
 
 
 def test_a_read_error_of_the_file_system_is_named(good, monkeypatch):

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from hpc_absa.comm import connect
+from hpc_absa.training.equal_ranks import require_equal
 from hpc_absa.training.reduction import OverlappedReduction, ReproducibleReduction
-from hpc_absa.training.state import require_equal
 from tests.training import random_models
 from tests.training.test_buffers import ours
 

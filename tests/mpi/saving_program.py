@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from hpc_absa.checkpoint import CheckpointManager, Content, Group, file, restore
+from hpc_absa.checkpoint import CheckpointManager, Content, Group, file, integrity, restore
 from hpc_absa.checkpoint.async_checkpointer import AsyncCheckpointer
+from hpc_absa.checkpoint.integrity import VerifiedFile
 from hpc_absa.comm import connect
 from hpc_absa.errors import CheckpointError, CollectiveError
 from tests.checkpoint.contents import flip_bit, shards_of
@@ -40,6 +41,7 @@ def same(content, step):
 
 def main(folder):
     comm = connect()
+    integrity.CHUNK = 1 << 15
     warnings, published = [], []
     checkpointer = AsyncCheckpointer(
         CheckpointManager(folder, 3),
@@ -98,10 +100,49 @@ def main(folder):
     save(4)
     assert checkpointer.settle(), "a failed save does not affect the next one"
     assert same(restore.load(folder / "step-0000000004-phase-001.h5", comm), 4)
+    check_reading(folder, comm)
     with pytest.raises(CollectiveError, match="no such file"):
         restore.load(folder / "none.h5", comm)
     print(f"rank {comm.rank} of {comm.size} fine")
     comm.close()
+
+
+def check_reading(folder, comm):
+    """Of a file of many chunks, into given memory, with the help of ranks that see it."""
+    path = folder / "whole.h5"
+    if comm.rank == 0:
+        arrays = {key: tensor.numpy() for key, tensor in state(7).items()}
+        file.write(path, scalars(7).with_arrays(arrays))
+    comm.allgather_object(None)
+    target, read, read_chunk = torch.zeros(40_000), [], integrity.read_chunk
+
+    def counted(descriptor, start, into):
+        read.append(start)
+        return read_chunk(descriptor, start, into)
+
+    integrity.read_chunk = counted
+    assert same(restore.load(path, comm, lambda header: {("model", "w0"): target}), 7)
+    assert torch.equal(target, state(7)["model", "w0"])
+    chunks = sorted(start for each in comm.allgather_object(read) for start in each if start)
+    block = integrity.block_size(sum(tensor.nbytes for tensor in state(7).values()))
+    assert chunks == list(range(block, path.stat().st_size, integrity.CHUNK)), "each once"
+    assert read.count(0) == 1 < len(read), "by all ranks"
+
+    if comm.rank == 1:
+        restore.VerifiedFile = invisible
+    assert same(restore.load(path, comm), 7)
+    restore.VerifiedFile = VerifiedFile
+    integrity.read_chunk = read_chunk
+    comm.allgather_object(None)
+    if comm.rank == 0:
+        flip_bit(path, chunks[-2] + 5)
+    comm.allgather_object(None)
+    with pytest.raises(CollectiveError, match="damaged: bytes"):
+        restore.load(path, comm)
+
+
+def invisible(path):
+    raise CheckpointError(f"{path}: no such file")
 
 
 def unwritable(path, *_, **__):

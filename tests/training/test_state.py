@@ -14,7 +14,8 @@ from hpc_absa.errors import CheckpointError, CollectiveError, ExitStatus
 from hpc_absa.progress import Position, Progress
 from hpc_absa.records import ScheduleState
 from hpc_absa.schedules.noise import NoiseState
-from hpc_absa.training.state import TrainState, digest, require_equal
+from hpc_absa.training.equal_ranks import digest, require_equal
+from hpc_absa.training.state import TrainState
 from tests.checkpoint.contents import snapshot
 
 PROGRESS = Progress(

@@ -1,7 +1,9 @@
 """Packed files with encoded images: what torchvision gives, packing, resuming, damaged files."""
 
+import importlib
 import io
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from hpc_absa import config
 from hpc_absa.comm import SerialCommunicator
 from hpc_absa.data import encoded_packing
 from hpc_absa.data.arrays import PackedReader
+from hpc_absa.data.augment import normalise
 from hpc_absa.data.encoded import decode, pixels_of
 from hpc_absa.data.encoded_packing import EncodedSource, pack_encoded
 from hpc_absa.data.loader import Loader
@@ -86,12 +89,14 @@ def test_centre_crops_are_those_of_torchvision(dataset, root):
         difference = np.abs(ours[k].astype(int) - pixels.numpy().astype(int))
         # A JPEG of twice the size or more is decoded at a smaller scale.
         large = min(Image.open(folder.samples[k][0]).size) >= 2 * short
-        assert difference.max() <= (24 if large else 0)
-        assert difference.mean() < 2
+        assert difference.max() <= (24 if large else 2)
+        assert difference.mean() < (2 if large else 0.25)
 
 
 def test_random_crops_are_those_of_torchvision_for_the_same_boxes(dataset, root):
-    functional = torchvision().transforms.functional
+    """Of its tensors exactly, and of its Pillow images up to rounding."""
+    torchvision()  # so that it can be imported
+    functional = importlib.import_module("torchvision.transforms.v2.functional")
     samples = np.arange(len(dataset.train))
     epochs = np.full(len(samples), 3)
     ours = dataset.train.images.random_crops(samples, 7, epochs, flip=True)
@@ -101,16 +106,20 @@ def test_random_crops_are_those_of_torchvision_for_the_same_boxes(dataset, root)
     exact = 0
     for k, image in enumerate(images):
         left, top, width, height = boxes[k].tolist()
-        theirs = functional.resized_crop(image, top, left, height, width, [S, S], antialias=True)
-        if mirrored[k]:
-            theirs = functional.hflip(theirs)
-        theirs = np.asarray(theirs).transpose(2, 0, 1).astype(int)
-        difference = np.abs(ours[k].astype(int) - theirs)
-        if width < 2 * S or height < 2 * S:
-            assert difference.max() == 0
-            exact += 1
-        assert difference.mean() < 2.5
-    assert exact >= 10
+        for kind, largest, mean in (("tensor", 0, 0), ("pil", 2, 0.25)):
+            theirs = functional.pil_to_tensor(image) if kind == "tensor" else image
+            theirs = functional.resized_crop(
+                theirs, top, left, height, width, [S, S], antialias=True
+            )
+            theirs = functional.hflip(theirs) if mirrored[k] else theirs
+            theirs = theirs if kind == "tensor" else functional.pil_to_tensor(theirs)
+            difference = np.abs(ours[k].astype(int) - theirs.numpy().astype(int))
+            if width < 2 * S or height < 2 * S:
+                assert difference.max() <= largest
+                assert difference.mean() <= mean
+                exact += 1
+            assert difference.mean() < 2.5
+    assert exact >= 20
     assert 0 < mirrored.sum() < len(samples)
 
 
@@ -159,6 +168,37 @@ def test_a_sample_is_the_same_in_any_batch_and_differs_between_epochs(dataset):
     again = whole.get(1)
     same = [(batch.samples == s).argmax() for s in again.samples]
     assert not any(torch.equal(a, batch.inputs[k]) for a, k in zip(again.inputs, same, strict=True))
+
+
+@pytest.mark.parametrize("encoded", [True, False])
+def test_the_memory_of_a_batch_is_used_again_when_it_is_gone(dataset, encoded, root, tmp_path):
+    if not encoded:
+        dataset = pack("imagefolder", root, {"image_size": S}, tmp_path / "pixels.h5")
+    reader = loader(dataset).reader
+    read = partial(reader.read, "train", np.arange(4))
+    first = read(np.zeros(4, int)).inputs
+    kept, place = first.clone(), first.data_ptr()
+    row = first.numpy()[1]
+    del first
+    second = read(np.ones(4, int)).inputs
+    assert second.data_ptr() != place, "a view of the first batch is in use"
+    assert torch.equal(torch.from_numpy(row), kept[1])
+    del row
+    assert read(np.zeros(4, int)).inputs.data_ptr() == place
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_inputs_are_the_normalised_crops(dataset, channels_last):
+    reader = PackedReader(
+        dataset, 3, padding=0, flip=True, device=torch.device("cpu"), channels_last=channels_last
+    )
+    samples, epochs = np.arange(16), np.zeros(16, np.int64)
+    pixels = dataset.train.images.random_crops(samples, 3, epochs, flip=True)
+    mean, std = torch.tensor(dataset.mean), torch.tensor(dataset.std)
+    inputs = reader.read("train", samples, epochs).inputs
+    assert torch.equal(inputs, normalise(torch.from_numpy(pixels), mean, std))
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    assert inputs.is_contiguous(memory_format=layout)
 
 
 def test_a_loader_that_starts_in_mid_epoch_gives_the_same(dataset):

@@ -36,16 +36,24 @@ Store = Callable[[NDArray[Any], NDArray[np.uint8]], None]
 REDUCTIONS = (8, 4, 2)
 """Fractions of its size at which libjpeg can decode an image."""
 
+Reduction = int | Callable[[int, int], int]
+
 CORES = len(os.sched_getaffinity(0))
 
+_EXIF_ORIENTATION = 0x0112
 
-def decode(data: Any, title: str, reduction: int = 1) -> PILImage:
-    """An encoded image in RGB: what Pillow's `convert("RGB")` gives.
+
+def decode(
+    file: Path | Any, title: str, reduction: Reduction = 1, remarks: list[str] | None = None
+) -> PILImage:
+    """An image in RGB: what Pillow's `convert("RGB")` gives.
 
     Args:
-        data: Bytes of a file in any format that Pillow reads.
+        file: A path, or the bytes of a file, in any format that Pillow reads.
         title: Names the image in errors.
-        reduction: A JPEG is decoded at 1/1, 1/2, 1/4 or 1/8 of its size, rounded up.
+        reduction: A JPEG is decoded at 1/1, 1/2, 1/4 or 1/8 of its size, rounded up; a number, or
+            a function of width and height.
+        remarks: Is extended by what the conversion left out.
 
     Raises:
         UsageError: More than 8 bits per pixel in a mode that Pillow would clip.
@@ -54,21 +62,42 @@ def decode(data: Any, title: str, reduction: int = 1) -> PILImage:
     from PIL import Image
 
     try:
-        with Image.open(io.BytesIO(data)) as opened:
+        with Image.open(file if isinstance(file, Path) else io.BytesIO(file)) as opened:
             mode = opened.mode
             if mode in ("I", "F") or mode.startswith("I;16"):
                 raise UsageError(
                     f"{title}: pixels of {32 if mode in ('I', 'F') else 16} bits (Pillow's mode "
-                    f"{mode}) would be clipped to white; convert the images to 8 bits"
+                    f"{mode}) would be clipped to white; convert the images to 8 bits, or read "
+                    "them by a function (docs/data.md)"
                 )
+            if callable(reduction):
+                reduction = reduction(*opened.size)
             if reduction > 1:
                 opened.draft("RGB", (opened.width // reduction, opened.height // reduction))
             opened.load()
-            return opened if opened.mode == "RGB" else opened.convert("RGB")
+            image = opened if opened.mode == "RGB" else opened.convert("RGB")
+            if remarks is not None:
+                remarks += _left_out(opened)
+            return image
     except UsageError:
         raise
     except Exception as error:  # damaged files give errors of many types
         raise HpcAbsaError(f"{title}: unreadable image ({error})") from error
+
+
+def _left_out(image: Any) -> list[str]:
+    """What `convert("RGB")` left out of an image that is still open."""
+    remarks = []
+    if image.has_transparency_data:
+        remarks.append("images with transparency, which was dropped")
+    if image.mode == "CMYK" and "icc_profile" in image.info:
+        remarks.append("CMYK images, converted without their colour profile")
+    with suppress(Exception):  # damaged metadata, or a damaged second frame
+        if image.getexif().get(_EXIF_ORIENTATION, 1) != 1:
+            remarks.append("images with an EXIF orientation, which was not applied")
+        if getattr(image, "is_animated", False):
+            remarks.append("images of several frames, the first one used")
+    return remarks
 
 
 def pixels_of(data: Any, title: str, reduction: int = 1) -> NDArray[np.uint8]:

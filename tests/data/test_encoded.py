@@ -3,8 +3,14 @@
 import importlib
 import io
 import json
+import shutil
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
+from unittest.mock import Mock
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -12,7 +18,7 @@ from PIL import Image
 
 from hpc_absa import config
 from hpc_absa.comm import SerialCommunicator
-from hpc_absa.data import encoded_packing
+from hpc_absa.data import checking, encoded_packing
 from hpc_absa.data.arrays import PackedReader
 from hpc_absa.data.augment import normalise
 from hpc_absa.data.encoded import decode, pixels_of
@@ -42,10 +48,8 @@ def picture(width, height, seed=0):
     return Image.fromarray(np.clip(np.asarray(image) + noise, 0, 255).astype(np.uint8))
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    """Two classes of images of different sizes and formats."""
-    folder = tmp_path_factory.mktemp("images")
+def draw_images(folder):
+    """Two classes of images of different sizes and formats; returns the folder."""
     sizes = [(40, 50), (64, 48), (33, 90), (100, 37), (200, 160), (70, 70), (31, 45), (500, 400)]
     for part, count in (("train", 8), ("val", 3)):
         for k in range(2 * count):
@@ -61,6 +65,11 @@ def root(tmp_path_factory):
             else:
                 image.save(parent / f"{k:02d}.jpg", quality=90)
     return folder
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return draw_images(tmp_path_factory.mktemp("images"))
 
 
 @pytest.fixture(scope="module")
@@ -224,15 +233,16 @@ metrics = ["accuracy", "top5"]
 """
 
 
-def train(root, folder, stop_after=None):
+def train(root, folder, *overrides, stop_after=None, comm=None):
     """A run of the job, stopped and continued once after so many steps."""
     threads = torch.get_num_threads()
-    job = config.parse(JOB, "test", (f"data.root={root}",))
+    job = config.parse(JOB, "test", (f"data.root={root}", *overrides))
     for steps in [stop_after, None] if stop_after else [None]:
         stop, built = runs.Stop(), None
         built = build_trainer(
-            job, RunDir(folder).create(), SerialCommunicator(), Clock(), stop, io.StringIO(), ()
-        )
+            job, RunDir(folder).create(), comm or SerialCommunicator(), Clock(), stop,
+            io.StringIO(), (),
+        )  # fmt: skip
         end_step = built.run.end_step
 
         def counted(step, result, end_step=end_step, stop=stop, built=built, steps=steps):
@@ -318,9 +328,9 @@ def test_a_packing_that_was_stopped_is_continued(root, tmp_path, monkeypatch):
         pack_encoded(tmp_path / "parts.h5", source(root), "x", {}, stop)
     assert not (tmp_path / "parts.h5").exists()
     reads = []
-    original = encoded_packing._pack
+    original = checking._check
     monkeypatch.setattr(
-        encoded_packing, "_pack", lambda d, file, o: reads.append(file) or original(d, file, o)
+        checking, "_check", lambda file, size: reads.append(file) or original(file, size)
     )
     parts = pack_encoded(tmp_path / "parts.h5", source(root), "x", {})
     assert len(reads) == 20 - 9
@@ -339,7 +349,7 @@ def test_a_second_packing_at_the_same_time_is_refused(root, tmp_path):
             messages.append(str(caught.value))
 
     assert len(pack_encoded(path, source(root), "x", {}, second).train) == 16
-    assert "without mpirun" in messages[0]
+    assert "wait for it or end it" in messages[0]
 
 
 def test_other_files_start_again(root, tmp_path):
@@ -386,6 +396,70 @@ def test_unreadable_files_are_left_out_and_listed(damaged, tmp_path):
     ]  # fmt: skip
     assert "16 bits" in lines[2]
     assert packed.train.images[np.arange(15)].shape == (15, 3, S, S)
+
+
+def test_a_link_to_nothing_is_unreadable(root, tmp_path):
+    (tmp_path / "link.jpg").symlink_to(tmp_path / "nothing")
+    files = EncodedSource(
+        ([tmp_path / "link.jpg", *files_of(root, 3)[0]], [0, 0, 1, 0]), files_of(root, 4),
+        ("a", "b"), S, skip_unreadable=True,
+    )  # fmt: skip
+    assert len(pack_encoded(tmp_path / "set.h5", files, "x", {}).train) == 3
+    manifest = (tmp_path / "set.h5.unreadable.txt").read_text()
+    assert manifest.endswith("link.jpg: unreadable file (No such file or directory)\n")
+
+
+def test_a_file_that_changes_while_it_is_packed_ends_the_packing(root, tmp_path, monkeypatch):
+    """It would be written over the one after it."""
+    size = encoded_packing._size
+    monkeypatch.setattr(encoded_packing, "_size", lambda file: size(file) - 1)
+    with pytest.raises(UsageError, match=r"\.jpg: has \d+ bytes, and had \d+ when the files"):
+        pack_encoded(tmp_path / "set.h5", source(root, skip_unreadable=True), "x", {})
+    monkeypatch.setattr(encoded_packing, "_size", size)
+    monkeypatch.setattr(Path, "read_bytes", Mock(side_effect=FileNotFoundError(2, "gone")))
+    with pytest.raises(UsageError, match=r"\.jpg: gone since the files were listed, or not on"):
+        pack_encoded(tmp_path / "set.h5", source(root, skip_unreadable=True), "x", {})
+
+
+@pytest.mark.parametrize(("count", "limit"), [(3, 10**9), (100, 5000)])
+def test_blocks_are_limited_by_files_and_bytes(root, monkeypatch, count, limit):
+    monkeypatch.setattr(encoded_packing, "BLOCK", count)
+    monkeypatch.setattr(encoded_packing, "BLOCK_BYTES", limit)
+    part = encoded_packing._Part("train", *files_of(root))
+    part.done[[0, 5, 6]] = True
+    blocks = part.blocks()
+    assert [k for block in blocks for k in block] == [1, 2, 3, 4, *range(7, 16)]
+    assert len(blocks) > 3
+    for block in blocks:
+        assert len(block) <= count
+        assert part.lengths[block[:-1]].sum() < limit
+
+
+def test_an_index_of_imagenets_size(dataset, tmp_path):
+    """1.28 million images: the first batch takes seconds, and the memory is that of an order."""
+    path, count = tmp_path / "large.h5", 1_281_167
+    shutil.copy(dataset.path, path)
+    with h5py.File(path, "r+") as file:
+        for key in ("starts", "lengths", "sizes", "labels"):
+            values = file[f"train/{key}"][()]
+            del file[f"train/{key}"]
+            file[f"train/{key}"] = np.resize(values, (count, *values.shape[1:]))
+    program = (
+        "import resource, sys, time; from pathlib import Path; import numpy as np\n"
+        "from hpc_absa.data.packed import open_packed\n"
+        "from tests.data.test_encoded import loader\n"
+        "def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024\n"
+        "loader(open_packed(Path(sys.argv[1]))).get(0)\n"
+        "before, begin = peak(), time.perf_counter()\n"
+        "large = loader(open_packed(Path(sys.argv[2])))\n"
+        "large.get(0); large.get(len(large.dataset.train) // 5)\n"
+        "print(peak() - before, time.perf_counter() - begin)"
+    )
+    command = [sys.executable, "-c", program, str(dataset.path), str(path)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    megabytes, seconds = map(float, ended.stdout.split())
+    assert megabytes < 250, "two orders of 10 MB, what makes them, and the pages of the index"
+    assert seconds < 30
 
 
 @pytest.mark.parametrize(
@@ -456,5 +530,5 @@ def test_the_journal_has_a_line_for_each_block(root, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         pack_encoded(tmp_path / "set.h5", source(root), "x", {}, interrupt)
     first, second = (tmp_path / ".set.h5.partial.jsonl").read_text().splitlines()
-    assert set(json.loads(first)) == {"files"}
+    assert set(json.loads(first)) == {"version", "files"}
     assert json.loads(second)["part"] == "train"

@@ -21,16 +21,20 @@ if TYPE_CHECKING:
 
 
 def prepare(
-    name: str, root: Path | None, arguments: Mapping[str, Any], packed: Path
+    name: str,
+    root: Path | None,
+    arguments: Mapping[str, Any],
+    packed: Path,
+    comm: Communicator | None = None,
 ) -> PackedDataset:
-    """Open the file `packed`; if there is none, pack the source first (`sources.load`).
+    """Open the file `packed`; if there is none, `pack` the source first.
 
     Raises:
         UsageError: `packed` holds another data set than the job names, or see `sources.load`.
         HpcAbsaError: It is damaged, or cannot be written.
     """
     if not packed.exists():
-        return pack(name, root, arguments, packed)
+        return pack(name, root, arguments, packed, comm=comm)
     dataset = open_packed(packed)
     _check_same(dataset, name, arguments)
     return dataset

@@ -74,7 +74,7 @@ fails("disk.h5", "unreadable file (Input/output error)")
 Path.read_bytes = read
 
 ranks = [f"ranks.{key}={comm.size}" for key in ("initial", "max")]
-trained, _ = train(folder / "two.h5", folder / "run2", "train.reproducible=true", *ranks, comm=comm)
+trained, _ = train(root, folder / "run2", "train.reproducible=true", *ranks, comm=comm)
 print(f"rank {comm.rank}: {digest(trained)}", flush=True)
 arguments = ["--root", damaged, "--image-size", S, "--encoded", "--out", folder / "cli.h5"]
 sys.argv = ["hpc-absa", "data", "imagefolder", *map(str, arguments)]

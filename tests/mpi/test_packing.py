@@ -16,6 +16,8 @@ from tests.training import runs
 pytestmark = pytest.mark.mpi
 
 PROGRAM = Path(__file__).with_name("packing_program.py")
+PAIRS = {"two": "one", "three": "one", "images": "one", "skip": "one-skip"}
+"""Files by two ranks, and the same by one; `images` is packed by training."""
 KEYS = {"image_size": S, "encoded": True}
 
 
@@ -46,7 +48,7 @@ def test_two_ranks_pack_the_file_of_one_and_train_alike(mpirun, tmp_path, monkey
     done = mpirun(2, PROGRAM, root, damaged, tmp_path, check=False, timeout=120)
 
     assert done.returncode == ExitStatus.USAGE, done.stdout + done.stderr
-    for name, expected in (("two", "one"), ("three", "one"), ("skip", "one-skip")):
+    for name, expected in PAIRS.items():
         packed, whole = (tmp_path / f"{n}.h5" for n in (name, expected))
         assert packed.read_bytes() == whole.read_bytes(), name
     lists = [tmp_path / f"{name}.h5.unreadable.txt" for name in ("skip", "one-skip")]

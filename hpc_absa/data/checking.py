@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import socket
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
@@ -40,13 +40,14 @@ class Checked(NamedTuple):
     """Why it is no readable image."""
 
 
-def read_all(comm: Communicator, blocks: Sequence[Sequence[Listed]]) -> Generator[list[Checked]]:
+def read_all(comm: Communicator, blocks: Iterable[Sequence[Listed]]) -> Generator[list[Checked]]:
     """The files of each block, in order, on rank 0; block k is read by rank k mod their number.
 
     Raises:
         UsageError: a file that is gone, or has another size than when it was listed.
     """
-    rounds = (blocks[first : first + comm.size] for first in range(0, len(blocks), comm.size))
+    left = iter(blocks)
+    rounds = iter(lambda: list(islice(left, comm.size)), [])
     pending: list[Future[Checked]] = []
     with closing(_Pool()) as pool:
         for shares in chain(rounds, [[]]):

@@ -276,11 +276,9 @@ def resize(pixels: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8
     """
     import torch
 
-    interleaved = torch.from_numpy(pixels).unsqueeze(0).permute(0, 3, 1, 2)
-    resized = torch.nn.functional.interpolate(
-        interleaved, (size[1], size[0]), mode="bilinear", antialias=True
-    )
-    result: NDArray[np.uint8] = resized[0].permute(1, 2, 0).numpy()
+    image = torch.from_numpy(pixels).unsqueeze(0).permute(0, 3, 1, 2)  # channels_last
+    image = torch.nn.functional.interpolate(image, size[::-1], mode="bilinear", antialias=True)
+    result: NDArray[np.uint8] = image[0].permute(1, 2, 0).numpy()
     return result
 
 

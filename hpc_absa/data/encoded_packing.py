@@ -185,15 +185,15 @@ def _continue(
 ) -> bool:
     """Take over what an earlier attempt at the same files has finished."""
     try:
-        first, *lines = journal.read_text().splitlines(keepends=True)
+        first, *lines = journal.read_bytes().splitlines(keepends=True)
         if json.loads(first) != fingerprint or not partial.exists():
             return False
     except (OSError, ValueError):
         return False
+    if lines and not lines[-1].endswith(b"\n"):  # cut short by a crash or a full disk
+        os.truncate(journal, journal.stat().st_size - len(lines.pop()))
     by_name = {part.name: part for part in parts}
     for line in lines:
-        if not line.endswith("\n"):  # cut short by a crash
-            break
         entry = json.loads(line)
         by_name[entry["part"]].record(entry["first"], entry["files"])
     return True
@@ -225,10 +225,10 @@ def _write_blocks(
         for part, offset in zip(parts, offsets, strict=True)
         for block in part.blocks()
     ]
-    listed = [
+    listed = (
         [(os.fspath(part.files[k]), int(part.lengths[k])) for k in block]
         for part, block, _ in blocks
-    ]
+    )
     descriptor, entries = os.open(partial, os.O_WRONLY), list[str]()
 
     def commit() -> None:

@@ -339,6 +339,19 @@ def test_a_packing_that_was_stopped_is_continued(root, tmp_path, monkeypatch):
     assert {file.name for file in tmp_path.iterdir()} == {"whole.h5", "parts.h5"}
 
 
+def test_a_journal_that_was_cut_short_is_continued(root, tmp_path, monkeypatch):
+    monkeypatch.setattr(encoded_packing, "BLOCK", 3)
+    journal = tmp_path / ".set.h5.partial.jsonl"
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            pack_encoded(tmp_path / "set.h5", source(root), "x", {}, interrupt)
+        with journal.open("a") as file:
+            file.write('{"part": "tr')
+    assert len(journal.read_text().splitlines()) == 4
+    packed = pack_encoded(tmp_path / "set.h5", source(root), "x", {})
+    assert packed.digest == pack_encoded(tmp_path / "whole.h5", source(root), "x", {}).digest
+
+
 def test_a_second_packing_at_the_same_time_is_refused(root, tmp_path):
     path, messages = tmp_path / "set.h5", []
 

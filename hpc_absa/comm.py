@@ -12,7 +12,7 @@ import os
 import sys
 import time
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -90,6 +90,13 @@ class Communicator(Protocol):
         """Every rank's small Python object, by rank, on every rank."""
         ...
 
+    def gather_object(self, value: Any) -> Generator[Any]:
+        """Every rank's Python object, by rank, on rank 0 alone, which has one of them at a time.
+
+        All ranks iterate over it to its end, or close it.
+        """
+        ...
+
     def exchange_calls(self, value: Any) -> list[Any]:
         """As `allgather_object`; never mixed up with another collective that other ranks are in."""
         ...
@@ -144,6 +151,9 @@ class SerialCommunicator:
 
     def allgather_object(self, value: Any) -> list[Any]:
         return [value]
+
+    def gather_object(self, value: Any) -> Generator[Any]:
+        yield value
 
     exchange_calls = allgather_object
 
@@ -266,6 +276,22 @@ class HorovodCommunicator:
         if self._mpi:
             return list(self._mpi.allgather(value))
         return list(self._hvd.allgather_object(value, name="objects"))
+
+    def gather_object(self, value: Any) -> Generator[Any]:
+        if not self._mpi:
+            objects = self.allgather_object(value)
+            yield from objects if self.rank == 0 else ()
+        elif self.rank:
+            self._mpi.send(value, 0)
+        else:
+            others = iter(range(1, self.size))
+            try:
+                yield value
+                for rank in others:
+                    yield self._mpi.recv(source=rank)
+            finally:  # where the caller had an error, the others must not wait
+                for rank in others:
+                    self._mpi.recv(source=rank)
 
     def exchange_calls(self, value: Any) -> list[Any]:
         if self._calls:

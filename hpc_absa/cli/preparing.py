@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
@@ -19,6 +19,9 @@ from hpc_absa.cli.options import (
 from hpc_absa.console import rich_console
 from hpc_absa.data.registry import DATASETS
 from hpc_absa.errors import ExitStatus, UsageError
+
+if TYPE_CHECKING:
+    from hpc_absa.comm import Communicator
 
 
 def data(
@@ -50,7 +53,13 @@ def data(
     In the job, `data.root` is either the folder or the packed file: the packed file next to a
     folder is used instead of the folder. What was left out of the data set, and why, is printed
     and kept in the file (`notes` of `--show`).
+
+    With `--encoded` the work may be shared by several ranks, on any number of hosts that see the
+    folder; rank 0 writes the file, which is the same with any number of them. Packing that was
+    stopped is continued by the same command, also with another number of ranks.
+    Example: `mpirun -np 4 hpc-absa data imagenet --root DIR --image-size 224 --encoded`
     """
+    from hpc_absa.allocation import requested_ranks
     from hpc_absa.data import prepare
     from hpc_absa.data.sources import decoded
 
@@ -63,11 +72,21 @@ def data(
     arguments: dict[str, Any] = {"image_size": image_size} if image_size else {}
     arguments |= {"encoded": True} if encoded else {}
     arguments |= {"unreadable": unreadable} if unreadable else {}
-    prepare.pack(name, root, arguments, packed, progress=True)
-    print_line(
-        f"packed: {decoded(packed)}; in the job: [data] name = {name!r}, root = {str(packed)!r}"
-    )
-    return ExitStatus.OK
+
+    def pack(comm: Communicator | None = None) -> int:
+        prepare.pack(name, root, arguments, packed, progress=True, comm=comm)
+        print_line(
+            f"packed: {decoded(packed)}; in the job: [data] name = {name!r}, root = {str(packed)!r}"
+        )
+        return ExitStatus.OK
+
+    _, ranks = requested_ranks() or ("", 1)
+    if ranks == 1:
+        return pack()
+    from hpc_absa.data.checking import on_rank_0
+    from hpc_absa.training.load import on_ranks
+
+    return on_ranks(lambda comm: on_rank_0(comm, lambda: pack(comm)) or ExitStatus.OK)
 
 
 def doctor(

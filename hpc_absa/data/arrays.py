@@ -14,8 +14,8 @@ import torch
 from numpy.typing import NDArray
 
 from hpc_absa.data.augment import (
+    Buffers,
     augment,
-    empty_inputs,
     normalise,
     normalise_into,
     scale_and_shift,
@@ -64,6 +64,7 @@ class PackedReader:
         mean, std = torch.tensor(dataset.mean), torch.tensor(dataset.std)
         self._mean = (mean if normalize else torch.zeros_like(mean)).to(device)
         self._std = (std if normalize else torch.ones_like(std)).to(device)
+        self._buffers = Buffers()
         self._threads = ThreadPoolExecutor(self.ahead, thread_name_prefix="loader")
 
     def read(self, part: Part, samples: Indices, epochs: Indices | None = None) -> Batch:
@@ -87,7 +88,8 @@ class PackedReader:
 
     def _host_inputs(self, images: Any, samples: Indices, epochs: Indices | None) -> torch.Tensor:
         """Normalised while they are in the cache."""
-        result = empty_inputs((len(samples), *self.dataset.shape), self._channels_last)
+        buffers = Buffers() if epochs is None else self._buffers
+        result = buffers.empty((len(samples), *self.dataset.shape), self._channels_last)
         scale, shift = (values.numpy() for values in scale_and_shift(self._mean, self._std))
         if self.dataset.is_encoded:
 

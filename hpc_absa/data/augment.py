@@ -6,6 +6,9 @@ Shapes: b images, C channels, H × W pixels, p pixels of padding on every side.
 from __future__ import annotations
 
 import math
+import weakref
+from collections import deque
+from contextlib import suppress
 
 import numpy as np
 import torch
@@ -99,19 +102,38 @@ def scale_and_shift(
     return (1.0 / (std.double() * unit)).float(), (-mean.double() / std.double()).float()
 
 
-def empty_inputs(shape: tuple[int, ...], channels_last: bool = False) -> NDArray[np.float32]:
-    """[b, C, H, W], aligned to 64 bytes like torch's tensors.
+class Buffers:
+    """Memory for batches, used again when a batch is gone: the pages of new memory have to be
+    cleared first, which takes as long as to normalise an image.
+    """
+
+    def __init__(self) -> None:
+        self._free: deque[NDArray[np.float32]] = deque(maxlen=4)
+
+    def empty(self, shape: tuple[int, ...], channels_last: bool = False) -> NDArray[np.float32]:
+        """[b, C, H, W]; to be given to `torch.from_numpy` itself and not as a view."""
+        buffer = None
+        with suppress(IndexError):
+            buffer = self._free.pop()
+        if buffer is None or len(buffer) != math.prod(shape):
+            buffer = _aligned(math.prod(shape))
+        if channels_last:
+            b, c, h, w = shape
+            batch = buffer.reshape(b, h, w, c).transpose(0, 3, 1, 2)
+        else:
+            batch = buffer.reshape(shape)
+        weakref.finalize(batch, self._free.append, buffer).atexit = False
+        return batch
+
+
+def _aligned(count: int) -> NDArray[np.float32]:
+    """Aligned to 64 bytes like torch's tensors.
 
     numpy asks for huge pages, torch does not: filling a new tensor then takes three times as long.
     """
-    count = math.prod(shape)
     buffer = np.empty(count + 16, np.float32)
     start = -buffer.ctypes.data % 64 // 4
-    values = buffer[start : start + count]
-    if not channels_last:
-        return values.reshape(shape)
-    b, c, h, w = shape
-    return values.reshape(b, h, w, c).transpose(0, 3, 1, 2)
+    return buffer[start : start + count]
 
 
 def normalise_into(
@@ -132,6 +154,17 @@ def normalise_into(
     for k in range(0, b, block):
         part, values = images[k : k + block], result[k : k + block]
         if interleaved:
-            part = part.transpose(0, 2, 3, 1).reshape(values.shape)
+            part = _interleaved(part).reshape(values.shape)
         np.multiply(part, scale, out=values, dtype=np.float32)
         np.add(values, shift, out=values)
+
+
+def _interleaved(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """[b, C, H, W] as [b, H, W, C]; copied by channels, as copying by pixels is slow."""
+    result = images.transpose(0, 2, 3, 1)
+    if result.flags.c_contiguous:
+        return result
+    result = np.empty_like(result, order="C")
+    for channel in range(images.shape[1]):
+        result[..., channel] = images[:, channel]
+    return result

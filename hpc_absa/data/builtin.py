@@ -7,18 +7,19 @@ kind of file and image is in docs/data.md.
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from hpc_absa.data.encoded import decode as decode_rgb
+from hpc_absa.data.encoded import reduction_of
 from hpc_absa.data.encoded_packing import EncodedSource
 from hpc_absa.data.order import permutation
 from hpc_absa.data.sources import Samples, Source, decoded
@@ -30,7 +31,6 @@ _BLOCK_PIXELS = 1 << 22  # decoded at a time: 4096 images of 32 × 32, 83 of 224
 
 _NOT_IMAGES = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}
 """Formats that Pillow only identifies, or decodes with the help of other programs."""
-_EXIF_ORIENTATION = 0x0112
 
 Labelled = tuple[Sequence[Path], Sequence[int]]
 """Image files and the label of each."""
@@ -313,46 +313,18 @@ def decode(
     """
     from PIL import Image, ImageOps
 
+    size = image_size and (image_size, image_size)
+    # A JPEG can be decoded at a half, a quarter, ... of its size, in less time.
+    reduction = partial(reduction_of, size=size) if size else 1
     try:
-        with Image.open(file) as opened:
-            mode = opened.mode
-            if mode in ("I", "F") or mode.startswith("I;16"):
-                bits = 32 if mode in ("I", "F") else 16
-                raise UsageError(
-                    f"{decoded(file)}: pixels of {bits} bits (Pillow's mode {mode}), would be "
-                    "clipped to white; convert the images to 8 bits, or read them by a function "
-                    "(docs/data.md)"
-                )
-            if image_size is not None:
-                # A JPEG can be decoded at a half, a quarter, ... of its size, in less time.
-                opened.draft("RGB", (image_size, image_size))
-            image = opened.convert("RGB")
-            if remarks is not None:
-                remarks += _left_out(opened)
+        image = decode_rgb(file, decoded(file), reduction, remarks)
     except UsageError:
         raise
-    except Exception as error:  # damaged files give errors of many types
-        raise HpcAbsaError(
-            f"{decoded(file)}: unreadable image ({error}); replace or remove it"
-        ) from error
-    if image_size is not None and image.size != (image_size, image_size):
-        image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.BILINEAR)
+    except HpcAbsaError as error:
+        raise HpcAbsaError(f"{error}; replace or remove it") from error
+    if size and image.size != size:
+        image = ImageOps.fit(image, size, Image.Resampling.BILINEAR)
     return np.asarray(image).transpose(2, 0, 1)
-
-
-def _left_out(image: Any) -> list[str]:
-    """What `convert("RGB")` left out of an image that is still open."""
-    remarks = []
-    if image.has_transparency_data:
-        remarks.append("images with transparency, which was dropped")
-    if image.mode == "CMYK" and "icc_profile" in image.info:
-        remarks.append("CMYK images, converted without their colour profile")
-    with contextlib.suppress(Exception):  # damaged metadata, or a damaged second frame
-        if image.getexif().get(_EXIF_ORIENTATION, 1) != 1:
-            remarks.append("images with an EXIF orientation, which was not applied")
-        if getattr(image, "is_animated", False):
-            remarks.append("images of several frames, the first one used")
-    return remarks
 
 
 def _some(names: Sequence[str]) -> str:

@@ -1,8 +1,8 @@
 """Images that a packed file holds as they were encoded (JPEG, PNG, ...), decoded as they are used.
 
 `EncodedImages` takes the place of the array of pixels in a `Split`: indexed, it gives centre crops
-as uint8 [b, 3, S, S]; `random_crops` gives augmented ones. Images are decoded by a pool of threads;
-Pillow lets other threads run while it decodes and resizes.
+as uint8 [b, 3, S, S]; `random_crops` gives augmented ones. Images are decoded by a pool of threads,
+which need the interpreter's lock for a small part of the time.
 """
 
 from __future__ import annotations
@@ -36,14 +36,24 @@ Store = Callable[[NDArray[Any], NDArray[np.uint8]], None]
 REDUCTIONS = (8, 4, 2)
 """Fractions of its size at which libjpeg can decode an image."""
 
+Reduction = int | Callable[[int, int], int]
 
-def decode(data: Any, title: str, reduction: int = 1) -> PILImage:
-    """An encoded image in RGB: what Pillow's `convert("RGB")` gives.
+CORES = len(os.sched_getaffinity(0))
+
+_EXIF_ORIENTATION = 0x0112
+
+
+def decode(
+    file: Path | Any, title: str, reduction: Reduction = 1, remarks: list[str] | None = None
+) -> PILImage:
+    """An image in RGB: what Pillow's `convert("RGB")` gives.
 
     Args:
-        data: Bytes of a file in any format that Pillow reads.
+        file: A path, or the bytes of a file, in any format that Pillow reads.
         title: Names the image in errors.
-        reduction: A JPEG is decoded at 1/1, 1/2, 1/4 or 1/8 of its size, rounded up.
+        reduction: A JPEG is decoded at 1/1, 1/2, 1/4 or 1/8 of its size, rounded up; a number, or
+            a function of width and height.
+        remarks: Is extended by what the conversion left out.
 
     Raises:
         UsageError: More than 8 bits per pixel in a mode that Pillow would clip.
@@ -52,21 +62,42 @@ def decode(data: Any, title: str, reduction: int = 1) -> PILImage:
     from PIL import Image
 
     try:
-        with Image.open(io.BytesIO(data)) as opened:
+        with Image.open(file if isinstance(file, Path) else io.BytesIO(file)) as opened:
             mode = opened.mode
             if mode in ("I", "F") or mode.startswith("I;16"):
                 raise UsageError(
                     f"{title}: pixels of {32 if mode in ('I', 'F') else 16} bits (Pillow's mode "
-                    f"{mode}) would be clipped to white; convert the images to 8 bits"
+                    f"{mode}) would be clipped to white; convert the images to 8 bits, or read "
+                    "them by a function (docs/data.md)"
                 )
+            if callable(reduction):
+                reduction = reduction(*opened.size)
             if reduction > 1:
                 opened.draft("RGB", (opened.width // reduction, opened.height // reduction))
             opened.load()
-            return opened if opened.mode == "RGB" else opened.convert("RGB")
+            image = opened if opened.mode == "RGB" else opened.convert("RGB")
+            if remarks is not None:
+                remarks += _left_out(opened)
+            return image
     except UsageError:
         raise
     except Exception as error:  # damaged files give errors of many types
         raise HpcAbsaError(f"{title}: unreadable image ({error})") from error
+
+
+def _left_out(image: Any) -> list[str]:
+    """What `convert("RGB")` left out of an image that is still open."""
+    remarks = []
+    if image.has_transparency_data:
+        remarks.append("images with transparency, which was dropped")
+    if image.mode == "CMYK" and "icc_profile" in image.info:
+        remarks.append("CMYK images, converted without their colour profile")
+    with suppress(Exception):  # damaged metadata, or a damaged second frame
+        if image.getexif().get(_EXIF_ORIENTATION, 1) != 1:
+            remarks.append("images with an EXIF orientation, which was not applied")
+        if getattr(image, "is_animated", False):
+            remarks.append("images of several frames, the first one used")
+    return remarks
 
 
 def pixels_of(data: Any, title: str, reduction: int = 1) -> NDArray[np.uint8]:
@@ -83,7 +114,7 @@ def pixels_of(data: Any, title: str, reduction: int = 1) -> NDArray[np.uint8]:
                     min_width=-(-width // reduction),
                 )
                 return pixels
-    return np.asarray(decode(data, title, reduction))
+    return np.array(decode(data, title, reduction))  # torch needs an array of its own
 
 
 class EncodedImages:
@@ -194,16 +225,18 @@ class EncodedImages:
         if result is None:
             result = np.empty((count, *self.shape[1:]), np.uint8)
         filled = result
+        several = max(1, count // (2 * CORES))  # a task takes 50 µs besides its images
 
-        def fill(k: int) -> None:
-            store(filled[k], image(k).transpose(2, 0, 1))
+        def fill(first: int) -> None:
+            for k in range(first, min(first + several, count)):
+                store(filled[k], image(k).transpose(2, 0, 1))
 
-        list(self._pool.map(fill, range(count)))
+        list(self._pool.map(fill, range(0, count, several)))
         return filled
 
     @cached_property
     def _pool(self) -> ThreadPoolExecutor:
-        return ThreadPoolExecutor(len(os.sched_getaffinity(0)), thread_name_prefix="decode")
+        return ThreadPoolExecutor(CORES, thread_name_prefix="decode")
 
     def _open(self, index: int, reduction: int) -> NDArray[np.uint8]:
         start = int(self._starts[index])
@@ -211,32 +244,42 @@ class EncodedImages:
         return pixels_of(data, f"{self._path}: image {index}", reduction)
 
     def _center(self, index: int) -> NDArray[np.uint8]:
-        from PIL import Image
-
         width, height = (int(n) for n in self._sizes[index])
         size = resized(width, height, self.image_size)
-        pixels = self._open(index, reduction_of(width, height, size))
-        image = Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR)
-        return np.asarray(image.crop(center_box(*size, self.image_size)))
+        pixels = resize(self._open(index, reduction_of(width, height, size)), size)
+        left, top, right, bottom = center_box(*size, self.image_size)
+        return pixels[top:bottom, left:right]
 
     def _crop(self, index: int, box: NDArray[np.int64], mirrored: bool) -> NDArray[np.uint8]:
-        from PIL import Image
-
         left, top, width, height = box.tolist()
         whole_width, whole_height = self._sizes[index].tolist()
         size = self.image_size, self.image_size
         pixels = self._open(index, reduction_of(width, height, size))
-        edges = None
         if pixels.shape[:2] == (whole_height, whole_width):
             # cropped first, so that no pixel outside of the box has an influence
-            pixels = pixels[top : top + height, left : left + width]
+            pixels = resize(pixels[top : top + height, left : left + width], size)
         else:
+            from PIL import Image
+
             x, y = pixels.shape[1] / whole_width, pixels.shape[0] / whole_height
             edges = left * x, top * y, (left + width) * x, (top + height) * y
-        image = Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR, box=edges)
-        if mirrored:  # faster than numpy's copy of mirrored pixels
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return np.asarray(image)
+            reduced = Image.fromarray(pixels)  # torch knows no fractions of pixels
+            pixels = np.asarray(reduced.resize(size, Image.Resampling.BILINEAR, box=edges))
+        return pixels[:, ::-1] if mirrored else pixels
+
+
+def resize(pixels: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
+    """[H, W, 3] to (width, height): bilinear with antialias, as torchvision resizes tensors.
+
+    Each of the two passes is rounded to whole numbers, as Pillow does, which takes four times as
+    long; it runs in the calling thread alone.
+    """
+    import torch
+
+    image = torch.from_numpy(pixels).unsqueeze(0).permute(0, 3, 1, 2)  # channels_last
+    image = torch.nn.functional.interpolate(image, size[::-1], mode="bilinear", antialias=True)
+    result: NDArray[np.uint8] = image[0].permute(1, 2, 0).numpy()
+    return result
 
 
 def reduction_of(width: int, height: int, size: tuple[int, int]) -> int:

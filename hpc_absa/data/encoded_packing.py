@@ -1,8 +1,9 @@
-"""Packing images as they are encoded: resumable, in threads, with a list of unreadable files.
+"""Packing images as they are encoded: resumable, on any number of ranks, naming unreadable files.
 
 While it runs, the data are in `.NAME.partial`, with a journal of finished blocks beside it: the
-same command continues where it was stopped. Every file is decoded once as it is packed, so that a
-damaged one is found then and not in training.
+same command continues where it was stopped, on any number of ranks. Every file is decoded once as
+it is packed (`checking.py`), so that a damaged one is found then and not in training. Rank 0
+writes; each file's place follows from the sizes, so the packed file does not depend on the ranks.
 """
 
 from __future__ import annotations
@@ -12,30 +13,32 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from hpc_absa.data.encoded import decode
 from hpc_absa.data.packed import FORMAT, PackedDataset, check_replaceable, open_packed
 from hpc_absa.data.packing import LAYOUT, fixed_text, moments_of
-from hpc_absa.data.sources import decoded
 from hpc_absa.errors import HpcAbsaError, UsageError, first_line
 from hpc_absa.hdf5 import reserve, write_at
 from hpc_absa.rundir.files import sync, write_atomic
 
+if TYPE_CHECKING:
+    from hpc_absa.comm import Communicator
+
 FORMAT_VERSION = 2
 """Of files with encoded images; those with pixels have version 1."""
-BLOCK = 256
-"""Files of one journal line."""
-SYNC_BLOCKS = 40
-"""Blocks after which the data are made durable."""
+JOURNAL_VERSION = 2
+BLOCK, BLOCK_BYTES = 256, 2**26
+"""Files of one journal line, and their bytes, at most; a rank has two blocks in memory."""
+SYNC_BLOCKS = 10
+"""Blocks after which the data are made durable, and then the journal says so."""
 MEASURED = 5000
 """Training images, chosen at random, whose centre crops give mean and standard deviation."""
 
@@ -57,25 +60,45 @@ class EncodedSource:
     notes: Counter[str] = field(default_factory=Counter)
 
 
-@dataclass(frozen=True)
-class _Read:
-    """What is known of a file once it is packed."""
-
-    length: int
-    width: int = 0
-    height: int = 0
-    digest: str = ""
-    problem: str = ""
-
-
 class _Part:
-    """Training or test files with their places in the packed file."""
+    """Training or test files with their places in the packed file, and what is known of them."""
 
     def __init__(self, name: str, files: Sequence[Path], labels: Sequence[int]) -> None:
         self.name, self.files, self.labels = name, files, np.asarray(labels, np.int64)
-        sizes = np.fromiter((os.stat(file).st_size for file in files), np.int64, len(files))
-        self.sizes, self.starts = sizes, np.concatenate([[0], np.cumsum(sizes)[:-1]])
-        self.read: list[_Read | None] = [None] * len(files)
+        self.lengths = np.fromiter(map(_size, files), np.int64, len(files))
+        self.starts = np.concatenate([[0], np.cumsum(self.lengths)[:-1]])
+        self.done, self.good = (np.zeros(len(files), bool) for _ in range(2))
+        self.sizes = np.zeros((len(files), 2), np.int64)
+        self.digests = np.zeros(len(files), "S32")
+        self.problems: list[str] = []
+        self.notes: Counter[str] = Counter()
+
+    def blocks(self) -> list[range]:
+        """The files that are not packed yet."""
+        blocks, first, size = [], 0, 0
+        left = np.flatnonzero(~self.done).tolist()
+        for place, k in enumerate(left):
+            size += int(self.lengths[k])
+            last = left[place + 1 : place + 2] != [k + 1]
+            if last or k + 1 - left[first] == BLOCK or size >= BLOCK_BYTES:
+                blocks.append(range(left[first], k + 1))
+                first, size = place + 1, 0
+        return blocks
+
+    def record(self, first: int, results: Sequence[Sequence[Any]]) -> None:
+        """Results of files from `first` on: width, height, digest, remarks, problem."""
+        for k, (width, height, digest, remarks, problem) in enumerate(results, first):
+            self.done[k], self.good[k] = True, not problem
+            self.sizes[k], self.digests[k] = (width, height), digest
+            self.notes.update(remarks)
+            self.problems += [problem] if problem else []
+
+
+def _size(file: Path) -> int:
+    try:
+        return os.stat(file).st_size
+    except OSError:  # such as a link to nothing: reading it says why
+        return 0
 
 
 def pack_encoded(
@@ -84,15 +107,17 @@ def pack_encoded(
     name: str,
     arguments: dict[str, Any],
     progress: Progress | None = None,
+    comm: Communicator | None = None,
 ) -> PackedDataset:
     """Pack `source` into `path`, which appears complete or not at all; returns it opened.
 
     A packing of the same files that was stopped is continued. Unreadable files that are left out
-    are listed with the reasons in `NAME.unreadable.txt` beside the packed file.
+    are listed with the reasons in `NAME.unreadable.txt` beside the packed file. With `comm`, this
+    is rank 0 in `checking.on_rank_0`, and all ranks read.
 
     Raises:
         UsageError: an unreadable file, if they are not left out; names it. Or another process is
-            packing into `path`.
+            packing into `path`, or a file changed meanwhile.
         HpcAbsaError: the disk cannot be written.
     """
     partial = path.with_name(f".{path.name}.partial")
@@ -101,7 +126,7 @@ def pack_encoded(
         path.parent.mkdir(parents=True, exist_ok=True)
         with journal.open("a") as lock:
             _lock(lock, path)
-            _pack_all(path, partial, journal, source, name, arguments, progress)
+            _pack_all(path, partial, journal, source, name, arguments, progress, comm)
     except OSError as error:
         raise HpcAbsaError(
             f"{path}: cannot be written ({first_line(error)}); the same command continues"
@@ -114,8 +139,8 @@ def _lock(journal: IO[str], path: Path) -> None:
         fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise UsageError(
-            f"{path}: another process is packing it; start `hpc-absa data` once, without mpirun "
-            "or srun: it uses all cores of its host"
+            f"{path}: another process is packing it; wait for it or end it, and start ranks by a "
+            "launcher that connects them (`hpc-absa doctor`)"
         ) from error
     except OSError:  # a file system without locks
         pass
@@ -129,15 +154,14 @@ def _pack_all(
     name: str,
     arguments: dict[str, Any],
     progress: Progress | None,
+    comm: Communicator | None,
 ) -> None:
     parts = [_Part("train", *source.train), _Part("test", *source.test)]
     fingerprint = _fingerprint(parts, arguments)
     if not _continue(journal, partial, parts, fingerprint):
         _lay_out(partial, parts)
-        journal.write_text(json.dumps({"files": fingerprint}) + "\n")
-    with h5py.File(partial, "r", locking=False) as layout:
-        offsets = {part.name: _offset(layout, part) for part in parts}
-    _write_blocks(partial, journal, parts, offsets, source.skip_unreadable, progress)
+        journal.write_text(json.dumps(fingerprint) + "\n")
+    _write_blocks(partial, journal, parts, source.skip_unreadable, progress, comm)
     dropped = _finish(partial, parts, source, name, arguments)
     check_replaceable(path)
     sync(partial)
@@ -147,105 +171,93 @@ def _pack_all(
     journal.unlink(missing_ok=True)
 
 
-def _fingerprint(parts: Sequence[_Part], arguments: dict[str, Any]) -> str:
+def _fingerprint(parts: Sequence[_Part], arguments: dict[str, Any]) -> dict[str, Any]:
     digest = hashlib.sha256(json.dumps(arguments, sort_keys=True).encode())
     for part in parts:
-        digest.update(part.sizes.tobytes() + part.labels.tobytes())
+        digest.update(part.lengths.tobytes() + part.labels.tobytes())
         for file in part.files:
             digest.update(os.fsencode(file) + b"\0")
-    return digest.hexdigest()
+    return {"version": JOURNAL_VERSION, "files": digest.hexdigest()}
 
 
-def _continue(journal: Path, partial: Path, parts: Sequence[_Part], fingerprint: str) -> bool:
+def _continue(
+    journal: Path, partial: Path, parts: Sequence[_Part], fingerprint: dict[str, Any]
+) -> bool:
     """Take over what an earlier attempt at the same files has finished."""
     try:
-        first, *lines = journal.read_text().splitlines(keepends=True)
-        if json.loads(first) != {"files": fingerprint} or not partial.exists():
+        first, *lines = journal.read_bytes().splitlines(keepends=True)
+        if json.loads(first) != fingerprint or not partial.exists():
             return False
     except (OSError, ValueError):
         return False
+    if lines and not lines[-1].endswith(b"\n"):  # cut short by a crash or a full disk
+        os.truncate(journal, journal.stat().st_size - len(lines.pop()))
     by_name = {part.name: part for part in parts}
     for line in lines:
-        if not line.endswith("\n"):  # cut short by a crash
-            break
         entry = json.loads(line)
-        part = by_name[entry["part"]]
-        for k, values in enumerate(entry["files"], start=entry["first"]):
-            part.read[k] = _Read(*values)
+        by_name[entry["part"]].record(entry["first"], entry["files"])
     return True
 
 
 def _lay_out(partial: Path, parts: Sequence[_Part]) -> None:
     with h5py.File(partial, "w", **LAYOUT) as layout:
         for part in parts:
-            shape = (int(part.sizes.sum()),)
+            shape = (int(part.lengths.sum()),)
             reserve(layout.id, f"{part.name}/encoded", np.dtype(np.uint8), shape)
-
-
-def _offset(layout: h5py.File, part: _Part) -> int:
-    return int(layout[f"{part.name}/encoded"].id.get_offset() or 0)
 
 
 def _write_blocks(
     partial: Path,
     journal: Path,
     parts: Sequence[_Part],
-    offsets: dict[str, int],
     skip_unreadable: bool,
     progress: Progress | None,
+    comm: Communicator | None,
 ) -> None:
+    from hpc_absa.comm import SerialCommunicator  # these import torch
+    from hpc_absa.data.checking import read_all
+
     total = sum(len(part.files) for part in parts)
-    done = sum(read is not None for part in parts for read in part.read)
-    descriptor = os.open(partial, os.O_WRONLY)
+    with h5py.File(partial, "r", locking=False) as layout:
+        offsets = [int(layout[f"{p.name}/encoded"].id.get_offset() or 0) for p in parts]
+    blocks = [
+        (part, block, offset)
+        for part, offset in zip(parts, offsets, strict=True)
+        for block in part.blocks()
+    ]
+    listed = (
+        [(os.fspath(part.files[k]), int(part.lengths[k])) for k in block]
+        for part, block, _ in blocks
+    )
+    descriptor, entries = os.open(partial, os.O_WRONLY), list[str]()
+
+    def commit() -> None:
+        os.fsync(descriptor)
+        with journal.open("a") as lines:
+            lines.writelines(entries)
+        entries.clear()
+
     try:
-        with (
-            journal.open("a") as lines,
-            ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool,
-        ):
-            for number, (part, block) in enumerate(_blocks(parts)):
-                base = offsets[part.name]
-
-                def pack(k: int, part: _Part = part, base: int = base) -> _Read:
-                    return _pack(descriptor, part.files[k], base + int(part.starts[k]))
-
-                results = list(pool.map(pack, block))
-                for k, read in zip(block, results, strict=True):
-                    if read.problem and not skip_unreadable:
+        with closing(read_all(comm or SerialCommunicator(), listed)) as results:
+            for (part, block, offset), files in zip(blocks, results, strict=True):
+                for k, file in zip(block, files, strict=True):
+                    if file.problem and not skip_unreadable:
                         raise UsageError(
-                            f"{read.problem}; replace or remove it, or set data.unreadable = "
+                            f"{file.problem}; replace or remove it, or set data.unreadable = "
                             "'skip' to leave such files out and list them"
                         )
-                    part.read[k] = read
-                values = [[*vars(read).values()] for read in results]
-                entry = {"part": part.name, "first": block[0], "files": values}
-                if number % SYNC_BLOCKS == 0:
-                    os.fsync(descriptor)  # before the journal says so
-                lines.write(json.dumps(entry) + "\n")
-                lines.flush()
-                done += len(block)
+                    write_at(descriptor, memoryview(file.data), offset + int(part.starts[k]))
+                known = [file[1:] for file in files]
+                part.record(block[0], known)
+                entry = {"part": part.name, "first": block[0], "files": known}
+                entries.append(json.dumps(entry) + "\n")
+                if len(entries) == SYNC_BLOCKS:
+                    commit()
                 if progress:
-                    progress(done, total)
+                    progress(sum(int(p.done.sum()) for p in parts), total)
     finally:
+        commit()
         os.close(descriptor)
-
-
-def _blocks(parts: Sequence[_Part]) -> Iterator[tuple[_Part, range]]:
-    for part in parts:
-        for first in range(0, len(part.files), BLOCK):
-            block = range(first, min(first + BLOCK, len(part.files)))
-            if any(part.read[k] is None for k in block):
-                yield part, block
-
-
-def _pack(descriptor: int, file: Path, offset: int) -> _Read:
-    data = file.read_bytes()
-    try:
-        width, height = decode(data, decoded(file)).size
-    except HpcAbsaError as error:
-        return _Read(0, problem=first_line(error))
-    write_at(descriptor, memoryview(data), offset)
-    digest = hashlib.blake2b(data, digest_size=16).hexdigest()
-    return _Read(len(data), width, height, digest)
 
 
 def _finish(
@@ -253,26 +265,16 @@ def _finish(
 ) -> list[str]:
     """Write index, labels and attributes; returns the problems of the files left out."""
     digest = hashlib.sha256()
-    dropped: list[str] = []
+    dropped = [problem for part in parts for problem in part.problems]
     with h5py.File(partial, "r+", libver=LAYOUT["libver"], locking=False) as file:
         for part in parts:
-            if part.name in file and "labels" in file[part.name]:  # of an attempt that ended here
-                for key in ("starts", "lengths", "sizes", "labels"):
-                    file[part.name].pop(key, None)
-            reads = [read for read in part.read if read is not None]
-            good = np.array([not read.problem for read in reads])
-            dropped += [read.problem for read in reads if read.problem]
-            if not good.any():
+            if not part.good.any():
                 raise UsageError(f"the {part.name} set has no readable image")
-            group = file[part.name]
-            kept = [read for read in reads if not read.problem]
-            group["starts"] = part.starts[good]
-            group["lengths"] = np.array([read.length for read in kept], np.int64)
-            group["sizes"] = np.array([(read.width, read.height) for read in kept], np.int64)
-            group["labels"] = part.labels[good]
-            digest.update(part.labels[good].tobytes())
-            for read in kept:
-                digest.update(read.digest.encode())
+            source.notes.update(part.notes)
+            for key in ("starts", "lengths", "sizes", "labels"):
+                file.pop(f"{part.name}/{key}", None)  # of an attempt that ended here
+                file[f"{part.name}/{key}"] = getattr(part, key)[part.good]
+            digest.update(part.labels[part.good].tobytes() + part.digests[part.good].tobytes())
         if dropped:
             source.notes["unreadable images, left out"] = len(dropped)
         digest.update(json.dumps([list(source.classes), source.image_size]).encode())

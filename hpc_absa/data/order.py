@@ -7,6 +7,7 @@ here and not taken from numpy, because an order must never change: checkpoints r
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -31,7 +32,10 @@ def permutation(seed: int, epoch: int, samples: int) -> NDArray[np.int64]:
 
 
 def uniform(
-    seed: int, epoch: int | NDArray[np.int64], samples: NDArray[np.int64], stream: int
+    seed: int,
+    epoch: int | NDArray[np.int64],
+    samples: NDArray[np.int64],
+    stream: int | Sequence[int],
 ) -> NDArray[np.float64]:
     """Random numbers [b] in [0, 1) of 53 bits, each a function of its own sample's index.
 
@@ -39,10 +43,15 @@ def uniform(
         seed: The job's seed.
         epoch: One for all samples, or one for each, [b].
         samples: Sample indices [b].
-        stream: Distinguishes the uses of random numbers for one sample within an epoch.
+        stream: Distinguishes the uses of random numbers for one sample within an epoch; with
+            several, the result is [streams, b].
     """
     epochs = np.asarray(epoch).astype(np.uint64)
-    hashes = _hash(_key(seed, stream), epochs, np.asarray(samples).astype(np.uint64))
+    if isinstance(stream, int):
+        key: int | NDArray[np.uint64] = _key(seed, stream)
+    else:
+        key = np.array([[_key(seed, one)] for one in stream], np.uint64)
+    hashes = _hash(key, epochs, np.asarray(samples).astype(np.uint64))
     return (hashes >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
@@ -82,11 +91,13 @@ def _key(seed: int, stream: int) -> int:
 
 
 def _hash(
-    key: int, epochs: NDArray[np.uint64] | np.uint64, counters: NDArray[np.uint64]
+    key: int | NDArray[np.uint64],
+    epochs: NDArray[np.uint64] | np.uint64,
+    counters: NDArray[np.uint64],
 ) -> NDArray[np.uint64]:
-    """64 random bits for every counter; epochs broadcast against counters."""
+    """64 random bits for every counter; keys and epochs broadcast against counters."""
     mixed = _mix((np.atleast_1d(epochs) + np.uint64(1)) * np.uint64(_WEYL))
-    start = _mix(np.uint64(key) ^ mixed)
+    start = _mix(np.asarray(key, np.uint64) ^ mixed)
     return _mix(start + (counters + np.uint64(1)) * np.uint64(_WEYL))
 
 

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hpc_absa.data.encoded_packing import FORMAT_VERSION, EncodedSource, pack_encoded
 from hpc_absa.data.packed import PackedDataset, check_replaceable, open_packed
@@ -16,18 +16,25 @@ from hpc_absa.data.packing import PIXELS_VERSION, Progress, write_packed
 from hpc_absa.data.sources import Source, load
 from hpc_absa.errors import HpcAbsaError, UsageError
 
+if TYPE_CHECKING:
+    from hpc_absa.comm import Communicator
+
 
 def prepare(
-    name: str, root: Path | None, arguments: Mapping[str, Any], packed: Path
+    name: str,
+    root: Path | None,
+    arguments: Mapping[str, Any],
+    packed: Path,
+    comm: Communicator | None = None,
 ) -> PackedDataset:
-    """Open the file `packed`; if there is none, pack the source first (`sources.load`).
+    """Open the file `packed`; if there is none, `pack` the source first.
 
     Raises:
         UsageError: `packed` holds another data set than the job names, or see `sources.load`.
         HpcAbsaError: It is damaged, or cannot be written.
     """
     if not packed.exists():
-        return pack(name, root, arguments, packed)
+        return pack(name, root, arguments, packed, comm=comm)
     dataset = open_packed(packed)
     _check_same(dataset, name, arguments)
     return dataset
@@ -39,10 +46,12 @@ def pack(
     arguments: Mapping[str, Any],
     packed: Path,
     progress: bool = False,
+    comm: Communicator | None = None,
 ) -> PackedDataset:
     """Pack a source, replacing its former packed file once the new one is complete.
 
-    Prints what was left out, and with `progress` a progress bar, on standard error.
+    Prints what was left out, and with `progress` a progress bar, on standard error. With `comm`,
+    this is rank 0 in `checking.on_rank_0`.
 
     Raises:
         UsageError: `packed` is another file or another data set; nothing is read or written.
@@ -62,7 +71,7 @@ def pack(
             f"data.name: {name} returned a torch data set, which is read as it is; only a Source "
             "is packed"
         )
-    return pack_source(source, name, arguments, packed, progress)
+    return pack_source(source, name, arguments, packed, progress, comm)
 
 
 def pack_source(
@@ -71,12 +80,13 @@ def pack_source(
     arguments: Mapping[str, Any],
     packed: Path,
     progress: bool = False,
+    comm: Communicator | None = None,
 ) -> PackedDataset:
     """As `pack`, of a source that is loaded, into a new file."""
     bar = progress_bar(f"packing {name}") if progress else contextlib.nullcontext()
     with bar as advance:
         if isinstance(source, EncodedSource):
-            dataset = pack_encoded(packed, source, name, dict(arguments), advance)
+            dataset = pack_encoded(packed, source, name, dict(arguments), advance, comm)
         else:
             dataset = write_packed(packed, source, name, dict(arguments), advance)
     with contextlib.suppress(OSError, ValueError):  # a closed standard error

@@ -38,25 +38,20 @@ def random_boxes(
         widths: [b], of the images, pixels.
         heights: [b], likewise.
     """
-    boxes = _fallback(widths, heights)
-    undecided = np.ones(len(samples), bool)
-    for k in range(TRIES):
-        area, ratio, left, top = (
-            uniform(seed, epochs, samples, _FIRST + 4 * k + stream) for stream in range(4)
-        )
-        target = widths * heights * (SCALE[0] + (SCALE[1] - SCALE[0]) * area)
-        low, high = np.log(RATIO)
-        aspect = np.exp(low + (high - low) * ratio)
-        width = np.rint(np.sqrt(target * aspect)).astype(np.int64)
-        height = np.rint(np.sqrt(target / aspect)).astype(np.int64)
-        fits = (width > 0) & (width <= widths) & (height > 0) & (height <= heights)
-        chosen = undecided & fits
-        x = np.floor(left * (widths - width + 1)).astype(np.int64)
-        y = np.floor(top * (heights - height + 1)).astype(np.int64)
-        boxes[chosen] = np.stack([x, y, width, height], axis=1)[chosen]
-        undecided &= ~chosen
-        if not undecided.any():
-            break
+    streams = range(_FIRST, _FIRST + 4 * TRIES)
+    numbers = uniform(seed, epochs, samples, streams).reshape(TRIES, 4, -1)
+    area, ratio, left, top = numbers.swapaxes(0, 1)
+    target = widths * heights * (SCALE[0] + (SCALE[1] - SCALE[0]) * area)
+    low, high = np.log(RATIO)
+    aspect = np.exp(low + (high - low) * ratio)
+    width = np.rint(np.sqrt(target * aspect)).astype(np.int64)
+    height = np.rint(np.sqrt(target / aspect)).astype(np.int64)
+    fits = (width > 0) & (width <= widths) & (height > 0) & (height <= heights)
+    x = np.floor(left * (widths - width + 1)).astype(np.int64)
+    y = np.floor(top * (heights - height + 1)).astype(np.int64)
+    tries = np.stack([x, y, width, height], axis=2)
+    chosen = tries[fits.argmax(0), np.arange(len(samples))]  # the first that fits
+    boxes = np.where(fits.any(0)[:, None], chosen, _fallback(widths, heights))
     return boxes, uniform(seed, epochs, samples, _FLIP) < 0.5
 
 

@@ -17,6 +17,7 @@ from hpc_absa.comm import Communicator, raise_on_all_ranks
 from hpc_absa.config import Job
 from hpc_absa.data import order, sources
 from hpc_absa.data.arrays import PackedReader
+from hpc_absa.data.checking import on_rank_0
 from hpc_absa.data.datasets import MapDataset, MapReader
 from hpc_absa.data.encoded_packing import EncodedSource
 from hpc_absa.data.loader import Batch, Loader, Reader
@@ -111,7 +112,7 @@ def hessian_samples(
 
 
 def open_data(job: Job, directory: RunDir, comm: Communicator) -> DataSet:
-    """The data set (a collective); arrays are packed by rank 0 first if no packed file exists."""
+    """The data set (a collective); arrays are packed first if no packed file exists."""
     if job.data.name == "script":
         raise CollectiveError(
             f"{directory.path}: the run of a script, which alone has its model and data; evaluate "
@@ -120,7 +121,7 @@ def open_data(job: Job, directory: RunDir, comm: Communicator) -> DataSet:
         )
     packed = packed_path(job, directory)
     if any(comm.allgather_object(not packed.exists())):
-        first = raise_on_all_ranks(comm, lambda: _load(job, packed) if comm.rank == 0 else None)
+        first = on_rank_0(comm, lambda: _load(job, packed, comm))
         if comm.broadcast_object(isinstance(first, MapDataset)):
             mapped = raise_on_all_ranks(comm, lambda: first or _load(job, packed))
             raise_on_all_ranks(comm, lambda: _require_samples(job, mapped))
@@ -129,17 +130,17 @@ def open_data(job: Job, directory: RunDir, comm: Communicator) -> DataSet:
     return raise_on_all_ranks(comm, lambda: _open(job, packed))
 
 
-def _load(job: Job, packed: Path) -> DataSet:
+def _load(job: Job, packed: Path, comm: Communicator | None = None) -> DataSet:
     """What the job names; arrays are packed into the file `packed`, or it is opened."""
     if packed.exists() or not plugins.is_reference(job.data.name):
-        return _open(job, packed)
+        return _open(job, packed, comm)
     arguments = job.data.arguments
     source = sources.load(job.data.name, _root(job), arguments)
     if not isinstance(source, sources.Source | EncodedSource):
         return MapDataset(job.data.name, source)
     packed.parent.mkdir(parents=True, exist_ok=True)
     with plugins.user_code(f"data.name = {job.data.name!r}"):
-        return pack_source(source, job.data.name, arguments, packed)
+        return pack_source(source, job.data.name, arguments, packed, comm=comm)
 
 
 def require_equal_data(origin: str, digest: str, comm: Communicator) -> None:
@@ -180,14 +181,14 @@ def packed_path(job: Job, directory: RunDir) -> Path:
     return directory.data / packed_name(job.data.name)
 
 
-def _open(job: Job, packed: Path) -> PackedDataset:
+def _open(job: Job, packed: Path, comm: Communicator | None = None) -> PackedDataset:
     if not packed.exists():
         if job.data.root.endswith(".h5"):
             raise UsageError(f"data.root = {job.data.root!r}: no such file")
         packed.parent.mkdir(parents=True, exist_ok=True)
     own = plugins.is_reference(job.data.name)
     with plugins.user_code(f"data.name = {job.data.name!r}") if own else nullcontext():
-        dataset = prepare(job.data.name, _root(job), job.data.arguments, packed)
+        dataset = prepare(job.data.name, _root(job), job.data.arguments, packed, comm)
     if job.data.train_samples:
         dataset = subset(dataset, "train", job.data.train_samples)
     if job.data.test_samples:

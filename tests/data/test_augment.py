@@ -5,8 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hpc_absa.data.augment import (
+    Buffers,
     augment,
-    empty_inputs,
     normalise,
     normalise_into,
     scale_and_shift,
@@ -104,7 +104,7 @@ def test_normalisation_in_blocks_gives_the_same_bits(shape, channels_last, inter
         images = np.ascontiguousarray(images.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)
     mean, std = torch.linspace(0.1, 0.4, shape[1]), torch.linspace(0.3, 0.9, shape[1])
     expected = normalise(torch.tensor(images), mean, std)
-    result = empty_inputs(shape, channels_last)
+    result = Buffers().empty(shape, channels_last)
     normalise_into(result, images, *(values.numpy() for values in scale_and_shift(mean, std)))
     assert result.ctypes.data % 64 == 0
     layout = torch.channels_last if channels_last else torch.contiguous_format

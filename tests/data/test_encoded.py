@@ -1,8 +1,16 @@
 """Packed files with encoded images: what torchvision gives, packing, resuming, damaged files."""
 
+import importlib
 import io
 import json
+import shutil
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from unittest.mock import Mock
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -10,8 +18,9 @@ from PIL import Image
 
 from hpc_absa import config
 from hpc_absa.comm import SerialCommunicator
-from hpc_absa.data import encoded_packing
+from hpc_absa.data import checking, encoded_packing
 from hpc_absa.data.arrays import PackedReader
+from hpc_absa.data.augment import normalise
 from hpc_absa.data.encoded import decode, pixels_of
 from hpc_absa.data.encoded_packing import EncodedSource, pack_encoded
 from hpc_absa.data.loader import Loader
@@ -39,10 +48,8 @@ def picture(width, height, seed=0):
     return Image.fromarray(np.clip(np.asarray(image) + noise, 0, 255).astype(np.uint8))
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    """Two classes of images of different sizes and formats."""
-    folder = tmp_path_factory.mktemp("images")
+def draw_images(folder):
+    """Two classes of images of different sizes and formats; returns the folder."""
     sizes = [(40, 50), (64, 48), (33, 90), (100, 37), (200, 160), (70, 70), (31, 45), (500, 400)]
     for part, count in (("train", 8), ("val", 3)):
         for k in range(2 * count):
@@ -58,6 +65,11 @@ def root(tmp_path_factory):
             else:
                 image.save(parent / f"{k:02d}.jpg", quality=90)
     return folder
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return draw_images(tmp_path_factory.mktemp("images"))
 
 
 @pytest.fixture(scope="module")
@@ -86,12 +98,14 @@ def test_centre_crops_are_those_of_torchvision(dataset, root):
         difference = np.abs(ours[k].astype(int) - pixels.numpy().astype(int))
         # A JPEG of twice the size or more is decoded at a smaller scale.
         large = min(Image.open(folder.samples[k][0]).size) >= 2 * short
-        assert difference.max() <= (24 if large else 0)
-        assert difference.mean() < 2
+        assert difference.max() <= (24 if large else 2)
+        assert difference.mean() < (2 if large else 0.25)
 
 
 def test_random_crops_are_those_of_torchvision_for_the_same_boxes(dataset, root):
-    functional = torchvision().transforms.functional
+    """Of its tensors exactly, and of its Pillow images up to rounding."""
+    torchvision()  # so that it can be imported
+    functional = importlib.import_module("torchvision.transforms.v2.functional")
     samples = np.arange(len(dataset.train))
     epochs = np.full(len(samples), 3)
     ours = dataset.train.images.random_crops(samples, 7, epochs, flip=True)
@@ -101,16 +115,20 @@ def test_random_crops_are_those_of_torchvision_for_the_same_boxes(dataset, root)
     exact = 0
     for k, image in enumerate(images):
         left, top, width, height = boxes[k].tolist()
-        theirs = functional.resized_crop(image, top, left, height, width, [S, S], antialias=True)
-        if mirrored[k]:
-            theirs = functional.hflip(theirs)
-        theirs = np.asarray(theirs).transpose(2, 0, 1).astype(int)
-        difference = np.abs(ours[k].astype(int) - theirs)
-        if width < 2 * S or height < 2 * S:
-            assert difference.max() == 0
-            exact += 1
-        assert difference.mean() < 2.5
-    assert exact >= 10
+        for kind, largest, mean in (("tensor", 0, 0), ("pil", 2, 0.25)):
+            theirs = functional.pil_to_tensor(image) if kind == "tensor" else image
+            theirs = functional.resized_crop(
+                theirs, top, left, height, width, [S, S], antialias=True
+            )
+            theirs = functional.hflip(theirs) if mirrored[k] else theirs
+            theirs = theirs if kind == "tensor" else functional.pil_to_tensor(theirs)
+            difference = np.abs(ours[k].astype(int) - theirs.numpy().astype(int))
+            if width < 2 * S or height < 2 * S:
+                assert difference.max() <= largest
+                assert difference.mean() <= mean
+                exact += 1
+            assert difference.mean() < 2.5
+    assert exact >= 20
     assert 0 < mirrored.sum() < len(samples)
 
 
@@ -161,6 +179,37 @@ def test_a_sample_is_the_same_in_any_batch_and_differs_between_epochs(dataset):
     assert not any(torch.equal(a, batch.inputs[k]) for a, k in zip(again.inputs, same, strict=True))
 
 
+@pytest.mark.parametrize("encoded", [True, False])
+def test_the_memory_of_a_batch_is_used_again_when_it_is_gone(dataset, encoded, root, tmp_path):
+    if not encoded:
+        dataset = pack("imagefolder", root, {"image_size": S}, tmp_path / "pixels.h5")
+    reader = loader(dataset).reader
+    read = partial(reader.read, "train", np.arange(4))
+    first = read(np.zeros(4, int)).inputs
+    kept, place = first.clone(), first.data_ptr()
+    row = first.numpy()[1]
+    del first
+    second = read(np.ones(4, int)).inputs
+    assert second.data_ptr() != place, "a view of the first batch is in use"
+    assert torch.equal(torch.from_numpy(row), kept[1])
+    del row
+    assert read(np.zeros(4, int)).inputs.data_ptr() == place
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_inputs_are_the_normalised_crops(dataset, channels_last):
+    reader = PackedReader(
+        dataset, 3, padding=0, flip=True, device=torch.device("cpu"), channels_last=channels_last
+    )
+    samples, epochs = np.arange(16), np.zeros(16, np.int64)
+    pixels = dataset.train.images.random_crops(samples, 3, epochs, flip=True)
+    mean, std = torch.tensor(dataset.mean), torch.tensor(dataset.std)
+    inputs = reader.read("train", samples, epochs).inputs
+    assert torch.equal(inputs, normalise(torch.from_numpy(pixels), mean, std))
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    assert inputs.is_contiguous(memory_format=layout)
+
+
 def test_a_loader_that_starts_in_mid_epoch_gives_the_same(dataset):
     straight, resumed = loader(dataset), loader(dataset)
     batches = [straight.get(k, then=[k + 1]) for k in range(7)]
@@ -184,15 +233,16 @@ metrics = ["accuracy", "top5"]
 """
 
 
-def train(root, folder, stop_after=None):
+def train(root, folder, *overrides, stop_after=None, comm=None):
     """A run of the job, stopped and continued once after so many steps."""
     threads = torch.get_num_threads()
-    job = config.parse(JOB, "test", (f"data.root={root}",))
+    job = config.parse(JOB, "test", (f"data.root={root}", *overrides))
     for steps in [stop_after, None] if stop_after else [None]:
         stop, built = runs.Stop(), None
         built = build_trainer(
-            job, RunDir(folder).create(), SerialCommunicator(), Clock(), stop, io.StringIO(), ()
-        )
+            job, RunDir(folder).create(), comm or SerialCommunicator(), Clock(), stop,
+            io.StringIO(), (),
+        )  # fmt: skip
         end_step = built.run.end_step
 
         def counted(step, result, end_step=end_step, stop=stop, built=built, steps=steps):
@@ -278,15 +328,28 @@ def test_a_packing_that_was_stopped_is_continued(root, tmp_path, monkeypatch):
         pack_encoded(tmp_path / "parts.h5", source(root), "x", {}, stop)
     assert not (tmp_path / "parts.h5").exists()
     reads = []
-    original = encoded_packing._pack
+    original = checking._check
     monkeypatch.setattr(
-        encoded_packing, "_pack", lambda d, file, o: reads.append(file) or original(d, file, o)
+        checking, "_check", lambda file, size: reads.append(file) or original(file, size)
     )
     parts = pack_encoded(tmp_path / "parts.h5", source(root), "x", {})
     assert len(reads) == 20 - 9
     assert parts.digest == whole.digest
     assert (parts.train.images[np.arange(16)] == whole.train.images[np.arange(16)]).all()
     assert {file.name for file in tmp_path.iterdir()} == {"whole.h5", "parts.h5"}
+
+
+def test_a_journal_that_was_cut_short_is_continued(root, tmp_path, monkeypatch):
+    monkeypatch.setattr(encoded_packing, "BLOCK", 3)
+    journal = tmp_path / ".set.h5.partial.jsonl"
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            pack_encoded(tmp_path / "set.h5", source(root), "x", {}, interrupt)
+        with journal.open("a") as file:
+            file.write('{"part": "tr')
+    assert len(journal.read_text().splitlines()) == 4
+    packed = pack_encoded(tmp_path / "set.h5", source(root), "x", {})
+    assert packed.digest == pack_encoded(tmp_path / "whole.h5", source(root), "x", {}).digest
 
 
 def test_a_second_packing_at_the_same_time_is_refused(root, tmp_path):
@@ -299,7 +362,7 @@ def test_a_second_packing_at_the_same_time_is_refused(root, tmp_path):
             messages.append(str(caught.value))
 
     assert len(pack_encoded(path, source(root), "x", {}, second).train) == 16
-    assert "without mpirun" in messages[0]
+    assert "wait for it or end it" in messages[0]
 
 
 def test_other_files_start_again(root, tmp_path):
@@ -346,6 +409,70 @@ def test_unreadable_files_are_left_out_and_listed(damaged, tmp_path):
     ]  # fmt: skip
     assert "16 bits" in lines[2]
     assert packed.train.images[np.arange(15)].shape == (15, 3, S, S)
+
+
+def test_a_link_to_nothing_is_unreadable(root, tmp_path):
+    (tmp_path / "link.jpg").symlink_to(tmp_path / "nothing")
+    files = EncodedSource(
+        ([tmp_path / "link.jpg", *files_of(root, 3)[0]], [0, 0, 1, 0]), files_of(root, 4),
+        ("a", "b"), S, skip_unreadable=True,
+    )  # fmt: skip
+    assert len(pack_encoded(tmp_path / "set.h5", files, "x", {}).train) == 3
+    manifest = (tmp_path / "set.h5.unreadable.txt").read_text()
+    assert manifest.endswith("link.jpg: unreadable file (No such file or directory)\n")
+
+
+def test_a_file_that_changes_while_it_is_packed_ends_the_packing(root, tmp_path, monkeypatch):
+    """It would be written over the one after it."""
+    size = encoded_packing._size
+    monkeypatch.setattr(encoded_packing, "_size", lambda file: size(file) - 1)
+    with pytest.raises(UsageError, match=r"\.jpg: has \d+ bytes, and had \d+ when the files"):
+        pack_encoded(tmp_path / "set.h5", source(root, skip_unreadable=True), "x", {})
+    monkeypatch.setattr(encoded_packing, "_size", size)
+    monkeypatch.setattr(Path, "read_bytes", Mock(side_effect=FileNotFoundError(2, "gone")))
+    with pytest.raises(UsageError, match=r"\.jpg: gone since the files were listed, or not on"):
+        pack_encoded(tmp_path / "set.h5", source(root, skip_unreadable=True), "x", {})
+
+
+@pytest.mark.parametrize(("count", "limit"), [(3, 10**9), (100, 5000)])
+def test_blocks_are_limited_by_files_and_bytes(root, monkeypatch, count, limit):
+    monkeypatch.setattr(encoded_packing, "BLOCK", count)
+    monkeypatch.setattr(encoded_packing, "BLOCK_BYTES", limit)
+    part = encoded_packing._Part("train", *files_of(root))
+    part.done[[0, 5, 6]] = True
+    blocks = part.blocks()
+    assert [k for block in blocks for k in block] == [1, 2, 3, 4, *range(7, 16)]
+    assert len(blocks) > 3
+    for block in blocks:
+        assert len(block) <= count
+        assert part.lengths[block[:-1]].sum() < limit
+
+
+def test_an_index_of_imagenets_size(dataset, tmp_path):
+    """1.28 million images: the first batch takes seconds, and the memory is that of an order."""
+    path, count = tmp_path / "large.h5", 1_281_167
+    shutil.copy(dataset.path, path)
+    with h5py.File(path, "r+") as file:
+        for key in ("starts", "lengths", "sizes", "labels"):
+            values = file[f"train/{key}"][()]
+            del file[f"train/{key}"]
+            file[f"train/{key}"] = np.resize(values, (count, *values.shape[1:]))
+    program = (
+        "import resource, sys, time; from pathlib import Path; import numpy as np\n"
+        "from hpc_absa.data.packed import open_packed\n"
+        "from tests.data.test_encoded import loader\n"
+        "def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024\n"
+        "loader(open_packed(Path(sys.argv[1]))).get(0)\n"
+        "before, begin = peak(), time.perf_counter()\n"
+        "large = loader(open_packed(Path(sys.argv[2])))\n"
+        "large.get(0); large.get(len(large.dataset.train) // 5)\n"
+        "print(peak() - before, time.perf_counter() - begin)"
+    )
+    command = [sys.executable, "-c", program, str(dataset.path), str(path)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    megabytes, seconds = map(float, ended.stdout.split())
+    assert megabytes < 250, "two orders of 10 MB, what makes them, and the pages of the index"
+    assert seconds < 30
 
 
 @pytest.mark.parametrize(
@@ -416,5 +543,5 @@ def test_the_journal_has_a_line_for_each_block(root, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         pack_encoded(tmp_path / "set.h5", source(root), "x", {}, interrupt)
     first, second = (tmp_path / ".set.h5.partial.jsonl").read_text().splitlines()
-    assert set(json.loads(first)) == {"files"}
+    assert set(json.loads(first)) == {"version", "files"}
     assert json.loads(second)["part"] == "train"

@@ -31,6 +31,7 @@ RGBA = RGB.convert("RGBA")
 RGBA.putalpha(GREY)
 ROTATED = Image.Exif()
 ROTATED[0x0112] = 6  # a camera held upright
+ENCODED = {"image_size": 4, "encoded": True}
 FRAMES = {"save_all": True, "append_images": [OTHER]}
 
 TRANSPARENT = "images with transparency, which was dropped"
@@ -96,6 +97,10 @@ def test_an_image_is_what_torchvision_makes_of_it(tmp_path, name, image, options
     assert np.array_equal(packed.train.images, images)
     assert (packed.train.labels.tolist(), packed.classes) == (labels, classes)
     assert packed.notes == ({note: 1} if note else {})
+    encoded = pack("imagefolder", tmp_path / "raw", ENCODED, tmp_path / "encoded.h5")
+    for k, pixels in enumerate(images):
+        assert np.array_equal(encoded.train.images._open(k, 1).transpose(2, 0, 1), pixels)
+    assert encoded.notes == packed.notes
 
 
 def test_sixteen_bit_colour_is_what_pillow_makes_of_it(tmp_path):
@@ -117,12 +122,13 @@ def test_sixteen_bit_colour_is_what_pillow_makes_of_it(tmp_path):
         ("a.tiff", GREY.convert("F"), 32),
     ],
 )
-def test_deep_grey_images_are_refused_instead_of_clipped(tmp_path, name, image, bits):
+@pytest.mark.parametrize("arguments", [{}, ENCODED])
+def test_deep_grey_images_are_refused_instead_of_clipped(tmp_path, name, image, bits, arguments):
     folders(tmp_path / "raw")
     image.save(tmp_path / "raw" / "train" / "b" / name)
     message = f"train/b/{name}: pixels of ({bits}) bits .* clipped to white; convert the images"
     with pytest.raises(UsageError, match=message):
-        pack("imagefolder", tmp_path / "raw", {}, tmp_path / "set.h5")
+        pack("imagefolder", tmp_path / "raw", arguments, tmp_path / "set.h5")
     assert not (tmp_path / "set.h5").exists()
 
 

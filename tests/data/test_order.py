@@ -115,3 +115,9 @@ def test_a_samples_number_does_not_depend_on_other_samples(visits, stream):
     together = uniform(0, epochs, samples, stream)
     alone = [uniform(0, int(e), np.array([s]), stream)[0] for e, s in visits]
     assert together.tolist() == alone
+
+
+def test_several_streams_at_once_are_the_same_numbers():
+    epochs, samples = np.array([0, 3, 1]), np.array([5, 0, 2**40])
+    together = uniform(9, epochs, samples, [4, 0, 77])
+    assert together.tolist() == [uniform(9, epochs, samples, k).tolist() for k in (4, 0, 77)]

@@ -34,5 +34,9 @@ assert comm.allgather_object((rank, "x")) == [(r, "x") for r in range(size)]
 assert comm.allgather_object("x" if rank else None) == [None, *["x"] * (size - 1)]
 assert comm.broadcast_object(None if rank else 7) == 7
 assert comm.exchange_calls("x" if rank else None) == [None, *["x"] * (size - 1)]
+assert list(comm.gather_object((rank, "x"))) == [(r, "x") for r in range(size) if rank == 0]
+gathered = comm.gather_object(bytes(100_000))  # which MPI sends only once it is received
+assert next(gathered, None) == (None if rank else bytes(100_000))
+gathered.close()
 assert comm.allreduce_(torch.tensor(1.5, dtype=torch.float64)).item() == 1.5 * size
 comm.close()

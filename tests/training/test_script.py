@@ -379,14 +379,6 @@ def test_a_state_may_have_the_name_of_one_of_ours(tmp_path):
     assert state["lr_scheduler_"]["last_epoch"] == EPOCHS
 
 
-def test_an_optimizer_that_needs_a_closure_is_refused(tmp_path):
-    script = Script(tmp_path)
-    script.scheduler = None
-    script.optimizer = torch.optim.LBFGS(script.model.parameters())
-    with pytest.raises(HpcAbsaError, match=r"absa.Run: optimizer = LBFGS: its step needs a clos"):
-        script.run()
-
-
 def test_a_state_that_is_not_made_of_plain_values_is_refused_by_name(tmp_path):
     script = Script(tmp_path)
     script.counter.history = [{"model": network()}]

@@ -111,7 +111,7 @@ def watch(change: Callable[[], int], send: Callable[[int], object], failure: str
         nonlocal looks
         looks += 1
         if looks == LOOKS:
-            record(failure, f"stopped by SIGSTOP for {STOPPED_SECONDS:g} s", 1)
+            record(failure, f"stopped by SIGSTOP for {STOPPED_SECONDS:g} s", 128 + signal.SIGSTOP)
             with contextlib.suppress(OSError):
                 send(signal.SIGKILL)
 

@@ -177,7 +177,7 @@ def test_a_rank_that_stays_stopped_is_recorded_and_killed(server, fork):
     os.kill(stubs["suspended"].pid, signal.SIGCONT)
     os.kill(ranks["suspended"], signal.SIGCONT)
     recorded = Failure(**json.loads(server._run.failure.read_text()))
-    assert recorded == Failure("stopped by SIGSTOP for 2 s", 0, host(), 1)
+    assert recorded == Failure("stopped by SIGSTOP for 2 s", 0, host(), 147)
     assert gone(ranks["stopped"])
     for name in names[1:]:
         assert stubs[name].poll() is None

@@ -47,7 +47,7 @@ CASES: dict[str, tuple[int, str]] = {
     "a kill, to 1 rank, to 2 ranks, a stop": (2, "15 kill,25 ranks=1,40 ranks=2,55 stop"),
 }
 QUICK = dict([*CASES.items()][:2])
-PATIENCE = 90
+PATIENCE = 60
 """Seconds, besides three times an undisturbed run, after which a run is taken to hang."""
 SETTINGS = f"""\
 Saved or committed every {SAVE_EVERY} steps, hpc_absa each {{seconds:g}} s. A rank has failed after

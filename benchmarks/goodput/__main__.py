@@ -235,7 +235,8 @@ def main() -> None:
     table = Comparison(title + ", ".join(options.faults), MEASURES, "undisturbed", ("with faults",))
     table.note = (
         f"Checkpoints every {options.save:g} s; a rank without a heartbeat for "
-        f"{options.heartbeat:g} s counts as failed."
+        f"{options.heartbeat:g} s has failed"
+        + ("." if hosts else ", or one that is stopped for 2 s.")
     )
     table.add("undisturbed", alone)
     table.add("with faults", disturbed)

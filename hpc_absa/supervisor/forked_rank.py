@@ -19,8 +19,8 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal
 """That ask for a stop, and are passed on."""
 STOPPED_SECONDS = 2.0
 LOOKS = 4
-"""In these seconds. After a suspension of all processes this one is late for a single one of them,
-and the rank is continued before the next. Debuggers stop a process without this notice, and
+"""At a rank in these seconds. If all processes are suspended and continued, this one is late for
+one look, and the rank runs before the next. A debugger's stops are not reported to a parent;
 SIGTSTP, which Slurm sends first, is not counted."""
 
 

@@ -21,7 +21,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from hpc_absa.config.file import RANK_VARIABLES
 from hpc_absa.errors import UsageError
 
 RANKS = "HPC_ABSA_RANKS"
@@ -101,6 +100,9 @@ def requested_ranks(environment: Mapping[str, str] | None = None) -> tuple[str, 
         if variables.get(name, "").isdecimal():
             return name, int(variables[name])
     return None
+
+
+RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "SLURM_PROCID", "HOROVOD_RANK")
 
 
 def launcher_rank(environment: Mapping[str, str] | None = None) -> int:

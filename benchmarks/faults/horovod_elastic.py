@@ -6,9 +6,7 @@ import horovod.torch as hvd
 import torch
 
 from benchmarks.faults import trace
-from benchmarks.faults.plain import BATCH, EPOCHS, LanguageModel, Lines, loss_fn
-
-COMMIT_EVERY = 20
+from benchmarks.faults.plain import BATCH, EPOCHS, SAVE_EVERY, LanguageModel, Lines, loss_fn
 
 
 def main(folder):
@@ -18,11 +16,11 @@ def main(folder):
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     optimizer = hvd.DistributedOptimizer(optimizer, named_parameters=model.named_parameters())
     sampler = hvd.elastic.ElasticSampler(train_set)
-    loader = torch.utils.data.DataLoader(train_set, BATCH // 2, sampler=sampler)
 
     @hvd.elastic.run
     def train(state):
         trace.begin()
+        loader = torch.utils.data.DataLoader(train_set, BATCH // hvd.size(), sampler=sampler)
         while state.epoch < EPOCHS:
             for k, (inputs, targets) in enumerate(loader):
                 trace.read(inputs)
@@ -32,20 +30,13 @@ def main(folder):
                 sampler.record_batch(k, len(inputs))
                 state.step += 1
                 trace.step(hvd.rank(), state.step, state.epoch)
-                if state.step % COMMIT_EVERY == 0:
-                    state.commit()
-                else:
-                    state.check_host_updates()
+                if state.step % SAVE_EVERY == 0:
+                    state.commit()  # check_host_updates in between would return `step` to this one
             state.epoch += 1
             sampler.set_epoch(state.epoch)
             state.commit()
 
-    def scale():
-        for group in optimizer.param_groups:
-            group["lr"] = 1e-3 * hvd.size() / 2
-
     state = hvd.elastic.TorchState(model, optimizer, sampler=sampler, epoch=0, step=0)
-    state.register_reset_callbacks([scale])
     train(state)
     if hvd.rank() == 0:
         torch.save(model.state_dict(), f"{folder}/model.pt")

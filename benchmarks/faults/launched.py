@@ -6,7 +6,7 @@ import torch
 
 import hpc_absa as absa
 from benchmarks.faults import trace
-from benchmarks.faults.plain import BATCH, EPOCHS, LanguageModel, Lines, loss_fn
+from benchmarks.faults.plain import BATCH, EPOCHS, SAVE_TIME, LanguageModel, Lines, loss_fn
 
 
 def main(folder):
@@ -15,7 +15,7 @@ def main(folder):
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     with absa.Run(model=model, optimizer=optimizer, loss=loss_fn, dataset=train_set, epochs=EPOCHS,
                   schedule=absa.BL(base_batch=BATCH, max_batch=BATCH), microbatch=BATCH // 2,
-                  reproducible=True, checkpoint={"every_seconds": 1.0}) as run:  # fmt: skip
+                  checkpoint={"every_seconds": SAVE_TIME}, reproducible=True) as run:  # fmt: skip
         trace.begin()
         for step in run:
             for inputs, targets in step.batches:

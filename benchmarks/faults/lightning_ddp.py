@@ -9,15 +9,13 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
 
 from benchmarks.faults import trace
-from benchmarks.faults.plain import BATCH, EPOCHS, LanguageModel, Lines, loss_fn
+from benchmarks.faults.plain import BATCH, EPOCHS, SAVE_EVERY, LanguageModel, Lines, loss_fn
 from hpc_absa.torchvision_import import prepare_torchvision
 
 prepare_torchvision()  # Lightning imports it, which fails beside a PyTorch for CPUs
 import lightning  # noqa: E402
 from lightning.pytorch.callbacks import ModelCheckpoint  # noqa: E402
 from lightning.pytorch.strategies import DDPStrategy  # noqa: E402
-
-SAVE_EVERY = 20
 
 
 class Module(lightning.LightningModule):

@@ -7,9 +7,13 @@ import sys
 import torch
 from torch import nn
 
-BATCH, EPOCHS, CONTEXT, WIDTH = 64, int(os.environ.get("EPOCHS", "3")), 32, 32
+BATCH, EPOCHS, CONTEXT, WIDTH = 64, int(os.environ.get("EPOCHS", "2")), 32, 32
 STEPS = 34
 """Of one epoch."""
+SAVE_EVERY = 10
+"""Steps."""
+SAVE_TIME = SAVE_EVERY * float(os.environ.get("PACE", "0.1"))
+"""The same as a time, if a step takes no longer than its least time."""
 
 
 class Lines(torch.utils.data.Dataset):

@@ -11,9 +11,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.faults import trace
-from benchmarks.faults.plain import BATCH, EPOCHS, LanguageModel, Lines, loss_fn
-
-SAVE_EVERY = 20
+from benchmarks.faults.plain import BATCH, EPOCHS, SAVE_EVERY, LanguageModel, Lines, loss_fn
 
 
 def main(folder):

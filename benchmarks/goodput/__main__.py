@@ -3,13 +3,15 @@
     python -m benchmarks.goodput [--minutes 30] [--every 120] [--faults kill,stop,partition]
 
 ResNet-8 on images of the size of CIFAR-10's, on two ranks, in steps of 512 images. A rank drawn at
-random is killed (SIGKILL) or stopped (SIGSTOP), at random moments, on average once in `--every`
-seconds. `partition` puts each rank on a host in a network namespace (root; sshd) and cuts the link
-between them for 15 s. Throughput is the samples of the steps that count, divided by the time from
-the first to the last of them, beside an undisturbed run of the same length. Every rank records the
-samples that it draws: `lost` and `repeated` count samples of finished epochs that the weights have
-not seen, or saw twice. A recovery is the time from a fault to the next step; of a stop, with the
-`--heartbeat` seconds after which it is noticed. Medians and the 95th percentile.
+random is killed (SIGKILL) or stopped (SIGSTOP), in turn, at random moments, on average once in
+`--every` seconds, and at the earliest 15 s after the fault before. `partition` puts each rank on a
+host in a network namespace (root; sshd), cuts the link between them for 15 s, and tries the host
+that was lost again after 5 s. Throughput is the samples of the steps that count, divided by the
+time from the first to the last of them, beside an undisturbed run of the same length. Every rank
+records the samples that it draws: `lost` and `repeated` count samples of finished epochs that the
+weights have not seen, or saw twice; `redone` are the steps after the checkpoint to which a fault
+returned the run. A recovery is the time from a fault to the end of the next step's gradients: with
+the time until it is noticed, and with one step.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ import statistics
 import tempfile
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -73,12 +75,15 @@ MEASURES = {
     "throughput": Measure("samples/s", "higher"),
     "kept": Measure("%"),
     "faults": Measure(""),
-    "recovery": Measure("s"),
-    "95 %": Measure("s"),
-    "from kills": Measure("s"),
     "samples lost": Measure(""),
     "repeated": Measure(""),
     "steps redone": Measure(""),
+}
+RECOVERY = {
+    "faults": Measure(""),
+    "median": Measure("s"),
+    "95 %": Measure("s"),
+    "longest": Measure("s"),
 }
 
 
@@ -87,6 +92,8 @@ class Fault:
     kind: str
     time: float
     """Unix seconds."""
+    recovery: float = 0.0
+    """Seconds to the next step."""
 
 
 class Run:
@@ -140,7 +147,7 @@ class Run:
         return [pid for pid in started if psutil.pid_exists(pid)]
 
     def strike(self, draw: random.Random) -> None:
-        kind = draw.choice(self.options.faults)
+        kind = self.options.faults[len(self.faults) % len(self.options.faults)]
         if kind == "partition":
             assert self.hosts is not None
             self.faults.append(Fault(kind, time.time()))
@@ -166,30 +173,35 @@ class Run:
         last = max(epoch for epoch, _ in seen)
         finished = sum(epoch < last for epoch, _ in seen)
         drawn = sum(len(each.steps()) for each in launches)
-        recoveries = [(fault.kind, self.recovery(launches, fault)) for fault in self.faults]
-        for kind, seconds in recoveries:
-            print(f"{kind}: {seconds:.1f} s to the next step", flush=True)
-        numbers: dict[str, float | str] = {
+        self.faults = [replace(fault, recovery=recovery(launches, fault)) for fault in self.faults]
+        for fault in self.faults:
+            print(f"{fault.kind}: {fault.recovery:.1f} s to the next step", flush=True)
+        return {
             "throughput": samples / (max(times) - min(times)),
             "faults": len(self.faults),
             "samples lost": last * TRAINING - finished,
             "repeated": sum(seen.values()) - len(seen),
             "steps redone": drawn - len(committed),
         }
-        if recoveries:
-            ordered = sorted(each for _, each in recoveries)
-            numbers["recovery"] = statistics.median(ordered)
-            numbers["95 %"] = ordered[round(0.95 * (len(ordered) - 1))]
-        if kills := [each for kind, each in recoveries if kind == "kill"]:
-            numbers["from kills"] = statistics.median(kills)
-        return numbers
 
-    @staticmethod
-    def recovery(launches: list[ledger.Launch], fault: Fault) -> float:
-        """Seconds from a fault to the next step."""
-        after = ledger.next_step(launches, fault.time)
-        assert after is not None, f"no step after a {fault.kind}"
-        return after - fault.time
+
+def recovery(launches: list[ledger.Launch], fault: Fault) -> float:
+    """Seconds from a fault to the next step."""
+    after = ledger.next_step(launches, fault.time)
+    assert after is not None, f"no step after a {fault.kind}"
+    return after - fault.time
+
+
+def recoveries(faults: list[Fault]) -> Comparison:
+    """By kind of fault."""
+    table = Comparison("From a fault to the next step", RECOVERY, "all")
+    for kind in dict.fromkeys(["all", *(fault.kind for fault in faults)]):
+        seconds = sorted(fault.recovery for fault in faults if kind in ("all", fault.kind))
+        if seconds:
+            late = seconds[round(0.95 * (len(seconds) - 1))]
+            numbers = len(seconds), statistics.median(seconds), late, seconds[-1]
+            table.add(kind, dict(zip(RECOVERY, numbers, strict=True)))
+    return table
 
 
 def main() -> None:
@@ -198,32 +210,38 @@ def main() -> None:
     parser.add_argument("--every", type=float, default=120.0, help="seconds between faults")
     parser.add_argument("--faults", type=lambda text: text.split(","), default=["kill", "stop"])
     parser.add_argument("--save", type=float, default=2.0, help="checkpoint.every_seconds")
-    parser.add_argument("--heartbeat", type=float, default=3.0, help="launch.heartbeat_timeout")
+    parser.add_argument(
+        "--heartbeat", type=float, help="launch.heartbeat_timeout (default 60, 3 with partitions)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     if options.quick:
-        options.minutes, options.every = 1.0, 20.0
+        options.minutes, options.every = 1.0, 15.0
+    options.heartbeat = options.heartbeat or (3.0 if "partition" in options.faults else 60.0)
     with tempfile.TemporaryDirectory() as root:
         hosts = TwoHosts(Path(root)) if "partition" in options.faults else None
         try:
             if hosts:
                 hosts.start()
             alone = dict(Run(Path(root) / "alone", options, hosts)(None))
-            disturbed = dict(Run(Path(root) / "disturbed", options, hosts)(options.every))
+            faulty = Run(Path(root) / "disturbed", options, hosts)
+            disturbed = dict(faulty(options.every))
         finally:
             if hosts:
                 hosts.stop()
     disturbed["kept"] = 100 * float(disturbed["throughput"]) / float(alone["throughput"])
-    title = f"{options.minutes:g} minutes, a fault in {options.every:g} s: "
+    rate = 60 * options.minutes / max(1, len(faulty.faults))
+    title = f"{options.minutes:g} minutes, {len(faulty.faults)} faults, one in {rate:.0f} s: "
     table = Comparison(title + ", ".join(options.faults), MEASURES, "undisturbed", ("with faults",))
     table.note = (
         f"Checkpoints every {options.save:g} s; a rank without a heartbeat for "
-        f"{options.heartbeat:g} s counts as failed."
+        f"{options.heartbeat:g} s has failed"
+        + ("." if hosts else ", or one that is stopped for 2 s.")
     )
     table.add("undisturbed", alone)
     table.add("with faults", disturbed)
     name = "goodput" if hosts is None else "goodput-partitions"
-    results.write(name, [table], options)
+    results.write(name, [table, recoveries(faulty.faults)], options)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ same ranks: mpirun of the imports, `hvd.init()` and one allreduce, from the laun
 allreduce's end. For torchrun (a second agent joins) and Horovod Elastic (the list of hosts changes)
 it is the time from the operator's wish to a step with the new number of ranks; they save nothing.
 `slurm` starts a four-node Slurm, as the tests do; its bare start is mpirun's, so that its ratio
-shows what Slurm adds. Bytecode is kept, as for any installed package.
+shows what Slurm adds, of which `queued` is the time from the submission of the next batch job to
+its start. Bytecode is kept, as for any installed package.
 """
 
 from __future__ import annotations
@@ -93,7 +94,8 @@ def main() -> None:
                 contenders["Horovod Elastic"] = partial(rivals.horovod_elastic, before, after)
             table = Comparison(
                 f"{before} to {after} ranks, {launcher}",
-                {"seconds": Measure("s", "lower"), "of it the save": Measure("s")},
+                {"seconds": Measure("s", "lower"), "of it the save": Measure("s")}
+                | ({"queued": Measure("s")} if launcher == "slurm" else {}),
                 "hpc_absa",
                 (BARE_START, IMPORTS),
             )
@@ -127,7 +129,9 @@ def resize(job: Path, environment: dict[str, str], *words: str) -> Numbers:
     (end,) = [e for e in events if e["event"] == "resize"]
     (decision,) = [e for e in events if e["event"] == "decision" and e["action"] == "grow"]
     saves = [e["seconds"] for e in events if e.get("step") == decision["step"] and "path" in e]
-    return {"seconds": end["time"] - decision["time"], "of it the save": saves[0]}
+    numbers = {"seconds": end["time"] - decision["time"], "of it the save": saves[0]}
+    links = {e["action"]: e["time"] for e in events if e["event"] == "link" and e["link"] == 2}
+    return numbers | ({"queued": links["started"] - links["submitted"]} if links else {})
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 import sys
 import tomllib
 import typing
@@ -13,6 +12,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from hpc_absa.allocation import launcher_rank
 from hpc_absa.config.tables import Job
 from hpc_absa.errors import UsageError
 from hpc_absa.schedules import SCHEDULES
@@ -53,7 +53,6 @@ EARLIER_DEFAULTS = {
 """By method: how a stored job without these keys of `[schedule]` was run, before they existed;
 others have every key."""
 
-RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "SLURM_PROCID", "HOROVOD_RANK")
 _warned: set[str] = set()
 
 
@@ -207,8 +206,7 @@ def _rename_keys(tables: dict[str, Any], origin: str, *, warn: bool) -> None:
                 raise UsageError(f"{origin}: {old} = {value!r}: expected {known}")
             value = values[value]
         table[new_name] = value
-        on_rank_0 = all(os.environ.get(variable, "0") == "0" for variable in RANK_VARIABLES)
-        if warn and on_rank_0 and old not in _warned:
+        if warn and launcher_rank() == 0 and old not in _warned:
             _warned.add(old)
             print(
                 f"hpc-absa: warning: {origin}: {old} is now called {new}; "

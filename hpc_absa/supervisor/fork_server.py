@@ -23,13 +23,16 @@ from hpc_absa.supervisor.process import PYTHON
 
 MODULE = "hpc_absa.supervisor.forking"
 PRELOADED = ("hpc_absa.cli", "hpc_absa.training.rank", "horovod.torch")
+OF_SCRIPTS = ("torch._dynamo",)
+"""What the first step of torch's own optimizers imports (`training.optimizer`), in 1.3 s."""
 
 
 class ForkServer:
     """The server of one supervisor, which ends with it once its ranks have ended."""
 
-    def __init__(self, run: RunDir) -> None:
-        self._run = run
+    def __init__(self, run: RunDir, modules: tuple[str, ...] = ()) -> None:
+        """`modules` are imported besides `PRELOADED`."""
+        self._run, self._modules = run, modules
         self._process: subprocess.Popen[bytes] | None = None
         self._address = ""
 
@@ -44,8 +47,9 @@ class ForkServer:
             # server that still imports.
             listener.bind(f"\0{self._address}")
             listener.listen(4096)
+            words = [*PYTHON, "-m", MODULE, str(listener.fileno()), str(self._run.path)]
             self._process = subprocess.Popen(
-                [*PYTHON, "-m", MODULE, str(listener.fileno()), str(self._run.path), *PRELOADED],
+                [*words, *PRELOADED, *self._modules],
                 env=os.environ | environment,
                 stdin=subprocess.PIPE,  # its end of file: the supervisor has ended
                 stdout=subprocess.DEVNULL,

@@ -62,7 +62,7 @@ class Server:
                         return words
                 elif key.fileobj is self._wakeup:
                     self._wakeup.recv(4096)
-                    self._reap()
+                    self._report()
                 elif key.fileobj is sys.stdin.buffer:
                     supervised = False
                     self._selector.unregister(sys.stdin.buffer)
@@ -78,12 +78,18 @@ class Server:
         except (OSError, ValueError):
             connection.close()
             return None
-        pid = os.fork()
+        try:
+            pid = os.fork()
+        except OSError:  # too many processes, no memory: the requester executes the rank
+            pid = -1
         if pid == 0:
             connection.close()
             return self._become_rank(streams, *marshal.loads(content))
         for stream in streams:
             os.close(stream)
+        if pid < 0:
+            connection.close()
+            return None
         with contextlib.suppress(OSError):
             os.setpgid(pid, pid)
         self._ranks[pid] = connection
@@ -104,14 +110,19 @@ class Server:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(pid, number)
 
-    def _reap(self) -> None:
+    def _report(self) -> None:
+        """Tell the requesters of ranks that were stopped, continued or have ended."""
         with contextlib.suppress(ChildProcessError):
-            while (ended := os.waitpid(-1, os.WNOHANG))[0]:
-                connection = self._ranks.pop(ended[0])
+            while (changed := os.waitpid(-1, os.WNOHANG | os.WUNTRACED | os.WCONTINUED))[0]:
+                pid, status = changed
+                connection = self._ranks[pid]
+                with contextlib.suppress(OSError):
+                    connection.send(status.to_bytes(4, "big"))
+                if os.WIFSTOPPED(status) or os.WIFCONTINUED(status):
+                    continue
+                del self._ranks[pid]
                 with contextlib.suppress(KeyError):
                     self._selector.unregister(connection)
-                with contextlib.suppress(OSError):
-                    connection.send(ended[1].to_bytes(4, "big"))
                 connection.close()
 
     def _become_rank(

@@ -37,7 +37,7 @@ NOTICE = re.compile(r"\s*-{20,}\s*")
 EXCEPTION = re.compile(r"([A-Za-z_]\w*\.)*[A-Z]\w*(Error|Exception|Interrupt)(: .*)?")
 """The last line of a traceback."""
 POLL_SECONDS = 0.05
-EXIT_SECONDS = 0.2
+EXIT_SECONDS = 0.1
 """Between a rank's failure and the kill of the others, which may be reporting theirs."""
 TAG = re.compile(r"\[\d+,\d+\]<std(out|err)>:")
 """What horovodrun writes before each piece of a rank's output."""

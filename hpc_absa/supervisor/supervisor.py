@@ -17,7 +17,7 @@ from hpc_absa.errors import ExitStatus, HpcAbsaError, UsageError
 from hpc_absa.rundir import RunDir
 from hpc_absa.rundir.lock import RunLock
 from hpc_absa.supervisor import run_state
-from hpc_absa.supervisor.fork_server import ForkServer, represented
+from hpc_absa.supervisor.fork_server import OF_SCRIPTS, ForkServer, represented
 from hpc_absa.supervisor.launchers import Command, command, outside_settings
 from hpc_absa.supervisor.process import Exit, Failure, LauncherProcess
 from hpc_absa.supervisor.program import JobProgram, Program
@@ -60,10 +60,10 @@ class Supervisor:
         self._resources = resources or resources_of(self._settings, self._on_host_change)
         self._lock = RunLock(run)
         self._process: LauncherProcess | None = None
-        forks = self._settings.launch.fork_server
-        if forks is None:
-            forks = isinstance(program, JobProgram)
-        self._fork_server = ForkServer(run) if forks else None
+        forks, is_job = self._settings.launch.fork_server, isinstance(program, JobProgram)
+        modules = () if is_job else OF_SCRIPTS
+        forks = is_job if forks is None else forks
+        self._fork_server = ForkServer(run, modules) if forks else None
         self._ending: list[LauncherProcess] = []
         """Launchers without ranks, after a failure."""
         self._ranks, self._launched = 0, 0.0

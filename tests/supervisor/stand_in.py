@@ -20,6 +20,7 @@ def main() -> None:
         "ranks": ranks,
         "arguments": sys.argv[1:],
         "folder": os.getcwd(),
+        "preloaded": "colorsys" in sys.modules,
         "process": Path("/proc/self/comm").read_text().strip(),
         **{name: os.environ[name] for name in names},
     }

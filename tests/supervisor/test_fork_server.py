@@ -1,5 +1,6 @@
 """Ranks forked from the fork server, which here has imported nothing."""
 
+import errno
 import json
 import os
 import signal
@@ -14,7 +15,7 @@ import pytest
 from hpc_absa.config import Launch
 from hpc_absa.rundir import RunDir
 from hpc_absa.rundir.lock import host
-from hpc_absa.supervisor import fork_server
+from hpc_absa.supervisor import fork_server, forked_rank
 from hpc_absa.supervisor.fork_server import ForkServer, represented
 from hpc_absa.supervisor.launchers import Command
 from hpc_absa.supervisor.process import Failure
@@ -150,6 +151,74 @@ def test_a_rank_that_is_killed_is_recorded_by_the_process_that_stands_for_it(ser
     assert one.wait(10) == -signal.SIGSEGV
     recorded = Failure(**json.loads(server._run.failure.read_text()))
     assert recorded == Failure("killed by SIGKILL", 7, host(), 137)
+
+
+@pytest.mark.parametrize("fork", [True, False])
+def test_a_rank_that_stays_stopped_is_recorded_and_killed(server, fork):
+    command = Command((sys.executable, str(SCRIPT), "wait"))
+    words = represented(command, server._run, server.address(command) if fork else "").words
+    server._run.logs.mkdir()
+    names = ("stopped", "continued", "by a terminal", "suspended")
+    stubs = {n: start(words, env=os.environ | {"OMPI_COMM_WORLD_RANK": str(i)})
+             for i, n in enumerate(names)}  # fmt: skip
+    ranks = {name: pid_of(stub) for name, stub in stubs.items()}
+    begin = time.monotonic()
+    os.kill(ranks["by a terminal"], signal.SIGTSTP)  # as Slurm does before it suspends a job
+    for number in (signal.SIGSTOP, signal.SIGCONT) * 2:
+        os.kill(ranks["continued"], number)
+        if number == signal.SIGSTOP:
+            time.sleep(1.2)
+    os.kill(ranks["stopped"], signal.SIGSTOP)
+    os.kill(ranks["suspended"], signal.SIGSTOP)
+    os.kill(stubs["suspended"].pid, signal.SIGSTOP)
+    assert stubs["stopped"].wait(10) == -signal.SIGKILL
+    assert time.monotonic() - begin > 2 * 1.2 + 1.5
+    time.sleep(1.0)
+    os.kill(stubs["suspended"].pid, signal.SIGCONT)
+    os.kill(ranks["suspended"], signal.SIGCONT)
+    recorded = Failure(**json.loads(server._run.failure.read_text()))
+    assert recorded == Failure("stopped by SIGSTOP for 2 s", 0, host(), 147)
+    assert gone(ranks["stopped"])
+    for name in names[1:]:
+        assert stubs[name].poll() is None
+        os.kill(ranks[name], signal.SIGCONT)
+        stubs[name].terminate()
+        assert stubs[name].wait(10) == -signal.SIGTERM
+
+
+def test_a_server_that_cannot_fork_leaves_the_rank_to_its_process(server, tmp_path, monkeypatch):
+    (tmp_path / "one_fork.py").write_text(
+        "import errno, os\n"
+        "fork, left = os.fork, [1]\n"
+        "def limited():\n"
+        "    if not left:\n"
+        "        raise OSError(errno.EAGAIN, 'Resource temporarily unavailable')\n"
+        "    return left.pop() and fork()\n"
+        "os.fork = limited\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
+    monkeypatch.setattr(fork_server, "PRELOADED", ("one_fork",))
+    first, second = forked(server, "wait"), forked(server, "wait")
+    parents = {psutil.Process(pid_of(each)).ppid() for each in (first, second)}
+    assert len(parents & {server._process.pid}) == 1
+    assert len(parents & {first.pid, second.pid}) == 1
+    for each in (first, second):
+        each.terminate()
+        assert each.wait(10) == -signal.SIGTERM
+
+
+def test_a_rank_for_which_there_is_no_process_is_one_line(tmp_path, monkeypatch):
+    def fork():
+        raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    monkeypatch.setattr(os, "fork", fork)
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "3")
+    with pytest.raises(SystemExit):
+        forked_rank.watch_executed([sys.executable], str(tmp_path / "failure"))
+    recorded = json.loads((tmp_path / "failure").read_text())
+    assert recorded["rank"] == 3
+    assert "no process could be started for it: Resource temporarily" in recorded["reason"]
 
 
 def test_a_rank_that_is_asked_to_stop_is_no_failure(server):

@@ -17,7 +17,7 @@ from hpc_absa.config import Script
 from hpc_absa.errors import UsageError
 from hpc_absa.rundir import RunDir
 from hpc_absa.status import status
-from hpc_absa.supervisor import fork_server, launchers, run_state
+from hpc_absa.supervisor import fork_server, launchers, run_state, supervisor
 from hpc_absa.supervisor.program import ScriptProgram, make_script, name_of, read_script
 from tests.mpi.jobs import final_weights
 from tests.supervisor.digits import PATH, save
@@ -90,6 +90,7 @@ def test_a_script_grows_as_its_checkpoints_say(launch, tmp_path):
 
 def test_a_script_is_forked_where_it_asks_for_it(launch, tmp_path, monkeypatch):
     monkeypatch.setattr(fork_server, "PRELOADED", ())
+    monkeypatch.setattr(supervisor, "OF_SCRIPTS", ("colorsys",))
     words = ("--set", "launch.extra=[]", "--max-ranks", 2, "--set", "launch.fork_server=true")
     code, out, err = launch(*words, "--", *STAND_IN, "two words")
     assert (code, err) == (0, ""), out
@@ -98,7 +99,7 @@ def test_a_script_is_forked_where_it_asks_for_it(launch, tmp_path, monkeypatch):
         (1, "absa-rank-0"),
         (2, "absa-rank-0"),
     ]
-    assert all(s["arguments"] == ["two words"] for s in launches)
+    assert all(s["arguments"] == ["two words"] and s["preloaded"] for s in launches)
 
 
 def test_options_after_the_program_are_the_programs(launch, tmp_path):

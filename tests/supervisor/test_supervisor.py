@@ -109,6 +109,9 @@ NO_RESTART = ("--max-ranks", "2", "--set", "ranks.initial=2", "--set", "launch.m
 def test_a_rank_that_does_not_answer_is_named_and_its_ranks_are_ended(tmp_path):
     run = Run(tmp_path, *NO_RESTART, "--set", "launch.heartbeat_timeout=3").start()
     run.wait_for("phase_start")
+    for pid, words in processes(run.run).items():
+        if "forked_rank" in words and "mpirun" not in words:
+            os.kill(pid, signal.SIGSTOP)  # it would notice a rank that is stopped after 2 s
     os.kill(run.ranks()[-1], signal.SIGSTOP)
     assert run.finish()[0] == 1
     (failure,) = run.events("failure")

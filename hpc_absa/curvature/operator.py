@@ -146,7 +146,7 @@ class HessianOperator:
         self._checked: set[int] = set()
         """Microbatches whose loss is known to be a mean."""
         self.plan: fast.Plan | None = None
-        """Made on the first microbatch; operators of the same model can share it."""
+        """Of the model, after the first product; see `fast.plan_of`."""
 
     @property
     def weights(self) -> list[float]:
@@ -268,11 +268,11 @@ class HessianOperator:
             return mean_and_denominator(self.loss_fn, outputs, fast.copied(targets), stop - start)
 
     def _prepare(self) -> None:
-        """Make the plan on the first microbatch, which is the same on all ranks."""
-        if self.plan is not None:
-            return
-        inputs, _ = self.load(0)
-        self.plan = fast.make_plan(self.model, inputs) if self.accelerate else fast.PLAIN
+        """The plan is made on the first microbatch, which is the same on all ranks."""
+        if not self.accelerate:
+            self.plan = fast.PLAIN
+        elif self.plan is None:
+            self.plan = fast.plan_of(self.model, lambda: self.load(0)[0])
 
     def _graph(self, index: int) -> Graph:
         if index in self._graphs:

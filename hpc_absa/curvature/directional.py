@@ -65,7 +65,13 @@ def _of_microbatch(operator: HessianOperator, index: int, vector: Tensor) -> Ten
         return tuple(tensors)
 
     values = tuple(p.detach() for p in operator.parameters.values())
-    twice: Any = jvp(lambda *p: jvp(outputs, p, direction), values, direction)
+    # The direction's own derivative is zero; autograd takes longer with zeros that it makes itself.
+    zeros = tuple(torch.zeros_like(p) for p in direction)
+
+    def once(*pair: Tensor) -> Any:
+        return jvp(outputs, pair[: len(values)], pair[len(values) :])
+
+    twice: Any = jvp(once, (*values, *direction), (*direction, *zeros))
     (z, first), (_, second) = twice
     leaves = [tensor.detach().requires_grad_() for tensor in z]
     loss, denominator = operator.mean(index, tree_unflatten(leaves, structure), targets)

@@ -216,7 +216,6 @@ class _Search:
                 return _Found(coarse, pieces.coarse_samples, 0)
             vector, overlap = coarse.top.vector, OVERLAP
             self.coarse_matvecs = coarse.matvecs
-            operator.plan = self.hessians.plan
         lanczos = eigen.Lanczos(
             operator.matvec, vector, max_iter=self.max_iter, overlap=overlap,
             broadcast=operator.comm.broadcast_,

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -138,7 +138,17 @@ class PlanMismatchError(Exception):
     """The model does not call what it called when the plan was made."""
 
 
-_NOTHING_TO_REPLACE: WeakSet[nn.Module] = WeakSet()
+_PLANS: WeakKeyDictionary[nn.Module, Plan] = WeakKeyDictionary()
+
+
+def plan_of(model: nn.Module, load: Callable[[], Any]) -> Plan:
+    """The plan for `model`, made once, on the inputs that `load` returns.
+
+    A model that has changed since is right as well: each forward pass checks its plan.
+    """
+    if model not in _PLANS:
+        _PLANS[model] = make_plan(model, load())
+    return _PLANS[model]
 
 
 def make_plan(model: nn.Module, inputs: Any) -> Plan:
@@ -147,13 +157,10 @@ def make_plan(model: nn.Module, inputs: Any) -> Plan:
     With the replacements the model must give the same output up to rounding, and must not fail,
     as models do that use `.view` on a channels-last output.
     """
-    if model in _NOTHING_TO_REPLACE:
-        return PLAIN
     tensors = _tensors(model, {})
     with torch.no_grad(), _Watch(tensors) as watch:
         expected = _call(model, tensors, inputs)
     if not watch.replaceable:
-        _NOTHING_TO_REPLACE.add(model)
         return PLAIN
     folds = {
         call: uses[0] for call, uses in watch.uses.items() if len(uses) == 1 and uses[0] is not None

@@ -10,21 +10,18 @@ Shapes:
 from __future__ import annotations
 
 import math
-import random
-from collections.abc import Callable, Collection, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection
 from typing import Any, Literal, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from hpc_absa import summation
 from hpc_absa.comm import Communicator
 from hpc_absa.curvature import fast, twice
+from hpc_absa.curvature.evaluation import evaluation_mode as evaluation_mode
 from hpc_absa.curvature.graphs import Graph, flatten, gauss_newton_graph, hessian_graph
 from hpc_absa.curvature.loss import Loss as Loss
 from hpc_absa.curvature.loss import check_mean, mean_and_denominator
@@ -146,7 +143,7 @@ class HessianOperator:
         self._checked: set[int] = set()
         """Microbatches whose loss is known to be a mean."""
         self.plan: fast.Plan | None = None
-        """Made on the first microbatch; operators of the same model can share it."""
+        """Of the model, after the first product; see `fast.plan_of`."""
 
     @property
     def weights(self) -> list[float]:
@@ -268,11 +265,11 @@ class HessianOperator:
             return mean_and_denominator(self.loss_fn, outputs, fast.copied(targets), stop - start)
 
     def _prepare(self) -> None:
-        """Make the plan on the first microbatch, which is the same on all ranks."""
-        if self.plan is not None:
-            return
-        inputs, _ = self.load(0)
-        self.plan = fast.make_plan(self.model, inputs) if self.accelerate else fast.PLAIN
+        """The plan is made on the first microbatch, which is the same on all ranks."""
+        if not self.accelerate:
+            self.plan = fast.PLAIN
+        elif self.plan is None:
+            self.plan = fast.plan_of(self.model, lambda: self.load(0)[0])
 
     def _graph(self, index: int) -> Graph:
         if index in self._graphs:
@@ -346,61 +343,6 @@ def uses_batch_statistics(model: nn.Module) -> bool:
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Parameters that require grad, by name, in `model.parameters()` order; tied ones once."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module, full_precision: bool = False) -> Iterator[None]:
-    """Evaluation mode; on exit the training flags and all random states are restored bit for bit.
-
-    Random states are those of Python, NumPy and torch. Parameters, buffers and `.grad` need no
-    restoring, because `fast.forward` runs the model on copies. Attributes that modules set while
-    they run, as weight normalization does, are restored.
-
-    With `full_precision`, convolutions on a GPU do not use TensorFloat-32, with which products are
-    accurate to 1e-3 only. Attention uses the only kernel that can be differentiated twice.
-    Recurrent layers do not use cuDNN, which cannot differentiate them in evaluation mode.
-    Activation checkpointing and `torch.compile` are disabled (`twice.plain_autograd`).
-    """
-    flags = [(module, module.training) for module in model.modules()]
-    attributes = [
-        (vars(module), dict(vars(module)))
-        for module in model.modules()
-        if not isinstance(module, torch.jit.ScriptModule)
-    ]
-    python, numpy_ = random.getstate(), np.random.get_state()
-    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
-    with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(devices=devices))
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        stack.enter_context(torch.enable_grad())
-        stack.enter_context(twice.plain_autograd())
-        if full_precision:
-            stack.enter_context(_without_tf32())
-        if any(isinstance(module, nn.RNNBase) for module in model.modules()):
-            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-        try:
-            for module, _ in flags:
-                module.training = False
-            yield
-        finally:
-            for present, before in attributes:
-                for key in present.keys() - before.keys():
-                    del present[key]
-                present.update(before)
-            for module, training in flags:
-                module.training = training
-            random.setstate(python)
-            np.random.set_state(numpy_)
-
-
-@contextmanager
-def _without_tf32() -> Iterator[None]:
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32 = before
 
 
 class FunctionModel(nn.Module):

@@ -114,11 +114,6 @@ class Hessians:
     made: list[HessianOperator] = field(default_factory=list)
 
     @property
-    def plan(self) -> fast.Plan | None:
-        """What is replaced in the model, once an operator was used."""
-        return next((operator.plan for operator in self.made if operator.plan), None)
-
-    @property
     def size(self) -> int:
         """P."""
         return sum(p.numel() for p in trainable_parameters(self.model).values())
@@ -136,7 +131,6 @@ class Hessians:
             keep_graphs=max(1, self.pieces.kept // max(piece, 1)) if keep else 0,
             reproducible=self.reproducible,
         )  # fmt: skip
-        operator.plan = self.plan
         self.made.append(operator)
         return operator
 

@@ -155,13 +155,10 @@ def spectrum(
     with evaluation_mode(model):
 
         def block(names: Collection[str] | None) -> HessianOperator:
-            made = HessianOperator(
+            return HessianOperator(
                 model, loss_fn, sample, comm, samples=samples, microbatch=microbatch,
                 matrix=matrix, names=names, poll=poll,
             )  # fmt: skip
-            if names is not None:
-                made.plan = operator.plan
-            return made
 
         operator, broadcast = block(None), comm.broadcast_
 

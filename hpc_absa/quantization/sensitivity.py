@@ -62,7 +62,6 @@ def sensitivities(
     """
     found = []
     with evaluation_mode(model):
-        plan = None
         for layer in layers:
             progress(layer.name)
             weight = model.get_submodule(layer.name).weight
@@ -71,10 +70,8 @@ def sensitivities(
                 model, loss_fn, sample, comm, samples=sample.size, microbatch=microbatch,
                 names=[_parameter_name(model, weight)],
             )  # fmt: skip
-            operator.plan = plan
             like = weight.detach().reshape(-1)
             trace = hutchpp_trace(operator.matvec, like, matvecs=matvecs, broadcast=comm.broadcast_)
-            plan = operator.plan
             operator.close()
             errors = np.array([squared_error(weight.detach(), b) for b in bits])
             found.append(Sensitivity(layer, trace, errors))

@@ -136,3 +136,16 @@ def test_layout(view):
     assert plan.accelerate
     assert plan.folds
     assert plan.channels_last is not view
+
+
+def test_the_plan_is_made_once():
+    """A model that has changed since is right as well."""
+    model = Branching(lambda y, z, x: z).double()
+    first = hessian(model)[1].plan
+    assert first.folds
+    assert hessian(model)[1].plan is first
+    model.branch = lambda y, z, x: z + y
+    torch.testing.assert_close(hessian(model)[0], expected_hessian(model))
+    model.norm.eps = 0.1
+    model.branch = lambda y, z, x: z
+    torch.testing.assert_close(hessian(model)[0], expected_hessian(model))

@@ -234,8 +234,12 @@ class _Search:
         )  # fmt: skip
         margin = None if self.threshold is None else COARSE_MARGIN * self.threshold
         result = search.run(COARSE_TOLERANCE, margin)
-        if result.stopped and (self.hessians.pieces.small_kernels or not self._above(result.top)):
-            result = search.run(COARSE_TOLERANCE)
+        if result.stopped:
+            least = self._above(result.top)
+            if least is None:
+                result = search.run(COARSE_TOLERANCE)
+            else:
+                result = replace(result, pairs=(replace(result.top, value=least),))
         operator.close()
         return result
 
@@ -251,19 +255,22 @@ class _Search:
             return None
         broadcast = hessians.comm.broadcast_
         rest = eigen.relative(eigen.norm(image - mean * previous.to(image), broadcast), mean)
-        pair = eigen.Eigenpair(mean, previous, rest, rest, False)
+        pair = eigen.Eigenpair(least, previous, rest, rest, False)
         return _Found(eigen.Result((pair,), 1, mean, True, torch.ones(1).double()), count, 0)
 
-    def _above(self, coarse: eigen.Eigenpair) -> bool:
-        """Whether λ of the whole sample is above the threshold, by a test on other samples.
+    def _above(self, coarse: eigen.Eigenpair) -> float | None:
+        """A lower bound of λ of the whole sample, by a test on other samples, if above threshold.
 
         `λ ≥ vᵀHv` for the coarse vector v, and v does not depend on the samples that are not in
         the coarse sample; as many of them give the mean over the rest, with its standard error.
         """
         assert self.threshold is not None
+        if self.hessians.pieces.small_kernels:
+            return None
         count, samples = self.hessians.pieces.coarse_samples, self.hessians.samples
-        least = self._least(coarse.vector, count)[0]
-        return (count * coarse.value + (samples - count) * least) / samples > self.threshold
+        others = self._least(coarse.vector, count)[0]
+        least = (count * coarse.value + (samples - count) * others) / samples
+        return least if least > self.threshold else None
 
     def _least(self, vector: Tensor, start: int) -> tuple[float, float, Tensor]:
         """A lower bound of `vᵀHv` of all samples from `start` on, by the first of them.

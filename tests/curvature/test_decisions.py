@@ -152,6 +152,20 @@ def test_the_test_on_a_part_of_the_sample():
 
 
 @pytest.mark.usefixtures("_small_pieces_are_cheap")
+def test_what_a_part_of_the_sample_shows_is_a_lower_bound():
+    """And not λ of that part, which is above λ of the whole sample as often as below it."""
+    shown, above = 0, 0
+    for seed in range(12):
+        whole = question(PRESETS["abs"], None, seed, 0.4).eigenvalue.value
+        answer = question(PRESETS["abs"], 0.15 * whole, seed, 0.4).eigenvalue
+        if answer.samples < PRESETS["abs"].samples:
+            assert answer.value > 0.15 * whole
+            shown, above = shown + 1, above + (answer.value > whole)
+    assert shown >= 8
+    assert above <= 1
+
+
+@pytest.mark.usefixtures("_small_pieces_are_cheap")
 def test_the_previous_vector_shows_on_a_part_that_the_value_is_above():
     full = question(PRESETS["abs"], None, 0, 0.0)
     value = full.eigenvalue.value

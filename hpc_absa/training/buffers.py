@@ -94,6 +94,14 @@ class Collected:
     values: Values = field(default_factory=dict)
 
 
+def _unrelated(mean_and_variance: Tensor) -> tuple[Tensor, ...]:
+    """Parts of a tensor that autograd takes for tensors of their own.
+
+    It may have saved one of them, which another one's change must not invalidate.
+    """
+    return tuple(part.data for part in mean_and_variance.chunk(2))
+
+
 class ModelBuffers:
     """The buffers of `model`, which must be on its device and have its initial values.
 
@@ -109,7 +117,7 @@ class ModelBuffers:
         self._running = torch.zeros(sum(sizes), device=self._device)
         self._statistics, others = torch.zeros_like(self._running), torch.zeros_like(self._running)
         self._layers = [
-            Layer(module, mean_and_variance.chunk(2), other.chunk(2))
+            Layer(module, _unrelated(mean_and_variance), _unrelated(other))
             for module, mean_and_variance, other in zip(
                 modules, self._statistics.split(sizes), others.split(sizes), strict=True
             )

@@ -9,9 +9,8 @@ that pass. `LocalReduction` is that of one rank. `ReproducibleReduction` sums al
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any, Protocol
 
 import torch
@@ -71,17 +70,13 @@ class Reduction(Protocol):
         ...
 
 
-class LocalReduction:
-    """One rank: gradients as PyTorch accumulates them, and nothing to exchange."""
+class _Accumulated:
+    """Gradients as PyTorch accumulates them; a change outside of `backward` is refused."""
 
     def __init__(self, model: nn.Module) -> None:
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._gradients: list[Tensor | None] = []
         self._versions: list[int] = []
-        self._sums: StepSums
-
-    def lanes(self, microbatches: range) -> list[range]:
-        return [microbatches]
 
     def begin(self) -> None:
         for parameter in self._parameters:
@@ -93,7 +88,7 @@ class LocalReduction:
         return self
 
     def __enter__(self) -> None:
-        self._require_same_gradients()
+        self.require_unchanged()
 
     def __exit__(self, *error: object) -> None:
         self._gradients.clear()
@@ -104,26 +99,19 @@ class LocalReduction:
             self._gradients.append(gradient)
         self._versions = _versions(self._gradients)
 
-    def end_lane(self, sums: StepSums, *, empty: bool) -> None:
-        self._sums = sums
-
-    def finish(self, flags: Flags) -> tuple[StepSums, Flags]:
-        self._require_same_gradients()
-        return self._sums, flags
-
-    def sum_lanes(self, lanes: list[Tensor]) -> Tensor:
-        (lane,) = lanes
-        return lane
+    def require_unchanged(self) -> None:
+        _require_same(self._parameters, self._gradients)
+        if self._versions and self._versions != _versions(self._gradients):
+            raise MisuseError(GRADIENT_CHANGED)
 
     def close(self) -> None:
         for parameter in self._parameters:
             parameter.grad = None
 
-    def _require_same_gradients(self) -> None:
-        for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
-            if parameter.grad is not gradient:
-                raise MisuseError(GRADIENT_CHANGED)
-        if self._versions and self._versions != _versions(self._gradients):
+
+def _require_same(parameters: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        if parameter.grad is not gradient:
             raise MisuseError(GRADIENT_CHANGED)
 
 
@@ -132,15 +120,35 @@ def _versions(gradients: Sequence[Tensor | None]) -> list[int]:
     return [gradient._version for gradient in gradients if gradient is not None]
 
 
+class LocalReduction(_Accumulated):
+    """One rank: nothing to exchange."""
+
+    _sums: StepSums
+
+    def lanes(self, microbatches: range) -> list[range]:
+        return [microbatches]
+
+    def end_lane(self, sums: StepSums, *, empty: bool) -> None:
+        self._sums = sums
+
+    def finish(self, flags: Flags) -> tuple[StepSums, Flags]:
+        self.require_unchanged()
+        return self._sums, flags
+
+    def sum_lanes(self, lanes: list[Tensor]) -> Tensor:
+        (lane,) = lanes
+        return lane
+
+
 class OverlappedReduction:
     """Horovod's ring-allreduce, overlapped with the backward pass.
 
     Gradients lie next to each other in buckets, in the order in which the backward pass completes
     them, and a bucket is sent with its last gradient. The last ones are sent after the backward
-    pass, by MPI itself: an exchange of Horovod's, for which ranks wait some milliseconds, has
-    nothing left to overlap with. Horovod's own tensor fusion would join whatever gradients happen
-    to be ready (`comm` turns it off): a value's place in such a message decides in which order more
-    than two ranks are added, so that the last bits would be random.
+    pass, on CPUs by MPI itself: an exchange of Horovod's, for which ranks wait some milliseconds,
+    has nothing left to overlap with. Horovod's own tensor fusion would join whatever gradients
+    happen to be ready (`comm` turns it off): a value's place in such a message decides in which
+    order more than two ranks are added, so that the last bits would be random.
     """
 
     def __init__(self, model: nn.Module, comm: Communicator) -> None:
@@ -182,7 +190,7 @@ class OverlappedReduction:
         a gradient more than once. Which addition is the last one is then unknown, so the first
         step observes and sends all buckets in `finish`, and such a model continues to do so.
         """
-        self._require_same_gradients()
+        self._require_unchanged()
         self._accumulated = [False] * len(self._parameters)
         self._missing = [len(bucket.parameters) for bucket in self._buckets]
         self._last = last and self._observed and not self._repeated
@@ -192,13 +200,13 @@ class OverlappedReduction:
         finally:
             self._last = self._in_backward = False
             self._used = [any(pair) for pair in zip(self._used, self._accumulated, strict=True)]
-            self._versions = _versions([bucket.sums for bucket in self._buckets])
+            self._versions = self._unsent_versions()
 
     def end_lane(self, sums: StepSums, *, empty: bool) -> None:
         self._sums = sums  # there is one lane
 
     def finish(self, flags: Flags) -> tuple[StepSums, Flags]:
-        self._require_same_gradients()
+        self._require_unchanged()
         packed = self._sums.pack()
         used = packed.new_tensor(self._used)
         message = torch.cat([packed, used, flags.pack(packed)])
@@ -225,13 +233,16 @@ class OverlappedReduction:
             for parameter in bucket.parameters:
                 parameter.grad = None
 
-    def _require_same_gradients(self) -> None:
+    def _require_unchanged(self) -> None:
         for bucket in self._buckets:
-            for parameter, gradient in zip(bucket.parameters, bucket.gradients, strict=True):
-                if parameter.grad is not gradient:
-                    raise MisuseError(GRADIENT_CHANGED)
-        if self._versions and self._versions != _versions([b.sums for b in self._buckets]):
+            _require_same(bucket.parameters, bucket.gradients)
+        if self._versions and self._versions != self._unsent_versions():
             raise MisuseError(GRADIENT_CHANGED)
+
+    def _unsent_versions(self) -> list[int]:
+        """Horovod may write to the others at any time."""
+        unsent = (b.sums for i, b in enumerate(self._buckets) if i not in self._handles)
+        return _versions(list(unsent))
 
     def _hook(self, index: int, place: int) -> Any:
         """Of the parameter at `place` among all, in the bucket `index`."""
@@ -277,7 +288,10 @@ BUCKET_BYTES = 1 << 20
 """Bytes of gradients that one message contains at least."""
 
 OVERLAP_BYTES = BUCKET_BYTES // 2
-"""Bytes of gradients that the backward pass computes at least while a message is sent."""
+"""Bytes of gradients that the backward pass computes at least while a small message is sent."""
+
+LARGE_BYTES = 4 * BUCKET_BYTES
+"""Bytes of a message that takes longer than the wait for Horovod, some milliseconds."""
 
 
 def _buckets(parameters: list[Tensor]) -> list[Bucket]:
@@ -293,9 +307,15 @@ def _buckets(parameters: list[Tensor]) -> list[Bucket]:
 
 
 def _overlapped(buckets: list[Bucket]) -> int:
-    """How many of them are sent within the backward pass."""
-    following = list(accumulate(bucket.sums.nbytes for bucket in reversed(buckets[1:])))
-    return sum(count >= OVERLAP_BYTES for count in following)
+    """How many of them are sent within the backward pass: all before those that are too late."""
+    following, early = buckets[-1].sums.nbytes, len(buckets) - 1
+    on_cpu = buckets[-1].sums.device.type == "cpu"
+    while on_cpu and early and following < OVERLAP_BYTES:
+        size = buckets[early - 1].sums.nbytes
+        if size >= LARGE_BYTES:
+            break
+        early, following = early - 1, following + size
+    return early
 
 
 def _bucket(parameters: list[Tensor]) -> Bucket:
@@ -309,15 +329,15 @@ def _bucket(parameters: list[Tensor]) -> Bucket:
     return Bucket(sums, tuple(parameters), tuple(gradients))
 
 
-class ReproducibleReduction:
+class ReproducibleReduction(_Accumulated):
     """A sum along the tree of `hpc_absa.summation`, once this rank's part of it is complete.
 
     The number of ranks must satisfy `summation.fits`.
     """
 
     def __init__(self, model: nn.Module, comm: Communicator) -> None:
+        super().__init__(model)
         self._comm = comm
-        self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._tree = summation.Tree()
         self._sizes = [p.numel() for p in self._parameters]
         self._sums: Tensor
@@ -327,14 +347,11 @@ class ReproducibleReduction:
 
     def begin(self) -> None:
         self._tree = summation.Tree()
-        for parameter in self._parameters:
-            parameter.grad = None
-
-    def backward(self, *, last: bool) -> AbstractContextManager[None]:
-        return nullcontext()
+        super().begin()
 
     def end_lane(self, sums: StepSums, *, empty: bool) -> None:
         """Add this lane to the tree; an empty lane would add exact zeros and is left out."""
+        self.require_unchanged()
         self._sums = sums.pack()
         self._tree.add(None if empty else self._take_gradients(self._sums))
 
@@ -359,10 +376,6 @@ class ReproducibleReduction:
         assert total is not None
         return self._comm.allreduce_recursive_doubling_(total)
 
-    def close(self) -> None:
-        for parameter in self._parameters:
-            parameter.grad = None
-
     def _take_gradients(self, sums: Tensor) -> Tensor:
         """The gradients, `sums`, and which gradients there are, as one flat tensor.
 
@@ -373,8 +386,7 @@ class ReproducibleReduction:
             for p in self._parameters
         ]
         used = sums.new_tensor([p.grad is not None for p in self._parameters])
-        for parameter in self._parameters:
-            parameter.grad = None
+        super().begin()
         return torch.cat([*parts, sums, used])
 
 

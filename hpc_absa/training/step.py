@@ -90,6 +90,7 @@ class StepEngine:
         self._norms: GradientNorms | None = None  # from the first step that wants them
         self._parameters = list(model.parameters())
         self._trained = [p for p in self._parameters if p.requires_grad]
+        self._trained_ids = list(map(id, self._trained))
         self.device = self._parameters[0].device
         double = any(p.dtype == torch.float64 for p in self._parameters)
         dtype = torch.float64 if double else torch.float32
@@ -143,7 +144,7 @@ class StepEngine:
         Raises:
             MisuseError: there are such ones, whose gradients would not be summed over the ranks.
         """
-        if sum(p.requires_grad for p in self._parameters) != len(self._trained):
+        if [id(p) for p in self._parameters if p.requires_grad] != self._trained_ids:
             raise MisuseError(
                 "requires_grad of a parameter was changed during a run: expected it before; leave "
                 "the loop with break, and make another Run in another directory"

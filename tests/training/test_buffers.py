@@ -157,6 +157,13 @@ def test_each_layer_ends_as_in_a_plain_loop(name, per_step, dtype):
     require_same_as_plain_loop(["conv", name, "conv"], 1, per_step, dtype)
 
 
+@pytest.mark.parametrize("other", ["instance norm", "batch norm", "twice", "reentrant"])
+def test_layers_beside_each_other_end_as_in_a_plain_loop(other):
+    """In float32, where their statistics are parts of one tensor."""
+    names = ["conv", "batch norm", other, "conv"]
+    require_same_as_plain_loop(names, 1, 3, torch.float32)
+
+
 @pytest.mark.parametrize("seed", range(12))
 def test_random_models_end_as_in_a_plain_loop(seed):
     reduction = (OverlappedReduction, ReproducibleReduction)[seed % 2]

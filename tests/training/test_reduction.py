@@ -199,7 +199,13 @@ def test_a_gradient_is_sent_once_and_complete(reentrant, monkeypatch):
 
 @pytest.mark.parametrize(
     ("widths", "early"),
-    [([600, 600, 600], 2), ([100, 600, 600], 1), ([100, 400, 600, 600], 2), ([100], 0)],
+    [
+        ([600, 600, 600], 2),
+        ([100, 600, 600], 1),
+        ([100, 400, 600, 600], 2),
+        ([100, 1100], 1),  # a large one, whose message takes longer than the wait
+        ([100], 0),
+    ],
 )
 def test_a_message_is_sent_early_only_with_enough_of_the_backward_pass_left(widths, early):
     """A square layer of width 512 has 1 MiB of gradients."""

@@ -303,8 +303,9 @@ def test_microbatches_without_a_target_count_for_nothing(reduction):
     assert all(not p.grad.any() for p in net.parameters())
 
 
-@pytest.mark.parametrize("reduction", [local, OverlappedReduction])
-def test_replacing_gradients_during_a_step_is_an_error(reduction):
+@pytest.mark.parametrize("reduction", [local, OverlappedReduction, ReproducibleReduction])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_changing_gradients_during_a_step_is_an_error(reduction, in_place):
     net, batches = model(), microbatches(2)
     comm = SerialCommunicator()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
@@ -316,7 +317,7 @@ def test_replacing_gradients_during_a_step_is_an_error(reduction):
             for k in step.microbatches:
                 step.backward(net(batches[k][0]).sum(), samples=4)
                 if k == wrong:
-                    optimizer.zero_grad()
+                    optimizer.zero_grad(set_to_none=not in_place)
             step.optimize()
 
         with pytest.raises(MisuseError, match=r"\.grad was changed during a step"):

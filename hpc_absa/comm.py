@@ -93,7 +93,7 @@ class Communicator(Protocol):
     def gather_object(self, value: Any) -> Generator[Any]:
         """Every rank's Python object, by rank, on rank 0 alone, which has one of them at a time.
 
-        All ranks iterate over it to its end, or close it.
+        All ranks iterate over it to its end; rank 0 may close it after the first.
         """
         ...
 

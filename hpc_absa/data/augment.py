@@ -103,7 +103,7 @@ def scale_and_shift(
 
 
 class Buffers:
-    """Memory for batches, used again when a batch is gone: the pages of new memory have to be
+    """Memory for batches, reused once a batch has been freed: the pages of new memory have to be
     cleared first, which takes as long as to normalise an image.
     """
 

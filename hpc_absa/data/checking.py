@@ -6,6 +6,7 @@ Rank 0 packs, with the files from `read_all`; the other ranks read for it until 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import socket
 from collections.abc import Callable, Generator, Iterable, Sequence
@@ -15,7 +16,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
-from hpc_absa.data.encoded import CORES, decode
+from hpc_absa.data.encoded import cores, decode
 from hpc_absa.data.sources import decoded
 from hpc_absa.errors import CollectiveError, HpcAbsaError, UsageError, first_line
 
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from hpc_absa.comm import Communicator
 
 T = TypeVar("T")
+OF_THE_FILE = (errno.ENOENT, errno.ELOOP, errno.EIO, errno.EACCES, errno.EPERM)
+"""Errors that make a file unreadable; others, such as too many open files, are the machine's."""
+
 Listed = tuple[str, int]
 """A file and its size in bytes when it was listed."""
 
@@ -37,7 +41,7 @@ class Checked(NamedTuple):
     remarks: tuple[str, ...] = ()
     """What the conversion to RGB leaves out."""
     problem: str = ""
-    """Why it is no readable image."""
+    """Why it cannot be read as an image."""
 
 
 def read_all(comm: Communicator, blocks: Iterable[Sequence[Listed]]) -> Generator[list[Checked]]:
@@ -93,7 +97,7 @@ def _read_for_rank_0(comm: Communicator) -> None:
 
 class _Pool:
     def __init__(self) -> None:
-        self._threads = ThreadPoolExecutor(CORES, thread_name_prefix="pack")
+        self._threads = ThreadPoolExecutor(cores(), thread_name_prefix="pack")
 
     def submit(self, shares: Sequence[Sequence[Listed]], rank: int) -> list[Future[Checked]]:
         """Read the share of this rank, if there is one."""
@@ -121,6 +125,8 @@ def _check(path: str, size: int) -> Checked:
                 f"{title}: gone since the files were listed, or not on {socket.gethostname()}; all "
                 "ranks must see the folder"
             ) from error
+        if error.errno not in OF_THE_FILE:
+            raise UsageError(f"{title}: {error.strerror}, on {socket.gethostname()}") from error
         return Checked(problem=f"{title}: unreadable file ({error.strerror})")
     if len(data) != size:
         raise UsageError(

@@ -38,8 +38,6 @@ REDUCTIONS = (8, 4, 2)
 
 Reduction = int | Callable[[int, int], int]
 
-CORES = len(os.sched_getaffinity(0))
-
 _EXIF_ORIENTATION = 0x0112
 
 
@@ -225,7 +223,7 @@ class EncodedImages:
         if result is None:
             result = np.empty((count, *self.shape[1:]), np.uint8)
         filled = result
-        several = max(1, count // (2 * CORES))  # a task takes 50 µs besides its images
+        several = max(1, count // (2 * cores()))  # a task takes 50 µs besides its images
 
         def fill(first: int) -> None:
             for k in range(first, min(first + several, count)):
@@ -236,7 +234,7 @@ class EncodedImages:
 
     @cached_property
     def _pool(self) -> ThreadPoolExecutor:
-        return ThreadPoolExecutor(CORES, thread_name_prefix="decode")
+        return ThreadPoolExecutor(cores(), thread_name_prefix="decode")
 
     def _open(self, index: int, reduction: int) -> NDArray[np.uint8]:
         start = int(self._starts[index])
@@ -266,6 +264,11 @@ class EncodedImages:
             reduced = Image.fromarray(pixels)  # torch knows no fractions of pixels
             pixels = np.asarray(reduced.resize(size, Image.Resampling.BILINEAR, box=edges))
         return pixels[:, ::-1] if mirrored else pixels
+
+
+def cores() -> int:
+    """Those that this process may use now; a forked rank is bound to its own after the imports."""
+    return len(os.sched_getaffinity(0))
 
 
 def resize(pixels: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:

@@ -61,7 +61,7 @@ class EncodedSource:
 
 
 class _Part:
-    """Training or test files with their places in the packed file, and what is known of them."""
+    """Training or test files with their places in the packed file, and what is known about them."""
 
     def __init__(self, name: str, files: Sequence[Path], labels: Sequence[int]) -> None:
         self.name, self.files, self.labels = name, files, np.asarray(labels, np.int64)
@@ -159,6 +159,7 @@ def _pack_all(
     parts = [_Part("train", *source.train), _Part("test", *source.test)]
     fingerprint = _fingerprint(parts, arguments)
     if not _continue(journal, partial, parts, fingerprint):
+        journal.write_text("")  # which described another file
         _lay_out(partial, parts)
         journal.write_text(json.dumps(fingerprint) + "\n")
     _write_blocks(partial, journal, parts, source.skip_unreadable, progress, comm)
@@ -232,10 +233,10 @@ def _write_blocks(
     descriptor, entries = os.open(partial, os.O_WRONLY), list[str]()
 
     def commit() -> None:
+        written, entries[:] = entries[:], []  # once only: a second fsync hides a lost write
         os.fsync(descriptor)
         with journal.open("a") as lines:
-            lines.writelines(entries)
-        entries.clear()
+            lines.writelines(written)
 
     try:
         with closing(read_all(comm or SerialCommunicator(), listed)) as results:

@@ -127,7 +127,10 @@ def open_data(job: Job, directory: RunDir, comm: Communicator) -> DataSet:
             raise_on_all_ranks(comm, lambda: _require_samples(job, mapped))
             require_equal_data(f"data.name = {job.data.name!r}", mapped.digest, comm)
             return mapped
-    return raise_on_all_ranks(comm, lambda: _open(job, packed))
+    dataset = raise_on_all_ranks(comm, lambda: _open(job, packed))
+    content = f"{dataset.digest} {list(dataset.mean)} {list(dataset.std)}"
+    require_equal_data(f"data.name = {job.data.name!r}", content, comm)
+    return dataset
 
 
 def _load(job: Job, packed: Path, comm: Communicator | None = None) -> DataSet:

@@ -7,6 +7,7 @@ analyse) the same model on every rank.
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Mapping
@@ -167,6 +168,8 @@ def on_ranks(command: Callable[[Communicator], int]) -> int:
     the others wait for it in a collective.
     """
     comm = connect()
+    if comm.size > 1:  # KeyboardInterrupt would leave the others waiting for this rank
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         return command(comm)
     except Exception as error:

@@ -1,8 +1,10 @@
 """Packed files with encoded images: what torchvision gives, packing, resuming, damaged files."""
 
+import errno
 import importlib
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -350,6 +352,25 @@ def test_a_journal_that_was_cut_short_is_continued(root, tmp_path, monkeypatch):
     assert len(journal.read_text().splitlines()) == 4
     packed = pack_encoded(tmp_path / "set.h5", source(root), "x", {})
     assert packed.digest == pack_encoded(tmp_path / "whole.h5", source(root), "x", {}).digest
+
+
+def test_files_that_did_not_reach_the_disk_are_packed_again(root, tmp_path, monkeypatch):
+    """The system reports a lost write once: the next fsync succeeds."""
+    monkeypatch.setattr(encoded_packing, "BLOCK", 3)
+    monkeypatch.setattr(encoded_packing, "SYNC_BLOCKS", 2)
+    monkeypatch.setattr(os, "fsync", Mock(side_effect=[OSError(errno.EDQUOT, "quota"), None]))
+    with pytest.raises(HpcAbsaError, match=r"cannot be written \(.*quota"):
+        pack_encoded(tmp_path / "set.h5", source(root), "x", {})
+    assert len((tmp_path / ".set.h5.partial.jsonl").read_text().splitlines()) == 1
+
+
+def test_an_error_of_the_machine_does_not_leave_files_out(root, tmp_path, monkeypatch):
+    def fail(path):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(Path, "read_bytes", fail)
+    with pytest.raises(UsageError, match="Too many open files, on "):
+        pack_encoded(tmp_path / "set.h5", source(root, skip_unreadable=True), "x", {})
 
 
 def test_a_second_packing_at_the_same_time_is_refused(root, tmp_path):

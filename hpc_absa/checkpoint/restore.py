@@ -43,8 +43,8 @@ Accept = Callable[[Header], Mapping[Key, Tensor]]
 """Called on all ranks before arrays are read.
 
 Raises an HpcAbsaError to refuse the checkpoint, and returns tensors that arrays are read into:
-contiguous, on the CPU, with the shape and type of the array. Their values are undefined where the
-checkpoint then is found damaged.
+contiguous, on the CPU, with the shape and type of the array. Their values are undefined if the
+checkpoint turns out to be damaged.
 """
 
 

@@ -151,9 +151,18 @@ def main(channel: Connection, memory: SharedMemory, parent: int) -> None:
             return
         end = max((place.start + place.nbytes for place in places.values()), default=0)
         content = scalars.with_arrays(file.views(memory.map(end), places))
+        waited = False
+
+        def ready() -> None:
+            nonlocal waited
+            waited = True
+            channel.recv()
+
         try:
-            channel.send(file.write(path, content, shards, channel.recv))
+            channel.send(file.write(path, content, shards, ready))
         except CheckpointError as error:
+            if not waited:
+                channel.recv()
             channel.send(error)
 
 

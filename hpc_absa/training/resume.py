@@ -14,7 +14,7 @@ from hpc_absa.config import Job
 from hpc_absa.errors import UsageError
 from hpc_absa.rundir import RunDir
 from hpc_absa.rundir.events import Event
-from hpc_absa.training.state import TrainState
+from hpc_absa.training.state import TrainState, require_same_model
 
 
 def resume(
@@ -30,6 +30,8 @@ def resume(
 
     def accept(header: Header) -> Mapping[Key, Tensor]:
         _require_same_job(job, data_digest, header, allow_changed)
+        shapes = {name: p.shape for (group, name), p in header.places.items() if group == "model"}
+        require_same_model(state.model, shapes, header.path.name)
         memory.clear()
         memory.update(state.memory(header.places))
         return memory

@@ -309,19 +309,26 @@ def _fits(tensor: Tensor, place: Place) -> bool:
     return (array.dtype.str, array.shape) == (place.dtype, place.shape)
 
 
-def load_model(model: nn.Module, arrays: Mapping[str, np.ndarray], origin: str) -> None:
-    """Copy saved parameters and buffers into `model`; errors as `TrainState.restore`."""
+def require_same_model(
+    model: nn.Module, shapes: Mapping[str, tuple[int, ...]], origin: str
+) -> None:
+    """Refuse parameters and buffers of other names or shapes; errors as `TrainState.restore`."""
     state = model.state_dict()
-    for name in sorted(state.keys() ^ arrays.keys()):
+    for name in sorted(state.keys() ^ shapes.keys()):
         where = "the model" if name in state else "the checkpoint"
         raise CheckpointError(f"{origin}: of another model: {name} is only in {where}")
     for name, tensor in state.items():
-        shape = arrays[name].shape
-        if shape != tuple(tensor.shape):
+        if shapes[name] != tuple(tensor.shape):
             raise CheckpointError(
-                f"{origin}: of another model: {name} has shape {list(shape)}, "
+                f"{origin}: of another model: {name} has shape {list(shapes[name])}, "
                 f"the model's has {list(tensor.shape)}"
             )
+
+
+def load_model(model: nn.Module, arrays: Mapping[str, np.ndarray], origin: str) -> None:
+    """Copy saved parameters and buffers into `model`; errors as `TrainState.restore`."""
+    state = model.state_dict()
+    require_same_model(model, {name: array.shape for name, array in arrays.items()}, origin)
     modules = dict(model.named_modules())
     with torch.no_grad():
         for name, tensor in state.items():

@@ -94,6 +94,19 @@ def test_its_errors_are_those_of_a_write_in_this_process(setup, tmp_path):
     assert not [path.name for path in tmp_path.glob(".*")], "no temporary file remains"
 
 
+def test_a_file_that_cannot_be_begun_does_not_end_it(setup, tmp_path):
+    writer, elsewhere = process(setup), tmp_path.with_name("elsewhere")
+    tmp_path.rename(elsewhere)
+    setup.save(2)
+    with pytest.raises(CollectiveError, match=r"step-0000000002.*: No such file"):
+        setup.checkpointer.settle()
+    elsewhere.rename(tmp_path)
+    setup.save(3)
+    assert setup.checkpointer.settle()
+    assert setup.steps() == [1, 3]
+    assert process(setup) == writer
+
+
 def test_training_that_waits_has_the_rank_write(setup):
     process(setup).suspend()
     setup.save(2, training=False)

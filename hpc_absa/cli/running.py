@@ -182,8 +182,9 @@ def _supervise(program: Program, directory: RunDir, fresh: bool, dry_run: bool) 
     if fresh:
         run_state.clear(directory)
     done = run_state.finished(directory)
-    if done and not (program.allow_changed and supervised):
+    if done:
         program.require_same(directory)
+    if done and not (supervised and program.differs(directory)):
         print_line(
             f"{directory.path}: already done after {done.get('steps')} steps; "
             "--fresh starts again, --run-dir names another folder"

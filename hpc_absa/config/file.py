@@ -152,9 +152,10 @@ def refuse_changes(saved: Job, now: Job, origin: str, allowed: tuple[str, ...]) 
     ]
     if changed:
         differences = "; ".join(f"{k} = {old.get(k)!r} there, {new.get(k)!r} here" for k in changed)
+        by_script = f", in absa.Run allow_changed=[{changed[0]!r}]"
         raise UsageError(
             f"{origin}: another job: {differences}; use another --run-dir, --fresh to start over, "
-            f"or --allow-changed {changed[0]}"
+            f"or --allow-changed {changed[0]}{by_script * (now.data.name == 'script')}"
         )
 
 

@@ -181,7 +181,8 @@ def load(path: Path, run: RunDir | None = None) -> History:
     parts = account(events)
     times = [time for e in events if math.isfinite(time := finite(e.get("time")))]
     epochs = tuple(_record(Epoch, e) for e in kept if e["event"] == "epoch")
-    done = next((e for e in reversed(kept) if e["event"] == "done"), None)
+    last = next((e for e in reversed(kept) if e["event"] in ("done", "phase_start")), None)
+    done = last if last and last["event"] == "done" else None  # else it was continued
     phases = tuple(_phase(own, kept) for own in by_phase(parts).values())
     return History(
         path=run.path,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -153,7 +154,8 @@ class StudyDir:
         return self._jobs / f"{cell.name}.log"
 
     def state(self, cell: Cell) -> State:
-        if run_state.finished(self.run(cell)):
+        done = run_state.finished(self.run(cell))
+        if done and done.get("epochs", math.inf) >= cell.job.train.epochs:
             return "done"
         if cell.name in self.failures():
             return "failed"

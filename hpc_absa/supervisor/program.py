@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import shlex
 import shutil
@@ -50,6 +51,16 @@ class Program(ABC):
             UsageError: the saved checkpoints are of something that differs in more than
                 `allow_changed`.
         """
+
+    def differs(self, run: RunDir) -> bool:
+        """Whether the saved checkpoints are of something else, even if that is allowed."""
+        strict = copy.copy(self)
+        strict.allow_changed = ()
+        try:
+            strict.require_same(run)
+        except UsageError:
+            return True
+        return False
 
     @abstractmethod
     def write(self, run: RunDir) -> None:

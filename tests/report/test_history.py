@@ -123,6 +123,7 @@ def test_unfinished_line_is_reported_once_the_next_one_is_written(tmp_path):
         (lambda p: Log(p).start().event("failure", reason="x"), "last event is a failure"),
         (lambda p: Log(p).start().end("resize"), "next phase has not started"),
         (lambda p: Log(p).event("failure", reason="x"), "No phase has started"),
+        (lambda p: Log(p).start().end("done").event("done", steps=1).start(), "still running"),
     ],
 )
 def test_missing_parts_are_reported(tmp_path, write, sentence):

@@ -50,7 +50,7 @@ def study(tmp_path):
         log.start()
         log.train_epoch(0.9).save()
         log.end("done", log.step, comp=3.0)
-        log.event("done", steps=log.step, epochs=log.epoch, test_accuracy=0.9)
+        log.event("done", steps=log.step, epochs=cell.job.train.epochs, test_accuracy=0.9)
     return study
 
 

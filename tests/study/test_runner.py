@@ -123,6 +123,12 @@ def test_signal_stops_the_cells_and_the_same_command_continues(study):
     assert study.states() == ["done"] * 6
 
 
+def test_a_cell_that_ended_after_fewer_epochs_is_not_done(study):
+    assert study.run() == ExitStatus.OK
+    study.study.run(study.cells[0]).log.append("done", 1, steps=1, epochs=0)
+    assert study.states() == ["unfinished", *["done"] * 5]
+
+
 def test_cells_save_and_stop_when_compare_is_killed(study):
     study.behave(bl_32_seed0="wait")
     child = os.fork()

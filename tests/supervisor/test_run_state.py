@@ -27,6 +27,8 @@ def test_a_finished_run_says_what_differs_and_is_continued_only_with_an_allowed_
     with pytest.raises(UsageError, match=r"train\.epochs = .* there, 50 here"):
         JobProgram(longer).require_same(run)
     JobProgram(longer, ("train.epochs",)).require_same(run)
+    assert JobProgram(longer, ("train.epochs",)).differs(run)
+    assert not JobProgram(digits(), ("train.epochs",)).differs(run)
     run.log.append("phase_start", 1)  # and it is being continued
     assert not run_state.finished(run)
 

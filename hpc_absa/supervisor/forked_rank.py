@@ -18,10 +18,10 @@ from collections.abc import Callable
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 """That ask for a stop, and are passed on."""
 STOPPED_SECONDS = 2.0
-LOOKS = 4
-"""At a rank in these seconds. If all processes are suspended and continued, this one is late for
-one look, and the rank runs before the next. A debugger's stops are not reported to a parent;
-SIGTSTP, which Slurm sends first, is not counted."""
+CHECKS = 4
+"""Checks of a stopped rank within `STOPPED_SECONDS`. If all processes are suspended and continued,
+only one check is late, and the rank runs before the next. A debugger's stops are not reported to a
+parent; SIGTSTP, which Slurm sends first, is not counted."""
 
 
 def main() -> None:
@@ -105,12 +105,12 @@ def watch(change: Callable[[], int], send: Callable[[int], object], failure: str
     Returns:
         Its last wait status.
     """
-    looks = 0
+    checks = 0
 
-    def look(number: int, frame: object) -> None:
-        nonlocal looks
-        looks += 1
-        if looks == LOOKS:
+    def check(number: int, frame: object) -> None:
+        nonlocal checks
+        checks += 1
+        if checks == CHECKS:
             record(failure, f"stopped by SIGSTOP for {STOPPED_SECONDS:g} s", 128 + signal.SIGSTOP)
             with contextlib.suppress(OSError):
                 send(signal.SIGKILL)
@@ -119,14 +119,14 @@ def watch(change: Callable[[], int], send: Callable[[int], object], failure: str
         with contextlib.suppress(OSError):
             send(number)
 
-    signal.signal(signal.SIGALRM, look)
+    signal.signal(signal.SIGALRM, check)
     for number in SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, forward)
     while os.WIFSTOPPED(status := change()) or os.WIFCONTINUED(status):
-        looks = 0
+        checks = 0
         stopped = os.WIFSTOPPED(status) and os.WSTOPSIG(status) == signal.SIGSTOP
-        seconds = STOPPED_SECONDS / LOOKS if stopped else 0
+        seconds = STOPPED_SECONDS / CHECKS if stopped else 0
         signal.setitimer(signal.ITIMER_REAL, seconds, seconds)
     return status
 

@@ -147,7 +147,7 @@ class Run:
         states = dict(state or {})
         for name, own in (("lr_scheduler", lr_scheduler), ("scaler", scaler)):
             if own is not None:
-                states[f"{name}_" if name in states else name] = own
+                states[name + "_" * (name in states)] = own
         tables = {
             "seed": seed,
             "schedule": schedule,

@@ -123,7 +123,9 @@ class Trainer:
                     with step.forward():
                         loss = self.microbatch_loss(self.forward(inputs), targets, samples)
                 except Exception:
-                    with user_code(f"model and loss on samples {microbatch.samples.tolist()}"):
+                    some = ", ".join(map(str, microbatch.samples[:8]))
+                    more = f", ... ({samples})" if samples > 8 else ""
+                    with user_code(f"model and loss on samples {some}{more}"):
                         raise
                 step.backward(loss, samples)
             self.run.end_step(item, step.optimize())

@@ -82,7 +82,7 @@ def test_it_trains_grows_and_is_measured(tmp_path, name):
     [
         (
             "loss",
-            r"model and loss on samples \[\d+, .*\] failed: IndexError: Target 9 is .* bounds",
+            r"model and loss on samples \d+, .* failed: IndexError: Target 9 is .* bounds",
         ),
         (
             "__getitem__",

@@ -227,8 +227,9 @@ def write(
     folder = options.out / "quick" if options.quick else options.out
     folder.mkdir(parents=True, exist_ok=True)
     changed = line_of("git", "status", "--porcelain", "--", ".", ":!benchmarks/results")
+    words = (Path(word).name if word.startswith("/") else word for word in sys.orig_argv[1:])
     about = {
-        "command": shlex.join(["python", *sys.orig_argv[1:]]),
+        "command": shlex.join(["python", *words]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "seconds": f"{time.time() - BEGIN:.0f}",
         "commit": line_of("git", "rev-parse", "HEAD") + (" with changes" if changed else ""),

@@ -16,6 +16,7 @@ from pydantic import Field, PositiveInt, ValidationError
 from hpc_absa import config
 from hpc_absa.config import SCHEDULES, USER_DEFINED, Job, explain
 from hpc_absa.errors import UsageError
+from hpc_absa.report.timing import finite
 from hpc_absa.rundir import RunDir
 from hpc_absa.rundir.files import write_atomic
 from hpc_absa.section import Count, Section, Strings
@@ -155,7 +156,7 @@ class StudyDir:
 
     def state(self, cell: Cell) -> State:
         done = run_state.finished(self.run(cell))
-        if done and done.get("epochs", math.inf) >= cell.job.train.epochs:
+        if done and finite(done.get("epochs"), math.inf) >= cell.job.train.epochs:
             return "done"
         if cell.name in self.failures():
             return "failed"

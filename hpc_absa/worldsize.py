@@ -10,6 +10,9 @@ from hpc_absa.allocation import Hosts
 from hpc_absa.config import Job, Launchable
 from hpc_absa.errors import UsageError
 
+MOST_REPRODUCIBLE = 64
+"""The largest number of ranks of a reproducible job."""
+
 
 def limit(job: Launchable) -> int:
     """The largest number of ranks: the job's, or slots of its hosts or allocation, or cores."""
@@ -70,12 +73,13 @@ def ranks_for(job: Job, global_batch: int, limit: int) -> int:
 
     Each rank should have `ranks.microbatches_per_rank` microbatches. Ranks that would not shorten
     the step are not used: 5 microbatches take two rounds on 4 ranks and on 3. Reproducible jobs
-    have a power of two.
+    have a power of two, at most `MOST_REPRODUCIBLE`.
     """
     microbatches = global_batch // job.train.microbatch
     most = max(1, microbatches // job.ranks.microbatches_per_rank)
     most = max(job.ranks.initial, min(most, limit))
     if job.train.reproducible:
+        most = min(most, MOST_REPRODUCIBLE)
         most = max(job.ranks.initial, 1 << (most.bit_length() - 1))
     rounds = -(-microbatches // most)
     wanted = max(job.ranks.initial, -(-microbatches // rounds))

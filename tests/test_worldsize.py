@@ -76,6 +76,12 @@ def test_reproducible_jobs_have_a_power_of_two(microbatches, most, initial):
     assert -(-microbatches // (ranks // 2)) > -(-microbatches // ranks)
 
 
+def test_reproducible_jobs_have_at_most_64_ranks():
+    """The ranks would refuse to start with more."""
+    assert ranks_for(job("train.reproducible=true"), 10 * 128, 128) == 64
+    assert ranks_for(job(), 10 * 128, 128) == 128
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [

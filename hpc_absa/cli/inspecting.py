@@ -44,7 +44,7 @@ def report(
         list[Path], Argument(metavar="D...", help="Run directories, or the folder of a sweep.")
     ],
     out: Annotated[
-        Path | None, Option(help="HTML file; for one run or sweep D/report.html.")
+        Path | None, Option(help="HTML file or folder; default D, of several the current folder.")
     ] = None,
     figures: Annotated[
         Path | None,
@@ -137,7 +137,7 @@ def serve(
 ) -> int:
     """Serve a live, read-only web page over running and finished runs.
 
-    It listens on this machine only. From a laptop, forward the port:
+    By default it listens on this machine only. From a laptop, forward the port:
     `ssh -L 8265:localhost:8265 NODE`. On another address (`--host`) a token is needed, which is in
     the printed address.
 
@@ -151,8 +151,12 @@ def serve(
 
 def replay(
     directory: Directory,
-    alpha: Annotated[float | None, Option(help="Another growth factor, schedule.alpha.")] = None,
-    kappa: Annotated[float | None, Option(help="Another patience, schedule.kappa.")] = None,
+    alpha: Annotated[
+        float | None, Option(help="Replay with this schedule.alpha: growth at λ ≤ reference/alpha.")
+    ] = None,
+    kappa: Annotated[
+        float | None, Option(help="Replay with this schedule.kappa: patience, in decisions.")
+    ] = None,
     overrides: Annotated[
         list[str] | None,
         Option("--set", metavar="KEY=VALUE", help="Replay with schedule.KEY=VALUE; repeatable."),
@@ -200,7 +204,9 @@ def verify(
 
 
 def spectrum(
-    checkpoint: Annotated[Path, Argument(metavar="CHECKPOINT", help="A run's .h5 file.")],
+    checkpoint: Annotated[
+        Path, Argument(metavar="CHECKPOINT", help="A run's .h5 file, or a run directory.")
+    ],
     samples: Annotated[int, Option(min=1, help="Training samples to average.")] = 512,
     k: Annotated[int, Option("--k", min=1, help="Number of top eigenvalues.")] = 5,
     root: Annotated[str | None, Option(help="Folder of the data set (data.root).")] = None,

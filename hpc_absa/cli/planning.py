@@ -225,9 +225,9 @@ def _print_worlds(title: str, worlds: Sequence[World]) -> None:
         f"More ranks than {best} do not shorten the run."
         if best < worlds[-1].ranks
         else f"More ranks shorten the run up to the {best} that it can use.",
-        f"Adaptive worlds need fewer node-hours than fixed ones of {saving} ranks."
+        f"Adaptive runs need fewer node-hours than fixed ones on {saving} ranks."
         if saving
-        else "No adaptive world needs fewer node-hours than a fixed one.",
+        else "No adaptive run needs fewer node-hours than a fixed one.",
     ]
     console.print(ladder, *sentences, sep="\n", highlight=False)
 

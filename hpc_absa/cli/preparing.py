@@ -42,7 +42,8 @@ def data(
         Option("--encoded", help="Pack image files as they are; they are decoded in training."),
     ] = False,
     unreadable: Annotated[
-        str | None, Option(metavar="stop|skip", help="With --encoded: unreadable files.")
+        str | None,
+        Option(metavar="stop|skip", help="With --encoded, at an unreadable file; default stop."),
     ] = None,
     show: Annotated[Path | None, Option(help="Only describe this packed file.")] = None,
 ) -> int:

@@ -99,7 +99,9 @@ def launch(
     max_ranks: MaxRanks = None,
     settings: Annotated[
         Path | None,
-        Option("--config", metavar="FILE", help="TOML file with [ranks] and [launch] tables."),
+        Option(
+            "--config", metavar="FILE", help="TOML file with tables [ranks], [train] and [launch]."
+        ),
     ] = None,
     overrides: Annotated[
         list[str] | None,
@@ -279,9 +281,11 @@ def compare(
 
 def cancel(
     directory: Directory,
-    now: Annotated[bool, Option("--now", help="Do not wait for a checkpoint.")] = False,
+    now: Annotated[
+        bool, Option("--now", help="End a running batch job of a chain at once, without saving.")
+    ] = False,
 ) -> int:
-    """Make a run save and stop, from any host; of a chain of batch jobs, also those that wait.
+    """Request a run to save and stop, from any host, and cancel the pending jobs of its chain.
 
     The same `hpc-absa run` continues it. Example: `hpc-absa cancel runs/digits`
     """

@@ -141,7 +141,7 @@ def quantize(
 def analyse(
     directories: Annotated[list[Path], Argument(metavar="D...", help="Run directories.")],
     out: Annotated[
-        Path, Option(help="Folder for results; an analysis that was stopped continues there.")
+        Path, Option(help="Folder for results; a stopped analysis continues there.")
     ] = Path("analysis"),
     samples: Annotated[int, Option(min=1, help="Training samples of the Hessian.")] = 256,
     k: Annotated[int, Option("--k", min=1, help="Number of top eigenvalues.")] = 2,
@@ -149,7 +149,7 @@ def analyse(
         int, Option(min=0, metavar="N", help="Loss on N × N points along the top eigenvectors.")
     ] = 0,
     attacks: Annotated[
-        str, Option(metavar="A,B", help="As of `hpc-absa attack`; an empty one: none.")
+        str, Option(metavar="A,B", help="As for `hpc-absa attack`; an empty text: none.")
     ] = "fgsm,pgd,tr-l2-easy",
     attack_samples: Annotated[int, Option(min=1, help="Test samples that are attacked.")] = 200,
     epsilon: Annotated[

@@ -91,8 +91,9 @@ class Train(TrainSettings):
     """How one step is computed, and for how long to train."""
 
     optimizer: str = "sgd"
-    """`sgd`, `adamw`, `lars` (arXiv:1708.03888), `lamb` (arXiv:1904.00962), or
-    `package.module:Class`, a `torch.optim.Optimizer`; `[optimizer]` has its other arguments."""
+    """`sgd`, `adamw`, `lars` (arXiv:1708.03888), `lamb` (arXiv:1904.00962), `adahessian`
+    (arXiv:2006.00719), or `package.module:Class`, a `torch.optim.Optimizer`; `[optimizer]` has its
+    other arguments."""
     momentum: Annotated[float, Field(ge=0, lt=1)] | None = None
     """Of `sgd` and `lars`, for which None means 0.9 (talk)."""
     weight_decay: NonNegative = 0.0
@@ -107,7 +108,8 @@ class Train(TrainSettings):
     """Largest norm of a step's gradient; a longer one is scaled down to it. None: no limit."""
     drop_last: bool = False
     """Whether each epoch leaves out the samples that do not fill its last microbatch; otherwise a
-    microbatch may contain samples of two epochs, and none is left out."""
+    microbatch may contain samples of two epochs, and only at the end of the run samples that do not
+    fill a step are left out."""
     loss: str = "cross_entropy"
     """`cross_entropy`, `bce_with_logits`, `mse`, `l1`, `huber`, or `package.module:function` of
     (outputs, targets), which returns the mean or (sum, denominator); `[loss]` has its arguments."""
@@ -126,7 +128,7 @@ class Train(TrainSettings):
     channels_last: bool = False
     """Images as NHWC in memory: on a CPU 1.4 times as fast for ResNet-20 on 32×32 images."""
     reproducible: bool = False
-    """The same weights bit for bit at any power-of-two world size; costs speed."""
+    """The same weights bit for bit at any power-of-two number of ranks, at most 64; costs speed."""
 
     @model_validator(mode="before")
     @classmethod
@@ -178,17 +180,18 @@ class Hessian(Section):
     in place of λ the critical sharpness along the next update, by forward passes
     (arXiv:2601.16979)."""
     samples: PositiveInt = 256
-    """Training samples the Hessian is averaged over. At 128 λ scatters by 10–15 %; 256 keep the
-    decisions of a CIFAR-10 run under 1 % of its time, 512 do not (ours, `docs/curvature.md`)."""
+    """Training samples the Hessian is averaged over. 256 keep the decisions of a CIFAR-10 run under
+    1 % of its time, 512 do not (ours, `benchmarks/curvature.md`)."""
     tol: Annotated[float, Field(gt=0, lt=1)] = 1e-2
     """Estimated relative error at which an estimate has converged (talk). A smaller one does not
-    improve decisions: λ scatters by more from sample to sample (`docs/curvature.md`)."""
+    improve decisions: λ scatters by more from sample to sample (`benchmarks/curvature.md`)."""
     max_iter: PositiveInt = 20
     """Matvecs after which an estimate stops, unconverged. With the talk's 10 a tenth of the
     estimates on small networks do not converge (ours, `benchmarks/curvature.md`)."""
     false_growth: Annotated[float, Field(gt=0, le=0.5)] = 1e-3
-    """Share of the samples on which λ is found below a threshold that it is equal to (ours,
-    `docs/curvature.md`); 0.5: values are compared without their sampling error (talk)."""
+    """Probability that the batch grows where λ of all data is equal to the threshold, over the
+    choice of the sample (ours, `docs/curvature.md`); 0.5: values are compared without their
+    sampling error (talk)."""
     fresh: bool = False
     """Whether each estimate draws other samples, and starts without the vector of the one before
     (the authors' public code); otherwise all are on the same sample."""

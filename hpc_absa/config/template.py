@@ -28,7 +28,7 @@ name = {model}         # built-in, torchvision's, or "package.module:function"
 [train]
 epochs = 20
 microbatch = 32          # samples of one forward and backward pass on one rank
-optimizer = {optimizer}      # sgd, adamw, lars, lamb, or "package.module:Class"
+optimizer = {optimizer}      # sgd, adamw, lars, lamb, adahessian, or "package.module:Class"
 lr = {lr}               # at schedule.base_batch
 weight_decay = {decay}
 loss = {loss}   # bce_with_logits, mse, l1, huber, or "package.module:function"
@@ -40,7 +40,7 @@ loss = {loss}   # bce_with_logits, mse, l1, huber, or "package.module:function"
 # {arguments}
 
 [schedule]
-method = {method}          # bl, fb, gg, abs, absa, absa-tuned, gns; docs/schedules.md
+method = {method}          # or bl, fb, gg, abs, absa, absa-tuned, gns, ...; docs/schedules.md
 base_batch = 32          # global batch at the start
 max_batch = 128          # largest global batch
 # kappa = 10             # the batch grows after so many decisions at the latest

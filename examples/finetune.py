@@ -23,7 +23,7 @@ def network(width=64):
 
 
 def pretrain(model, inputs, targets, steps=50):
-    """A network that knows other digits, in place of weights from a file."""
+    """Train on other digits, in place of loading weights from a file."""
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     for _ in range(steps):
         optimizer.zero_grad()
@@ -32,7 +32,7 @@ def pretrain(model, inputs, targets, steps=50):
 
 
 def freeze(backbone):
-    """Constant weights, and constant statistics of its normalizations."""
+    """Keep its weights and the statistics of its normalizations constant."""
     backbone.requires_grad_(False)
     backbone.eval()
 

@@ -59,7 +59,7 @@ class LanguageModel(nn.Module):
 
 
 def loss_fn(outputs, targets):
-    """The sum over the tokens that are no padding, and their number."""
+    """The sum over the tokens that are not padding, and their number."""
     flat = outputs.flatten(0, 1), targets.flatten()
     total = cross_entropy(*flat, ignore_index=PADDING, reduction="sum")
     return total, (targets != PADDING).sum()

@@ -21,7 +21,7 @@ class Shapes(Dataset):
         return len(self.labels)
 
     def __getitem__(self, index):
-        noise = 0.5 * torch.randn(1, 8, 8)  # of this sample and epoch, on whatever rank
+        noise = 0.5 * torch.randn(1, 8, 8)  # the same for a sample and epoch on any rank
         return {"image": self.images[index] + noise, "labels": self.labels[index]}
 
 

@@ -35,6 +35,7 @@ def finetune_job(job: Job, network: Path, ranks: int, epochs: int, lr: float) ->
         "seed": job.seed,
         "data": tables["data"],
         "model": {"name": REFERENCE, "file": str(network.resolve())},
+        "loss": tables.get("loss", {}),
         "train": {**settings, "epochs": epochs, "lr": lr},
         "schedule": {"method": "bl", "base_batch": batch, "max_batch": batch},
         "ranks": {"initial": ranks, "max": ranks},

@@ -2,17 +2,20 @@
 
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from hpc_absa import config
 from hpc_absa.comm import SerialCommunicator
 from hpc_absa.errors import CollectiveError
 from hpc_absa.quantization import stored
 from hpc_absa.rundir import RunDir
 from hpc_absa.training import analyse, attack, quantize
+from hpc_absa.training.finetune import finetune_job
 from hpc_absa.training.load import Source, load
 from tests.training import runs
 
@@ -165,6 +168,19 @@ def test_what_cannot_be_quantized_is_one_line(run, capsys, settings, match):
     options = quantize.Options(samples=8, matvecs=6, **settings)
     assert quantize.quantize(Source(run), None, True, options) == 2
     assert re.search(match, one_line(capsys))
+
+
+def test_fine_tuning_has_the_arguments_of_the_loss():
+    tables = {
+        "name": "a",
+        "data": {"name": "digits"},
+        "model": {"name": "digits-cnn"},
+        "train": {"epochs": 1, "microbatch": 32, "lr": 0.1},
+        "loss": {"weight": [2.0] * 10},
+        "schedule": {"method": "bl", "base_batch": 64},
+    }
+    job = config.from_tables(tables, "test")
+    assert finetune_job(job, Path("q.npz"), 1, 2, 1e-3).loss.arguments == {"weight": [2.0] * 10}
 
 
 def test_files_of_others_are_not_replaced(run, tmp_path, capsys):

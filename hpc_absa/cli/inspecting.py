@@ -130,7 +130,7 @@ def serve(
         list[Path], Argument(metavar="D...", help="Run directories, or folders with some.")
     ],
     host: Annotated[str, Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, Option(min=0, max=65535, help="0 takes any free port.")] = 8265,
+    port: Annotated[int, Option(min=0, max=65535, help="Port; 0 takes any free one.")] = 8265,
     token: Annotated[
         bool, Option("--token", help="Ask for a token on this machine too, as on shared nodes.")
     ] = False,

@@ -37,7 +37,7 @@ def export(
     path: Model,
     out: Annotated[Path, Argument(metavar="FILE", help="New file: .pt, .safetensors or .npz.")],
 ) -> int:
-    """Write a run's model to a file that needs nothing of this program: a plain state_dict.
+    """Write a run's model to a file that needs no code of this program: a plain state_dict.
 
     Example: `hpc-absa export runs/digits digits.safetensors`
 

@@ -50,7 +50,7 @@ def plan(
     ] = None,
     source: Annotated[
         Path | None,
-        Option("--from", parser=folder, metavar="D", help="For --scale: a run that shows them."),
+        Option("--from", parser=folder, metavar="D", help="For --scale: measure them in this run."),
     ] = None,
     as_json: Json = False,
 ) -> int:

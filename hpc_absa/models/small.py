@@ -14,7 +14,7 @@ from hpc_absa.errors import UsageError
 class DigitsCNN(nn.Module):
     """Three convolutions with batch norm, averaged over the image, and one linear layer.
 
-    SiLU and not ReLU, so that the loss has a Hessian everywhere. Some 25,000 weights at `width` 16,
+    SiLU and not ReLU, so that the loss has a Hessian everywhere. Some 24,000 weights at `width` 16,
     for images of 4 × 4 pixels or more. `width` is the number of channels of the first convolution;
     the others have two and four times as many.
     """

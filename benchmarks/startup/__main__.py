@@ -8,14 +8,15 @@ ranks, the start of the new ones, the restored state and a step. Its limit is th
 same ranks: mpirun of the imports, `hvd.init()` and one allreduce, from the launch to the
 allreduce's end. For torchrun (a second agent joins) and Horovod Elastic (the list of hosts changes)
 it is the time from the operator's wish to a step with the new number of ranks; they save nothing.
-`slurm` starts a four-node Slurm, as the tests do; its bare start is mpirun's, so that its ratio
-shows what Slurm adds, of which `queued` is the time from the submission of the next batch job to
-its start. Bytecode is kept, as for any installed package.
+`slurm` starts a four-node Slurm, as the tests do; there the limit is a bare batch job: sbatch of the
+same mpirun on as many nodes, from the submission. `queued` is the time from the submission of the
+next batch job to its start. Bytecode is kept, as for any installed package.
 """
 
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -32,6 +33,7 @@ from hpc_absa.rundir.events import EventLog
 from hpc_absa.supervisor.launchers import mpi_environment, program
 
 BARE_START = "bare start"
+BARE_JOB = "bare batch job"
 IMPORTS = "hpc_absa, imports in each launch"
 BARE = """
 import time, torch, horovod.torch as hvd
@@ -87,6 +89,10 @@ def main() -> None:
                 "hpc_absa": partial(resize, job, environment),
                 BARE_START: partial(bare_start, after),
             }
+            limit = BARE_START
+            if launcher == "slurm":
+                limit = BARE_JOB
+                contenders[BARE_JOB] = partial(bare_batch_job, after, environment)
             if launcher == "mpirun":
                 imports = partial(resize, job, environment, "--set", "launch.fork_server=false")
                 contenders[IMPORTS] = imports
@@ -97,11 +103,11 @@ def main() -> None:
                 {"seconds": Measure("s", "lower"), "of it the save": Measure("s")}
                 | ({"queued": Measure("s")} if launcher == "slurm" else {}),
                 "hpc_absa",
-                (BARE_START, IMPORTS),
+                (BARE_START, BARE_JOB, IMPORTS),
             )
             table.run(contenders, rounds)
-            if ratio := table.ratio("hpc_absa", BARE_START, "seconds"):
-                table.note = f"A resize is {ratio:.2f} bare starts."
+            if ratio := table.ratio("hpc_absa", limit, "seconds"):
+                table.note = f"A resize is {ratio:.2f} {limit}s."
             tables.append(table)
     results.write("startup" if launcher == "mpirun" else f"startup-{launcher}", tables, options)
 
@@ -118,6 +124,24 @@ def bare_start(ranks: int) -> Numbers:
         check=True,
     )
     return {"seconds": float(done.stdout.split()[-1]) - start}
+
+
+def bare_batch_job(ranks: int, environment: dict[str, str]) -> Numbers:
+    """Seconds from sbatch to the end of the first allreduce, with one rank on each node."""
+    with tempfile.TemporaryDirectory() as folder:
+        script, output = Path(folder, "job.sh"), Path(folder, "output")
+        words = [program("mpirun"), "--bind-to", "none", "-np", str(ranks)]
+        words += [sys.executable, "-c", BARE]
+        script.write_text(f"#!/bin/bash\nexec {shlex.join(words)}\n")
+        options = [f"--nodes={ranks}", "--ntasks-per-node=1", f"--output={output}"]
+        start = time.time()
+        subprocess.run(
+            ["sbatch", "--wait", *options, str(script)],
+            env=environment,
+            capture_output=True,
+            check=True,
+        )
+        return {"seconds": float(output.read_text().split()[-1]) - start}
 
 
 def resize(job: Path, environment: dict[str, str], *words: str) -> Numbers:

@@ -350,10 +350,6 @@ class Run:
     def _rehearse(self) -> None:
         """Require that the Hessian can be computed, before the first step."""
         schedule = self._core.state.progress.schedule
-        if self._given.scaler is not None and self._core.rule.wants_gradients(schedule):
-            raise MisuseError(
-                "absa.Run: scaler: expected none with a schedule that measures gradients"
-            )
         if REHEARSED not in os.environ and self._core.rule.wants_eigenvalue(schedule):
             with self._core.clock("rehearsal"):
                 raise_on_all_ranks(self._comm, self._parts.hessian.check)

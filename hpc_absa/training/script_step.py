@@ -33,6 +33,8 @@ class ScriptOptimizer:
         """`base_lr` is the first group's rate, for the schedule's base batch."""
         self._optimizer, self.base_lr, self._scaler = optimizer, base_lr, scaler
         self._permitted = False
+        self.scaled = scaler is not None and scaler.is_enabled()
+        """Whether gradients are of a scaled loss until they are reduced."""
         self.close = optimizer.register_step_pre_hook(self._on_step).remove
 
     def update(self, lr: float) -> None:
@@ -84,6 +86,10 @@ class Step:
     ) -> None:
         self._run, self._loader, self._item = run, loader, item
         self._optimizer, self._calls = optimizer, calls
+        if optimizer.scaled and run.rule.wants_gradients(run.state.progress.schedule):
+            raise MisuseError(
+                "absa.Run: scaler: expected none with a schedule that measures gradients"
+            )
         self._step = run.begin_step(item)
         self._forward: AbstractContextManager[None] | None = None
         self._exhausted = self._optimized = False

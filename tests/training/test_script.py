@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,9 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 import hpc_absa as absa
 from hpc_absa import config
 from hpc_absa.errors import CollectiveError, ExitStatus, HpcAbsaError
+from hpc_absa.records import Decision, ScheduleState
 from hpc_absa.rundir import RunDir
+from hpc_absa.schedules import Rule
 from hpc_absa.training.script_job import require_equal_arguments
 from tests.supervisor.digits import PATH
 from tests.training.runs import events
@@ -248,6 +251,40 @@ def test_a_scaler_of_the_loss_changes_nothing_where_nothing_overflows(tmp_path, 
     for ours, theirs in zip(plain.model.parameters(), scaled.model.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
     assert absa.load_checkpoint(tmp_path / "scaled").state["scaler"]["scale"] == scaler.get_scale()
+
+
+class MeasuresLater(Rule):
+    """Grows once, and measures gradients from then on."""
+
+    def __init__(self, base_batch, lr):
+        self.start = ScheduleState(base_batch, lr)
+
+    def initial(self):
+        return self.start
+
+    def decide(self, state, seen):
+        if self.wants_gradients(state):
+            return Decision("continue", "grown", state)
+        return Decision("grow", "once", replace(state, global_batch=2 * state.global_batch))
+
+    def wants_gradients(self, state):
+        return state.global_batch > self.start.global_batch
+
+
+def test_a_rule_that_measures_gradients_of_a_scaled_loss_is_refused_when_it_begins(tmp_path):
+    schedule = absa.UserDefined(
+        method="tests.training.test_script:MeasuresLater", base_batch=8, max_batch=16
+    )
+    script = Script(tmp_path, schedule=schedule, scaler=torch.amp.GradScaler("cpu"))
+    with pytest.raises(HpcAbsaError, match="scaler: expected none with a schedule that measures"):
+        script.run()
+    assert script.counter.steps
+
+
+def test_a_disabled_scaler_does_not_prevent_measuring_gradients(tmp_path):
+    schedule = absa.GNS(base_batch=8, max_batch=16)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    assert Script(tmp_path, schedule=schedule, scaler=scaler).run().counter.steps
 
 
 def test_a_checkpoint_is_read_as_plain_tensors_and_values(tmp_path):

@@ -143,7 +143,7 @@ def build(
     cleanup.callback(engine.close)
     if given.scaler is not None:
         engine.scale = given.scaler.scale
-        engine.unscale = partial(given.scaler.unscale_, given.optimizer)
+        engine.unscale = partial(optimizer.unscale, given.model)
     readable = given.dataset is not None or given.hessian_batch is not None
     samples = sample_of if readable else None
     hessian = ScriptHessian(job, state, given.loss, comm, samples, optimizer)

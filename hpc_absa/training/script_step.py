@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hpc_absa.errors import MisuseError
 from hpc_absa.progress import Step as Microbatches
@@ -55,6 +55,19 @@ class ScriptOptimizer:
             finally:
                 for group, rate in zip(groups, rates, strict=True):
                     group["lr"] = rate
+
+    def unscale(self, model: nn.Module) -> None:
+        """Undo the scaler's factor in the summed gradients of `model`.
+
+        The scaler itself does so for the parameters that the optimizer has.
+        """
+        if self._scaler is None:
+            return
+        own = {id(p) for group in self._optimizer.param_groups for p in group["params"]}
+        gradients = {id(p): p.grad for p in model.parameters() if p.grad is not None}
+        self._scaler.unscale_(self._optimizer)
+        if others := [gradient for key, gradient in gradients.items() if key not in own]:
+            torch._foreach_mul_(others, 1 / self._scaler.get_scale())
 
     def __enter__(self) -> None:
         """Until `__exit__`, the optimizer may step."""

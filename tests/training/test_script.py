@@ -253,6 +253,40 @@ def test_a_scaler_of_the_loss_changes_nothing_where_nothing_overflows(tmp_path, 
     assert absa.load_checkpoint(tmp_path / "scaled").state["scaler"]["scale"] == scaler.get_scale()
 
 
+def test_a_scaler_leaves_no_gradient_scaled(tmp_path):
+    """Also of parameters that the optimizer does not have, which a second one may train."""
+    inputs = Noisy().inputs
+
+    def gradients(folder, scaler):
+        torch.manual_seed(0)
+        model, found = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1)), []
+        with absa.Run(
+            folder,
+            model=model,
+            optimizer=torch.optim.SGD(model[0].parameters(), lr=0.1),
+            schedule=absa.FB(base_batch=8),
+            epochs=1,
+            microbatch=4,
+            samples=SAMPLES,
+            scaler=scaler,
+            train={"threads_per_rank": 1, "max_grad_norm": 0.01},
+        ) as run:
+            for step in run:
+                for indices in step.microbatches:
+                    step.backward(model(inputs[indices]).square().mean())
+                step.reduce()
+                if step.number == 1:
+                    found += [p.grad.clone() for p in model.parameters()]
+                step.optimize()
+        return found
+
+    plain = gradients(tmp_path / "plain", None)
+    scaled = gradients(tmp_path / "scaled", torch.amp.GradScaler("cpu"))
+    assert len(plain) == 4
+    for ours, theirs in zip(scaled, plain, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 class MeasuresLater(Rule):
     """Grows once, and measures gradients from then on."""
 

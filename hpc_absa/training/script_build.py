@@ -144,6 +144,8 @@ def build(
     if given.scaler is not None:
         engine.scale = given.scaler.scale
         engine.unscale = partial(optimizer.unscale, given.model)
+        # The first call creates its state, which a rank without a microbatch needs as well.
+        given.scaler.scale(torch.zeros((), device=device))
     readable = given.dataset is not None or given.hessian_batch is not None
     samples = sample_of if readable else None
     hessian = ScriptHessian(job, state, given.loss, comm, samples, optimizer)

@@ -32,7 +32,7 @@ class ScriptOptimizer:
     ) -> None:
         """`base_lr` is the first group's rate, for the schedule's base batch."""
         self._optimizer, self.base_lr, self._scaler = optimizer, base_lr, scaler
-        self._permitted = False
+        self._permitted = self._unscaled = False
         self.scaled = scaler is not None and scaler.is_enabled()
         """Whether gradients are of a scaled loss until they are reduced."""
         self.close = optimizer.register_step_pre_hook(self._on_step).remove
@@ -47,9 +47,10 @@ class ScriptOptimizer:
                 if factor != 1:
                     for group in groups:
                         group["lr"] = group["lr"] * factor
-                if self._scaler is None:
+                if self._scaler is None or not self._unscaled:
                     self._optimizer.step()
                 else:
+                    self._unscaled = False
                     self._scaler.step(self._optimizer)
                     self._scaler.update()
             finally:
@@ -65,8 +66,11 @@ class ScriptOptimizer:
             return
         own = {id(p) for group in self._optimizer.param_groups for p in group["params"]}
         gradients = {id(p): p.grad for p in model.parameters() if p.grad is not None}
-        self._scaler.unscale_(self._optimizer)
-        if others := [gradient for key, gradient in gradients.items() if key not in own]:
+        others = [gradient for key, gradient in gradients.items() if key not in own]
+        self._unscaled = len(others) < len(gradients)
+        if self._unscaled:  # the scaler refuses a step without a gradient
+            self._scaler.unscale_(self._optimizer)
+        if others:
             torch._foreach_mul_(others, 1 / self._scaler.get_scale())
 
     def __enter__(self) -> None:

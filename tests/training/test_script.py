@@ -287,6 +287,32 @@ def test_a_scaler_leaves_no_gradient_scaled(tmp_path):
         torch.testing.assert_close(ours, theirs)
 
 
+def test_a_scaler_takes_a_step_without_a_loss(tmp_path):
+    """As of a rank without a microbatch, or where no target counts."""
+    model, inputs = nn.Linear(3, 1), Noisy().inputs
+    scaler, scales, weights = torch.amp.GradScaler("cpu", growth_interval=1), [], []
+    with absa.Run(
+        tmp_path,
+        model=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        schedule=absa.FB(base_batch=8),
+        epochs=1,
+        microbatch=4,
+        samples=SAMPLES,
+        scaler=scaler,
+    ) as run:
+        for step in run:
+            for indices in step.microbatches:
+                total = model(inputs[indices]).square().sum()
+                step.backward((total, 0.0 if step.number in (1, 3) else 4.0))
+            step.optimize()
+            scales.append(scaler.get_scale())
+            weights.append(model.weight.detach().clone())
+    assert scales[0] == scales[1] / 2 == scales[2] / 2 == scales[3] / 4 == 2.0**16
+    assert torch.equal(weights[1], weights[2])
+    assert not torch.equal(weights[0], weights[1])
+
+
 class MeasuresLater(Rule):
     """Grows once, and measures gradients from then on."""
 

@@ -109,7 +109,7 @@ class Step:
             )
         self._step = run.begin_step(item)
         self._forward: AbstractContextManager[None] | None = None
-        self._exhausted = self._optimized = False
+        self._begun = self._exhausted = self._optimized = False
         progress = run.state.progress
         self.number: int = progress.position.step + 1
         """From 1."""
@@ -188,6 +188,9 @@ class Step:
         return self.result.loss / (self.result.denominator or 1.0)
 
     def _each(self, read: Callable[[int], T]) -> Iterator[T]:
+        if self._begun:
+            raise MisuseError("step: expected one loop over its microbatches or batches")
+        self._begun = True
         for k in self._step.microbatches:
             with self._run.clock("data"):
                 item = read(k)

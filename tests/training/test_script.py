@@ -563,6 +563,10 @@ def changing(change):
         (lambda step, model, optimizer: step.optimize(), "a loop over all of its microbatches"),
         (lambda step, model, _: each(step, model, lambda loss: loss.backward()), "step.backward"),
         (lambda step, *_: step.backward(torch.ones(())), "expected one call for each microbatch"),
+        (
+            lambda s, m, _: (each(s, m, s.backward), each(s, m, s.backward)),
+            "expected one loop over its microbatches",
+        ),
         (zero_grad, r"\.grad was changed during a step"),
         (freeze, "requires_grad of a parameter was changed during a run"),
         (step_twice, r"optimizer.step\(\) was called: expected step.optimize"),

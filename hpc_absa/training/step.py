@@ -236,7 +236,9 @@ class TrainStep:
             lane.add(total, denominator, samples)
         else:
             scaled = loss / self._divisor if self._divisor > 1 else loss
-            lane.add(loss.detach() * samples, samples, samples)
+            # In the type of the sums: 600 · 128 is infinite in float16.
+            total = loss.detach().to(engine.no_buffers.dtype) * samples
+            lane.add(total, samples, samples)
         with engine.reduction.backward(last=self._k == self._last):
             if not self._measure_squares:
                 engine.scale(scaled).backward()

@@ -358,3 +358,15 @@ def test_groups_keep_the_ratio_of_their_learning_rates():
     step.optimize()
     rates = [group["lr"] for group in engine.optimizer.param_groups]
     assert rates == pytest.approx([0.04, 0.4])
+
+
+@REDUCTIONS
+def test_the_sum_of_a_float16_loss_does_not_overflow(reduction):
+    net = model()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
+    engine = StepEngine(net, optimizer, reduction(net, SerialCommunicator()), seed=0, clock=Clock())
+    step = engine.begin(Step(0, 1), divisor=1, lr=0.0, flags=Flags())
+    for _ in step.microbatches:
+        loss = (net(torch.ones(1, 5)).sum() * 0 + 600).half()
+        step.backward(loss, samples=128)
+    assert step.optimize().loss == 600 * 128

@@ -230,7 +230,7 @@ class TrainStep:
         if isinstance(loss, tuple):
             total, denominator = loss
             scaled = total / (samples * self._divisor)
-            if isinstance(denominator, float) and not denominator:
+            if not isinstance(denominator, Tensor) and not denominator:
                 lane.samples += samples
                 return  # no loss here, as where all targets are ignored
             lane.add(total, denominator, samples)

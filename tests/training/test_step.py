@@ -303,6 +303,24 @@ def test_microbatches_without_a_target_count_for_nothing(reduction):
     assert all(not p.grad.any() for p in net.parameters())
 
 
+@REDUCTIONS
+@pytest.mark.parametrize("number", [int, float])
+def test_a_mean_over_no_target_is_left_out(reduction, number):
+    """It is NaN."""
+    batches = token_batches(3)
+    batches[1][1].fill_(-100)
+
+    def loss_fn(outputs, targets):
+        count = number((targets != -100).sum())
+        return nn.functional.cross_entropy(outputs.mT, targets) * count, count
+
+    net = model()
+    expected, _ = gradient_of_all(net, [batches[0], batches[2]], 2)
+    step_of_pairs(net, batches, reduction, loss_fn=loss_fn)
+    for parameter, gradient in zip(net.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize("reduction", [local, OverlappedReduction, ReproducibleReduction])
 @pytest.mark.parametrize("in_place", [False, True])
 def test_changing_gradients_during_a_step_is_an_error(reduction, in_place):

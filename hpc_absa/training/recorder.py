@@ -105,7 +105,7 @@ class Recorder:
 
     def epoch(
         self,
-        train_loss: float,
+        train_loss: float | None,
         test_loss: float | None,
         accuracy: float | None,
         metrics: Mapping[str, float] | None,
@@ -228,7 +228,7 @@ class Recorder:
         seconds = time.monotonic() - self._phase_begun
         return (self._run.samples - self._phase_samples) / max(seconds, 1e-9)
 
-    def _line(self, loss: float) -> str:
+    def _line(self, loss: float | None) -> str:
         run, progress = self._run, self._run.state.progress
         left = run.stream.microbatches * run.stream.microbatch - run.samples
         rate = self._samples_per_second()
@@ -237,8 +237,9 @@ class Recorder:
             f"epoch {run.epoch:.1f}/{run.stream.epochs}",
             f"step {progress.position.step}",
             f"{rate:.0f} samples/s",
-            f"loss {loss:.3f}",
         ]
+        if loss is not None:
+            words.append(f"loss {loss:.3f}")
         if progress.eigenvalue is not None:
             words.append(f"λ {progress.eigenvalue:.4g}")
         words.append(f"B {progress.schedule.global_batch}")

@@ -234,7 +234,8 @@ class Run:
         weights = self.state.model.parameters()
         if not math.isfinite(loss or 0.0) and not all(p.isfinite().all() for p in weights):
             self._require_finite("test loss", math.nan, progress.position.step)
-        train_loss = progress.epoch_loss / (progress.epoch_samples or 1.0)
+        counted = progress.epoch_samples  # none where a step is longer than the epoch
+        train_loss = progress.epoch_loss / counted if counted else None
         self.state.progress = replace(
             progress,
             epoch=round(boundary.epoch),

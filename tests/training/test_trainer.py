@@ -249,6 +249,12 @@ def test_a_save_is_due_when_the_last_one_is_old_enough(tmp_path, uninterrupted):
     assert [e["step"] for e in events(tmp_path, "checkpoint")] == [*range(1, 10), 9]
 
 
+def test_an_epoch_without_a_step_has_no_training_loss(tmp_path):
+    runs.train(tmp_path, f"schedule={{method = 'bl', base_batch = {2 * SAMPLES}}}")
+    losses = [e["train_loss"] for e in events(tmp_path, "epoch")]
+    assert [loss is None for loss in losses] == [True, False, True, False]
+
+
 def test_a_run_resumes_from_a_save_within_an_epoch(tmp_path, uninterrupted):
     trainer = runs.trainer(tmp_path, "checkpoint.every_seconds=1e-9")
     before_microbatch(trainer, 24, crash)

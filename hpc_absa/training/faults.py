@@ -13,7 +13,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import TypeVar
@@ -70,6 +70,7 @@ class StopRequest:
         self._last_progress: float | None = None
         self._longest = 0.0
         self._saving = False
+        self._closed = threading.Event()
         # A Python handler waits for the main thread, which may be blocked in a collective; what the
         # interpreter writes to the wake-up descriptor reaches the watching thread at once.
         self._wakeup, self._wakeup_writer = socket.socketpair()
@@ -109,10 +110,14 @@ class StopRequest:
             self._saving = False
 
     def close(self) -> None:
-        """Restore the default handlers: from here on a signal ends this process."""
+        """Watch no more, and restore the default handlers: a signal then ends this process."""
         signal.set_wakeup_fd(-1)
         for number in self._signals:
             signal.signal(number, signal.SIG_DFL)
+        self._closed.set()
+        with suppress(OSError):  # it was closed before
+            self._wakeup_writer.shutdown(socket.SHUT_WR)  # also of a forked process
+        self._wakeup_writer.close()
 
     def _progress(self) -> None:
         now = time.monotonic()
@@ -123,16 +128,17 @@ class StopRequest:
         self._signalled.set()
 
     def _watch(self) -> None:
-        while not set(self._wakeup.recv(64)) & set(SIGNALS):
-            pass
-        self._signalled.set()
-        asked = time.monotonic()
-        while True:
-            time.sleep(0.2)
-            waiting = time.monotonic() - max(asked, self._last_progress or 0)
-            if waiting > max(GRACE_SECONDS, 3 * self._longest) and not self._saving:
-                print("asked to stop, and blocked in a collective: exiting", flush=True)
-                os._exit(ExitStatus.FAILED)
+        with self._wakeup:
+            while not set(received := self._wakeup.recv(64)) & set(SIGNALS):
+                if not received:  # closed
+                    return
+            self._signalled.set()
+            asked = time.monotonic()
+            while not self._closed.wait(0.2):
+                waiting = time.monotonic() - max(asked, self._last_progress or 0)
+                if waiting > max(GRACE_SECONDS, 3 * self._longest) and not self._saving:
+                    print("asked to stop, and blocked in a collective: exiting", flush=True)
+                    os._exit(ExitStatus.FAILED)
 
 
 class Watchdog:

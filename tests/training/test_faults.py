@@ -43,7 +43,6 @@ def _stop_request(tmp_path):
     yield make
     for request in made:
         request.close()
-        request._saving = True  # its thread, which does not end, must not end the tests
     for number, handler in handlers.items():
         signal.signal(number, handler)
 
@@ -118,6 +117,25 @@ def test_the_grace_period_is_three_of_the_longest_distances_between_progress(
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(0.9)
     assert not exits
+
+
+def test_a_process_goes_on_after_its_stop_request_is_closed(stop_request, monkeypatch, exits):
+    monkeypatch.setattr(faults, "GRACE_SECONDS", 0.1)
+    stop = stop_request(SerialCommunicator())
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert stop.requested_here()
+    stop.close()
+    time.sleep(0.8)
+    assert not exits
+
+
+def test_a_closed_stop_request_leaves_no_thread(stop_request):
+    before = threading.enumerate()
+    stop = stop_request(SerialCommunicator())
+    [thread] = [t for t in threading.enumerate() if t.name == "stop-watch" and t not in before]
+    stop.close()
+    thread.join(20)
+    assert not thread.is_alive()
 
 
 def called(comm, *calls):

@@ -82,6 +82,7 @@ class StopRequest:
         for number in self._signals:
             signal.signal(number, self._on_signal)
         threading.Thread(target=self._watch, name="stop-watch", daemon=True).start()
+        os.register_at_fork(after_in_child=self._after_fork)
 
     def requested_here(self) -> bool:
         """Whether a stop was requested on this rank; not a collective."""
@@ -123,6 +124,15 @@ class StopRequest:
         now = time.monotonic()
         self._longest = max(self._longest, now - (self._last_progress or now))
         self._last_progress = now
+
+    def _after_fork(self) -> None:
+        """In a forked process, as of a `multiprocessing.Pool`, whose `terminate` sends SIGTERM.
+
+        The other signals, which may be sent to all processes of a job, do not end it.
+        """
+        if not self._closed.is_set():
+            signal.set_wakeup_fd(-1)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._signalled.set()

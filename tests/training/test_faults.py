@@ -1,5 +1,6 @@
 """Requests to stop, and hanging ranks, in one process with short intervals."""
 
+import multiprocessing
 import os
 import signal
 import threading
@@ -136,6 +137,28 @@ def test_a_closed_stop_request_leaves_no_thread(stop_request):
     stop.close()
     thread.join(20)
     assert not thread.is_alive()
+
+
+def wait_for_ever(ready):
+    ready.set()
+    threading.Event().wait()
+
+
+def test_sigterm_ends_a_forked_process_and_does_not_stop_the_run(stop_request):
+    """As `terminate` of a `multiprocessing.Pool` in a user's function does."""
+    stop = stop_request(SerialCommunicator())
+    context = multiprocessing.get_context("fork")
+    ready = context.Event()
+    child = context.Process(target=wait_for_ever, args=(ready,), daemon=True)
+    child.start()
+    assert ready.wait(20)
+    child.terminate()
+    child.join(20)
+    status = child.exitcode
+    child.kill()
+    assert status == -signal.SIGTERM
+    time.sleep(0.3)
+    assert not stop.requested_here()
 
 
 def called(comm, *calls):

@@ -358,6 +358,7 @@ class Run:
         self._recorder.phase_ends(outcome, ranks)
         if outcome == "done":
             self._recorder.done(self._nonfinite_step)
+            self._checkpointer.close()  # a script may go on
         return PhaseOutcome(outcome, ranks, self.state.progress.phase)
 
     # Checkpoints

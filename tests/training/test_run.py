@@ -231,6 +231,15 @@ def test_progress_events_have_loss_norm_and_memory_of_the_steps_since_the_last(
     assert [e["grad_norm"] for e in written] == [r.unclipped_norm.item() for r in results]
 
 
+def test_a_run_that_is_done_leaves_no_process(tmp_path, monkeypatch):
+    monkeypatch.setattr("hpc_absa.checkpoint.async_checkpointer.WRITER_BYTES", 0)
+    run = begin(tmp_path, Stop())
+    writer, pids = run._checkpointer._writer, []
+    train(run, lambda k: pids.append(writer.pid))
+    assert pids[-1]
+    assert writer.pid is None
+
+
 def test_a_finished_run_is_restored_with_the_optimizer_and_takes_no_step(uninterrupted):
     folder, bits = uninterrupted
     steps = events(folder, "done")[0]["steps"]

@@ -142,15 +142,10 @@ class _Sample:
 
 def _rehearse_checkpoint(trainer: Trainer) -> None:
     """The model's state as arrays, and back."""
-    name, state = trainer.names[0], trainer.model.state_dict()
-    for key, value in state.items():
-        if not isinstance(value, Tensor):
-            raise UsageError(
-                f"{name}: {key} is of type {type(value).__name__}; checkpoints contain tensors "
-                "only: return a tensor from get_extra_state"
-            )
-    with user_code(f"{name}: saving and loading its state_dict"):
-        load_model(trainer.model, {k: to_array(v) for k, v in state.items()}, "the rehearsal")
+    trainer.run.state.tensors()
+    with user_code(f"{trainer.names[0]}: saving and loading its state_dict"):
+        arrays = {key: to_array(value) for key, value in trainer.model.state_dict().items()}
+        load_model(trainer.model, arrays, "the rehearsal")
 
 
 def _require_real(model: nn.Module, name: str) -> None:

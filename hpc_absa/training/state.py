@@ -16,7 +16,7 @@ from hpc_absa import __version__
 from hpc_absa.checkpoint import Content, Group, Key, Scalar
 from hpc_absa.checkpoint.format import Place
 from hpc_absa.checkpoint.restore import as_array
-from hpc_absa.errors import CheckpointError
+from hpc_absa.errors import CheckpointError, UsageError
 from hpc_absa.plugins import user_code
 from hpc_absa.progress import Position, Progress
 from hpc_absa.records import ScheduleState
@@ -59,19 +59,27 @@ class TrainState:
     """Whether `restore` takes them over."""
 
     def tensors(self) -> dict[Key, Tensor]:
-        """The tensors that a checkpoint contains, themselves, by group and name."""
-        tensors = {("model", name): tensor for name, tensor in self.model.state_dict().items()}
+        """The tensors that a checkpoint contains, themselves, by group and name.
+
+        Raises:
+            UsageError: a state is not made of tensors, numbers and strings, that of the model not
+                of tensors.
+        """
+        tensors: dict[Key, Tensor] = {}
+        for name, value in self.model.state_dict().items():
+            if not isinstance(value, Tensor):
+                raise UsageError(
+                    f"the model's {name} is of type {type(value).__name__}; checkpoints contain "
+                    "tensors only: return a tensor from get_extra_state"
+                )
+            tensors["model", name] = value
         tensors |= self._optimizer_tensors()
         if self.eigenvector is not None:
             tensors[EIGENVECTOR] = self.eigenvector
         return tensors | self.other_tensors()
 
     def other_tensors(self) -> dict[Key, Tensor]:
-        """Those of `others`.
-
-        Raises:
-            UsageError: a state is not made of tensors, numbers and strings.
-        """
+        """Those of `others`."""
         if not self.others:
             return {}
         found: nested.Tensors = {}

@@ -23,6 +23,7 @@ from hpc_absa.rundir import RunDir
 from hpc_absa.schedules import Rule
 from hpc_absa.training.script_job import require_equal_arguments
 from tests.supervisor.digits import PATH
+from tests.training.odd_models import ExtraState
 from tests.training.runs import events
 
 ROOT = Path(__file__).parents[2]
@@ -483,6 +484,14 @@ def test_a_state_that_is_not_made_of_plain_values_is_refused_by_name(tmp_path):
         HpcAbsaError, match=r"state\['counter'\]\['history'\]\[0\]\['model'\] is of"
     ):
         script.run()
+
+
+def test_a_model_with_a_state_that_is_no_tensor_is_refused_at_start(tmp_path):
+    model = ExtraState()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(HpcAbsaError, match="_extra_state is of type dict; checkpoints contain"):
+        Script(tmp_path, model=model, optimizer=optimizer).run()
+    assert not events(tmp_path)
 
 
 def test_a_run_is_not_continued_with_other_arguments(tmp_path):

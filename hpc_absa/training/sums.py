@@ -125,6 +125,8 @@ class GradientNorms:
             if self._gradients is None:
                 return
             gradient = gradient.detach()
+            if gradient.is_sparse:
+                gradient = gradient.to_dense()
             if gradient.dtype != torch.float64:
                 gradient = gradient.float()
             known = self._gradients.get(index)  # from a backward pass within this one

@@ -151,6 +151,14 @@ def test_norms_are_of_whole_gradients_with_activation_checkpointing(reentrant):
     torch.testing.assert_close(squares, expected)
 
 
+def test_the_norm_of_a_sparse_gradient_adds_equal_indices():
+    layer = nn.Embedding(4, 3, sparse=True)
+    hooks, total = GradientNorms(layer), StepSums(torch.zeros(0))
+    with hooks.measuring(total):
+        layer(torch.tensor([1, 1, 2])).square().sum().backward()
+    torch.testing.assert_close(total.gradient_square, layer.weight.grad.to_dense().square().sum())
+
+
 class Sending(SerialCommunicator):
     """Two ranks of which the other one has no gradient; notes when a message is sent."""
 

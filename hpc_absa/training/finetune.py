@@ -13,6 +13,7 @@ from torch import nn
 from hpc_absa import config
 from hpc_absa.comm import Communicator, raise_on_all_ranks
 from hpc_absa.config import Job
+from hpc_absa.errors import CollectiveError, ExitStatus
 from hpc_absa.quantization.stored import REFERENCE
 from hpc_absa.rundir import RunDir
 from hpc_absa.rundir.lock import RunLock
@@ -57,7 +58,7 @@ def finetune(
         lr: constant learning rate.
 
     Raises:
-        CollectiveError: on all ranks, for a user's error on any rank.
+        CollectiveError: on all ranks, for a user's error on any rank, or when asked to stop.
     """
     tuning = raise_on_all_ranks(comm, lambda: finetune_job(job, network, comm.size, epochs, lr))
     run = RunDir(directory)
@@ -76,7 +77,12 @@ def finetune(
         output = directory / "logs" / f"finetune-rank-{comm.rank}.log"
         with output.open("a") as file, contextlib.redirect_stdout(file):
             trainer = build_trainer(tuning, run, comm, Clock(), stop, sys.stderr, ())
-            trainer.train()
+            outcome = trainer.train()
+        if outcome.kind == "stopped":
+            raise CollectiveError(
+                f"{directory}: stopped, everything saved; the same command continues",
+                ExitStatus.STOPPED,
+            )
         return trainer.model
     finally:
         stop.close()

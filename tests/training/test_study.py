@@ -11,10 +11,12 @@ from torch import nn
 
 from hpc_absa import config
 from hpc_absa.comm import SerialCommunicator
-from hpc_absa.errors import CollectiveError
+from hpc_absa.errors import CollectiveError, ExitStatus
 from hpc_absa.quantization import stored
+from hpc_absa.quantization.fake import Range
+from hpc_absa.quantization.graph import trace
 from hpc_absa.rundir import RunDir
-from hpc_absa.training import analyse, attack, quantize
+from hpc_absa.training import analyse, attack, finetune, quantize
 from hpc_absa.training.finetune import finetune_job
 from hpc_absa.training.load import Source, load
 from tests.training import runs
@@ -153,6 +155,37 @@ def test_quantize(run, tmp_path, capsys):
     assert tuned.attributes["epoch"] == 2
     values = tuned.model.get_submodule("features.6.layer").weight.detach()
     assert not torch.equal(values, model.get_submodule("features.6.layer").weight)
+
+
+def save_network(loaded, path, bits):
+    """A network whose layers all have so many bits."""
+    inputs, _ = loaded.loader.reader.read("test", np.arange(1))
+    network = trace(loaded.model, inputs)
+    names = [layer.name for layer in network.layers]
+    ranges = {name: {bits: Range(0.0, 1.0)} for name in names}
+    model = {"name": loaded.job.model.name, "arguments": loaded.job.model.arguments}
+    stored.save(path, network, dict.fromkeys(names, bits), ranges, model, inputs.shape[1:], 4)
+    return path
+
+
+def test_fine_tuning_that_is_stopped_is_no_result(run, tmp_path, monkeypatch):
+    class Asked(runs.Stop):
+        def __init__(self, *_):
+            super().__init__()
+            self.now = True
+
+        def close(self):
+            pass
+
+    loaded = load(Source(run), SERIAL)
+    arguments = save_network(loaded, tmp_path / "q.npz", 8), tmp_path / "tuned", SERIAL, 1, 1e-3
+    with monkeypatch.context() as patched:
+        patched.setattr(finetune, "StopRequest", Asked)
+        with pytest.raises(CollectiveError, match="stopped, everything saved") as error:
+            finetune.finetune(loaded.job, *arguments)
+    assert error.value.status == ExitStatus.STOPPED
+    finetune.finetune(loaded.job, *arguments)
+    assert runs.events(tmp_path / "tuned", "done")[0]["epochs"] == 1
 
 
 @pytest.mark.parametrize(

@@ -20,9 +20,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from hpc_absa.checkpoint import Content, Group
 from hpc_absa.errors import UsageError
 from hpc_absa.models import build
-from hpc_absa.models.weights import read_weights
+from hpc_absa.models.weights import Arrays, read_weights
 from hpc_absa.quantization import fake
 from hpc_absa.quantization.fake import Range, Ranges
 from hpc_absa.quantization.graph import Network, trace
@@ -68,13 +69,24 @@ def save(
         np.savez(file, **arrays)
 
 
-def network(file: str) -> nn.Module:
+def digest_of(arrays: Arrays) -> str:
+    """Of the content of a file that `save` wrote."""
+    return Content({}, {"model": Group(arrays=arrays)}).digest()
+
+
+def network(file: str, digest: str = "") -> nn.Module:
     """The fake-quantized network in a file that `save` wrote, for `model.name`.
 
+    Args:
+        file: that `save` wrote.
+        digest: of its content, so that a run is not continued with another network; "" for any.
+
     Raises:
-        UsageError: it is no such file.
+        UsageError: it is no such file, or has another network.
     """
     arrays = read_weights(Path(file))
+    if digest and digest != (found := digest_of(arrays)):
+        raise UsageError(f"{file}: another network: its digest is {found}, expected {digest}")
     try:
         description = json.loads(arrays.pop(_DESCRIPTION).tobytes())
         name, arguments = description["model"]["name"], description["model"]["arguments"]

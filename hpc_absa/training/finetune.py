@@ -14,11 +14,13 @@ from hpc_absa import config
 from hpc_absa.comm import Communicator, raise_on_all_ranks
 from hpc_absa.config import Job
 from hpc_absa.errors import CollectiveError, ExitStatus
-from hpc_absa.quantization.stored import REFERENCE
+from hpc_absa.models.weights import read_weights
+from hpc_absa.quantization.stored import REFERENCE, digest_of
 from hpc_absa.rundir import RunDir
 from hpc_absa.rundir.lock import RunLock
 from hpc_absa.training.clock import Clock
 from hpc_absa.training.faults import StopRequest
+from hpc_absa.training.rank import write_job
 from hpc_absa.training.setup import build_trainer
 
 SETTINGS = ("momentum", "weight_decay", "microbatch", "label_smoothing", "loss", "drop_last",
@@ -30,12 +32,12 @@ def finetune_job(job: Job, network: Path, ranks: int, epochs: int, lr: float) ->
     """The job that trains the network in a file: a constant batch and learning rate."""
     tables: dict[str, Any] = tomllib.loads(config.dump(job))
     settings = {key: value for key, value in tables["train"].items() if key in SETTINGS}
-    batch = job.schedule.base_batch
+    batch, digest = job.schedule.base_batch, digest_of(read_weights(network))
     changed = {
         "name": f"{job.name}-quantized",
         "seed": job.seed,
         "data": tables["data"],
-        "model": {"name": REFERENCE, "file": str(network.resolve())},
+        "model": {"name": REFERENCE, "file": str(network.resolve()), "digest": digest},
         "loss": tables.get("loss", {}),
         "train": {**settings, "epochs": epochs, "lr": lr},
         "schedule": {"method": "bl", "base_batch": batch, "max_batch": batch},
@@ -69,7 +71,6 @@ def finetune(
             run.create()
             lock.acquire()
             run.stop_request.unlink(missing_ok=True)
-            run.write_job(config.dump(tuning))
 
     raise_on_all_ranks(comm, prepare)
     stop = StopRequest(comm, run.stop_request)
@@ -77,6 +78,7 @@ def finetune(
         output = directory / "logs" / f"finetune-rank-{comm.rank}.log"
         with output.open("a") as file, contextlib.redirect_stdout(file):
             trainer = build_trainer(tuning, run, comm, Clock(), stop, sys.stderr, ())
+            write_job(tuning, run, comm)
             outcome = trainer.train()
         if outcome.kind == "stopped":
             raise CollectiveError(

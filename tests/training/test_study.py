@@ -2,7 +2,6 @@
 
 import json
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -188,6 +187,18 @@ def test_fine_tuning_that_is_stopped_is_no_result(run, tmp_path, monkeypatch):
     assert runs.events(tmp_path / "tuned", "done")[0]["epochs"] == 1
 
 
+def test_fine_tuning_is_not_continued_with_another_network(run, tmp_path):
+    loaded, file = load(Source(run), SERIAL), tmp_path / "q.npz"
+    arguments = file, tmp_path / "tuned", SERIAL, 1, 1e-3
+    save_network(loaded, file, 8)
+    finetune.finetune(loaded.job, *arguments)
+    save_network(loaded, file, 4)
+    with pytest.raises(CollectiveError, match=r"another job: model.digest = .* there, .* here"):
+        finetune.finetune(loaded.job, *arguments)
+    with pytest.raises(CollectiveError, match=r"q.npz: another network: its digest is"):
+        load(Source(tmp_path / "tuned"), SERIAL)
+
+
 @pytest.mark.parametrize(
     ("settings", "match"),
     [
@@ -203,7 +214,9 @@ def test_what_cannot_be_quantized_is_one_line(run, capsys, settings, match):
     assert re.search(match, one_line(capsys))
 
 
-def test_fine_tuning_has_the_arguments_of_the_loss():
+def test_fine_tuning_has_the_arguments_of_the_loss(tmp_path):
+    network = tmp_path / "q.npz"
+    np.savez(network, weight=np.ones(2))
     tables = {
         "name": "a",
         "data": {"name": "digits"},
@@ -213,7 +226,7 @@ def test_fine_tuning_has_the_arguments_of_the_loss():
         "schedule": {"method": "bl", "base_batch": 64},
     }
     job = config.from_tables(tables, "test")
-    assert finetune_job(job, Path("q.npz"), 1, 2, 1e-3).loss.arguments == {"weight": [2.0] * 10}
+    assert finetune_job(job, network, 1, 2, 1e-3).loss.arguments == {"weight": [2.0] * 10}
 
 
 def test_files_of_others_are_not_replaced(run, tmp_path, capsys):

@@ -36,7 +36,8 @@ def evaluation(source: Source, as_json: bool) -> int:
             values = {name: finite(value) for name, value in result.metrics.items()}
             print(json.dumps({**record, "loss": finite(result.loss), "metrics": values}))
         else:
-            print(f"{loaded.origin}: {len(dataset.test)} test samples · loss {result.loss:.4g}")
+            words = f"{loaded.origin}: {len(dataset.test)} test samples", shown({}, result.loss)
+            print(" · ".join(filter(None, words)))
             for name, value in result.metrics.items():
                 print(shown({name: value}, None))
         return 0

@@ -12,6 +12,7 @@ from hpc_absa.errors import CollectiveError, HpcAbsaError, UsageError
 from hpc_absa.models import build
 from hpc_absa.models.weights import write_weights
 from hpc_absa.rundir import RunDir
+from hpc_absa.training.evaluate import Evaluation
 from tests.training import runs
 from tests.training.runs import events
 
@@ -40,6 +41,12 @@ def test_evaluate_prints_what_the_run_measured(run, capsys, of):
     assert (printed["test_samples"], printed["epoch"]) == (50, 1)
     commands.evaluate(path)
     assert f"accuracy {epoch['test_accuracy']:.2%}" in capsys.readouterr().out
+
+
+def test_evaluate_without_a_target_that_counts_prints_no_loss(run, capsys, monkeypatch):
+    monkeypatch.setattr("hpc_absa.training.evaluation.evaluate", lambda *_: Evaluation(None))
+    assert commands.evaluate(run[0]) == 0
+    assert capsys.readouterr().out.endswith(".h5: 50 test samples\n")
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors", ".npz"])

@@ -27,7 +27,7 @@ from hpc_absa.console import rich_console
 from hpc_absa.curvature.export import to_dict
 from hpc_absa.curvature.operator import HessianOperator, evaluation_mode
 from hpc_absa.curvature.spectrum import Spectrum
-from hpc_absa.errors import UsageError
+from hpc_absa.errors import CheckpointError, UsageError
 from hpc_absa.rundir import RunDir
 from hpc_absa.rundir.files import require_replaceable, write_atomic
 from hpc_absa.training import analyse_plot
@@ -138,8 +138,7 @@ def _point(
 ) -> Point:
     """From the output folder, or computed now (a collective)."""
     kept = out / f"{name.replace('/', '_')}-{path.stem}.json"
-    key = {"file": str(path.resolve()), "modified": path.stat().st_mtime_ns, **asdict(options)}
-    key = json.loads(json.dumps(key))
+    key = raise_on_all_ranks(comm, lambda: _key(path, options))
     before = comm.broadcast_object(_read(kept, key) if comm.rank == 0 else None)
     if before is not None:
         point: Point = before
@@ -148,6 +147,23 @@ def _point(
     if comm.rank == 0:
         write_atomic(kept, json.dumps({"key": key, "point": point}, allow_nan=False))
     return point
+
+
+def _key(path: Path, options: Options) -> Mapping[str, Any]:
+    """Of what is kept for a checkpoint, as JSON values.
+
+    Raises:
+        CheckpointError: the file cannot be read.
+    """
+    try:
+        modified = path.stat().st_mtime_ns
+    except OSError as error:
+        reason = error.strerror or error
+        raise CheckpointError(
+            f"{path}: cannot be read: {reason}; its run may have removed it (checkpoint.keep)"
+        ) from None
+    key = {"file": str(path.resolve()), "modified": modified, **asdict(options)}
+    return json.loads(json.dumps(key))
 
 
 def _read(path: Path, key: Mapping[str, Any]) -> Point | None:

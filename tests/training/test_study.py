@@ -306,3 +306,10 @@ def test_analyse(run, tmp_path, capsys):
     assert (point["robust"], point["clean"]) == ({}, None)
     assert analyse.analyse([tmp_path], None, out, True, options) == 2
     assert "no checkpoint here, expected a run directory" in one_line(capsys)
+
+
+def test_a_checkpoint_that_was_removed_meanwhile_is_one_line(run, tmp_path, capsys, monkeypatch):
+    gone = tmp_path / "step-0000000009-phase-001.h5"
+    monkeypatch.setattr(analyse, "_checkpoints", lambda *_: [("run", gone)])
+    assert analyse.analyse([run], None, tmp_path / "out", True, analyse.Options()) == 1
+    assert f"{gone}: cannot be read: No such file or directory; its run may" in one_line(capsys)

@@ -367,7 +367,8 @@ class Run:
         """Start to save the present state (a collective).
 
         Raises:
-            CollectiveError: ranks have different states, or a save failed and the job stops then.
+            CollectiveError: ranks have different states, a state cannot be saved, or a save failed
+                and the job stops then.
         """
         self._last_save = time.monotonic()
         self._flags = self._flags._replace(written=0, failed=0)  # of the save before this one
@@ -375,7 +376,7 @@ class Run:
         step = progress.position.step
         self.engine.buffers.restore()
         with self.clock("checkpoint"), self.stop.saving():
-            tensors = self.state.tensors()
+            tensors = raise_on_all_ranks(self.comm, self.state.tensors)
             require_equal(tensors, self.comm)
             scalars = self.state.scalars(
                 options.seed,

@@ -486,6 +486,16 @@ def test_a_state_that_is_not_made_of_plain_values_is_refused_by_name(tmp_path):
         script.run()
 
 
+def test_a_state_that_becomes_something_else_is_a_usage_error_of_all_ranks(tmp_path):
+    script = Script(tmp_path)
+    script.evaluate = lambda: script.counter.history.append(np.float64(0.5))
+    with pytest.raises(
+        CollectiveError, match=r"state\['counter'\]\['history'\]\[\d+\] is of type float64"
+    ) as error:
+        script.run()
+    assert error.value.status == ExitStatus.USAGE
+
+
 def test_a_model_with_a_state_that_is_no_tensor_is_refused_at_start(tmp_path):
     model = ExtraState()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -29,7 +29,6 @@ from hpc_absa.config import Job
 from hpc_absa.curvature.loss import Loss
 from hpc_absa.data.datasets import MapDataset
 from hpc_absa.data.loader import Loader, Part
-from hpc_absa.data.packed import PackedDataset
 from hpc_absa.errors import CheckpointError, CollectiveError, ExitStatus, HpcAbsaError, UsageError
 from hpc_absa.models.weights import read_weights
 from hpc_absa.plan import stream_of
@@ -39,6 +38,7 @@ from hpc_absa.training.data import (
     DataSet,
     HessianSample,
     build_loader,
+    evaluation_batch,
     hessian_sample,
     open_data,
 )
@@ -50,9 +50,6 @@ from hpc_absa.training.setup import (
     threads_per_rank,
 )
 from hpc_absa.training.state import load_model
-
-EVALUATION_BATCH = 256
-"""Samples of one forward pass."""
 
 
 @dataclass(frozen=True)
@@ -112,9 +109,7 @@ class Loaded:
         self, model: nn.Module, comm: Communicator, part: Part, indices: NDArray[np.int64]
     ) -> Evaluation:
         """Loss and metrics of another model of these samples (a collective)."""
-        size = (
-            EVALUATION_BATCH if isinstance(self.dataset, PackedDataset) else self.stream.microbatch
-        )
+        size = evaluation_batch(self.job, self.dataset)
         starts = range(0, len(indices), size)[comm.rank :: comm.size]
         batches = self.loader.batches(part, (indices[start : start + size] for start in starts))
         metrics = build_metrics(self.job, self.dataset, self.loss)

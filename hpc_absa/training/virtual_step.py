@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 
 def update_direction(
@@ -18,11 +19,10 @@ def update_direction(
     pieces = gradient.split([p.numel() for p in parameters])
     gradients = [p.grad for p in parameters]
     weights = [p.detach().clone() for p in parameters]
-    state = {p: dict(own) for p, own in optimizer.state.items()}
-    values = {
-        p: {k: v.clone() for k, v in own.items() if isinstance(v, Tensor)}
-        for p, own in state.items()
-    }
+    # The same tensors in new containers: a state may have lists and dictionaries in it.
+    state = {p: tree_map(lambda leaf: leaf, dict(own)) for p, own in optimizer.state.items()}
+    tensors = [leaf for leaf in tree_leaves(list(state.values())) if isinstance(leaf, Tensor)]
+    values = [tensor.clone() for tensor in tensors]
     rates = [group["lr"] for group in optimizer.param_groups]
     try:
         for p, piece in zip(parameters, pieces, strict=True):
@@ -42,6 +42,6 @@ def update_direction(
             for other in [p for p in optimizer.state if p not in state]:
                 del optimizer.state[other]
             for other, own in state.items():
-                for key, value in values[other].items():
-                    own[key].copy_(value)
                 optimizer.state[other] = own
+            for tensor, value in zip(tensors, values, strict=True):
+                tensor.copy_(value)

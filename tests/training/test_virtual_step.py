@@ -1,5 +1,7 @@
 """The update that an optimizer would make, found without making it."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -59,3 +61,32 @@ def test_it_is_the_next_step_and_changes_nothing(name, steps):
         p.grad = piece.view_as(p)
     optimizer.step()
     assert torch.allclose(before - flat(model), 0.1 * direction, rtol=1e-9)
+
+
+class Nested(torch.optim.Optimizer):
+    """Its state has a list and a dictionary in it."""
+
+    def __init__(self, params):
+        super().__init__(params, {"lr": 0.1})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                if not state:
+                    state["sums"], state["counts"] = [torch.zeros_like(p)], {"steps": 0}
+                state["sums"][0].add_(p.grad)
+                state["counts"]["steps"] += 1
+                p.sub_(state["sums"][0], alpha=group["lr"])
+
+
+def test_a_nested_state_is_not_changed():
+    model = net()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = Nested(parameters)
+    train(model, optimizer, 2)
+    before = copy.deepcopy(optimizer.state_dict()["state"])
+    update_direction(model, optimizer, torch.ones(sum(p.numel() for p in parameters)).double())
+    after = optimizer.state_dict()["state"]
+    torch.testing.assert_close(after, before, rtol=0, atol=0)

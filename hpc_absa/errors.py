@@ -26,7 +26,9 @@ class UsageError(HpcAbsaError):
 
 
 class MisuseError(UsageError):
-    """A script that uses `hpc_absa.Run` in another way than it must; the same on all ranks."""
+    """A script that uses `hpc_absa.Run` in another way than it must, or a user-defined rule that
+    fails; the same on all ranks.
+    """
 
 
 class CheckpointError(HpcAbsaError):

@@ -10,7 +10,7 @@ from typing import Any, Self
 from pydantic import PrivateAttr
 
 from hpc_absa import plugins
-from hpc_absa.errors import UsageError
+from hpc_absa.errors import MisuseError, UsageError
 from hpc_absa.records import Decision, ScheduleState
 from hpc_absa.schedules.base import Rule, Schedule, TrainSettings
 from hpc_absa.section import OpenSection, Positive
@@ -35,8 +35,8 @@ class UserDefined(Schedule, OpenSection):
     """A user-defined rule. Other keys are arguments of its class.
 
     `bind` also passes `base_batch`, `max_batch`, `microbatch`, `lr`, `milestones`, `epochs` and
-    `seed` to a class that has parameters of these names. Every method raises a UsageError, one line
-    that names it, if the user's method fails or returns something invalid.
+    `seed` to a class that has parameters of these names. Every method raises a MisuseError, one
+    line that names it, if the user's method fails or returns something invalid.
     """
 
     method: str
@@ -87,7 +87,7 @@ class UserDefined(Schedule, OpenSection):
         try:
             answer = getattr(self._rule, method)(*arguments)
         except Exception as error:
-            raise UsageError(f"{place} failed: {type(error).__name__}: {error}") from error
+            raise MisuseError(f"{place} failed: {type(error).__name__}: {error}") from error
         match method:
             case "initial" | "learn" | "recall" | "after_unchanged":
                 problem = self._state_problem(answer)
@@ -100,7 +100,7 @@ class UserDefined(Schedule, OpenSection):
             case _:
                 problem = None
         if problem:
-            raise UsageError(f"{place} returned {problem[0]}, expected {problem[1]}")
+            raise MisuseError(f"{place} returned {problem[0]}, expected {problem[1]}")
         return answer
 
     def _decision_problem(self, state: ScheduleState, decision: Any) -> tuple[str, str] | None:

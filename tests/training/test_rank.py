@@ -54,16 +54,20 @@ def test_a_run_directory_that_cannot_be_written_is_one_line(tmp_path):
         rank.Session(SerialCommunicator(), run, sys.stdout).begin(lambda: config.parse(JOB, "job"))
 
 
-def test_a_user_defined_rule_that_fails_ends_the_run_with_one_line(tmp_path):
+@pytest.mark.parametrize(
+    ("lr", "problem"),
+    [(0.1, "decide failed: ZeroDivisionError"), (-1, "lr returned -1, expected a finite")],
+)
+def test_a_user_defined_rule_that_fails_ends_the_run_with_one_line(tmp_path, lr, problem):
     start, end = JOB.index("[schedule]"), JOB.index("[hessian]")
-    rule = """[schedule]
+    rule = f"""[schedule]
 method = "tests.schedules.test_own:Faulty"
 base_batch = 16
 answer = "raise"
-lr_answer = 0.1
+lr_answer = {lr}
 """
     done = train(tmp_path, JOB[:start] + rule + JOB[end:])
     assert done.returncode == ExitStatus.USAGE, done.stdout + done.stderr
-    line = "schedule.method: tests.schedules.test_own:Faulty.decide failed: ZeroDivisionError"
+    line = f"schedule.method: tests.schedules.test_own:Faulty.{problem}"
     assert done.stdout.count(line) == 1
     assert "Traceback" not in done.stdout + done.stderr

@@ -298,7 +298,7 @@ class Run:
         step = Step(self._core, self._parts.loader, item, self._parts.optimizer, self._calls)
         with self._core.clock("comp"):
             yield step
-            if step.result is None:
+            if not step.optimized:
                 raise MisuseError("a step ended without step.optimize()")
         self._calls.enter(Call.CONTINUE)
 

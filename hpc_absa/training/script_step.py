@@ -109,7 +109,7 @@ class Step:
             )
         self._step = run.begin_step(item)
         self._forward: AbstractContextManager[None] | None = None
-        self._begun = self._exhausted = self._optimized = False
+        self._begun = self._exhausted = self.optimized = False
         progress = run.state.progress
         self.number: int = progress.position.step + 1
         """From 1."""
@@ -171,11 +171,11 @@ class Step:
 
     def optimize(self) -> None:
         """Sum the gradients over all ranks, and let the optimizer make its step."""
-        if self._optimized:
+        if self.optimized:
             raise MisuseError("step.optimize: expected one call for each step")
         self.reduce()
         assert self.result is not None
-        self._optimized = True
+        self.optimized = True
         self._step.optimize()
         self._run.end_step(self._item, self.result)
         self._calls.step = self.number

@@ -579,6 +579,7 @@ def changing(change):
     ("body", "message"),
     [
         (lambda step, model, optimizer: None, "without step.optimize"),
+        (lambda s, m, _: (each(s, m, s.backward), s.reduce()), "without step.optimize"),
         (lambda step, model, optimizer: step.optimize(), "a loop over all of its microbatches"),
         (lambda step, model, _: each(step, model, lambda loss: loss.backward()), "step.backward"),
         (lambda step, *_: step.backward(torch.ones(())), "expected one call for each microbatch"),

@@ -296,7 +296,7 @@ class Run:
 
     def _take(self, item: Microbatches) -> Iterator[Step]:
         step = Step(self._core, self._parts.loader, item, self._parts.optimizer, self._calls)
-        with self._core.clock("comp"):
+        with step.computing:
             yield step
             if not step.optimized:
                 raise MisuseError("a step ended without step.optimize()")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -108,6 +108,9 @@ class Step:
                 "absa.Run: scaler: expected none with a schedule that measures gradients"
             )
         self._step = run.begin_step(item)
+        self.computing = ExitStack()
+        """Until `optimize`: what the script does after it is not part of the step."""
+        self.computing.enter_context(run.clock("comp"))
         self._forward: AbstractContextManager[None] | None = None
         self._begun = self._exhausted = self.optimized = False
         progress = run.state.progress
@@ -179,6 +182,7 @@ class Step:
         self._step.optimize()
         self._run.end_step(self._item, self.result)
         self._calls.step = self.number
+        self.computing.close()
 
     @property
     def loss(self) -> float:

@@ -612,6 +612,20 @@ def test_a_loop_that_uses_a_step_in_another_way_is_refused(tmp_path, body, messa
         use(tmp_path, body)
 
 
+def test_what_a_script_does_between_steps_is_not_part_of_a_microbatch(tmp_path):
+    kinds = []
+
+    def body(step, model, optimizer):
+        clock = step._run.clock
+        kinds.append(clock.activity()[0])
+        each(step, model, step.backward)
+        step.optimize()
+        kinds.append(clock.activity()[0])
+
+    use(tmp_path, body)
+    assert kinds == ["comp", "other"] * (SAMPLES // 8)
+
+
 def test_the_job_of_a_script_says_how_it_was_made(tmp_path):
     Script(tmp_path).run()
     text = RunDir(tmp_path).job.read_text()

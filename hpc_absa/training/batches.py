@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_map_only
 
 from hpc_absa.data.datasets import Datasets, MapDataset, MapReader, as_datasets
 from hpc_absa.data.loader import Batch, Indices, Loader, Part
-from hpc_absa.errors import UsageError
+from hpc_absa.errors import MisuseError, UsageError
 from hpc_absa.progress import SampleStream
 
 NAME = "script"
@@ -85,6 +85,6 @@ class _NoReader:
         pass
 
     def read(self, *arguments: Any) -> Any:
-        raise UsageError("step.batches: expected a run with dataset; use step.microbatches")
+        raise MisuseError("step.batches: expected a run with dataset; use step.microbatches")
 
     submit = input_range = input_scale = read

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 import hpc_absa as absa
 from hpc_absa import config
-from hpc_absa.errors import CollectiveError, ExitStatus, HpcAbsaError
+from hpc_absa.errors import CollectiveError, ExitStatus, HpcAbsaError, MisuseError
 from hpc_absa.records import Decision, ScheduleState
 from hpc_absa.rundir import RunDir
 from hpc_absa.schedules import Rule
@@ -517,8 +517,8 @@ def test_a_run_is_not_continued_with_other_arguments(tmp_path):
     assert other.run().optimizer.param_groups[1]["weight_decay"] == 0.5
 
 
-def use(folder, body):
-    """A run whose first step is given to `body`."""
+def use(folder, body, **data):
+    """A run whose steps are given to `body`."""
     model = nn.Sequential(nn.Linear(3, 1), nn.Flatten(0))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with absa.Run(
@@ -528,8 +528,8 @@ def use(folder, body):
         schedule=absa.FB(base_batch=8),
         epochs=1,
         microbatch=4,
-        dataset=Noisy(),
         train={"threads_per_rank": 1},
+        **(data or {"dataset": Noisy()}),
     ) as run:
         for step in run:
             body(step, model, optimizer)
@@ -610,6 +610,11 @@ def changing(change):
 def test_a_loop_that_uses_a_step_in_another_way_is_refused(tmp_path, body, message):
     with pytest.raises(HpcAbsaError, match=message):
         use(tmp_path, body)
+
+
+def test_batches_of_a_run_that_reads_no_data_are_refused(tmp_path):
+    with pytest.raises(MisuseError, match=r"step.batches: expected a run with dataset"):
+        use(tmp_path, lambda step, *_: next(step.batches), samples=SAMPLES)
 
 
 def test_what_a_script_does_between_steps_is_not_part_of_a_microbatch(tmp_path):

@@ -179,8 +179,10 @@ def packed_path(job: Job, directory: RunDir) -> Path:
     root = Path(os.path.expanduser(job.data.root))
     if root.suffix == ".h5":
         return root
-    if job.data.root and os.access(packed_beside(root).parent, os.W_OK):
-        return packed_beside(root)
+    if job.data.root:
+        beside = packed_beside(root)
+        if beside.exists() or os.access(beside.parent, os.W_OK):
+            return beside
     return directory.data / packed_name(job.data.name)
 
 

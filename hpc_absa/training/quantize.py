@@ -60,8 +60,13 @@ class Options:
     lr: float = 1e-4
     """Of fine-tuning."""
 
-    def check_values(self, out: Path | None) -> None:
+    def check_values(self, source: Source, out: Path | None) -> None:
         """Raises a UsageError for what is out of range, or where `out` cannot be written."""
+        if self.finetune and (source.mean or source.std):
+            raise UsageError(
+                "--finetune: expected none with --mean or --std: a job normalises its inputs by "
+                "the mean and standard deviation of its own training set"
+            )
         if self.finetune and out is None:
             raise UsageError("--finetune: expected also --out, for the run directory of the epochs")
         for suffix in ("json", "npz", "png") if out else ():
@@ -80,7 +85,7 @@ def quantize(source: Source, out: Path | None, as_json: bool, options: Options) 
     """Print the allocation and what it costs; the entry point of one rank."""
 
     def command(comm: Communicator) -> int:
-        raise_on_all_ranks(comm, lambda: options.check_values(out))
+        raise_on_all_ranks(comm, lambda: options.check_values(source, out))
         loaded = load(source, comm)
         with Console(stderr=True, quiet=comm.rank > 0).status("quantize") as status:
             result = Quantizer(loaded, comm, options, status.update).run(out)

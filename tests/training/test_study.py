@@ -229,6 +229,12 @@ def test_fine_tuning_has_the_arguments_of_the_loss(tmp_path):
     assert finetune_job(job, network, 1, 2, 1e-3).loss.arguments == {"weight": [2.0] * 10}
 
 
+def test_fine_tuning_with_other_statistics_of_the_inputs_is_refused(run, tmp_path, capsys):
+    options = quantize.Options(finetune=1)
+    assert quantize.quantize(Source(run, mean=(0.5,)), tmp_path / "q", True, options) == 2
+    assert "--finetune: expected none with --mean or --std" in one_line(capsys)
+
+
 def test_files_of_others_are_not_replaced(run, tmp_path, capsys):
     (tmp_path / "a.png").write_bytes(b"a photograph")
     (tmp_path / "q.npz").write_bytes(b"weights")

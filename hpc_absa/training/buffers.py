@@ -234,7 +234,7 @@ class ModelBuffers:
         scratch = torch.zeros((), dtype=torch.int64, device=self._device)
 
         def before(module: Any, inputs: Any) -> None:
-            if not module.training:
+            if not module.training or module is not layer.module:  # a copy has the hooks as well
                 return
             buffers = module._buffers
             layer.saved = (dict(buffers), module.momentum)
@@ -253,7 +253,7 @@ class ModelBuffers:
 
     def _after_call(self, layer: Layer) -> Any:
         def after(module: Any, inputs: Any, outputs: Any) -> None:
-            if layer.saved is None:
+            if layer.saved is None or module is not layer.module:
                 return
             saved, vars(module)["momentum"] = layer.saved
             module._buffers.update(saved)

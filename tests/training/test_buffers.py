@@ -1,5 +1,7 @@
 """Buffers: PyTorch's own results on one rank, and equal on all ranks."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -89,6 +91,17 @@ def test_a_forward_pass_outside_a_step_uses_the_running_statistics_and_keeps_the
     model.eval()(microbatches(1)[0])
     assert torch.equal(model[1].running_mean, before)
     assert model[1].momentum == 0.1
+
+
+def test_a_copy_of_the_model_has_statistics_of_its_own():
+    """Such as a network that an average of the weights is made of."""
+    model, theirs = net(), net()
+    statistics = ModelBuffers(model)
+    copied, inputs = copy.deepcopy(model), microbatches(1)[0]
+    lane = collected(copied, statistics, [inputs])
+    assert not lane.flat.any()
+    theirs(inputs)
+    torch.testing.assert_close(copied.state_dict(), theirs.state_dict())
 
 
 def test_a_loaded_state_dict_reaches_the_flat_statistics():

@@ -29,6 +29,7 @@ from hpc_absa.curvature.operator import HessianOperator, evaluation_mode
 from hpc_absa.curvature.spectrum import Spectrum
 from hpc_absa.errors import CheckpointError, UsageError
 from hpc_absa.rundir import RunDir
+from hpc_absa.rundir.events import nan_as_none
 from hpc_absa.rundir.files import require_replaceable, write_atomic
 from hpc_absa.training import analyse_plot
 from hpc_absa.training.attack import attack_model
@@ -224,14 +225,7 @@ def measure(
         "perturbation": {result.attack: result.mean for result in results},
         "seconds": comm.broadcast_object(time.perf_counter() - start),
     }
-    return to_plain(point)
-
-
-def to_plain(value: Any) -> Any:
-    """JSON values; what is not finite becomes None."""
-    if isinstance(value, Mapping):
-        return {key: to_plain(item) for key, item in value.items()}
-    return to_dict(value)
+    return nan_as_none(point)
 
 
 def surface(

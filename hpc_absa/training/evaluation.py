@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 
 from hpc_absa.comm import Communicator, SerialCommunicator, raise_on_all_ranks
 from hpc_absa.errors import UsageError
 from hpc_absa.models.weights import write_weights
+from hpc_absa.rundir.events import nan_as_none
 from hpc_absa.training.data import evaluation_batch
 from hpc_absa.training.evaluate import evaluate
 from hpc_absa.training.load import Source, load, on_ranks, read_checkpoint
@@ -33,8 +33,8 @@ def evaluation(source: Source, as_json: bool) -> int:
         if as_json:
             place = {key: loaded.attributes.get(key) for key in ("epoch", "step", "samples")}
             record = {"checkpoint": loaded.origin, "test_samples": len(dataset.test), **place}
-            values = {name: finite(value) for name, value in result.metrics.items()}
-            print(json.dumps({**record, "loss": finite(result.loss), "metrics": values}))
+            measured = {"loss": result.loss, "metrics": dict(result.metrics)}
+            print(json.dumps(nan_as_none(record | measured)))
         else:
             words = f"{loaded.origin}: {len(dataset.test)} test samples", shown({}, result.loss)
             print(" · ".join(filter(None, words)))
@@ -43,11 +43,6 @@ def evaluation(source: Source, as_json: bool) -> int:
         return 0
 
     return on_ranks(command)
-
-
-def finite(value: float | None) -> float | None:
-    """JSON has no infinity and no NaN."""
-    return value if value is not None and math.isfinite(value) else None
 
 
 def export(path: Path, out: Path) -> str:

@@ -78,7 +78,7 @@ class Pieces:
         kept = keep_samples
         if kept is None:
             kept = max(3 * microbatch // 2, memory // size)
-        coarse_samples = max(COARSE_SAMPLES, samples // COARSE_FRACTION)
+        coarse_samples = min(samples, max(COARSE_SAMPLES, samples // COARSE_FRACTION))
         if uses_batch_statistics(model):  # the Hessian depends on the piece: it is training's
             return cls(microbatch, microbatch, max(coarse_samples, microbatch), kept, True)
         piece = min(microbatch, max(1, PIECE_BYTES // size)) if on_cpu else microbatch

@@ -156,6 +156,18 @@ def test_a_large_sample_is_searched_from_a_coarse_one(monkeypatch):
     assert not above.converged
 
 
+def test_a_sample_that_is_smaller_than_the_smallest_coarse_one(monkeypatch):
+    """The previous vector is tested on all of it."""
+    monkeypatch.setattr(pieces, "COARSE_BYTES", 0)
+    model, loss, sample = build("mlp", 10, torch.float32)
+    settings = {"samples": 10, "tol": 1e-4, "max_iter": 60}
+    full = estimate(model, loss, sample, **settings)
+    threshold = full.eigenvalue.value / 2
+    above = estimate(model, loss, sample, **settings, threshold=threshold, start=full.vector)
+    assert above.eigenvalue.stopped_above_threshold
+    assert (above.eigenvalue.samples, above.eigenvalue.matvecs) == (10, 1)
+
+
 @pytest.mark.parametrize("method", ["lanczos", "power"])
 @pytest.mark.parametrize("broken", [math.nan, math.inf])
 def test_a_diverged_model_has_no_eigenvalue(method, broken):

@@ -147,8 +147,8 @@ class HessianOperator:
 
     @property
     def weights(self) -> list[float]:
-        """[M], d_m / Σ d."""
-        total = sum(self.denominators)
+        """[M], d_m / Σ d; NaN if no microbatch has a loss."""
+        total = sum(self.denominators) or math.nan
         return [d / total for d in self.denominators]
 
     @property

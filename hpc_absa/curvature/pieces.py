@@ -144,7 +144,9 @@ class Hessians:
 
         product = operator.matvec(vector, record)
         weights = torch.tensor(operator.weights, dtype=torch.float64)
-        return Scatter(self.comm.allreduce_(values), weights), product
+        values = self.comm.allreduce_(values)
+        # a mean over no targets may be NaN, as may its derivatives
+        return Scatter(torch.where(weights > 0, values, 0.0), weights), product
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import pytest
@@ -184,9 +185,32 @@ def test_the_eigenvalue_and_its_sampling_error():
         assert 0 < result.eigenvalue.sampling_error < top
 
 
+def masked(outputs, targets):
+    kept = (targets != -100).to(outputs)
+    losses = F.cross_entropy(outputs, targets, reduction="none")
+    return (losses * kept).sum() / kept.sum()
+
+
+masked.denominator = lambda targets: (targets != -100).sum()
+
+
+def test_a_group_of_samples_without_targets_does_not_count_in_the_bound():
+    """There the loss divides by zero, and its derivatives are NaN."""
+    targets = classes()
+    targets[4:6] = -100  # one of six groups
+    value = estimate_eigenvalue(
+        net(), masked, sample(targets), SerialCommunicator(), method="lanczos",
+        samples=SAMPLES, microbatch=3, tol=1e-6, max_iter=40, threshold=1e6,
+    ).eigenvalue  # fmt: skip
+    assert value.converged
+    assert 0 < value.sampling_error < math.inf
+    assert value.value < value.upper_bound < 1e6
+
+
 def test_everything_ignored_gives_no_number():
-    result, _ = hessian(nn.CrossEntropyLoss(), torch.full((SAMPLES,), -100), 4)
+    result, operator = hessian(nn.CrossEntropyLoss(), torch.full((SAMPLES,), -100), 4)
     assert result.isnan().all()
+    assert all(map(math.isnan, operator.weights))
 
 
 def contrastive(outputs, targets):

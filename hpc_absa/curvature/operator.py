@@ -121,7 +121,7 @@ class HessianOperator:
             )
         self.size = sum(p.numel() for p in self.parameters.values())
         parameters = list(self.parameters.values())
-        self.device, self.dtype = parameters[0].device, parameters[0].dtype
+        self.device, self.dtype = parameters[0].device, torch.float32  # or float64
         for parameter in parameters:
             self.dtype = torch.promote_types(self.dtype, parameter.dtype)
         self.bounds = _bounds(samples, microbatch, uses_batch_statistics(model))
@@ -213,9 +213,9 @@ class HessianOperator:
         """
         self._prepare()
         if len(self.bounds) == self.comm.size == 1:
-            value = term(0)
+            value = term(0).to(self.dtype)
             self.denominators = [self._denominators[0]]
-            return value.to(self.dtype) if self.denominators[0] else value * math.nan
+            return value if self.denominators[0] else value * math.nan
         tree, error = summation.Tree(), None
         for lane in self._lanes:
             if not lane:

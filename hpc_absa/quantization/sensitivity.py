@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from hpc_absa.comm import Communicator
@@ -70,7 +71,7 @@ def sensitivities(
                 model, loss_fn, sample, comm, samples=sample.size, microbatch=microbatch,
                 names=[_parameter_name(model, weight)],
             )  # fmt: skip
-            like = weight.detach().reshape(-1)
+            like = torch.zeros(operator.size, dtype=operator.dtype, device=operator.device)
             trace = hutchpp_trace(operator.matvec, like, matvecs=matvecs, broadcast=comm.broadcast_)
             operator.close()
             errors = np.array([squared_error(weight.detach(), b) for b in bits])

@@ -68,6 +68,17 @@ def test_the_previous_vector_saves_products():
     assert warm.eigenvalue.value == pytest.approx(cold.eigenvalue.value, rel=1e-3)
 
 
+def test_a_model_in_bfloat16():
+    """Products are accurate to a percent; the search is in float32, and so are its bounds."""
+    _, loss, sample = build("mlp", dtype=torch.bfloat16)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).bfloat16()
+    value = estimate(model, loss, sample, tol=0.05).eigenvalue
+    top = float(torch.linalg.eigvalsh(dense(model.double(), loss, sample, 20))[-1])
+    assert value.value == pytest.approx(top, rel=0.1)
+    assert value.error <= 0.051 or not value.converged
+
+
 def test_too_few_products_do_not_converge():
     result, _ = estimate_and_hessian("mlp", tol=1e-6, max_iter=2)
     assert not result.eigenvalue.converged

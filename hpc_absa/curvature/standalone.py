@@ -84,10 +84,14 @@ def top_eigenvalue(
     sample = _Batches(model, loss_fn, loader, samples)
     with evaluation_mode(model):
         operator = _operator(model, sample, communicator, matrix)
-        first = random_vector(operator.gradient(), 0) if start is None else start
+        if start is None:
+            first = random_vector(operator.gradient(), 0)
+        else:  # with noise, as it may be an eigenvector of another eigenvalue
+            first = start.to(operator.device, operator.dtype)
+            first = eigen.randomized(first, broadcast=communicator.broadcast_)
         result = eigen.lanczos(
             operator.matvec,
-            first.to(operator.device, operator.dtype),
+            first,
             tol=tol,
             max_iter=max_iter,
             broadcast=communicator.broadcast_,

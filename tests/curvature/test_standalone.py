@@ -55,3 +55,14 @@ def test_a_loader_is_read_up_to_the_number_of_samples_and_the_model_left_as_it_w
 def test_a_loader_without_pairs_is_refused(loader, message):
     with pytest.raises(ValueError, match=message):
         absa.top_eigenvalue(nn.Linear(1, 1), nn.MSELoss(), loader)
+
+
+def test_a_start_that_is_the_vector_of_a_smaller_eigenvalue():
+    """As of an earlier call, if another eigenvalue has become the largest since."""
+    model = nn.Linear(2, 1, bias=False).double()  # the loss is w₁² + 4 w₂², up to a constant
+    inputs = torch.tensor([[2.0, 0.0], [0.0, 4.0]]).double() / 2**0.5
+    batches = [(inputs, torch.zeros(2, 1).double())]
+    start = torch.tensor([1.0, 0.0]).double()
+    top = absa.top_eigenvalue(model, nn.MSELoss(), batches, start=start)
+    assert top.converged
+    assert top.value == pytest.approx(8)

@@ -102,6 +102,6 @@ def build(job: _Job, samples: int | None = None) -> Rule:
     """The rule of the job's `[schedule]` table, for so many training samples.
 
     Raises:
-        UsageError: a user-defined rule cannot be loaded, or `samples` is needed.
+        UsageError: a user-defined rule cannot be loaded.
     """
     return job.schedule.bind(job.train, job.seed, samples)

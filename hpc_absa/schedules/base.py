@@ -197,11 +197,11 @@ class Schedule(Section, Rule):
         Args:
             train: the training settings.
             seed: of the job.
-            samples: training samples, where they are known.
+            samples: training samples, where they are known; decisions may need them.
 
         Raises:
             ValueError: the schedule does not fit them.
-            UsageError: a user-defined rule cannot be loaded, or `samples` is needed.
+            UsageError: a user-defined rule cannot be loaded.
         """
         self.check(train)
         bound = self.model_copy()

@@ -7,8 +7,6 @@ import re
 from dataclasses import dataclass, replace
 from typing import Literal, Self
 
-from pydantic import PrivateAttr
-
 from hpc_absa.errors import UsageError
 from hpc_absa.records import Decision, Observation, ScheduleState
 from hpc_absa.schedules.base import EXPONENTS, BuiltInSchedule, LrRule, TrainSettings
@@ -76,8 +74,6 @@ class Steps(BuiltInSchedule):
     lr_rule: LrRule = "none"
     """As for all; in Megatron-LM the learning rate does not follow the batch."""
 
-    _starts: list[tuple[float, int]] = PrivateAttr(default_factory=list)
-
     @property
     def largest_batch(self) -> int:
         """`max_batch`, or the largest of the list."""
@@ -100,17 +96,20 @@ class Steps(BuiltInSchedule):
 
     def bind(self, train: TrainSettings, seed: int = 0, samples: int | None = None) -> Self:
         bound = super().bind(train, seed, samples)
-        bound._starts = [(e.epoch(samples), e.batch) for e in parse(self.batches)]
-        if bound._starts != sorted(bound._starts):
+        if samples is not None and (starts := bound._starts()) != sorted(starts):
             raise UsageError(
                 f"schedule.batches = {self.batches!r}: expected increasing thresholds (one epoch "
                 f"is {samples} samples)"
             )
         return bound
 
+    def _starts(self) -> list[tuple[float, int]]:
+        """Where each batch begins, in epochs; raises a UsageError if that is not known."""
+        return [(entry.epoch(self._samples), entry.batch) for entry in parse(self.batches)]
+
     def decide(self, state: ScheduleState, seen: Observation) -> Decision:
         after, milestone = self._train.multi_step_lr.apply(state, seen)
-        due = [(start, batch) for start, batch in self._starts if start <= seen.epoch]
+        due = [(start, batch) for start, batch in self._starts() if start <= seen.epoch]
         batch = min(due[-1][1], self.largest_batch) if due else self.base_batch
         if batch <= state.global_batch:
             return Decision("continue", milestone or "no further batch is due", after)
@@ -126,6 +125,6 @@ class Steps(BuiltInSchedule):
     def unchanged(self, state: ScheduleState, epoch: float, growing: bool) -> tuple[float, float]:
         points, until = super().unchanged(state, epoch, growing)
         left = (
-            s for s, batch in self._starts if min(batch, self.largest_batch) > state.global_batch
+            s for s, batch in self._starts() if min(batch, self.largest_batch) > state.global_batch
         )
         return points, min([until, *left])

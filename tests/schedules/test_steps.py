@@ -107,5 +107,7 @@ def test_thresholds_that_do_not_increase_once_they_are_compared():
 
 def test_samples_need_the_size_of_the_training_set():
     job = config.parse(JOB, "test", ('schedule.batches="10K:64"',))
+    rule = job.schedule.bind(job.train)
+    assert rule.initial().global_batch == 32  # all that starting a run needs
     with pytest.raises(UsageError, match="the number of training samples is not known here"):
-        job.schedule.bind(job.train)
+        rule.decide(rule.initial(), at(1))

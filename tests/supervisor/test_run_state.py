@@ -43,6 +43,7 @@ def next_ranks(job, run, limit):
         ("{method='bl', base_batch=32, max_batch=128}", 4),
         ("{method='fb', base_batch=32, max_batch=128}", 4),
         ("{method='absa', base_batch=32, max_batch=128}", 1),
+        ("{method='steps', base_batch=64, batches='0:64 10K:128'}", 2),
         (OWN, 3),
     ],
 )

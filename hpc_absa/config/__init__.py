@@ -3,7 +3,6 @@
 from hpc_absa.config.file import (
     WITHOUT_EFFECT,
     dump,
-    explain,
     from_tables,
     load,
     parse,
@@ -49,7 +48,6 @@ __all__ = [
     "Script",
     "Train",
     "dump",
-    "explain",
     "from_tables",
     "load",
     "parse",

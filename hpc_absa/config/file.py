@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import sys
 import tomllib
-import typing
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,6 +15,7 @@ from hpc_absa.allocation import launcher_rank
 from hpc_absa.config.tables import Job
 from hpc_absa.errors import UsageError
 from hpc_absa.schedules import SCHEDULES
+from hpc_absa.section import explain
 
 Table = TypeVar("Table", bound=BaseModel)
 
@@ -119,7 +119,7 @@ def validate(
     try:
         return model.model_validate(changed)
     except ValidationError as error:
-        raise UsageError(f"{origin}: {explain(error, model)}") from None
+        raise UsageError(f"{origin}: {explain(error, model, SCHEDULES)}") from None
 
 
 def dump(job: BaseModel) -> str:
@@ -221,63 +221,3 @@ def _add_earlier_defaults(tables: dict[str, Any]) -> None:
     if isinstance(schedule, dict):
         earlier = EARLIER_DEFAULTS.get(str(schedule.get("method")), {})
         tables["schedule"] = {**earlier, **schedule}
-
-
-def explain(error: ValidationError, model: type[BaseModel]) -> str:
-    """The first of pydantic's errors as `key = value: expected ...`, with the number of others.
-
-    `model` is what was validated.
-    """
-    errors = error.errors(include_url=False)
-    first = errors[0]
-    # The location of a union has the tag or type that was tried.
-    place = [str(part) for part in first["loc"] if part not in SCHEDULES]
-    if place[:2] == ["launch", "slurm"]:
-        place = place[:3]
-    key = ".".join(place) or "job"
-    methods = ", ".join(sorted(SCHEDULES))
-    match first["type"]:
-        case "missing":
-            message = f"{key}: missing, expected a value"
-        case "extra_forbidden":
-            message = f"{key} = {first['input']!r}: unknown key, expected "
-            message += _known_keys(first["loc"], model)
-        case "value_error":
-            message = f"{key}." if place else ""
-            message += str(first["ctx"]["error"])
-        case "union_tag_invalid":
-            message = f"{key}.method = {first['ctx']['tag']!r}: expected one of {methods}"
-        case "union_tag_not_found" if isinstance(first["input"], dict):
-            message = f"{key}.method: missing, expected one of {methods}"
-        case kind:
-            expected = _IN_TOML.get(kind, first["msg"].removeprefix("Input should be "))
-            message = f"{key} = {first['input']!r}: expected {expected}"
-    return message + (f" (and {len(errors) - 1} more)" if len(errors) > 1 else "")
-
-
-def _known_keys(location: tuple[int | str, ...], model: Any) -> str:
-    """The known key that is most similar to the unknown one at `location`, or else all of them."""
-    import difflib
-
-    for part in location[:-1]:
-        if part in model.model_fields:
-            annotation = model.model_fields[part].annotation
-            inner = [annotation, *typing.get_args(annotation)]
-            tables = [each for each in inner if isinstance(each, type)]
-            model = next((each for each in tables if issubclass(each, BaseModel)), model)
-        elif isinstance(part, str):
-            model = SCHEDULES[part]
-    known = [field.alias or name for name, field in model.model_fields.items()]
-    close = difflib.get_close_matches(str(location[-1]), known, n=1)
-    return f"{close[0]!r}?" if close else "one of " + ", ".join(sorted(known))
-
-
-_IN_TOML = {
-    "tuple_type": "a list",
-    "dict_type": "a table",
-    "model_type": "a table",
-    "model_attributes_type": "a table",
-    "union_tag_not_found": "a table",
-    "bool_type": "true or false",
-}
-"""The names of types in TOML, by pydantic's type of error."""

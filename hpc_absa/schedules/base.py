@@ -12,10 +12,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, Field, PositiveInt, PrivateAttr, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    PositiveInt,
+    PrivateAttr,
+    ValidationError,
+    model_validator,
+)
 
+from hpc_absa.errors import UsageError
 from hpc_absa.records import Decision, Eigenvalue, GradientSquares, Observation, ScheduleState
-from hpc_absa.section import Fraction, NonNegative, Positive, Section
+from hpc_absa.section import Fraction, NonNegative, Positive, Section, explain
 
 
 class Rule(ABC):
@@ -176,6 +184,19 @@ class Schedule(Section, Rule):
     _train: TrainSettings = PrivateAttr()
     _seed: int = PrivateAttr(default=0)
     _samples: int | None = PrivateAttr(default=None)
+
+    def __init__(self, **values: Any) -> None:
+        """
+        Raises:
+            UsageError: one line that names key, value and what was expected.
+        """
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise UsageError(f"{type(self).__name__}: {explain(error, type(self))}") from None
+
+    # As pydantic's own: tables of a job file are made without it.
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
 
     @property
     def largest_batch(self) -> int:

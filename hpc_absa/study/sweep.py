@@ -14,12 +14,12 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PositiveInt, ValidationError
 
 from hpc_absa import config
-from hpc_absa.config import SCHEDULES, USER_DEFINED, Job, explain
+from hpc_absa.config import SCHEDULES, USER_DEFINED, Job
 from hpc_absa.errors import UsageError
 from hpc_absa.report.timing import finite
 from hpc_absa.rundir import RunDir
 from hpc_absa.rundir.files import write_atomic
-from hpc_absa.section import Count, Section, Strings
+from hpc_absa.section import Count, Section, Strings, explain
 from hpc_absa.supervisor import run_state
 
 

@@ -3,6 +3,7 @@
 import pytest
 
 from hpc_absa import config
+from hpc_absa.errors import UsageError
 from hpc_absa.records import GradientSquares
 from hpc_absa.schedules import (
     ABS,
@@ -155,3 +156,22 @@ def test_max_batch_defaults_to_the_base_batch():
 def test_a_schedule_that_does_not_fit_the_settings(schedule, message):
     with pytest.raises(ValueError, match=message):
         bound(schedule, microbatch=32, epochs=4, annealing="cosine")
+
+
+@pytest.mark.parametrize(
+    ("schedule", "keys", "message"),
+    [
+        (ABSA, {}, "ABSA: base_batch: missing, expected a value"),
+        (ABSA, {"base_batch": 0}, "ABSA: base_batch = 0: expected greater than 0"),
+        (FB, {"base_batch": 64, "max_bach": 128},
+         "FB: max_bach = 128: unknown key, expected 'max_batch'?"),
+        (GG, {"base_batch": 64, "max_batch": 32},
+         "GG: max_batch = 32: expected at least base_batch = 64"),
+        (ABS, {"base_batch": "64", "beta": 1},
+         "ABS: base_batch = '64': expected a valid integer (and 1 more)"),
+    ],
+)  # fmt: skip
+def test_a_constructor_says_in_one_line_what_is_wrong(schedule, keys, message):
+    with pytest.raises(UsageError) as caught:
+        schedule(**keys)
+    assert str(caught.value) == message

@@ -67,13 +67,20 @@ def sensitivities(
             progress(layer.name)
             weight = model.get_submodule(layer.name).weight
             assert isinstance(weight, Tensor)
-            operator = HessianOperator(
-                model, loss_fn, sample, comm, samples=sample.size, microbatch=microbatch,
-                names=[_parameter_name(model, weight)],
-            )  # fmt: skip
-            like = torch.zeros(operator.size, dtype=operator.dtype, device=operator.device)
-            trace = hutchpp_trace(operator.matvec, like, matvecs=matvecs, broadcast=comm.broadcast_)
-            operator.close()
+            trained = weight.requires_grad
+            weight.requires_grad_()  # frozen layers are quantized as well
+            try:
+                operator = HessianOperator(
+                    model, loss_fn, sample, comm, samples=sample.size, microbatch=microbatch,
+                    names=[_parameter_name(model, weight)],
+                )  # fmt: skip
+                like = torch.zeros(operator.size, dtype=operator.dtype, device=operator.device)
+                trace = hutchpp_trace(
+                    operator.matvec, like, matvecs=matvecs, broadcast=comm.broadcast_
+                )
+                operator.close()
+            finally:
+                weight.requires_grad_(trained)
             errors = np.array([squared_error(weight.detach(), b) for b in bits])
             found.append(Sensitivity(layer, trace, errors))
     return found

@@ -284,6 +284,24 @@ def test_sensitivities_are_of_the_layers_blocks(run):
     assert first.omega == pytest.approx(max(first.trace.value, 0) / size * first.errors)
 
 
+def test_a_frozen_layer_has_the_sensitivity_that_it_has_otherwise(run):
+    from hpc_absa.quantization.graph import trace
+    from hpc_absa.quantization.sensitivity import sensitivities
+
+    loaded = load(Source(run), SERIAL)
+    sample = loaded.training_sample(16)
+    layers = trace(loaded.model, sample.load(0, 1)[0]).layers[:1]
+    values = []
+    for trained in (True, False):
+        loaded.model.requires_grad_(trained)
+        (found,) = sensitivities(
+            loaded.model, loaded.loss, sample, SERIAL, layers, (4, 8), microbatch=8, matvecs=30
+        )
+        values.append(found.trace.value)
+        assert all(p.requires_grad is trained for p in loaded.model.parameters())
+    assert values[0] == pytest.approx(values[1])
+
+
 def test_analyse(run, tmp_path, capsys):
     options = analyse.Options(
         samples=16, trace_matvecs=6, density_steps=4, surface=3, attacks=("fgsm", "pgd"),

@@ -14,6 +14,7 @@ from rich.table import Table
 from hpc_absa.curvature.spectrum import Spectrum
 from hpc_absa.curvature.stochastic import Trace
 from hpc_absa.errors import UsageError
+from hpc_absa.rundir.files import replacing
 
 FORMAT = "hpc-absa-spectrum"
 
@@ -39,7 +40,7 @@ def save(spectrum: Spectrum, path: Path) -> None:
     """Write HDF5: records as groups, arrays as datasets, numbers as attributes."""
     import h5py
 
-    with h5py.File(path, "w") as file:
+    with replacing(path) as temporary, h5py.File(temporary, "w") as file:
         file.attrs["format"] = FORMAT
         _write(file, spectrum)
 
@@ -58,23 +59,30 @@ def _write(group: Any, record: Any) -> None:
             group.attrs[item.name] = value
 
 
-def require_replaceable(path: Path) -> None:
-    """Refuse to replace a file that is not a spectrum, such as a checkpoint.
+def require_replaceable(tables: Path, figure: Path) -> None:
+    """Refuse to replace files that are not a spectrum, and to write where no folder is.
+
+    A figure counts as one if the tables beside it are.
 
     Raises:
-        UsageError: there is such a file.
+        UsageError: there is such a file, such as a checkpoint, or no folder.
     """
     import h5py
 
-    if not path.exists():
+    if not tables.parent.is_dir():
+        raise UsageError(f"{tables}: no folder {tables.parent} to write to; make it first")
+    existing = tables if tables.exists() else figure
+    if not existing.exists():
         return
     try:
-        with h5py.File(path, "r", locking=False) as file:
+        with h5py.File(existing, "r", locking=False) as file:
             ours = file.attrs.get("format") == FORMAT
     except Exception:  # h5py raises many types for files that it cannot read
         ours = False
     if not ours:
-        raise UsageError(f"{path}: exists and is not a spectrum of hpc-absa; choose another --out")
+        raise UsageError(
+            f"{existing}: exists and is not a spectrum of hpc-absa; choose another --out"
+        )
 
 
 def heading(spectrum: Spectrum) -> str:

@@ -24,7 +24,7 @@ def spectrum(source: Source, out: Path | None, as_json: bool, **settings: Any) -
 
     def command(comm: Communicator) -> int:
         if out:
-            raise_on_all_ranks(comm, lambda: export.require_replaceable(Path(f"{out}.h5")))
+            raise_on_all_ranks(comm, lambda: export.require_replaceable(*_files(out)))
         loaded = load(source, comm)
         with Console(stderr=True, quiet=comm.rank > 0).status("spectrum") as status:
             result = spectrum_of(
@@ -49,6 +49,10 @@ def spectrum_of(
     )  # fmt: skip
 
 
+def _files(out: Path) -> tuple[Path, Path]:
+    return Path(f"{out}.h5"), Path(f"{out}.png")
+
+
 def _print(result: curvature.Spectrum, out: Path | None, as_json: bool) -> None:
     if as_json:
         print(json.dumps(export.to_dict(result), allow_nan=False))
@@ -57,7 +61,7 @@ def _print(result: curvature.Spectrum, out: Path | None, as_json: bool) -> None:
         for table in export.tables(result):
             rich_console().print(table)
     if out:
-        tables, figure = Path(f"{out}.h5"), Path(f"{out}.png")
+        tables, figure = _files(out)
         export.save(result, tables)
         plot.draw(result, figure)
         print(f"written: {tables} and {figure}", file=sys.stderr)

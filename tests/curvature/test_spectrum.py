@@ -26,6 +26,7 @@ from hpc_absa.curvature.operator import (
 from hpc_absa.curvature.plot import draw
 from hpc_absa.curvature.spectrum import spectrum
 from hpc_absa.curvature.stochastic import hutchpp_trace, random_vector, spectral_density
+from hpc_absa.errors import UsageError
 from tests.curvature.nets import build, dense
 from tests.curvature.test_eigen import VALUES, operator
 
@@ -119,6 +120,21 @@ def test_json_figure_and_hdf5(computed, tmp_path):
         assert file["top/vectors"].shape == (4, result.parameters)
         assert file["trace"].attrs["value"] == result.trace.value
         assert file["layers/0000"].attrs["name"] == result.layers[0].name
+
+
+def test_files_that_are_not_a_spectrum_are_not_replaced(computed, tmp_path):
+    tables, figure = tmp_path / "s.h5", tmp_path / "s.png"
+    export.require_replaceable(tables, figure)
+    figure.write_bytes(b"a picture")
+    with pytest.raises(UsageError, match=r"s\.png: exists and is not a spectrum"):
+        export.require_replaceable(tables, figure)
+    save(computed[0], tables)
+    export.require_replaceable(tables, figure)
+    tables.write_bytes(b"a table")
+    with pytest.raises(UsageError, match=r"s\.h5: exists and is not a spectrum"):
+        export.require_replaceable(tables, figure)
+    with pytest.raises(UsageError, match=r"s\.h5: no folder .* to write to"):
+        export.require_replaceable(tmp_path / "no" / "s.h5", tmp_path / "no" / "s.png")
 
 
 def test_tables(computed):

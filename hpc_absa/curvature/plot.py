@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from hpc_absa.curvature.spectrum import Spectrum
 
 
@@ -31,7 +33,8 @@ def _density(axis: Any, spectrum: Spectrum) -> None:
     axis.fill_between(curve.grid, low.clip(1e-12), high.clip(1e-12), alpha=0.3)
     for value in spectrum.top.values:
         axis.axvline(value, color="tab:red", linewidth=0.8)
-    axis.set_ylim(bottom=1e-7 * float(curve.density.max(initial=1e-5)))
+    highest = curve.density.max(initial=1e-5, where=np.isfinite(curve.density))
+    axis.set_ylim(bottom=1e-7 * float(highest))
     axis.set(xlabel="eigenvalue", ylabel="density")
     axis.set_title(
         f"{curve.negative_low:.0%} to {curve.negative_high:.0%} of the eigenvalues are negative"

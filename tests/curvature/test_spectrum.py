@@ -122,6 +122,19 @@ def test_json_figure_and_hdf5(computed, tmp_path):
         assert file["layers/0000"].attrs["name"] == result.layers[0].name
 
 
+def test_a_model_whose_loss_is_not_finite_has_a_figure(tmp_path):
+    model, loss, sample = build("mlp", dtype=torch.float32)
+    with torch.no_grad():
+        model[-1].weight[0, 0] = math.inf
+    result = spectrum(
+        model, loss, sample, SerialCommunicator(), samples=20, microbatch=6, k=2,
+        trace_matvecs=6, density_steps=4, density_probes=2,
+    )  # fmt: skip
+    assert np.isnan(result.top.values).all()
+    draw(result, tmp_path / "spectrum.png")
+    assert (tmp_path / "spectrum.png").stat().st_size > 1000
+
+
 def test_files_that_are_not_a_spectrum_are_not_replaced(computed, tmp_path):
     tables, figure = tmp_path / "s.h5", tmp_path / "s.png"
     export.require_replaceable(tables, figure)

@@ -69,7 +69,8 @@ class Options:
                     f"attack {name!r}: expected some of {', '.join(NAMES)}"
                     + suggestion(name, NAMES)
                 )
-        for title, value in (("epsilon", min(self.epsilons)), ("radius", self.radius)):
+        sizes = [*(("epsilon", value) for value in self.epsilons), ("radius", self.radius)]
+        for title, value in sizes:
             if not 0 < value < math.inf:
                 raise UsageError(f"{title} = {value:g}: expected a positive number")
 

@@ -114,6 +114,7 @@ def test_attack(run, tmp_path, capsys):
     for bad, match in (
         ({"attacks": ("fgms",)}, "attack 'fgms': expected some of fgsm, .* did you mean fgsm"),
         ({"epsilons": (0.0,)}, "epsilon = 0: expected a positive number"),
+        ({"epsilons": (2.0, np.nan)}, "epsilon = nan: expected a positive number"),
     ):
         assert attack.attack(Source(run), None, True, attack.Options(**bad)) == 2
         assert re.search(match, one_line(capsys))

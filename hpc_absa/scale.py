@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from statistics import fmean, median
 
@@ -15,10 +16,11 @@ from pydantic import PositiveInt
 
 from hpc_absa.config import Job
 from hpc_absa.config.tables import is_adaptive
-from hpc_absa.errors import UsageError
+from hpc_absa.errors import CheckpointError, UsageError
 from hpc_absa.plan import Plan, PlannedPhase, with_ranks
 from hpc_absa.report.history import History, Phase, job_table, load
 from hpc_absa.report.timing import finite
+from hpc_absa.rundir import RunDir
 from hpc_absa.section import Fraction, NonNegative, Positive, Section
 
 
@@ -238,6 +240,31 @@ def measured(path: Path, job: Job, parameters: int) -> dict[str, float]:
         per_rank = Machine.model_fields["start_seconds_per_rank"].default
         values["start_seconds_per_rank"], values["start_seconds"] = _fit(starts, per_rank)
     return values | _of_events(history, shown)
+
+
+def saved_parameters(path: Path) -> int | None:
+    """Parameters in the newest good checkpoint of the run in `path`; None without one.
+
+    Those with a state of the optimizer; without any, all tensors but statistics of batch norm.
+    """
+    from hpc_absa.checkpoint import file  # h5py and numpy: only for models of the user's own
+
+    for checkpoint in reversed(RunDir(path).checkpoint_files()):
+        try:
+            whole = file.verify(checkpoint)
+            parts = [whole, *(file.verify(checkpoint.with_name(name)) for name in whole.shards)]
+        except CheckpointError:
+            continue
+        places = {key: place for part in parts for key, place in part.places.items()}
+        sizes = {
+            name: prod(place.shape)
+            for (group, name), place in places.items()
+            if group == "model" and not name.endswith((".running_mean", ".running_var"))
+            if place.dtype[1:] in ("f4", "f8", "f2", "u2")  # u2: the bits of bfloat16
+        }
+        trained = {name.partition(".")[2] for group, name in places if group == "optimizer"}
+        return sum(sizes[name] for name in trained & sizes.keys() or sizes) or None
+    return None
 
 
 def _of_events(history: History, shown: Machine) -> dict[str, float]:

@@ -6,16 +6,19 @@ import tomllib
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from benchmarks.overhead import __main__ as overhead
 from hpc_absa import config
+from hpc_absa.checkpoint import Content, Group, write
 from hpc_absa.errors import UsageError
 from hpc_absa.plan import Plan, plan
 from hpc_absa.report.history import load
 from hpc_absa.report.published import PUBLISHED_TIMES
 from hpc_absa.rundir import RunDir
-from hpc_absa.scale import Machine, cheaper, fastest, measured, predict, worlds
+from hpc_absa.scale import Machine, cheaper, fastest, measured, predict, saved_parameters, worlds
+from tests.checkpoint.contents import content, flip_bit
 from tests.test_plan import job
 
 SAMPLES = 50_000
@@ -269,6 +272,21 @@ def test_a_run_shows_the_constants_that_it_was_made_with(run_dir):
         "parameters", "overlap", "save_blocking", "queue_seconds",
         "slots_per_node",
     }  # fmt: skip
+
+
+def test_the_parameters_of_a_model_of_the_users_own_are_those_of_its_checkpoint(tmp_path):
+    assert saved_parameters(tmp_path) is None
+    run = RunDir(tmp_path)
+    run.checkpoints.mkdir()
+    write(run.checkpoint(120, 1), content(120))
+    assert saved_parameters(tmp_path) == 108  # a convolution with momentum, and a counter
+    arrays = {"a": np.ones((2, 3), np.float32), "bn.running_mean": np.ones(3, np.float32)}
+    groups = {"model": Group({}, arrays), "optimizer": Group({"name": "sgd"})}
+    newest = run.checkpoint(121, 1)
+    write(newest, Content({"step": 121}, groups))
+    assert saved_parameters(tmp_path) == 6
+    flip_bit(newest)
+    assert saved_parameters(tmp_path) == 108
 
 
 def test_a_run_of_another_model_or_without_times_is_refused(run_dir):

@@ -122,7 +122,7 @@ def _machine(
 ) -> tuple[Machine, dict[str, list[str]]]:
     """The constants, and which of them are from where; options go before the file, then the run."""
     from hpc_absa import config
-    from hpc_absa.scale import Machine, measured
+    from hpc_absa.scale import Machine, measured, saved_parameters
 
     stated = config.read(file, "a machine file") if file else {}
     options = {key: value for key, value in options.items() if value is not None}
@@ -132,10 +132,13 @@ def _machine(
             "--scale: the speed of a rank is not known; give --rate N, a file with "
             "samples_per_second for --machine, or a run for --from"
         )
-    if (parameters := stated.get("parameters") or _build(job)) is None:
+    parameters = stated.get("parameters") or _build(job)
+    if parameters is None and source:
+        parameters = saved_parameters(source)
+    if parameters is None:
         raise UsageError(
             f"model.name = {job.model.name!r}: its parameters cannot be counted here; state "
-            "parameters = N in a file for --machine"
+            "parameters = N in a file for --machine, or give a run with a checkpoint for --from"
         )
     known = {"parameters": parameters}
     shown = measured(source, job, parameters) if source else {}

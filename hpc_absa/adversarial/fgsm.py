@@ -73,7 +73,8 @@ def perturb(
     for index, gradient in zip(floats, found, strict=True):
         x = leaves[index]
         low, high = valid or (x.amin(), x.amax())
-        moved = torch.clamp(x[:count] + step * gradient[:count].sign(), min=low, max=high)
+        sign = gradient[:count].sign().nan_to_num_()  # 0 / 0 where a mean is over no targets
+        moved = torch.clamp(x[:count] + step * sign, min=low, max=high)
         leaves[index] = torch.cat([moved, x[count:]]) if count < n else moved
     return tree_unflatten(leaves, structure)
 

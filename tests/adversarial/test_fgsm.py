@@ -222,6 +222,20 @@ def test_a_loss_with_its_denominator(model, pixels, targets):
     )
 
 
+def test_samples_without_a_target_are_not_moved(model, pixels, targets):
+    """Their loss, the mean over the targets that count, is 0 / 0."""
+
+    def loss(outputs, targets):
+        counts = (targets >= 0).to(outputs)
+        losses = F.cross_entropy(outputs, targets.clamp(min=0), reduction="none")
+        return (losses * counts).sum() / counts.sum()
+
+    targets[:3] = -1
+    inputs = (pixels - MEAN) / STD
+    moved = perturb(model, loss, inputs, targets, EPSILON / STD, VALID, 3)
+    torch.testing.assert_close(moved, inputs)
+
+
 # Nested inputs
 
 

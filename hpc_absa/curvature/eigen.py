@@ -107,8 +107,6 @@ class Result:
     """Smallest Ritz value: an upper bound of the smallest eigenvalue, negative at a saddle."""
     stopped: bool
     """Ended by the caller's `stop`, not by the tolerance."""
-    coefficients: Tensor
-    """[m] float64: the top vector in terms of the m vectors multiplied; with `power`, the last."""
 
     @property
     def top(self) -> Eigenpair:
@@ -306,15 +304,14 @@ class Lanczos:
         if ritz.overlap:
             bound = self.polynomials.upper_bound(ritz.value, ritz.overlap)
             error = max(error, min(bound, excluded) - ritz.value)
-        coefficients = torch.from_numpy(ritz.coefficients.copy())
         pair = Eigenpair(
             ritz.value,
-            combine(self.basis[: self.steps], coefficients),
+            combine(self.basis[: self.steps], torch.from_numpy(ritz.coefficients.copy())),
             relative(ritz.residual, ritz.value),
             relative(error, ritz.value),
             ritz.converged,
         )
-        return Result((pair,), self.steps, ritz.lowest, stopped, coefficients)
+        return Result((pair,), self.steps, ritz.lowest, stopped)
 
 
 @dataclass(frozen=True)
@@ -358,4 +355,4 @@ def not_finite(like: Tensor, matvecs: int) -> Result:
     """The result where a product contains a NaN or an infinity."""
     nan = math.nan
     pair = Eigenpair(nan, torch.full_like(like, nan), nan, nan, False)
-    return Result((pair,), matvecs, nan, False, torch.zeros(0, dtype=torch.float64))
+    return Result((pair,), matvecs, nan, False)

@@ -16,7 +16,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 
 from hpc_absa.comm import Communicator
@@ -256,7 +255,7 @@ class _Search:
         broadcast = hessians.comm.broadcast_
         rest = eigen.relative(eigen.norm(image - mean * previous.to(image), broadcast), mean)
         pair = eigen.Eigenpair(least, previous, rest, rest, False)
-        return _Found(eigen.Result((pair,), 1, mean, True, torch.ones(1).double()), count, 0)
+        return _Found(eigen.Result((pair,), 1, mean, True), count, 0)
 
     def _above(self, coarse: eigen.Eigenpair) -> float | None:
         """A lower bound of λ of the whole sample, by a test on other samples, if above threshold.

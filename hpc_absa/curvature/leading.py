@@ -161,7 +161,7 @@ def leading(
         ritz = [dataclasses.replace(pair, residual=0.0) for pair in ritz]
     coefficients = space.ritz()[1]
     top = tuple(_eigenpair(space, c, p) for c, p in zip(coefficients, ritz[:k], strict=False))
-    return Result(top, matvecs, lowest, False, coefficients[0])
+    return Result(top, matvecs, lowest, False)
 
 
 @dataclass(frozen=True)

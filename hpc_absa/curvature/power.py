@@ -72,7 +72,7 @@ def power(
         if length == 0:
             break
         vector = following / length
-    return Result((pair,), matvecs, lowest, stopped, torch.ones(1, dtype=torch.float64))
+    return Result((pair,), matvecs, lowest, stopped)
 
 
 def _aitken(history: list[float]) -> float:

@@ -93,7 +93,6 @@ def pgd(
     norm: Norm = "linf",
     steps: int = 10,
     step: float = 0.25,
-    seed: int | None = None,
 ) -> Attacked:
     """Projected gradient descent (Madry et al., arXiv:1706.06083, section 2.1).
 
@@ -112,15 +111,12 @@ def pgd(
         norm: of the ball.
         steps: at most.
         step: length of a step, as a fraction of ε.
-        seed: of a random start in the ball; None starts at the inputs.
     """
     require_attackable(inputs)
     x = inputs.clone()
     updates = torch.zeros(len(inputs), dtype=torch.int64)
     with frozen(model):
         attacked = _selected(correct(model, inputs, targets))
-        if seed is not None and len(attacked):
-            x[attacked] = _random_start(inputs, epsilon, valid, norm, seed)[attacked]
         for _ in range(steps):
             if not len(attacked):
                 break
@@ -279,14 +275,6 @@ def _projected(shift: Tensor, norm: Norm) -> Tensor:
     if norm == "linf":
         return shift.clamp(-1, 1)
     return shift / _broadcast(_length(shift, "l2").clamp_min(1), shift)
-
-
-def _random_start(
-    inputs: Tensor, epsilon: Tensor | float, valid: tuple[Tensor, Tensor], norm: Norm, seed: int
-) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    noise = torch.rand(inputs.shape, generator=generator).to(inputs) * 2 - 1
-    return (inputs + epsilon * _projected(noise, norm)).clamp(*valid)
 
 
 def relative_size(moved: Tensor, inputs: Tensor, norm: Norm) -> Tensor:

@@ -106,7 +106,7 @@ class Result:
     lowest: float
     """Smallest Ritz value: an upper bound of the smallest eigenvalue, negative at a saddle."""
     stopped: bool
-    """Ended by the caller's `stop`, not by the tolerance."""
+    """Ended above the caller's `threshold`, not by the tolerance."""
 
     @property
     def top(self) -> Eigenpair:

@@ -93,7 +93,6 @@ def test_wrong_samples_and_limits(linear):
     for found in (
         trust_region(model, inputs, wrong, (low, high), radius=0.05),
         pgd(model, functional.cross_entropy, inputs, wrong, 0.5, (low, high)),
-        pgd(model, functional.cross_entropy, inputs, wrong, 0.5, (low, high), seed=1),
     ):
         assert torch.equal(found.inputs[:5], inputs[:5])
         assert found.updates[:5].tolist() == [0] * 5

@@ -218,7 +218,7 @@ def target_classes(
     distances = []
     for i in range(1, order.shape[1]):
         gap = logits[rows, order[:, 0]] - logits[rows, order[:, i]]
-        (gradient,) = torch.autograd.grad(gap.sum(), x, retain_graph=True)
+        gradient = _gradient(gap.sum(), x, retain_graph=True)
         distances.append(gap.detach() / _length(gradient, dual).clamp_min(TINY))
     table = torch.stack(distances, 1)
     return order[rows, 1 + (table.argmax(1) if hard else table.argmin(1))]
@@ -238,8 +238,7 @@ def _loss_gradient(
     x = inputs.detach().requires_grad_()
     outputs = model(x.clone())
     value = loss(outputs, targets)
-    (gradient,) = torch.autograd.grad(value[0] if isinstance(value, tuple) else value, x)
-    return outputs.detach(), gradient
+    return outputs.detach(), _gradient(value[0] if isinstance(value, tuple) else value, x)
 
 
 def _gap(model: nn.Module, inputs: Tensor, y: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -248,8 +247,16 @@ def _gap(model: nn.Module, inputs: Tensor, y: Tensor, t: Tensor) -> tuple[Tensor
     logits = model(x.clone())
     rows = torch.arange(len(y), device=y.device)
     gap = logits[rows, y] - logits[rows, t]
-    (gradient,) = torch.autograd.grad(gap.sum(), x)
-    return logits.detach(), gap.detach(), gradient
+    return logits.detach(), gap.detach(), _gradient(gap.sum(), x)
+
+
+def _gradient(value: Tensor, x: Tensor, retain_graph: bool = False) -> Tensor:
+    """By the leaf x alone: parameters are frozen."""
+    # `torch.autograd.grad` does not work with reentrant activation checkpointing
+    x.grad = None
+    value.backward(retain_graph=retain_graph)
+    assert x.grad is not None
+    return x.grad
 
 
 def _length(tensor: Tensor, norm: str) -> Tensor:

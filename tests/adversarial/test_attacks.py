@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from hpc_absa.adversarial import attacks
 from hpc_absa.adversarial.attacks import pgd, trust_region
@@ -154,6 +155,23 @@ def test_the_model_is_left_as_it_was():
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert model.training
     assert [p.requires_grad for p in model.parameters()] == [False] + [True] * 5
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_model_with_activation_checkpointing(linear):
+    model, inputs, targets = linear
+
+    class Checkpointed(nn.Module):
+        def forward(self, x):
+            return checkpoint(model, x, use_reentrant=True)
+
+    wrapper = Checkpointed()
+    wrapper.inner = model  # whose parameters are the wrapper's
+    for attacked in (
+        lambda net: trust_region(net, inputs, targets, EVERYWHERE, steps=3),
+        lambda net: pgd(net, functional.cross_entropy, inputs, targets, 0.1, EVERYWHERE, steps=3),
+    ):
+        torch.testing.assert_close(attacked(wrapper).inputs, attacked(model).inputs)
     assert all(p.grad is None for p in model.parameters())
 
 

@@ -69,7 +69,7 @@ def plan(
     limit = (
         max_ranks or loaded.ranks.max or loaded.schedule.largest_batch // loaded.train.microbatch
     )
-    if loaded.launch.hosts and not max_ranks:
+    if (loaded.launch.hosts or loaded.launch.hostfile) and not max_ranks:
         limit = worldsize.limit(loaded)
     plans = planner.plan(loaded, count, limit)
     output: dict[str, Any] = {name: planned.to_dict() for name, planned in plans.items()}

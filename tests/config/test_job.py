@@ -191,6 +191,7 @@ def test_a_job_is_frozen():
         ("train.momentum=nan", "train.momentum = nan: expected"),
         ("train.lr_decay=1.5", "train.lr_decay = 1.5: expected less than or equal to 1"),
         ("schedule.alpha=1", "schedule.alpha = 1: expected greater than 1"),
+        ("schedule.kappa=often", "schedule.kappa = 'often': expected a valid integer"),
         ("schedule.ratio=1.1", "schedule.ratio = 1.1: expected less than or equal to 1"),
         ("hessian.tol=1", "hessian.tol = 1: expected less than 1"),
         ("checkpoint.keep=1", "checkpoint.keep = 1: expected greater than or equal to 2"),

@@ -114,6 +114,8 @@ class HessianOperator:
         self.reproducible, self.poll = reproducible, poll
         twice.require_supported(model)
         trainable = trainable_parameters(model)
+        if not trainable:
+            raise CurvatureError("model: none of its parameters requires grad, expected some")
         self.parameters = {n: p for n, p in trainable.items() if names is None or n in names}
         if not self.parameters:
             raise ValueError(

@@ -66,3 +66,10 @@ def test_a_start_that_is_the_vector_of_a_smaller_eigenvalue():
     top = absa.top_eigenvalue(model, nn.MSELoss(), batches, start=start)
     assert top.converged
     assert top.value == pytest.approx(8)
+
+
+def test_a_model_without_a_parameter_to_differentiate_by_is_refused_in_one_line():
+    model = nn.Linear(2, 1).requires_grad_(False)
+    batches = [(torch.ones(2, 2), torch.ones(2, 1))]
+    with pytest.raises(absa.HpcAbsaError, match="none of its parameters requires grad"):
+        absa.top_eigenvalue(model, nn.MSELoss(), batches)

@@ -211,9 +211,12 @@ class _Search:
             vector = _start(operator, start)
         else:
             coarse = self._coarse(start)
-            if coarse.stopped or math.isnan(coarse.top.value):
+            if coarse.stopped:
                 return _Found(coarse, pieces.coarse_samples, 0)
-            vector, overlap = coarse.top.vector, OVERLAP
+            if math.isnan(coarse.top.value):  # as where none of these samples has a target
+                vector = _start(operator, start)
+            else:
+                vector, overlap = coarse.top.vector, OVERLAP
             self.coarse_matvecs = coarse.matvecs
         lanczos = eigen.Lanczos(
             operator.matvec, vector, max_iter=self.max_iter, overlap=overlap,

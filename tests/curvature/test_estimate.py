@@ -167,6 +167,16 @@ def test_a_large_sample_is_searched_from_a_coarse_one(monkeypatch):
     assert not above.converged
 
 
+def test_a_coarse_sample_without_targets_is_left_out(monkeypatch):
+    monkeypatch.setattr(pieces, "COARSE_BYTES", 0)
+    model, loss, sample = build("mlp", 64, torch.float32)
+    sample.targets[:16] = -100
+    value = estimate(model, loss, sample, samples=64, microbatch=16, max_iter=60).eigenvalue
+    top = float(torch.linalg.eigvalsh(dense(model, loss, sample, 64))[-1])
+    assert value.converged
+    assert value.value == pytest.approx(top, rel=1e-2)
+
+
 def test_a_sample_that_is_smaller_than_the_smallest_coarse_one(monkeypatch):
     """The previous vector is tested on all of it."""
     monkeypatch.setattr(pieces, "COARSE_BYTES", 0)

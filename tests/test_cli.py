@@ -92,6 +92,8 @@ def test_version(command):
         (["run", JOB, "--launcher", "ssh", "--dry-run"], "launch.launcher = 'ssh': expected"),
         (["run", JOB, "--max-ranks", "0"], "Invalid value for '--max-ranks'"),
         (["status"], "Missing argument 'D'"),
+        (["quantize", "D", "--bits", "4.5,8"], "--bits '4.5,8': expected whole numbers"),
+        (["quantize", "D", "--bits", "4,inf"], "--bits '4,inf': expected whole numbers"),
         (["--bogus"], "No such option: --bogus"),
     ],
 )

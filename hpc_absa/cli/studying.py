@@ -119,12 +119,15 @@ def quantize(
 
     Runs alone or on several ranks. Example: `hpc-absa quantize runs/digits --size 0.25`
     """
+    widths = _numbers("--bits", bits)
+    if not all(width.is_integer() for width in widths):
+        raise UsageError(f"--bits {bits!r}: expected whole numbers with commas between them: 4,8")
     from hpc_absa.training import quantize as command
 
     given = {"size": size, "bops": bops, "latency": latency}
     limits = tuple((cost, text) for cost, text in given.items() if text is not None)
     options = command.Options(
-        tuple(int(number) for number in _numbers("--bits", bits)),
+        tuple(map(int, widths)),
         limits or (("size", "0.5"),),
         latencies=latency_table,
         samples=samples,

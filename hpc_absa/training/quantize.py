@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -69,6 +70,8 @@ class Options:
             )
         if self.finetune and out is None:
             raise UsageError("--finetune: expected also --out, for the run directory of the epochs")
+        if not 0 < self.lr < math.inf:
+            raise UsageError(f"--lr {self.lr:g}: expected a positive number")
         for suffix in ("json", "npz", "png") if out else ():
             require_replaceable(Path(f"{out}.{suffix}"))
         if list(self.bits) != sorted(set(self.bits)) or len(self.bits) < 2:

@@ -207,6 +207,7 @@ def test_fine_tuning_is_not_continued_with_another_network(run, tmp_path):
         ({"limits": (("size", "1e-3KB"),)}, "size limit 1: impossible, expected at least"),
         ({"bits": (8, 4)}, r"--bits \(8, 4\): expected two or more ascending numbers"),
         ({"finetune": 1}, "--finetune: expected also --out"),
+        ({"lr": 0.0}, "--lr 0: expected a positive number"),
     ],
 )
 def test_what_cannot_be_quantized_is_one_line(run, capsys, settings, match):

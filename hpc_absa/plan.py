@@ -48,14 +48,18 @@ class Plan:
         return {"steps": self.steps, "phases": [asdict(phase) for phase in self.phases]}
 
 
-def training_samples(job: Job) -> int:
-    """Training samples of the job's data set, if they are known without its files.
+def training_samples(job: Job, size: int | None = None) -> int:
+    """Training samples that the job uses of its data set.
+
+    Args:
+        job: the job.
+        size: of the training set; by default what is known without its files.
 
     Raises:
-        UsageError: they are not.
+        UsageError: it is not known.
     """
     stated = job.data.arguments.get("samples") if job.data.name == "script" else None
-    if (size := stated or known_size(job.data.name)) is None:
+    if (size := size or stated or known_size(job.data.name)) is None:
         raise UsageError(
             f"data.name = {job.data.name!r}: its size is not known here; give --samples N"
         )

@@ -202,6 +202,12 @@ def test_a_user_defined_data_set_needs_its_size():
         training_samples(job("data.name=my.own:data"))
 
 
+def test_a_part_of_the_training_set():
+    own = job("data.name=my.own:data", "data.train_samples=100")
+    assert training_samples(own, 1000) == 100
+    assert training_samples(own, 50) == 50
+
+
 # Long runs
 
 LONG = pytest.mark.parametrize("epochs", ["1e6", "1000000000"])

@@ -63,7 +63,7 @@ def plan(
     from hpc_absa import plan as planner
 
     loaded = config.load(job, tuple(overrides or ()))
-    count = samples or planner.training_samples(loaded)
+    count = planner.training_samples(loaded, samples)
     if not _known_to_exist(loaded):
         _build(loaded)
     limit = (

@@ -49,7 +49,7 @@ class Attacked:
 
 
 def require_attackable(inputs: Any, outputs: Any = None) -> None:
-    """Refuse inputs that cannot be changed by a little, and outputs that are no scores.
+    """Refuse inputs that cannot be changed slightly, and outputs that are no scores.
 
     Raises:
         UsageError: one line.
@@ -58,7 +58,7 @@ def require_attackable(inputs: Any, outputs: Any = None) -> None:
         kind = str(inputs.dtype) if isinstance(inputs, Tensor) else type(inputs).__name__
         raise UsageError(
             f"attack: inputs are {kind} (such as tokens), expected images or other floating-point "
-            "values, which can be changed by a little"
+            "values, which can be changed slightly"
         )
     if outputs is None:
         return

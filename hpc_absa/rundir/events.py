@@ -69,6 +69,9 @@ class EventLog:
                     self._events, self._offset, self.invalid_lines = [], 0, 0
                 file.seek(self._offset)
                 text = file.read()
+        except FileNotFoundError:  # removed, as by --fresh
+            self._events, self._offset, self.invalid_lines = [], 0, 0
+            return self._events
         except OSError:
             return self._events
         complete = text[: text.rfind(b"\n") + 1]

@@ -149,6 +149,16 @@ def test_a_new_file_under_the_name_is_read_from_its_beginning(log):
     assert reader.read() == new
 
 
+def test_a_removed_file_has_no_events(log):
+    reader = EventLog(log)
+    reader.append("done", 1)
+    assert reader.last("done")
+    log.unlink()
+    assert reader.read() == []
+    new = EventLog(log).append("epoch", 1)
+    assert reader.read() == [new]
+
+
 def test_a_field_with_a_new_name_is_read_under_its_former_one(log):
     EventLog(log).append("decision", 1, settled=True)
     assert EventLog(log).read()[0]["stopped_above_threshold"] is True

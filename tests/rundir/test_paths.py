@@ -116,6 +116,7 @@ def test_a_run_of_an_earlier_version_is_a_run(tmp_path):
     run.job.write_text("name = 'x'\n")  # without the mark
     clear(run)
     assert content(run.path) == ["lock"]
+    assert run.log.read() == []
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,8 @@ class Supervisor:
         self._ending: list[LauncherProcess] = []
         """Launchers without ranks, after a failure."""
         self._ranks, self._launched = 0, 0.0
+        self._slots = 0
+        """Of the ranks; fewer than there are ranks where slots are shared."""
         self._only_here = False
         self._rehearsed = False
         """Ranks of this supervisor took a step: the rehearsal before it need not be repeated."""
@@ -190,7 +192,9 @@ class Supervisor:
         return outcome if outcome in ("done", "resize", "stopped") else None
 
     def _launch(self, number: int) -> None:
-        self._ranks = self._next_ranks(self._resources.available())
+        available = self._resources.available()
+        self._ranks = self._next_ranks(available)
+        self._slots = min(self._ranks, available)
         shown, launch = self._command(self._ranks)
         places = [f"ranks on {launch.hosts}"] if launch.hosts else []
         places += ["bound to cores"] if launch.bind == "core" else []
@@ -212,7 +216,9 @@ class Supervisor:
         With `represent`, ranks of this host are below processes of ours (`forked_rank.py`).
         """
         settings = self._resources.place(self._settings, ranks)
-        launch, worker = settings.launch, self._program.worker(self._run, self._resources.maximum())
+        # After the loss of a host there may be fewer slots than initial ranks.
+        most = max(self._resources.maximum(), settings.ranks.initial)
+        launch, worker = settings.launch, self._program.worker(self._run, most)
         if self._rehearsed:
             worker = replace(worker, environment=worker.environment | {allocation.REHEARSED: "1"})
         self._only_here = only_here(launch)
@@ -272,8 +278,9 @@ class Supervisor:
         self._run.log.append("host", host=host, action=action, reason=reason)
 
     def _on_host_return(self) -> None:
-        """Where the batch feeds more ranks now, have the running ones save and exit."""
-        if self._next_ranks(self._resources.available()) > self._ranks:
+        """Where ranks get more slots now, have the running ones save and exit."""
+        available = self._resources.available()
+        if min(self._next_ranks(available), available) > self._slots:
             self._relaunching = True
             self._run.stop_request.touch()
 

@@ -3,6 +3,9 @@
 import pytest
 
 from hpc_absa.errors import UsageError
+from hpc_absa.rundir import RunDir
+from hpc_absa.supervisor import launchers
+from hpc_absa.supervisor.program import JobProgram
 from hpc_absa.supervisor.resources import (
     BatchJobTasks,
     HostPool,
@@ -12,6 +15,7 @@ from hpc_absa.supervisor.resources import (
     is_reachable,
     resources_of,
 )
+from hpc_absa.supervisor.supervisor import Supervisor
 from hpc_absa.worldsize import stated_hosts
 from tests.supervisor.digits import digits
 
@@ -161,6 +165,21 @@ def test_where_all_hosts_are_set_aside_all_are_tried(failing):
     failing.pool.report_failure(None)
     assert len(failing.changes) == 3
     assert failing.place(5) == "a:2,b:2,c:1"
+
+
+def test_after_the_loss_of_a_host_the_initial_ranks_share_the_slots_that_are_left(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(launchers, "program", lambda name: name)
+    job = digits("ranks.initial=4", "ranks.max=4")
+    pool = HostPool(job, [("a", 2), ("b", 2)], lambda *_: None, answers=lambda host: host == "a")
+    pool.place(job, 4)
+    pool.report_failure(None)
+    supervisor = Supervisor(JobProgram(job), RunDir(tmp_path / "run"), resources=pool)
+    words = supervisor.launch_command(fresh=True).words
+    assert words[words.index("-np") + 1] == "4"
+    assert words[words.index("-H") + 1] == "a:2"
+    assert not any(word.startswith("ranks.max=") for word in words)  # ranks would refuse 2
 
 
 def test_this_machine_is_not_asked():

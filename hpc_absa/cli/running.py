@@ -171,7 +171,8 @@ def _supervise(program: Program, directory: RunDir, fresh: bool, dry_run: bool) 
             follower.refuse_if_active()
         start: Callable[[], ExitStatus] = follower.follow
     else:
-        ranks = settings.ranks.model_copy(update={"max": worldsize.limit(settings)})
+        most = max(worldsize.limit(settings), settings.ranks.initial)
+        ranks = settings.ranks.model_copy(update={"max": most})
         program.settings = settings.model_copy(update={"ranks": ranks})
         board = TensorBoardLog(directory)
         footer = partial(progress_bar, directory)

@@ -20,7 +20,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from hpc_absa import allocation, worldsize
 from hpc_absa.allocation import Hosts
-from hpc_absa.config import Launch, Launchable
+from hpc_absa.config import Job, Launch, Launchable
+from hpc_absa.errors import UsageError
 
 AGENT = "ssh -o BatchMode=yes -o ConnectTimeout=5"
 """Reaches a host unless `launch.rsh_agent` or `plm_rsh_agent` of Open MPI names a program."""
@@ -161,9 +162,20 @@ class HostPool(Resources):
 
 
 def resources_of(job: Launchable, on_change: HostChanged) -> Resources:
-    """The hosts that the job names, those of the scheduler's allocation, or this machine."""
+    """The hosts that the job names, those of the scheduler's allocation, or this machine.
+
+    Raises:
+        UsageError: they have fewer slots than a job file has initial ranks.
+    """
     named = worldsize.stated_hosts(job)
     current = None if named else allocation.detect()
+    slots = current.slots if current else sum(count for _, count in named)
+    if isinstance(job, Job) and (named or current) and slots < job.ranks.initial:
+        place = "the hosts" if named else "this batch job"
+        raise UsageError(
+            f"ranks.initial = {job.ranks.initial}: expected at most {slots}, the slots of {place}; "
+            "start with fewer ranks, or ask for more slots"
+        )
     if current and (current.scheduler != "Slurm" or job.launch.launcher == "horovodrun"):
         named = list(current.hosts)  # within Slurm, mpirun and srun know their hosts themselves
     if named:

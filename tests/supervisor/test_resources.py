@@ -71,6 +71,16 @@ def test_within_slurm_its_launchers_know_the_hosts(monkeypatch):
     assert hosts(resources("ranks.max=8", "launch.launcher=horovodrun"), 3) == "n1:2,n2:1"
 
 
+def test_more_initial_ranks_than_slots_are_refused(monkeypatch):
+    with pytest.raises(UsageError, match=r"= 3: expected at most 2, the slots of the hosts"):
+        resources("ranks.initial=3", "launch.hosts=a:2")
+    for name, value in (("ID", "1"), ("NODELIST", "n1")):
+        monkeypatch.setenv(f"SLURM_JOB_{name}", value)
+    monkeypatch.setenv("SLURM_TASKS_PER_NODE", "2")
+    with pytest.raises(UsageError, match=r"the slots of this batch job; start with fewer"):
+        resources("ranks.initial=3")
+
+
 def test_a_link_may_ask_for_more_ranks_than_it_has():
     tasks = BatchJobTasks(2, 8)
     assert (tasks.available(), tasks.maximum()) == (2, 8)

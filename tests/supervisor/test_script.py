@@ -109,6 +109,15 @@ def test_options_after_the_program_are_the_programs(launch, tmp_path):
     assert [(s["ranks"], s["arguments"]) for s in seen(tmp_path)] == [(2, ["--fresh"])]
 
 
+def test_more_initial_ranks_than_slots_share_them_and_the_settings_can_be_read(launch, tmp_path):
+    words = ("--run-dir", "r", "--ranks", 4, "-H", "localhost:2", "--", *STAND_IN)
+    code, out, _ = launch(*words)
+    assert code == 0, out
+    assert [s["ranks"] for s in seen(tmp_path)] == [4]
+    ranks = read_script(RunDir(tmp_path / "r")).ranks
+    assert (ranks.initial, ranks.max) == (4, 4)
+
+
 def test_a_stopped_run_continues_with_its_stored_command(launch, tmp_path, monkeypatch):
     words = ("--run-dir", tmp_path / "r", "--max-ranks", 2)
     code, out, _ = launch(*words, "--", *STAND_IN, "--stop")

@@ -167,7 +167,18 @@ def _oversubscribed(job: Launchable, ranks: int) -> bool:
     if job.launch.hosts:
         return ranks > sum(slots for _, slots in worldsize.hosts(job.launch.hosts))
     current = allocation.detect()
-    return ranks > (current.slots if current else len(os.sched_getaffinity(0)))
+    return ranks > (current.slots if current else cores())
+
+
+def cores(cpus: Path = Path("/sys/devices/system/cpu")) -> int:
+    """Cores of this process, which are Open MPI's slots: the hardware threads of one count once."""
+    siblings = set[str]()
+    for number in os.sched_getaffinity(0):
+        try:
+            siblings.add((cpus / f"cpu{number}/topology/thread_siblings_list").read_text())
+        except OSError:
+            siblings.add(str(number))
+    return len(siblings)
 
 
 def program(name: str) -> str:

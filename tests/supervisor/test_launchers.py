@@ -24,7 +24,7 @@ def programs(monkeypatch, tmp_path):
         program.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(tmp_path / "bin" / "python"))
     monkeypatch.setattr(sys, "prefix", str(tmp_path))
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.setattr(launchers, "cores", lambda: 2)
     return tmp_path / "bin"
 
 
@@ -46,6 +46,15 @@ def test_more_ranks_than_cores_are_allowed_explicitly(programs):
     assert "--mpi-args=--bind-to none --mca odls_base_sigkill_timeout 3 --oversubscribe" in words(
         digits("launch.launcher=horovodrun"), 3
     )
+
+
+def test_the_hardware_threads_of_a_core_are_one_slot(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3})
+    for number, siblings in enumerate(("0,2", "1,3", "0,2")):
+        file = tmp_path / f"cpu{number}" / "topology" / "thread_siblings_list"
+        file.parent.mkdir(parents=True)
+        file.write_text(f"{siblings}\n")
+    assert launchers.cores(tmp_path) == 3  # of the last one nothing is known
 
 
 def test_hosts_and_extra_arguments_are_passed_on(programs):

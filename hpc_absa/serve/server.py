@@ -23,7 +23,6 @@ from hpc_absa.serve.site import Site
 
 COOKIE = "hpc-absa-token"
 OWN_FILES = ("live.js", "page.js")
-LOCAL_NAMES = {"localhost", "127.0.0.1", "[::1]"}
 HEADERS = {
     "Cache-Control": "no-store",
     "Content-Security-Policy": report_page.LIVE_POLICY + "; frame-ancestors 'none'",
@@ -44,11 +43,9 @@ class Handler(web.RequestHandler):
 
     def prepare(self) -> None:
         self._begin = time.process_time()
-        host = self.request.host.rpartition(":")[0] or self.request.host
-        if self._local and host not in LOCAL_NAMES and self.request.host not in LOCAL_NAMES:
-            raise web.HTTPError(
-                403, reason="unknown host name"
-            )  # another site's, made to lead here
+        if self._local and not _is_loopback(self.request.host_name.strip("[]")):
+            # another site's name, made to lead here
+            raise web.HTTPError(403, reason="unknown host name")
         if not self._token:
             return
         given = self.get_query_argument("token", "")

@@ -161,7 +161,15 @@ def test_nothing_can_be_written(runs, method):
 def test_a_page_of_another_site_cannot_read_through_a_name_that_leads_here(runs):
     with serving([runs]) as address:
         assert get(address, Host="evil.example:80")[0] == 403
+        assert get(address, Host="127.0.0.1.evil.example")[0] == 403
         assert get(address, Host="localhost:9999")[0] == 200
+        assert get(address, Host="[::1]:80")[0] == 200
+
+
+def test_the_name_of_any_loopback_address_is_accepted(runs):
+    """As printed after `--host 127.0.0.2`."""
+    with serving([runs]) as address:
+        assert get(address, Host="127.0.0.2:8265")[0] == 200
 
 
 def test_elsewhere_than_on_loopback_a_token_is_needed(runs):

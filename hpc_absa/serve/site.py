@@ -100,10 +100,12 @@ class Site:
             return self._runs
         found: dict[str, Watched] = {}
         for path in self._present():
-            name = path.resolve().name or "run"
-            number = sum(known.split("~")[0] == name for known in found)
-            watched = self._watched.setdefault(path, Watched(RunDir(path)))
-            found[f"{name}~{number + 1}" if number else name] = watched
+            name = base = path.resolve().name or "run"
+            number = 1
+            while name in found:
+                number += 1
+                name = f"{base}~{number}"
+            found[name] = self._watched.setdefault(path, Watched(RunDir(path)))
         self._runs, self._searched = found, time.monotonic()
         return found
 

@@ -93,6 +93,12 @@ def test_list_and_pages_of_the_runs_in_a_folder(runs, monkeypatch):
         assert 'href="/run/three"' in get(f"{address}/")[1]
 
 
+def test_runs_of_the_same_name_are_all_shown(tmp_path):
+    for path in ("x/a~b", "y/a~b", "y/c", "z/c"):
+        Log(tmp_path / path).start()
+    assert list(Site([tmp_path]).runs()) == ["a~b", "a~b~2", "c", "c~2"]
+
+
 def test_one_run_is_shown_at_once(runs):
     with serving([runs / "one"]) as address:
         assert "97.40 %" in get(f"{address}/")[1]

@@ -206,13 +206,19 @@ class RunDir:
         The files that show that the folder is a run directory are removed last.
 
         Raises:
-            UsageError: the folder has files, and nothing shows that it is a run directory.
+            UsageError: the folder has files, and nothing shows that it is a run directory,
+                or its checkpoints are behind a symbolic link.
         """
         if not self.is_run:
             known = {"lock", *OWN_FILES}  # as `create` and a lock leave them
             if any(entry.name not in known for entry in self.path.iterdir()):
                 raise UsageError(f"{self.path}: not a run directory; --fresh removes nothing else")
             return
+        if self.checkpoints.is_symlink() and self.checkpoint_files():
+            raise UsageError(
+                f"{self.checkpoints}: a symbolic link, and --fresh removes nothing behind it, from "
+                "where the run would continue; remove those checkpoints, or use another --run-dir"
+            )
         root = self.path.resolve()
         for folder, names in OWN_FILES.items():
             own = re.compile("|".join(names).replace("{packed}", re.escape(self._packed_name())))

@@ -79,8 +79,10 @@ def test_a_linked_folder_of_a_run_is_not_emptied(tmp_path):
     elsewhere = tmp_path / "elsewhere"
     run.checkpoints.rename(elsewhere)
     os.symlink(elsewhere, run.checkpoints)
-    clear(run)
+    with pytest.raises(UsageError, match="a symbolic link, and --fresh removes nothing behind it"):
+        clear(run)  # and not a run that continues from these checkpoints
     assert len(content(elsewhere)) == 2
+    assert run.is_run
 
 
 def test_a_file_that_cannot_go_yet_is_no_failure(tmp_path):

@@ -40,7 +40,10 @@ OWN_FILES = {
     ),
     "chain": (r"\d+\.(sh|json)", r"owner", r"cancelled", r"lock", r"\..*\.(tmp|json\.\d+)"),
     "tensorboard": (r"events\.out\.tfevents\..*",),
-    "data": (r"{packed}", r"\.{packed}\.[0-9a-f]+\.tmp"),
+    "data": (
+        r"{packed}(\.unreadable\.txt)?",
+        r"\.{packed}\.([0-9a-f]+\.tmp|partial(\.jsonl)?)",
+    ),
     ".": (
         r"report\.(html|png)",
         r"\.(report\.html|report\.png|job\.toml|launch\.toml)\.[0-9a-f]+\.tmp",

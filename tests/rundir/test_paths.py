@@ -113,6 +113,19 @@ def test_a_run_that_ended_before_its_first_event_is_a_run(tmp_path):
     assert not run.is_run
 
 
+def test_a_packed_data_set_and_one_that_is_not_complete_are_removed(tmp_path):
+    run = RunDir(tmp_path / "run").create()
+    run.write_job("[data]\nname = 'my:images'\n")
+    run.data.mkdir()
+    packed = "my.images.h5"
+    for name in (packed, f"{packed}.unreadable.txt", f".{packed}.0a1b2c3d.tmp"):
+        (run.data / name).touch()
+    for name in (f".{packed}.partial", f".{packed}.partial.jsonl", f"{packed}.partial"):
+        (run.data / name).touch()
+    clear(run)
+    assert content(run.path) == ["data/my.images.h5.partial", "lock"]
+
+
 def test_a_run_of_an_earlier_version_is_a_run(tmp_path):
     run = a_run(tmp_path / "run")
     run.job.write_text("name = 'x'\n")  # without the mark

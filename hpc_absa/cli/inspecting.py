@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
@@ -85,7 +86,8 @@ def report(
     runs = run_dirs(directories)
     for run in runs:
         if not any(run.glob("tensorboard/*")):
-            TensorBoardLog(RunDir(run)).close()
+            with contextlib.suppress(OSError):  # a run of another user's
+                TensorBoardLog(RunDir(run)).close()
     write_report(directories, out, {run: run_status.status(run).state for run in runs})
     if figures or scalars or trackers:
         _write_files(runs, figures, scalars, trackers)

@@ -12,12 +12,14 @@ from html.parser import HTMLParser
 
 import pytest
 
+from hpc_absa.cli import inspecting
 from hpc_absa.errors import UsageError
 from hpc_absa.report import figures
 from hpc_absa.report.compare import comparison, folded, run_dirs
 from hpc_absa.report.curves import curves, groups
 from hpc_absa.report.history import load
 from hpc_absa.report.page import headline, page, write_report
+from hpc_absa.report.tensorboard import TensorBoardLog
 from hpc_absa.report.timing import CATEGORIES
 from tests.report.synthetic import JOB, Log, whole_run
 
@@ -176,6 +178,16 @@ def test_output_path(tmp_path):
     assert "No epoch has been finished" in paths.html.read_text()
     assert size_of(paths.png.read_bytes())[0] == 1170
     assert (paths.html, paths.png) == (tmp_path / "deep/x.html", tmp_path / "deep/x.png")
+
+
+def test_a_run_in_a_folder_that_cannot_be_written_has_its_page_elsewhere(tmp_path, monkeypatch):
+    def refuse(log):
+        raise PermissionError(13, "Permission denied", "tensorboard")
+
+    monkeypatch.setattr(TensorBoardLog, "close", refuse)
+    Log(tmp_path / "run").start()
+    assert inspecting.report([tmp_path / "run"], tmp_path / "x.html") == 0
+    assert (tmp_path / "x.html").exists()
 
 
 def test_headline_of_an_unfinished_run(tmp_path):

@@ -76,8 +76,10 @@ def data(
 
     def pack(comm: Communicator | None = None) -> int:
         prepare.pack(name, root, arguments, packed, progress=True, comm=comm)
+        keys = "".join(f", {key} = {json.dumps(value)}" for key, value in arguments.items())
         print_line(
-            f"packed: {decoded(packed)}; in the job: [data] name = {name!r}, root = {str(packed)!r}"
+            f"packed: {decoded(packed)}; in the job: [data] name = {name!r}, "
+            f"root = {str(packed)!r}{keys}"
         )
         return ExitStatus.OK
 

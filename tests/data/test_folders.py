@@ -237,6 +237,15 @@ def test_the_command_prints_and_shows_the_notes(tmp_path):
     assert json.loads(shown.output)["notes"] == STRANGE
 
 
+def test_the_command_prints_all_keys_that_the_job_needs(tmp_path):
+    """A job without these arguments would be refused: they are those of the packed file."""
+    folders(tmp_path / "raw")
+    arguments = ["data", "imagefolder", "--root", str(tmp_path / "raw"), "--image-size", "4"]
+    result = CliRunner().invoke(app, [*arguments, "--encoded"])
+    keys = f"root = '{tmp_path}/raw.h5', image_size = 4, encoded = true"
+    assert (result.exit_code, keys in result.output) == (0, True)
+
+
 def test_notes_that_cannot_be_printed_do_not_fail(tmp_path, monkeypatch):
     strange_folder(tmp_path / "raw")
     full = SimpleNamespace(write=Mock(side_effect=OSError(28, "No space left on device")))

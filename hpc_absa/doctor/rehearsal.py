@@ -12,6 +12,7 @@ import io
 import json
 import os
 import resource
+import shlex
 import sys
 import tempfile
 import time
@@ -70,10 +71,14 @@ def _without_data(job: Job) -> dict[str, object]:
             "or the file that `hpc-absa data` writes"
         )
     require_buildable(job)
+    words = ["hpc-absa", "data", job.data.name, "--root", str(root)]
+    for key, value in job.data.arguments.items():
+        words.append(f"--{key.replace('_', '-')}")
+        words += [] if value is True else [str(value)]
     return {
         "warning": f"{root} is not packed yet, so that no microbatch was tried; "
         "model, loss and schedule can be built",
-        "fix": f"hpc-absa data {job.data.name} --root {root}",
+        "fix": shlex.join(words),
     }
 
 

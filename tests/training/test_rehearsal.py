@@ -218,6 +218,17 @@ def test_what_cannot_be_built_is_refused_without_data(override, message):
         require_buildable(job)
 
 
+def test_the_command_that_packs_the_data_has_the_arguments_of_the_job(tmp_path):
+    from hpc_absa.doctor.rehearsal import rehearse_job
+
+    root = tmp_path / "my images"
+    root.mkdir()
+    data = f"data={{name = 'imagefolder', root = '{root}', image_size = 64, encoded = true}}"
+    result = rehearse_job(config.parse(runs.JOB, "test", (data,)))
+    command = f"hpc-absa data imagefolder --root '{root}' --image-size 64 --encoded"
+    assert result["fix"] == command
+
+
 @pytest.mark.slow
 def test_doctor_checks_a_job_whose_data_is_not_packed_yet(tmp_path):
     from hpc_absa.doctor.software import check_rehearsal

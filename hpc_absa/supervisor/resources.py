@@ -233,6 +233,6 @@ def is_here(host: str) -> bool:
         address = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0]
         with socket.socket(socket.AF_INET6 if ":" in str(address) else socket.AF_INET) as probe:
             probe.bind((address, 0))  # only a local address can be bound
-    except OSError:
+    except (OSError, UnicodeError):  # the latter of names such as a..b
         return False
     return True

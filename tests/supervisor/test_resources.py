@@ -196,6 +196,7 @@ def test_this_machine_is_not_asked():
     assert is_here("localhost")
     assert is_here("127.0.0.1")
     assert not is_here("192.0.2.1")
+    assert not is_here("a..b")
     assert is_reachable("localhost", ("/no/such/agent",))
     assert not is_reachable("192.0.2.1", ("/no/such/agent",))
     assert not is_reachable("192.0.2.1", ("false",))

@@ -131,7 +131,10 @@ class LauncherProcess:
             pass_fds=() if lock is None else (lock,),
             preexec_fn=end_with_parent,
         )
-        self._reader = threading.Thread(target=self._read, args=(log, show), name="output")
+        # A daemon: ssh's master connection to a host may keep the pipe open long after the ranks.
+        self._reader = threading.Thread(
+            target=self._read, args=(log, show), name="output", daemon=True
+        )
         self._reader.start()
 
     def wait(

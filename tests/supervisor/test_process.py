@@ -69,6 +69,12 @@ def test_where_the_kernel_lists_no_children_the_launcher_is_waited_for(tmp_path,
     assert (ended.code, ended.seconds) == (3, 0)
 
 
+def test_a_process_that_keeps_the_output_open_does_not_keep_the_supervisor(tmp_path):
+    process = LauncherProcess(Command(("true",)), tmp_path / "log", None, print)
+    assert process._reader.daemon  # Python waits for other threads at its end
+    process.finish()
+
+
 def test_the_last_line_of_a_rank_is_its_exception():
     """Of what mpirun and horovodrun print, with the lines of two ranks mixed."""
     notice = ("-" * 74, "Primary job  terminated normally, but 1 process returned", "-" * 74)

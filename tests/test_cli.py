@@ -140,14 +140,16 @@ def test_plan_without_measurements_has_its_steps_at_the_top(command):
     assert [phase["steps"] for phase in plan["phases"]] == [7031]
 
 
-def test_plan_has_at_most_the_slots_of_a_host_file(command, tmp_path):
-    hosts = tmp_path / "hosts"
-    hosts.write_text("a slots=2\n")
-    settings = ["schedule={method='bl', base_batch=128}", "ranks={}", f"launch.hostfile={hosts}"]
+@pytest.mark.parametrize("key", ["launch.hosts=a:2", "launch.hostfile=HOSTS"])
+def test_plan_has_no_more_ranks_than_the_hosts_have_slots(command, tmp_path, key):
+    """As `run`; ranks.max is 4."""
+    (tmp_path / "hosts").write_text("a slots=2\n")
+    settings = ("schedule.method=gg", key.replace("HOSTS", str(tmp_path / "hosts")))
     options = [option for setting in settings for option in ("--set", setting)]
-    status, out, _ = command("plan", JOB, "--json", *options)
-    assert status == 0
-    assert [phase["ranks"] for phase in json.loads(out)["phases"]] == [2, 2, 2]
+    for more, ranks in (((), 2), (("--max-ranks", "4"), 4)):
+        status, out, _ = command("plan", JOB, "--json", *options, *more)
+        assert status == 0
+        assert max(phase["ranks"] for phase in json.loads(out)["phases"]) == ranks
 
 
 def test_plan_predicts_hours_with_constants_of_a_machine(command, tmp_path):

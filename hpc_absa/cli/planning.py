@@ -69,8 +69,8 @@ def plan(
     limit = (
         max_ranks or loaded.ranks.max or loaded.schedule.largest_batch // loaded.train.microbatch
     )
-    if (loaded.launch.hosts or loaded.launch.hostfile) and not max_ranks:
-        limit = worldsize.limit(loaded)
+    if not max_ranks and (slots := sum(count for _, count in worldsize.stated_hosts(loaded))):
+        limit = min(loaded.ranks.max or slots, slots)
     plans = planner.plan(loaded, count, limit)
     output: dict[str, Any] = {name: planned.to_dict() for name, planned in plans.items()}
     if predicts := scale or rate or ranks_per_node or machine or source:

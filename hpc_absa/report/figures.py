@@ -78,7 +78,7 @@ FORMATS = ("pdf", "svg", "png")
 
 def png(histories: Sequence[History]) -> bytes:
     """Both parts in one image."""
-    return _render(histories, PARTS, format="png", dpi=130)
+    return _render(histories, PARTS, format="png", dpi=130, metadata={"Software": "hpc-absa"})
 
 
 def save(histories: Sequence[History], folder: Path) -> list[Path]:

@@ -23,7 +23,7 @@ from hpc_absa.report.compare import comparison, folded, run_dirs
 from hpc_absa.report.history import History, labels, load
 from hpc_absa.report.tables import run_result, time_table
 from hpc_absa.report.timing import CATEGORIES, KINDS
-from hpc_absa.rundir.files import write_atomic
+from hpc_absa.rundir.files import require_replaceable, write_atomic
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -71,7 +71,8 @@ def write_report(
         states: of run directories, as `hpc-absa status` has them.
 
     Raises:
-        UsageError: no run directory given, or a path is not a run directory.
+        UsageError: no run directory given, a path is not a run directory, or the page or the image
+            would replace a file that is not ours.
     """
     if not paths:
         raise UsageError("report: no run directory given; expected at least one")
@@ -82,6 +83,8 @@ def write_report(
         out /= "report.html"
     written = ReportPaths(out, out.with_suffix(".png"))
     written.html.parent.mkdir(parents=True, exist_ok=True)
+    # The image beside a page of ours is ours; those of earlier versions have no mark.
+    require_replaceable(written.html if written.html.exists() else written.png)
     write_atomic(written.png, figures.png(histories))
     known = {history.path: (states or {}).get(history.path, "") for history in histories}
     write_atomic(written.html, page(histories, [known[history.path] for history in histories]))

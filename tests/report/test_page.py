@@ -180,6 +180,25 @@ def test_output_path(tmp_path):
     assert (paths.html, paths.png) == (tmp_path / "deep/x.html", tmp_path / "deep/x.png")
 
 
+@pytest.mark.parametrize("name", ["x.html", "x.png"])
+def test_a_file_of_the_users_is_not_replaced(tmp_path, name):
+    Log(tmp_path / "run").start()
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(UsageError, match=f"{name}: exists and is not of hpc-absa"):
+        write_report([tmp_path / "run"], tmp_path / "x.html")
+    assert (tmp_path / name).read_text() == "mine"
+
+
+def test_an_earlier_report_is_replaced_also_its_image_alone(whole, monkeypatch):
+    folder, paths = whole
+    monkeypatch.setattr(figures, "png", lambda histories: paths.png.read_bytes())
+    source = paths.html.read_text()
+    write_report([folder])
+    paths.html.unlink()
+    write_report([folder])
+    paths.html.write_text(source)
+
+
 def test_a_run_in_a_folder_that_cannot_be_written_has_its_page_elsewhere(tmp_path, monkeypatch):
     def refuse(log):
         raise PermissionError(13, "Permission denied", "tensorboard")

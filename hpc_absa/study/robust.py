@@ -43,7 +43,8 @@ def measure(
             report(f"{cell.name}: attack failed: {lines[-1].removeprefix('hpc-absa: ')}")
             complete = False
             continue
-        found = {"attacks": attacks, **json.loads(done.stdout)}
+        step = study.run(cell).newest_step()
+        found = {"attacks": attacks, "step": step, **json.loads(done.stdout)}
         _file(study, cell).parent.mkdir(parents=True, exist_ok=True)
         write_atomic(_file(study, cell), json.dumps(found))
         report(f"{cell.name}: {100 * found['accuracy']:.1f} % without, " + _line(found))
@@ -82,11 +83,15 @@ def _file(study: StudyDir, cell: Cell) -> Path:
 
 
 def _read(study: StudyDir, cell: Cell) -> dict[str, Any] | None:
+    """What was measured; None if nothing was, or the run was continued since."""
     try:
         found = json.loads(_file(study, cell).read_text(encoding="utf-8"))
-        return found if isinstance(found, dict) and "results" in found else None
     except (OSError, ValueError):
         return None
+    if not isinstance(found, dict) or "results" not in found:
+        return None
+    step = study.run(cell).newest_step()
+    return found if found.get("step", step) == step else None  # earlier versions wrote none
 
 
 def _line(found: Mapping[str, Any]) -> str:

@@ -77,3 +77,17 @@ def test_every_cell_that_is_done_is_attacked_once(study, tmp_path):
     assert lines == ["bl-64-seed1: attack failed: a reason"]
     kept = json.loads((study.path / "robustness" / "bl-32-seed0.json").read_text())
     assert kept["attacks"] == "fgsm,pgd"
+
+
+def test_a_cell_that_was_continued_is_attacked_again(study, tmp_path):
+    script = tmp_path / "program.py"
+    script.write_text(PROGRAM)
+    lines, run = [], study.run(study.cells[0])
+    for step in (10, 20):
+        run.checkpoint(step, 1).touch()
+        robust.measure(study, "fgsm", lines.append, (sys.executable, str(script)))
+    attacked = [line.partition(":")[0] for line in lines if "without" in line]
+    assert attacked == ["bl-32-seed0", "bl-32-seed1", "bl-64-seed0", "bl-32-seed0"]
+    assert robust.table(study).rows[0][3].n == 2
+    run.checkpoint(30, 1).touch()
+    assert robust.table(study).rows[0][3].n == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -68,7 +69,8 @@ def init(
     from hpc_absa.config import template
 
     template.write(out, data, model, root, loss, optimizer)
+    job = shlex.quote(str(out))
     print_line(
-        f"written: {out}; see what it will do: hpc-absa plan {out}; train: hpc-absa run {out}"
+        f"written: {out}; see what it will do: hpc-absa plan {job}; train: hpc-absa run {job}"
     )
     return ExitStatus.OK

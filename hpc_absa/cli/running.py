@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -77,7 +78,7 @@ def run(
     if loaded.data.name == SCRIPT:
         raise UsageError(
             f"{job}: the run of a script; continue it with hpc-absa launch --run-dir "
-            f"{job.parent} -- COMMAND"
+            f"{shlex.quote(str(job.parent))} -- COMMAND"
         )
     directory = RunDir(run_dir or default_run_dir(loaded))
     return _supervise(JobProgram(loaded, tuple(allow_changed or ())), directory, fresh, dry_run)

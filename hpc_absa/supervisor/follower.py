@@ -68,7 +68,7 @@ class Follower:
         except KeyboardInterrupt:
             self._show(
                 "no longer watching; the chain continues without this command. The same command "
-                f"watches again, hpc-absa cancel {self._run.path} ends the chain"
+                f"watches again, {self._cancel_command()} ends the chain"
             )
             return ExitStatus.STOPPED
 
@@ -82,8 +82,11 @@ class Follower:
         if last and self._queued(last):
             raise UsageError(
                 f"{self._run.path}: its job {last.job_id} is pending or running; "
-                f"first hpc-absa cancel {self._run.path}"
+                f"first {self._cancel_command()}"
             )
+
+    def _cancel_command(self) -> str:
+        return shlex.join(["hpc-absa", "cancel", str(self._run.path)])
 
     def _start(self) -> None:
         last = self._chain.last()

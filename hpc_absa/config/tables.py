@@ -216,7 +216,8 @@ class RankLimits(Section):
     initial: PositiveInt = 1
     """Ranks of the first phase."""
     max: PositiveInt | None = None
-    """Largest number of ranks; None means as many as the hosts have cores or GPUs."""
+    """Largest number of ranks; None means the slots of the hosts or of the allocation, otherwise
+    the cores of this machine."""
 
     @model_validator(mode="after")
     def _check_max(self) -> Self:

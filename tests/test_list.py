@@ -1,6 +1,7 @@
 """`hpc-absa list`: the runs in a folder, also in folders below it, and nothing else."""
 
 import json
+import os
 
 import pytest
 
@@ -50,3 +51,17 @@ def test_a_run_directory_lists_itself(runs, capsys):
     assert capsys.readouterr().out == f"{runs / 'mine'}: no runs\n"
     with pytest.raises(UsageError, match="no such folder"):
         list_runs(runs / "none")
+
+
+def test_a_folder_that_cannot_be_read_is_left_out(runs, monkeypatch):
+    scandir = os.scandir
+
+    def denied(path):  # permissions do not hold for root
+        if str(path).endswith("sweep"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr("os.scandir", denied)
+    assert list(find_runs(runs)) == [runs / "a script", runs / "done"]
+    with pytest.raises(PermissionError):
+        list(find_runs(runs / "sweep"))

@@ -42,9 +42,14 @@ def find_runs(folder: Path, depth: int = DEPTH) -> Iterator[Path]:
     if RunDir(folder).is_run:
         yield folder
     elif depth and folder.is_dir():
-        with os.scandir(folder) as entries:
-            names = sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
-        for name in names:
+        try:
+            with os.scandir(folder) as entries:
+                folders = [e.name for e in entries if e.is_dir() and not e.name.startswith(".")]
+        except PermissionError:
+            if depth == DEPTH:
+                raise
+            return  # another user's, among runs that can be read
+        for name in sorted(folders):
             yield from find_runs(folder / name, depth - 1)
 
 

@@ -118,10 +118,14 @@ class Supervisor:
             outcome = self._run_phase()
             if outcome == "done":
                 return ExitStatus.OK
+            if isinstance(outcome, Failure) and outcome.final and self._signals < 2:
+                raise FinalError(outcome)
             if self._relaunching and outcome == "stopped" and not self._signals:
                 continue
-            if self._signals or outcome == "stopped":
-                self._show("stopped, everything saved; run the same command to continue")
+            if self._signals or outcome in ("stopped", "ended"):
+                saved = outcome in ("stopped", "resize")
+                how = "stopped, everything saved" if saved else "stopped without saving"
+                self._show(f"{how}; run the same command to continue")
                 return ExitStatus.STOPPED
             if outcome == "resize":
                 maximum, available = self._resources.maximum(), self._resources.available()
@@ -134,8 +138,6 @@ class Supervisor:
                     return ExitStatus.FAILED
                 continue
             assert isinstance(outcome, Failure)
-            if outcome.final:
-                raise FinalError(outcome)
             self._report(outcome)
             self._resources.report_failure(outcome.host)
             if outcome.early and previous and outcome.exit_code == previous.exit_code:
@@ -151,7 +153,11 @@ class Supervisor:
             self._show(f"restart {restarts.count} of {most_restarts}")
 
     def _run_phase(self) -> str | Failure:
-        """Launch ranks and wait for their end: done, resize, stopped, or why they failed."""
+        """Launch ranks and wait for their end.
+
+        Returns:
+            done, resize, stopped, ended (at a request to stop, without saving), or why they failed.
+        """
         if self._relaunching and not self._signals:
             self._run.stop_request.unlink(missing_ok=True)
         self._relaunching = False
@@ -182,7 +188,7 @@ class Supervisor:
                 self._show(f"warning: {failure.reason}")
             return "stopped" if outcome == "resize" and self._stop_requested(ended) else outcome
         if self._stop_requested(ended) and not self._run.failure.exists():
-            return "stopped"
+            return "ended"
         return replace(self._failure(ended), seconds=round(ended.seconds, 3))
 
     def _outcome(self, events_before: int) -> str | None:

@@ -5,7 +5,9 @@ It reads and writes what the supervisor and a script's Run agree on, and needs n
 
 import json
 import os
+import signal
 import sys
+import time
 from pathlib import Path
 
 from hpc_absa.rundir import RunDir
@@ -32,6 +34,14 @@ def main() -> None:
         raise ImportError("no module of that name")
     run.joined.touch()
     if "--left" in sys.argv:
+        return
+    if "--unsaved" in sys.argv or "--refused" in sys.argv:
+        os.kill(int(os.environ["SUPERVISOR"]), signal.SIGTERM)
+        while not run.stop_request.exists():
+            time.sleep(0.01)
+        if "--refused" in sys.argv:
+            record = {"reason": "the state could not be saved", "exit_code": 1, "final": True}
+            run.failure.write_text(json.dumps(record))
         return
     run.write_job(PATH.read_text().replace('name = "digits"', 'name = "script"'))
     run.log.append("phase_start", ranks, ranks=ranks, global_batch=32 * ranks, step=10 * ranks)

@@ -223,6 +223,21 @@ def test_a_script_that_does_not_end_its_run(launch, tmp_path, word, code, launch
         assert "failed twice in the same way before its hpc_absa.Run" in out
 
 
+@pytest.mark.parametrize(
+    ("word", "code", "line"),
+    [
+        ("--refused", 1, "the state could not be saved"),
+        ("--unsaved", 75, "stopped without saving; run the same command to continue"),
+    ],
+)
+def test_a_stop_without_saving_is_not_shown_as_saved(launch, monkeypatch, word, code, line):
+    monkeypatch.setenv("SUPERVISOR", str(os.getpid()))
+    status_, out, err = launch("--max-ranks", 1, "--", *STAND_IN, word)
+    assert status_ == code
+    assert line in out + err
+    assert "everything saved" not in out
+
+
 # What is refused before the start
 
 

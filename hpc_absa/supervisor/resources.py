@@ -14,7 +14,7 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
@@ -110,8 +110,7 @@ class HostPool(Resources):
     def report_failure(self, host: str | None) -> None:
         """Set aside the last launch's hosts that do not answer, or failed twice in a row."""
         names = [name for name, _ in self._placed]
-        with ThreadPoolExecutor(max_workers=16) as pool:
-            alive = dict(zip(names, pool.map(self._answers, names), strict=True))
+        alive = self._ask(names)
         for name in (name for name in names if not alive[name]):
             self._set_aside(name, "it does not answer")
         if host in names and host == self._suspect and alive[host] and len(names) > 1:
@@ -143,14 +142,19 @@ class HostPool(Resources):
         """Use hosts again that have cooled down and answer; whether there were any."""
         now = self._clock()
         due = [name for name, until in list(self._set_aside_until.items()) if until <= now]
-        returned = [name for name in due if self._answers(name)]
+        alive = self._ask(due)
         for name in due:
-            if name in returned:
+            if alive[name]:
                 del self._set_aside_until[name]
                 self._on_change(name, "returned", "it answers again")
             else:
                 self._set_aside_until[name] = self._clock() + self._cool_down
-        return bool(returned)
+        return any(alive.values())
+
+    def _ask(self, names: Sequence[str]) -> dict[str, bool]:
+        """Whether each host answers; they are asked together, as each may take long."""
+        with ThreadPoolExecutor(max_workers=16) as pool:
+            return dict(zip(names, pool.map(self._answers, names), strict=True))
 
     def _usable(self) -> Hosts:
         """The hosts not set aside; where all are, all of them, since something must be tried."""

@@ -1,5 +1,7 @@
 """Where ranks can run, and what happens to hosts that fail; no process is started."""
 
+import threading
+
 import pytest
 
 from hpc_absa.errors import UsageError
@@ -149,6 +151,17 @@ def test_a_host_that_still_does_not_answer_cools_down_again(failing):
     assert not failing.pool.retry_hosts()
     failing.now = 120
     assert failing.pool.retry_hosts()
+
+
+def test_hosts_are_asked_together(failing):
+    failing.place(5)
+    failing.down.update("abc")
+    failing.pool.report_failure(None)
+    failing.now = 60
+    together = threading.Barrier(3)
+    failing.pool._answers = lambda host: together.wait(10) >= 0
+    assert failing.pool.retry_hosts()
+    assert failing.changes[3:] == [(host, "returned") for host in "abc"]
 
 
 def test_hosts_without_ranks_are_not_checked(failing):

@@ -210,13 +210,17 @@ class Runner:
                 preexec_fn=in_child,
             )
         self._running.append(_Process(cell, popen, slot))
+        if self._stops:  # a signal while the process was started
+            popen.send_signal(signal.SIGTERM)
         self._progress.started(cell)
 
     def _end(self, process: _Process) -> None:
         self._running.remove(process)
         self._slots.append(process.slot)
         cell, status = process.cell, process.popen.returncode
-        if self._study.state(cell) != "done" and status != ExitStatus.STOPPED:
+        # The second: a stop reached the process before it handled signals.
+        stopped = status == ExitStatus.STOPPED or (self._stops > 0 and status == -signal.SIGTERM)
+        if self._study.state(cell) != "done" and not stopped:
             reason = _last_line(self._study.log(cell).read_bytes())
             self._study.set_failure(cell, Failure(status, reason))
         self._progress.ended(cell, time.monotonic() - process.started)

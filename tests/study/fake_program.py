@@ -40,6 +40,8 @@ def main() -> int:
     if action == "refuse":
         return 2
     log.start()
+    if action == "start" and not started_before:  # it handles no signal yet
+        time.sleep(60)
     if action == "wait" and not started_before:
         signals = []
         signal.signal(signal.SIGTERM, lambda *_: signals.append(1))

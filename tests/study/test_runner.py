@@ -112,6 +112,13 @@ def test_failed_cell_does_not_stop_others_and_runs_again_with_retry(study):
     assert study.study.failures() == {}
 
 
+def test_a_cell_that_is_stopped_while_it_starts_has_not_failed(study):
+    study.behave(bl_32_seed0="start")
+    assert study.run(progress=Stopping, side_by_side=1) == ExitStatus.STOPPED
+    assert study.states() == ["unfinished", *["new"] * 5]
+    assert study.study.failures() == {}
+
+
 def test_signal_stops_the_cells_and_the_same_command_continues(study):
     study.behave(bl_32_seed0="wait")
     before = signal.getsignal(signal.SIGINT)

@@ -166,7 +166,7 @@ def _supervise(program: Program, directory: RunDir, fresh: bool, dry_run: bool) 
     if not supervised:
         follower = Follower(program, directory, print_line)
         if dry_run:
-            print(follower.dry_run(), end="")
+            print(follower.dry_run(fresh), end="")
             return ExitStatus.OK
         if fresh:
             follower.refuse_if_active()

@@ -46,9 +46,9 @@ class Follower:
         self._bytes_shown: dict[int, int] = {}
         self._last_state = ""
 
-    def dry_run(self) -> str:
-        """The next link's submission and script, as they would be executed."""
-        number, size = self._next()
+    def dry_run(self, fresh: bool = False) -> str:
+        """Submission and script of the next link, or of a new run's first, as to be executed."""
+        number, size = self._next(fresh)
         return f"{shlex.join(self._chain.submission(number))}\n{self._script(number, size)}"
 
     def follow(self) -> ExitStatus:
@@ -108,8 +108,8 @@ class Follower:
         )
         self._show(f"link {link.number}: job {link.job_id}, {size}")
 
-    def _next(self) -> tuple[int, Size]:
-        """Number and size of the next link."""
+    def _next(self, fresh: bool = False) -> tuple[int, Size]:
+        """Number and size of the next link, or of a new run's first one."""
         default = os.environ.get("SBATCH_PARTITION", "")
         partition = self._slurm.partition(self._settings.launch.slurm.partition or default)
         limit, initial = most_ranks(self._settings, partition), self._settings.ranks.initial
@@ -118,6 +118,8 @@ class Follower:
                 f"ranks.initial = {initial}: partition {partition.name} has nodes "
                 f"for {limit} ranks now; start with fewer, or set launch.ranks_per_node"
             )
+        if fresh:
+            return 1, size_of(self._settings, self._program.initial_ranks(limit), partition)
         ranks = run_state.next_ranks(self._program, self._run, limit)
         last = self._chain.last()
         return (last.number + 1 if last else 1), size_of(self._settings, ranks, partition)

@@ -227,6 +227,16 @@ def test_a_dry_run_shows_submission_and_script(slurm, tmp_path):
     assert slurm.calls("sbatch") == []
 
 
+def test_a_dry_run_shows_the_first_link_of_a_fresh_run(slurm, run):
+    submit(run)
+    save(run, 10, global_batch=128)
+    follower = Follower(JobProgram(digits("launch.launcher=slurm")), run)
+    assert follower.dry_run().startswith("sbatch --parsable --dependency=afterany:17 ")
+    shown = follower.dry_run(fresh=True)
+    assert shown.startswith(f"sbatch --parsable {run.link_script(1)}\n")
+    assert "#SBATCH --ntasks=1\n" in shown
+
+
 def test_cancel_removes_pending_jobs_and_asks_running_ones_to_save(slurm, run):
     name = Chain(run, "digits").prefix
     slurm.respond("squeue", f"echo '7|{name}1|RUNNING|None|1'; echo '8|{name}2|PENDING|x|1'")

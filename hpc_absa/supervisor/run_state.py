@@ -101,12 +101,21 @@ def cancel(path: Path, now: bool) -> Iterator[str]:
     if finished(run):
         raise UsageError(f"{path}: the run is done; there is nothing to cancel")
     run.stop_request.touch()
+    asked = f"{path}: asked to save and stop (a running job sees it within a step)"
     if not run.chain.exists():
-        yield f"{path}: asked to save and stop (a running job sees it within a step)"
+        yield asked
         return
-    chain, slurm = Chain(run, read_program(run).settings.name), Slurm()
+    chain = Chain(run, read_program(run).settings.name)
     chain.cancel()
-    for job in (job for job in slurm.jobs(chain.prefix) if job.alive):
+    try:
+        slurm = Slurm()
+    except UsageError:  # this host has no Slurm
+        yield f"{asked}; a job that waits in the queue exits when it starts"
+        return
+    jobs = [job for job in slurm.jobs(chain.prefix) if job.alive]
+    if not jobs:
+        yield asked
+    for job in jobs:
         if now or job.state not in ("RUNNING", "COMPLETING"):
             slurm.cancel(job.job_id)
             yield f"job {job.job_id} ({job.name}): cancelled while {job.state.lower()}"

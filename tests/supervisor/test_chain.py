@@ -251,6 +251,17 @@ def test_cancel_removes_pending_jobs_and_asks_running_ones_to_save(slurm, run):
     assert slurm.calls("scancel") == ["8", "7", "8"]
 
 
+def test_cancel_reaches_a_chain_also_without_slurm_or_without_jobs(slurm, run, monkeypatch):
+    run.chain.mkdir()
+    (line,) = cancel(run.path, now=False)
+    assert "asked to save and stop" in line
+    Chain(run, "digits").resume()
+    monkeypatch.setenv("PATH", str(run.path))
+    (line,) = cancel(run.path, now=False)
+    assert "a job that waits in the queue exits when it starts" in line
+    assert Chain(run, "digits").cancelled
+
+
 def test_cancel_without_a_chain_leaves_a_stop_request(run):
     (line,) = cancel(run.path, now=False)
     assert "asked to save and stop" in line

@@ -107,9 +107,7 @@ RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "SLURM_PROCID
 
 def launcher_rank(environment: Mapping[str, str] | None = None) -> int:
     """This process's rank according to its launcher, 0 without one."""
-    variables = os.environ if environment is None else environment
-    values = (variables.get(name, "") for name in RANK_VARIABLES)
-    return next((int(value) for value in values if value.isdecimal()), 0)
+    return _first_number(RANK_VARIABLES, environment)
 
 
 LOCAL_RANK_VARIABLES = (
@@ -123,8 +121,12 @@ LOCAL_RANK_VARIABLES = (
 
 def launcher_local_rank(environment: Mapping[str, str] | None = None) -> int:
     """This process's rank among those of its host according to its launcher, 0 without one."""
+    return _first_number(LOCAL_RANK_VARIABLES, environment)
+
+
+def _first_number(names: Iterable[str], environment: Mapping[str, str] | None) -> int:
     variables = os.environ if environment is None else environment
-    values = (variables.get(name, "") for name in LOCAL_RANK_VARIABLES)
+    values = (variables.get(name, "") for name in names)
     return next((int(value) for value in values if value.isdecimal()), 0)
 
 

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hpc_absa.data.encoded import cores, reduction_of
 from hpc_absa.data.encoded import decode as decode_rgb
-from hpc_absa.data.encoded import reduction_of
 from hpc_absa.data.encoded_packing import EncodedSource
 from hpc_absa.data.order import permutation
 from hpc_absa.data.sources import Samples, Source, decoded
@@ -276,7 +276,7 @@ def _samples(
     def blocks() -> Iterator[NDArray[Any]]:
         # Pillow lets other threads run while it decodes. Processes would gain more for very small
         # images, but cannot be forked safely where threads of MPI or torch are running.
-        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        with ThreadPoolExecutor(cores()) as pool:
             for start in range(0, len(files), count):
                 group = files[start : start + count]
                 remarks: list[str] = []

@@ -132,7 +132,7 @@ class LineQueue:
         Args:
             show: prints a line.
             footer: the line below all others for a number of columns, such as a progress bar; it
-                is shown on a terminal only.
+                is shown on a terminal only, from the first line on.
         """
         self._show, self._footer = show, footer if is_terminal(sys.stdout) else None
         self._lines: queue.Queue[str] = queue.Queue(QUEUE_LINES)
@@ -154,12 +154,14 @@ class LineQueue:
             time.sleep(0.01)
 
     def _work(self) -> None:
+        timeout: float | None = None
         while True:
             try:
-                line = self._lines.get(timeout=FOOTER_SECONDS if self._footer else None)
+                line = self._lines.get(timeout=timeout)
             except queue.Empty:
                 self._show_footer()
                 continue
+            timeout = FOOTER_SECONDS if self._footer else None
             with contextlib.suppress(Exception):
                 self._clear_footer()
                 self._show(line)

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -55,21 +56,34 @@ def test_characters_that_an_encoding_lacks_are_replaced(tmp_path, encoding, show
     assert (tmp_path / "out").read_bytes() == shown + b"\n"
 
 
-def test_the_footer_stays_below_the_lines_and_is_cleared_at_the_end(monkeypatch, capsys):
+@pytest.fixture
+def terminal(monkeypatch, capsys):
     monkeypatch.setattr(console, "is_terminal", lambda stream: True)
     monkeypatch.setattr(console, "FOOTER_SECONDS", 0.01)
     monkeypatch.setattr(console.os, "get_terminal_size", lambda _: os.terminal_size((20, 5)))
     monkeypatch.setattr(type(sys.stdout), "fileno", lambda self: 1, raising=False)
+    return capsys
+
+
+def test_the_footer_stays_below_the_lines_and_is_cleared_at_the_end(terminal):
     lines = LineQueue(print, lambda columns: f"bar of {columns}")
     lines("one")
-    while "bar" not in (shown := capsys.readouterr().out):
+    while "bar" not in (shown := terminal.readouterr().out):
         pass
     lines("two")
     lines.close()
-    shown += capsys.readouterr().out
+    shown += terminal.readouterr().out
     assert shown.startswith("one\nbar of 19")
     assert "\r\x1b[Ktwo\n" in shown
     assert shown.endswith("two\n") or shown.endswith("\r\x1b[K")
+
+
+def test_no_footer_before_the_first_line(terminal):
+    """It would be before the command that `run --dry-run` prints."""
+    lines = LineQueue(print, lambda columns: "bar")
+    time.sleep(0.1)
+    lines.close()
+    assert terminal.readouterr().out == ""
 
 
 def test_no_footer_where_there_is_no_terminal(capsys):

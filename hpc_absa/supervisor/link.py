@@ -132,8 +132,9 @@ class LinkRun:
             return self._end("cancelled")
         if stopped_by in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP) and not self._preempted():
             return self._end("terminated", reason="Slurm or a user ends the job")
-        end = self._run.log.last("phase_end")
-        resize = end is not None and end.get("outcome") == "resize"
+        # Not the end of an earlier job's phase, where this one began none.
+        end = self._run.log.last("phase_end", "phase_start", "link") or {}
+        resize = end.get("outcome") == "resize"
         if not resize and stopped_by is None:
             return self._end("stopped", reason="asked to by a file")
         return self._submit_next("resize" if resize else "time", self._partition())

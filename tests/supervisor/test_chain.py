@@ -164,6 +164,14 @@ def test_whether_the_chain_continues_depends_on_what_stopped_the_link(
     assert bool(Chain(run, "digits").link(2)) is (outcome == "time")
 
 
+@pytest.mark.parametrize(("number", "outcome"), [(signal.SIGUSR1, "time"), (None, "stopped")])
+def test_a_job_whose_ranks_began_no_phase_did_not_ask_for_more(link, run, number, outcome):
+    run.log.append("phase_end", 1, outcome="resize")  # in the job before
+    Chain(run, "digits").log(link._link, "started")
+    link._hand_over(ExitStatus.STOPPED, number)
+    assert ended(run)["outcome"] == outcome
+
+
 def test_terminated_in_the_grace_time_of_a_preemption_the_chain_continues(link, run, slurm):
     partitions = slurm.bin.joinpath("scontrol").read_text().splitlines()[-1]
     slurm.respond(

@@ -304,8 +304,8 @@ class Launch(Section):
     cool_down: Positive = 300.0
     """Seconds for which a host that failed is excluded before it is tried again (ours)."""
     bind: Literal["none", "core"] = "none"
-    """`core` binds each rank to as many cores as it has threads; right if the run has its nodes
-    exclusively. `none` leaves it to the system (ours: safe on shared nodes)."""
+    """`core` binds each rank to as many cores as it has threads (mpirun only); right if the run has
+    its nodes exclusively. `none` leaves it to the system (ours: safe on shared nodes)."""
     extra: Strings = ()
     """Arguments passed to the launcher unchanged."""
     max_restarts: Count = 3

@@ -203,7 +203,8 @@ class Supervisor:
         self._slots = min(self._ranks, available)
         shown, launch = self._command(self._ranks)
         places = [f"ranks on {launch.hosts}"] if launch.hosts else []
-        places += ["bound to cores"] if launch.bind == "core" else []
+        bound = launch.bind == "core" and launch.launcher == "mpirun"
+        places += ["bound to cores"] if bound else []
         if places:
             self._show(", ".join(places))
         self._run.joined.unlink(missing_ok=True)

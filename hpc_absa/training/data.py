@@ -21,11 +21,11 @@ from hpc_absa.data.checking import on_rank_0
 from hpc_absa.data.datasets import MapDataset, MapReader
 from hpc_absa.data.encoded_packing import EncodedSource
 from hpc_absa.data.loader import Batch, Loader, Reader
-from hpc_absa.data.packed import PackedDataset
+from hpc_absa.data.packed import PackedDataset, open_packed
 from hpc_absa.data.prepare import pack_source, packed_beside, prepare
 from hpc_absa.data.registry import augmented_by_default
 from hpc_absa.data.subset import subset
-from hpc_absa.errors import CollectiveError, ExitStatus, UsageError
+from hpc_absa.errors import CollectiveError, ExitStatus, HpcAbsaError, UsageError
 from hpc_absa.progress import SampleStream
 from hpc_absa.rundir import RunDir
 from hpc_absa.rundir.paths import packed_name
@@ -179,11 +179,22 @@ def packed_path(job: Job, directory: RunDir) -> Path:
     root = Path(os.path.expanduser(job.data.root))
     if root.suffix == ".h5":
         return root
-    if job.data.root:
-        beside = packed_beside(root)
-        if beside.exists() or os.access(beside.parent, os.W_OK):
-            return beside
-    return directory.data / packed_name(job.data.name)
+    own = directory.data / packed_name(job.data.name)
+    if not job.data.root:
+        return own
+    beside = packed_beside(root)
+    if os.access(beside.parent, os.W_OK) or (not own.exists() and _holds(beside, job)):
+        return beside
+    return own
+
+
+def _holds(packed: Path, job: Job) -> bool:
+    """Whether a file is the packed form of the job's data."""
+    try:
+        dataset = open_packed(packed)
+    except (HpcAbsaError, OSError):
+        return False
+    return (dataset.name, dataset.arguments) == (job.data.name, job.data.arguments)
 
 
 def _open(job: Job, packed: Path, comm: Communicator | None = None) -> PackedDataset:

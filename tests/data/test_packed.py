@@ -15,7 +15,10 @@ from hpc_absa.data.packing import write_packed
 from hpc_absa.data.prepare import describe, pack, packed_beside, prepare
 from hpc_absa.data.sources import Samples, Source
 from hpc_absa.errors import HpcAbsaError, UsageError
+from hpc_absa.rundir import RunDir
+from hpc_absa.training.data import packed_path
 from tests.data.packed_files import check_content
+from tests.supervisor.digits import digits
 
 
 def random_source(train=50, test=20, shape=(3, 8, 8), classes=5, seed=0):
@@ -349,6 +352,23 @@ def test_prepare_refuses_another_data_set(packed):
     with pytest.raises(UsageError, match=message):
         prepare("some", None, {"image_size": 16}, packed.path)
     assert prepare("some", Path("/not/there"), {"image_size": 8}, packed.path)
+
+
+def test_a_packed_file_beside_a_folder_that_cannot_be_written_is_used(
+    packed, tmp_path, monkeypatch
+):
+    run = RunDir(tmp_path / "run")
+    monkeypatch.setattr(os, "access", lambda *_: False)  # permissions do not hold for root
+
+    def used(size):
+        data = f"data={{name='some', root='{tmp_path}/set', image_size={size}}}"
+        return packed_path(digits(data), run)
+
+    assert used(8) == packed.path
+    assert used(16) == run.data / "some.h5"
+    run.data.mkdir(parents=True)
+    (run.data / "some.h5").touch()
+    assert used(8) == run.data / "some.h5"  # which the run has used before
 
 
 def test_describe_goes_into_json(packed):

@@ -10,8 +10,7 @@ from hpc_absa.data.prepare import prepare
 from hpc_absa.plan import stream_of
 from hpc_absa.progress import Position, Progress
 from hpc_absa.records import ScheduleState
-from hpc_absa.rundir import RunDir
-from hpc_absa.training.data import build_loader, hessian_sample, packed_path
+from hpc_absa.training.data import build_loader, hessian_sample
 from hpc_absa.training.optimizer import parameter_groups
 from hpc_absa.training.setup import build_model_and_loss
 from hpc_absa.training.state import TrainState
@@ -39,14 +38,6 @@ def _dataset(tmp_path_factory):
 
 def loader(settings, dataset):
     return build_loader(settings, dataset, stream_of(settings, len(dataset.train)), CPU)
-
-
-def test_a_packed_file_beside_a_folder_that_cannot_be_written_is_used(tmp_path, monkeypatch):
-    monkeypatch.setattr("hpc_absa.training.data.os.access", lambda *_: False)
-    settings, run = job(f"data.root={tmp_path / 'digits'}"), RunDir(tmp_path / "run")
-    assert packed_path(settings, run) == run.data / "digits.h5"
-    (tmp_path / "digits.h5").touch()
-    assert packed_path(settings, run) == tmp_path / "digits.h5"
 
 
 def test_weight_decay_applies_to_all_parameters_or_excludes_vectors():

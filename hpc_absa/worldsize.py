@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+from importlib.util import find_spec
+from pathlib import Path
 
 from hpc_absa import allocation
 from hpc_absa.allocation import Hosts
@@ -23,6 +25,21 @@ def limit(job: Launchable) -> int:
     if current := allocation.detect():
         return current.slots
     return max(job.ranks.initial, len(os.sched_getaffinity(0)))
+
+
+def gpus_here(job: Launchable, devices: Path = Path("/dev")) -> int:
+    """GPUs of this host where the ranks of a job file all run here, each on one of them, or 0."""
+    if not isinstance(job, Job) or job.train.device == "cpu":
+        return 0
+    if stated_hosts(job) or allocation.detect():  # whose slots the user has stated
+        return 0
+    spec = find_spec("torch")  # an import takes seconds
+    version = Path(spec.origin).with_name("version.py") if spec and spec.origin else None
+    if not version or not re.search(r"^cuda\b.*= *'", version.read_text(), re.MULTILINE):
+        return 0
+    gpus = len(list(devices.glob("nvidia[0-9]*")))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return gpus if visible is None else min(gpus, len(re.findall(r"[^,\s]+", visible)))
 
 
 def stated_hosts(job: Launchable) -> Hosts:

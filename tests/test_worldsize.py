@@ -1,6 +1,7 @@
 """How many ranks a batch feeds, and which rank computes which microbatch."""
 
 import os
+from importlib.machinery import ModuleSpec
 
 import pytest
 from hypothesis import assume, given
@@ -8,7 +9,7 @@ from hypothesis import strategies as st
 
 from hpc_absa import config
 from hpc_absa.errors import UsageError
-from hpc_absa.worldsize import hosts, limit, ranks_for, share
+from hpc_absa.worldsize import gpus_here, hosts, limit, ranks_for, share
 
 JOB = """
 name = "a"
@@ -80,6 +81,31 @@ def test_reproducible_jobs_have_at_most_64_ranks():
     """The ranks would refuse to start with more."""
     assert ranks_for(job("train.reproducible=true"), 10 * 128, 128) == 64
     assert ranks_for(job(), 10 * 128, 128) == 128
+
+
+@pytest.mark.parametrize(
+    ("version", "visible", "overrides", "expected"),
+    [
+        ("cuda: Optional[str] = '12.8'", None, (), 2),
+        ("cuda: Optional[str] = '12.8'", "1", (), 1),
+        ("cuda: Optional[str] = '12.8'", "", (), 0),
+        ("cuda: Optional[str] = '12.8'", None, ("train.device=cpu",), 0),
+        ("cuda: Optional[str] = '12.8'", None, ("launch.hosts=a:4",), 0),
+        ("cuda: Optional[str] = None", None, (), 0),
+    ],
+)
+def test_gpus_of_this_host(tmp_path, monkeypatch, version, visible, overrides, expected):
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch/version.py").write_text(f"debug = False\n{version}\nhip = None\n")
+    for name in ("nvidia0", "nvidia1", "nvidiactl", "null"):
+        (tmp_path / name).touch()
+    spec = ModuleSpec("torch", None, origin=str(tmp_path / "torch/__init__.py"))
+    monkeypatch.setattr("hpc_absa.worldsize.find_spec", lambda name: spec)
+    monkeypatch.setattr("hpc_absa.worldsize.allocation.detect", lambda: None)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert gpus_here(job(*overrides), tmp_path) == expected
 
 
 @pytest.mark.parametrize(

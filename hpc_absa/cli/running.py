@@ -172,7 +172,13 @@ def _supervise(program: Program, directory: RunDir, fresh: bool, dry_run: bool) 
             follower.refuse_if_active()
         start: Callable[[], ExitStatus] = follower.follow
     else:
-        most = max(worldsize.limit(settings), settings.ranks.initial)
+        most, gpus = worldsize.limit(settings), worldsize.gpus_here(settings)
+        if 0 < gpus < most:
+            count = "1 GPU" if gpus == 1 else f"{gpus} GPUs"
+            text = f"{count} here: not more than {gpus} of {most} ranks; larger batches accumulate"
+            print(text, file=sys.stderr)
+            most = gpus
+        most = max(most, settings.ranks.initial)
         ranks = settings.ranks.model_copy(update={"max": most})
         program.settings = settings.model_copy(update={"ranks": ranks})
         board = TensorBoardLog(directory)

@@ -217,7 +217,7 @@ class RankLimits(Section):
     """Ranks of the first phase."""
     max: PositiveInt | None = None
     """Largest number of ranks; None means the slots of the hosts or of the allocation, otherwise
-    the cores of this machine."""
+    the cores of this machine, where a job has no more ranks than there are GPUs to use."""
 
     @model_validator(mode="after")
     def _check_max(self) -> Self:

@@ -253,10 +253,10 @@ def _gap(model: nn.Module, inputs: Tensor, y: Tensor, t: Tensor) -> tuple[Tensor
 def _gradient(value: Tensor, x: Tensor, retain_graph: bool = False) -> Tensor:
     """By the leaf x alone: parameters are frozen."""
     # `torch.autograd.grad` does not work with reentrant activation checkpointing
-    x.grad = None
     value.backward(retain_graph=retain_graph)
-    assert x.grad is not None
-    return x.grad
+    gradient, x.grad = x.grad, None
+    assert gradient is not None
+    return gradient
 
 
 def _length(tensor: Tensor, norm: str) -> Tensor:

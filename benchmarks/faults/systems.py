@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -12,6 +13,7 @@ import time
 from pathlib import Path
 
 from benchmarks.faults import trace
+from hpc_absa.rundir.events import EventLog
 
 HERE, BIN = Path(__file__).parent, Path(sys.executable).parent
 DETECTION = 20
@@ -81,6 +83,11 @@ class System:
         steps = [record["step"] for record in self.records() if "step" in record]
         return steps[-1] if steps else 0
 
+    def test_loss(self) -> str:
+        """The last one that the example printed."""
+        losses = re.findall(r"loss (\d+\.\d+)", (self.folder / "output").read_text())
+        return losses[-1] if losses else "none"
+
     def running(self) -> bool:
         return any(process.poll() is None for process in self.processes)
 
@@ -128,6 +135,11 @@ class HpcAbsa(System):
         options += ["--set=launch.fork_server=true"]
         launch = [sys.executable, "-m", "hpc_absa", "launch", *options]
         self.spawn(*launch, "--", "python", *self.module)
+
+    def test_loss(self) -> str:
+        """The last one of its events; the output has the training loss."""
+        event = EventLog(self.folder / "run/events.jsonl").last("epoch")
+        return f"{event['test_loss']:.4f}" if event else "none"
 
     def resize(self, ranks: int) -> None:
         self.interrupt()

@@ -72,10 +72,11 @@ def evaluate(
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Within, the model is in evaluation mode, and nothing requires gradients."""
-    training = [(module, module.training) for module in model.modules()]
-    model.eval()
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Within, the models are in evaluation mode, and nothing requires gradients."""
+    training = [(module, module.training) for model in models for module in model.modules()]
+    for model in models:
+        model.eval()
     try:
         with torch.no_grad():  # tensors of inference mode could remain in a module's cache
             yield

@@ -120,9 +120,10 @@ class Run:
                 `step.microbatches`.
             hessian_batch: gives (inputs, targets) of the samples with these indices; for the
                 Hessian, where `dataset` does not give them.
-            evaluate: called on all ranks at the end of each epoch, in evaluation mode and without
-                gradients; returns the test loss, or metrics by name, of which `loss` and `accuracy`
-                are shown as such. Rank 0's result counts.
+            evaluate: called on all ranks at the end of each epoch, with the model and the modules
+                in `state` in evaluation mode, and without gradients; returns the test loss, or
+                metrics by name, of which `loss` and `accuracy` are shown as such. Rank 0's result
+                counts.
             lr_scheduler: stepped at the end of each epoch; its state is in the checkpoint. Its
                 rates are multiplied by the schedule's factor.
             scaler: of the loss, for float16; its state is in the checkpoint.
@@ -332,7 +333,9 @@ class Run:
         if self._evaluate is None:
             return {}
         assert self._session is not None
-        with self._core.clock("eval"), self._session.stop.saving(), evaluating(self._given.model):
+        others = [each for each in self._given.states.values() if isinstance(each, nn.Module)]
+        models = evaluating(self._given.model, *others)
+        with self._core.clock("eval"), self._session.stop.saving(), models:
             result = self._evaluate()
         try:
             if result is None:

@@ -132,6 +132,7 @@ class Script:
 
     def evaluate(self):
         assert not self.model.training
+        assert not self.average.training
         loss = nn.functional.mse_loss(self.model(self.dataset.inputs), self.dataset.inputs.sum(1))
         return {"loss": loss, "steps": self.counter.steps}
 

@@ -13,7 +13,7 @@ from types import FrameType
 
 from hpc_absa import allocation
 from hpc_absa.config import Launch
-from hpc_absa.errors import ExitStatus, HpcAbsaError, UsageError
+from hpc_absa.errors import ExitStatus, HpcAbsaError, RunDirError, UsageError
 from hpc_absa.rundir import RunDir
 from hpc_absa.rundir.lock import RunLock
 from hpc_absa.supervisor import run_state
@@ -209,8 +209,11 @@ class Supervisor:
             self._show(", ".join(places))
         self._run.joined.unlink(missing_ok=True)
         log = self._run.logs / f"world-{number:06d}-{self._settings.launch.launcher}.log"
-        with log.open("a", encoding="utf-8") as file:
-            file.write(f"$ {shown}\n")
+        try:
+            with log.open("a", encoding="utf-8") as file:
+                file.write(f"$ {shown}\n")
+        except OSError as error:
+            raise RunDirError(f"{log}: cannot be written: {error.strerror or error}") from None
         self._launched = time.time()
         start = self._command(self._ranks, represent=True)[0]
         self._process = LauncherProcess(start, log, self._lock.descriptor, self._show)

@@ -197,6 +197,9 @@ def _state(
     if ending == "failure":
         failure = next(e for e in reversed(history.events) if e["event"] == "failure")
         return "failed", f"Ended by a failure: {_failure(failure)}."
+    if ending == "error":
+        error = next(e for e in reversed(history.events) if e["event"] == "error")
+        return "failed", f"Ended by an error: {error.get('reason')}"
     idle: dict[str, tuple[State, str]] = {
         "": ("not started", "No event has been written yet."),
         "stopped": ("stopped", "Stopped on request, with everything saved."),
@@ -209,7 +212,7 @@ def _state(
 def _ending(events: Sequence[Event]) -> str:
     """How the log ends: an event or an outcome, else `open`; "" before a start."""
     for event in reversed(events):
-        if event["event"] in ("done", "failure"):
+        if event["event"] in ("done", "failure", "error"):
             return str(event["event"])
         if event["event"] == "nonfinite_loss" and event.get("action") == "stop":
             return "nonfinite_loss"

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from hpc_absa.cli.following import progress_bar, watch
 from hpc_absa.errors import UsageError
+from hpc_absa.report.history import load
 from hpc_absa.rundir import RunDir
 from hpc_absa.status import render, status
 from hpc_absa.supervisor.chain import Chain, Link
@@ -151,6 +152,17 @@ def test_failed(tmp_path):
     now = status(tmp_path)
     assert now.state == "failed"
     assert "out of memory (rank 0, on n1, exit code 9)" in now.explanation
+
+
+def test_ended_by_an_error(tmp_path):
+    log = Log(tmp_path).start().train_epoch().event("error", reason="lower train.lr")
+    now = status(tmp_path)
+    assert now.state == "failed"
+    assert now.explanation.endswith(": lower train.lr")
+    (interruption,) = load(tmp_path).interruptions
+    assert (interruption.reason, interruption.epoch) == ("lower train.lr", 1)
+    log.tick(2).start()
+    assert status(tmp_path).state == "interrupted"
 
 
 def test_later_process_with_the_same_pid_is_not_the_holder(tmp_path):

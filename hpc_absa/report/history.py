@@ -266,16 +266,20 @@ def _record(kind: type[Record], event: Event) -> Record:
 def _interruptions(
     events: Sequence[Event], parts: Sequence[AttemptSeconds]
 ) -> tuple[Interruption, ...]:
-    """Failures, and attempts that another one followed although they never ended."""
+    """Failures, and attempts that ended by an error or that another one followed unended."""
     rows: list[Interruption] = []
     epoch = 0.0
     for event in events:
         if event["event"] == "failure":
             rows.append(_record(Interruption, {**event, "epoch": epoch}))
         epoch = finite(event.get("epoch"), epoch)
-    reason = "ended without a phase_end or a failure: the supervisor was killed too"
-    for attempt in (part.attempt for part in parts[:-1]):
-        if attempt.ending == "open":
+    for part in parts:
+        attempt = part.attempt
+        errors = [event for event in attempt.events if event["event"] == "error"]
+        if attempt.ending == "open" and (errors or part is not parts[-1]):
+            reason = "ended without a phase_end or a failure: the supervisor was killed too"
+            if errors:
+                reason = str(errors[0].get("reason"))
             epochs = (finite(e["epoch"]) for e in reversed(attempt.events) if "epoch" in e)
             epoch = next(epochs, math.nan)
             rows.append(Interruption(attempt.phase, attempt.end, epoch, reason))

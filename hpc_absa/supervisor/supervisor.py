@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, replace
 from importlib.util import find_spec
 from types import FrameType
@@ -119,6 +120,8 @@ class Supervisor:
             if outcome == "done":
                 return ExitStatus.OK
             if isinstance(outcome, Failure) and outcome.final and self._signals < 2:
+                with suppress(RunDirError):  # of a full disk, say; the error itself counts
+                    self._run.log.append("error", None, reason=outcome.reason)
                 raise FinalError(outcome)
             if self._relaunching and outcome == "stopped" and not self._signals:
                 continue

@@ -236,6 +236,8 @@ def test_a_stop_without_saving_is_not_shown_as_saved(launch, monkeypatch, word, 
     assert status_ == code
     assert line in out + err
     assert "everything saved" not in out
+    events = RunDir(Path("runs/stand_in")).log.read()
+    assert [e["reason"] for e in events if e["event"] == "error"] == [line] * (word == "--refused")
 
 
 # What is refused before the start

@@ -12,6 +12,7 @@ from typing import Any
 from hpc_absa.report.timing import finite
 from hpc_absa.rundir import RunDir
 from hpc_absa.rundir.events import Event
+from hpc_absa.rundir.paths import TENSORBOARD_SUFFIX
 
 SCALARS = {
     "epoch": {
@@ -47,9 +48,10 @@ class TensorBoardLog:
         if new and self._writer is None:
             from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-            for old in self._run.tensorboard.glob("events.out.tfevents.*"):
+            for old in self._run.tensorboard.glob(f"events.out.tfevents.*{TENSORBOARD_SUFFIX}"):
                 old.unlink()
-            self._writer = EventFileWriter(str(self._run.tensorboard))
+            folder = str(self._run.tensorboard)
+            self._writer = EventFileWriter(folder, filename_suffix=TENSORBOARD_SUFFIX)
         for event in new:
             self._write(event)
         if new:

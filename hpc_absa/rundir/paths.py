@@ -24,6 +24,9 @@ LAUNCH_MARK = "# Written by hpc-absa launch: the command of one rank, and how it
 CHECKPOINT_NAME = re.compile(r"step-(?P<step>\d{10})-phase-(?P<phase>\d{3,})\.h5")
 """Name of a checkpoint; other files in the folder are the user's."""
 
+TENSORBOARD_SUFFIX = ".hpc-absa"
+"""Of our files in `tensorboard`; a script may write its own there."""
+
 OWN_FILES = {
     "checkpoints": (
         r"step-\d{10}-phase-\d{3,}\.h5",
@@ -39,7 +42,7 @@ OWN_FILES = {
         r"\.?ranks\.lock(\..*)?",
     ),
     "chain": (r"\d+\.(sh|json)", r"owner", r"cancelled", r"lock", r"\..*\.(tmp|json\.\d+)"),
-    "tensorboard": (r"events\.out\.tfevents\..*",),
+    "tensorboard": (r"events\.out\.tfevents\..*" + re.escape(TENSORBOARD_SUFFIX),),
     "data": (
         r"{packed}(\.unreadable\.txt)?",
         r"\.{packed}\.([0-9a-f]+\.tmp|partial(\.jsonl)?)",

@@ -67,3 +67,14 @@ def test_lines_that_are_not_events_change_nothing(run, line):
     run.events.write_bytes(run.events.read_bytes() + line + b"\n")
     after = read_everything(RunDir(run.path))
     assert (after.state, after.step, after.epoch) == (before.state, before.step, before.epoch)
+
+
+def test_tensorboard_files_of_others_stay(run):
+    run.tensorboard.mkdir()
+    other = run.tensorboard / "events.out.tfevents.1.host.2.0"
+    other.touch()
+    for _ in range(2):  # the second writes the file again
+        TensorBoardLog(run).close()
+    assert len(list(run.tensorboard.iterdir())) == 2
+    run.remove_files()
+    assert list(run.tensorboard.iterdir()) == [other]

@@ -83,13 +83,24 @@ class HostPool(Resources):
         on_change: HostChanged,
         answers: Callable[[str], bool] | None = None,
         clock: Callable[[], float] = time.monotonic,
+        by_scheduler: bool = False,
     ) -> None:
-        """`answers(host)` is whether a host can be reached; by default with the rsh agent."""
+        """
+        Args:
+            job: a job or a script.
+            hosts: with their slots.
+            on_change: is told of hosts that are set aside or return.
+            answers: whether a host can be reached; by default with the rsh agent.
+            clock: seconds.
+            by_scheduler: the hosts are a scheduler's, whose own daemons start the ranks: one that
+                the agent has never reached is not taken to be down.
+        """
         self._hosts, self._on_change, self._clock = hosts, on_change, clock
         self._limit = job.ranks.max or sum(slots for _, slots in hosts)
         self._cool_down = job.launch.cool_down
         agent = agent_of(job)
         self._answers = answers or (lambda host: is_reachable(host, agent))
+        self._reached = set[str]() if by_scheduler else {name for name, _ in hosts}
         self._set_aside_until: dict[str, float] = {}
         self._suspect: str | None = None
         self._placed: Hosts = hosts
@@ -111,7 +122,7 @@ class HostPool(Resources):
         """Set aside the last launch's hosts that do not answer, or failed twice in a row."""
         names = [name for name, _ in self._placed]
         alive = self._ask(names)
-        for name in (name for name in names if not alive[name]):
+        for name in (name for name in names if not alive[name] and name in self._reached):
             self._set_aside(name, "it does not answer")
         if host in names and host == self._suspect and alive[host] and len(names) > 1:
             self._set_aside(host, "a second failure in a row")
@@ -130,6 +141,7 @@ class HostPool(Resources):
                 if self.retry_hosts():
                     on_return()
 
+        threading.Thread(target=self.reach, name="reach", daemon=True).start()
         thread = threading.Thread(target=check, name="hosts", daemon=True)
         thread.start()
         try:
@@ -137,6 +149,12 @@ class HostPool(Resources):
         finally:
             over.set()
             thread.join()
+
+    def reach(self) -> None:
+        """Find out which of the last launch's hosts the agent reaches, while they are well."""
+        for name, _ in self._placed:
+            if name not in self._reached and self._answers(name):
+                self._reached.add(name)
 
     def retry_hosts(self) -> bool:
         """Use hosts again that have cooled down and answer; whether there were any."""
@@ -183,7 +201,7 @@ def resources_of(job: Launchable, on_change: HostChanged) -> Resources:
     if current and (current.scheduler != "Slurm" or job.launch.launcher == "horovodrun"):
         named = list(current.hosts)  # within Slurm, mpirun and srun know their hosts themselves
     if named:
-        return HostPool(job, named, on_change)
+        return HostPool(job, named, on_change, by_scheduler=current is not None)
     limit = worldsize.limit(job)
     return Resources(min(limit, current.slots) if current else limit)
 

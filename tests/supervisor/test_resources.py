@@ -205,6 +205,26 @@ def test_after_the_loss_of_a_host_the_initial_ranks_share_the_slots_that_are_lef
     assert not any(word.startswith("ranks.max=") for word in words)  # ranks would refuse 2
 
 
+def test_a_host_of_a_scheduler_without_ssh_is_not_taken_to_be_down():
+    down, changes = {"b"}, []
+    pool = HostPool(
+        digits("ranks.max=4"),
+        [("a", 2), ("b", 2)],
+        lambda host, action, _: changes.append((host, action)),
+        answers=lambda host: host not in down,
+        by_scheduler=True,
+    )
+    pool.place(digits(), 4)
+    pool.reach()
+    pool.report_failure(None)
+    assert changes == []
+    down.clear()
+    pool.reach()
+    down.add("b")
+    pool.report_failure(None)
+    assert changes == [("b", "set_aside")]
+
+
 def test_this_machine_is_not_asked():
     assert is_here("localhost")
     assert is_here("127.0.0.1")

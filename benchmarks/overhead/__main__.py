@@ -25,8 +25,8 @@ from hpc_absa.report.tables import schedule_name
 JOB = results.ROOT / "jobs/cifar10-resnet8.toml"
 SETTINGS = (
     "schedule={method='absa-tuned', base_batch=128, max_batch=4096, beta=4, lr_rule='square-root'}",
-    "train.epochs=34",
-    "train.milestones=[17, 28]",
+    "train.epochs=44",
+    "train.milestones=[22, 36]",
     "train.threads_per_rank=1",
     "train.channels_last=true",
     "hessian.every=50000",

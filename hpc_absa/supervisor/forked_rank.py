@@ -29,6 +29,7 @@ def main() -> None:
     address, failure, *words = sys.argv[1:]
     connection = socket.socket(socket.AF_UNIX)
     forked = False
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until `watch` can pass them on
     if address:
         with contextlib.suppress(OSError):
             connection.connect(f"\0{address}")
@@ -82,6 +83,7 @@ def watch_executed(words: list[str], failure: str) -> int:
         try:
             if os.getppid() == parent:
                 os.setpgid(0, 0)
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
                 os.execv(words[0], words)
         finally:
             os._exit(127)
@@ -123,6 +125,7 @@ def watch(change: Callable[[], int], send: Callable[[int], object], failure: str
     for number in SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, forward)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     while os.WIFSTOPPED(status := change()) or os.WIFCONTINUED(status):
         checks = 0
         stopped = os.WIFSTOPPED(status) and os.WSTOPSIG(status) == signal.SIGSTOP

@@ -56,4 +56,5 @@ def test_under_a_supervisor_they_end_the_run_with_one_line(tmp_path):
     assert done.returncode == 2, done.stdout + done.stderr
     (line,) = done.stderr.splitlines()
     assert "HPC_ABSA_RANKS is 2, but MPI_COMM_WORLD has size 1" in line
-    assert run.log.read() == []
+    (event,) = run.log.read()
+    assert (event["event"], event["reason"] in line) == ("error", True)

@@ -23,7 +23,7 @@ from hpc_absa.errors import HpcAbsaError
 from hpc_absa.rundir import RunDir
 from hpc_absa.rundir.events import Event
 from hpc_absa.rundir.files import create_once, write_atomic
-from hpc_absa.supervisor.slurm import Slurm
+from hpc_absa.supervisor.slurm import Slurm, submission
 
 
 @dataclass(frozen=True)
@@ -68,11 +68,10 @@ class Chain:
         return next(iter(reversed(self.links())), None)
 
     def submission(self, number: int) -> tuple[str, ...]:
-        """The command that submits link `number`.
-
-        The job may start at once: the ranks of the link before, which submits it, have ended.
-        """
-        return ("sbatch", "--parsable", str(self._run.link_script(number).resolve()))
+        """The command that submits link `number`, to start when the one before it has ended."""
+        before = self.link(number - 1)
+        after = before.job_id if before else None
+        return submission(self._run.link_script(number).resolve(), after)
 
     def submit(self, number: int, script: str, nodes: int, ranks: int, slurm: Slurm) -> Link:
         """Submit link `number` unless it is submitted already; returns it as on record.

@@ -9,6 +9,7 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 from hpc_absa.errors import HpcAbsaError, UsageError
@@ -110,7 +111,7 @@ class Slurm:
             )
 
     def submit(self, words: tuple[str, ...], name: str, script: str) -> str:
-        """Submit a batch script; returns the job's id.
+        """Submit a batch script with the words of `submission`; returns the job's id.
 
         Args:
             words: sbatch and its arguments.
@@ -213,6 +214,12 @@ class Slurm:
         if SILENT.search(message):
             raise SlurmSilentError(f"{words[0]}: {message}")
         raise UsageError(f"{words[0]}: {message.removeprefix(f'{words[0]}: ')}")
+
+
+def submission(script: Path, after: str | None) -> tuple[str, ...]:
+    """The command that submits a batch script, to start when job `after` has ended."""
+    dependency = (f"--dependency=afterany:{after}",) if after else ()
+    return ("sbatch", "--parsable", *dependency, str(script))
 
 
 def retry_while_silent(call: Callable[[], T], seconds: float, pause: float = 5.0) -> T:

@@ -57,11 +57,11 @@ def test_an_ended_job_with_that_name_is_not_the_link(slurm, run):
     assert submit(run).job_id == "17"
 
 
-def test_the_next_link_may_start_before_the_job_that_submits_it_has_ended(slurm, run):
+def test_the_next_link_starts_when_the_last_one_has_ended(slurm, run):
     submit(run)
     slurm.respond("sbatch", "echo 18")
     submit(run, 2)
-    assert slurm.calls("sbatch")[1] == f"--parsable {run.link_script(2)}"
+    assert slurm.calls("sbatch")[1].startswith("--parsable --dependency=afterany:17 ")
 
 
 def test_the_first_job_on_record_is_the_link(run):
@@ -239,7 +239,7 @@ def test_a_dry_run_shows_the_first_link_of_a_fresh_run(slurm, run):
     submit(run)
     save(run, 10, global_batch=128)
     follower = Follower(JobProgram(digits("launch.launcher=slurm")), run)
-    assert follower.dry_run().startswith(f"sbatch --parsable {run.link_script(2)}\n")
+    assert follower.dry_run().startswith("sbatch --parsable --dependency=afterany:17 ")
     shown = follower.dry_run(fresh=True)
     assert shown.startswith(f"sbatch --parsable {run.link_script(1)}\n")
     assert "#SBATCH --ntasks=1\n" in shown

@@ -9,6 +9,7 @@ from hpc_absa.supervisor.slurm import (
     SlurmSilentError,
     SubmissionError,
     retry_while_silent,
+    submission,
 )
 
 
@@ -62,8 +63,8 @@ def test_a_new_job_inherits_nothing_from_the_current_one(slurm, monkeypatch, tmp
     for name in ("SLURM_NTASKS", "SLURM_CONF", "OMPI_COMM_WORLD_SIZE", "HPC_ABSA_SUPERVISED"):
         monkeypatch.setenv(name, "1")
     slurm.respond("sbatch", f"env >{tmp_path}/env; echo '18;cluster'")
-    assert Slurm().submit(("sbatch", "--parsable", "x"), "x-1", "") == "18"
-    assert slurm.calls("sbatch") == ["--parsable x"]
+    assert Slurm().submit(submission(tmp_path, "17"), "x-1", "") == "18"
+    assert slurm.calls("sbatch") == [f"--parsable --dependency=afterany:17 {tmp_path}"]
     names = {line.partition("=")[0] for line in (tmp_path / "env").read_text().splitlines()}
     assert "SLURM_CONF" in names
     assert not names & {"SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "HPC_ABSA_SUPERVISED"}

@@ -89,7 +89,7 @@ class HostPool(Resources):
         Args:
             job: a job or a script.
             hosts: with their slots.
-            on_change: is told of hosts that are set aside or return.
+            on_change: called with each host that is set aside or returns.
             answers: whether a host can be reached; by default with the rsh agent.
             clock: seconds.
             by_scheduler: the hosts are a scheduler's, whose own daemons start the ranks: one that

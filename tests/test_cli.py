@@ -152,6 +152,16 @@ def test_plan_has_no_more_ranks_than_the_hosts_have_slots(command, tmp_path, key
         assert max(phase["ranks"] for phase in json.loads(out)["phases"]) == ranks
 
 
+def test_a_run_has_no_more_ranks_than_the_host_has_gpus(command, tmp_path, monkeypatch):
+    words = ("run", JOB, "--run-dir", tmp_path / "run", "--dry-run")
+    monkeypatch.setattr("hpc_absa.worldsize.gpus_here", lambda job: 1)
+    status, _, err = command(*words)
+    assert status == 0
+    assert err == "1 GPU here: at most 1 of 4 ranks, which accumulate gradients\n"
+    monkeypatch.setattr("hpc_absa.worldsize.gpus_here", lambda job: 4)
+    assert command(*words)[::2] == (0, "")
+
+
 def test_plan_predicts_hours_with_constants_of_a_machine(command, tmp_path):
     """Options go before the file."""
     file = tmp_path / "machine.toml"

@@ -175,7 +175,7 @@ def _supervise(program: Program, directory: RunDir, fresh: bool, dry_run: bool) 
         most, gpus = worldsize.limit(settings), worldsize.gpus_here(settings)
         if 0 < gpus < most:
             count = "1 GPU" if gpus == 1 else f"{gpus} GPUs"
-            text = f"{count} here: not more than {gpus} of {most} ranks; larger batches accumulate"
+            text = f"{count} here: at most {gpus} of {most} ranks, which accumulate gradients"
             print(text, file=sys.stderr)
             most = gpus
         most = max(most, settings.ranks.initial)

@@ -1,17 +1,18 @@
 """Throughput that a run keeps while its ranks are killed, stopped and cut off from each other.
 
-    python -m benchmarks.goodput [--minutes 30] [--every 120] [--faults kill,stop,partition]
+    python -m benchmarks.goodput [--minutes 30] [--every 120 30] [--faults kill,stop,partition]
 
 ResNet-8 on images of the size of CIFAR-10's, on two ranks, in steps of 512 images. A rank drawn at
 random is killed (SIGKILL) or stopped (SIGSTOP), in turn, at random moments, on average once in
-`--every` seconds, and at the earliest 15 s after the fault before. `partition` puts each rank on a
-host in a network namespace (root; sshd), cuts the link between them for 15 s, and tries the host
-that was lost again after 5 s. Throughput is the samples of the steps that count, divided by the
-time from the first to the last of them, beside an undisturbed run of the same length. Every rank
-records the samples that it draws: `lost` and `repeated` count samples of finished epochs that the
-weights have not seen, or saw twice; `redone` are the steps after the checkpoint to which a fault
-returned the run. A recovery is the time from a fault to the end of the next step's gradients: with
-the time until it is noticed, and with one step.
+`--every` seconds (a run for each), and at the earliest 15 s after the fault before. `partition`
+puts each rank on a host in a network namespace (root; sshd), cuts the link between them for 15 s,
+and tries the host that was lost again after 5 s. Throughput is the samples of the steps that count,
+divided by the time from the first to the last of them. Undisturbed runs, of a sixth of the length,
+are made before, between and after: `kept` is the share of their median. Every rank records the
+samples that it draws: `lost` and `repeated` count samples of finished epochs that the weights have
+not seen, or saw twice; `redone` are the steps after the checkpoint to which a fault returned the
+run. A recovery is the time from a fault to the end of the next step's gradients: with the time
+until it is noticed, and with one step.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ PARTITION_SECONDS = 15.0
 APART = 15.0
 """Seconds between two faults at least."""
 MEASURES = {
-    "throughput": Measure("samples/s", "higher"),
+    "throughput": Measure("samples/s"),
     "kept": Measure("%"),
     "faults": Measure(""),
     "samples lost": Measure(""),
@@ -97,7 +98,7 @@ class Fault:
 
 
 class Run:
-    """One run of the job for a stated time, with faults or without."""
+    """One run of the job, with faults or without."""
 
     def __init__(self, folder: Path, options: argparse.Namespace, hosts: TwoHosts | None) -> None:
         self.options, self.hosts = options, hosts
@@ -113,17 +114,19 @@ class Run:
             self.run.words = hosts.inside(0, *self.run.words)
         self.faults: list[Fault] = []
 
-    def __call__(self, every: float | None) -> Numbers:
-        """Train for the stated time, with a fault in `every` seconds on average."""
+    def __call__(self, minutes: float, every: float | None = None) -> Numbers:
+        """Train, with a fault in `every` seconds on average."""
         self.run.start()
         try:
             self.run.wait_for(lambda: self.pids() and self.run.events("progress"), "a step")
-            end = time.time() + 60 * self.options.minutes
+            end = time.time() + 60 * minutes
             draw = random.Random(self.options.seed)
-            while every and (at := time.time() + draw.expovariate(1 / every)) < end - APART:
-                self.sleep(at - time.time())
+            while every:
+                pause = APART + draw.expovariate(1 / max(1.0, every - APART))
+                if time.time() + pause > end - APART:
+                    break
+                self.sleep(pause)
                 self.strike(draw)
-                self.sleep(APART)
             self.sleep(end - time.time())
             assert self.run.process is not None
             self.run.process.send_signal(signal.SIGTERM)
@@ -192,9 +195,9 @@ def recovery(launches: list[ledger.Launch], fault: Fault) -> float:
     return after - fault.time
 
 
-def recoveries(faults: list[Fault]) -> Comparison:
+def recoveries(title: str, faults: list[Fault]) -> Comparison:
     """By kind of fault."""
-    table = Comparison("From a fault to the next step", RECOVERY, "all")
+    table = Comparison(f"{title}: from a fault to the next step", RECOVERY, "all")
     for kind in dict.fromkeys(["all", *(fault.kind for fault in faults)]):
         seconds = sorted(fault.recovery for fault in faults if kind in ("all", fault.kind))
         if seconds:
@@ -206,8 +209,10 @@ def recoveries(faults: list[Fault]) -> Comparison:
 
 def main() -> None:
     parser = results.options(__doc__)
-    parser.add_argument("--minutes", type=float, default=30.0, help="of each of the two runs")
-    parser.add_argument("--every", type=float, default=120.0, help="seconds between faults")
+    parser.add_argument("--minutes", type=float, default=30.0, help="of each run with faults")
+    parser.add_argument(
+        "--every", type=float, nargs="+", default=[120.0, 30.0], help="seconds between faults"
+    )
     parser.add_argument("--faults", type=lambda text: text.split(","), default=["kill", "stop"])
     parser.add_argument("--save", type=float, default=2.0, help="checkpoint.every_seconds")
     parser.add_argument(
@@ -216,32 +221,43 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     if options.quick:
-        options.minutes, options.every = 1.0, 15.0
-    options.heartbeat = options.heartbeat or (3.0 if "partition" in options.faults else 60.0)
+        options.minutes, options.every = 1.0, [15.0]
+    partitions = "partition" in options.faults
+    options.heartbeat = options.heartbeat or (3.0 if partitions else 60.0)
+    title = f"{options.minutes:g} minutes of {', '.join(options.faults)}"
+    names = {f"a fault in {every:g} s": every for every in options.every}
+    table = Comparison(title, MEASURES, "undisturbed", tuple(names))
+    tables = [table]
     with tempfile.TemporaryDirectory() as root:
-        hosts = TwoHosts(Path(root)) if "partition" in options.faults else None
+        hosts = TwoHosts(Path(root)) if partitions else None
+
+        def run(name: str, minutes: float, every: float | None = None) -> list[Fault]:
+            folder = Path(tempfile.mkdtemp(dir=root))
+            one = Run(folder / "run", options, hosts)
+            numbers = one(minutes, every)
+            table.add(name, numbers)
+            print(f"{name}: {numbers['throughput']:.0f} samples/s", flush=True)
+            return one.faults
+
         try:
             if hosts:
                 hosts.start()
-            alone = dict(Run(Path(root) / "alone", options, hosts)(None))
-            faulty = Run(Path(root) / "disturbed", options, hosts)
-            disturbed = dict(faulty(options.every))
+            run("undisturbed", options.minutes / 6)
+            for name, every in names.items():
+                tables.append(recoveries(name, run(name, options.minutes, every)))
+                run("undisturbed", options.minutes / 6)
         finally:
             if hosts:
                 hosts.stop()
-    disturbed["kept"] = 100 * float(disturbed["throughput"]) / float(alone["throughput"])
-    rate = 60 * options.minutes / max(1, len(faulty.faults))
-    title = f"{options.minutes:g} minutes, {len(faulty.faults)} faults, one in {rate:.0f} s: "
-    table = Comparison(title + ", ".join(options.faults), MEASURES, "undisturbed", ("with faults",))
+    alone = statistics.median(map(float, table.samples["undisturbed"]["throughput"]))
+    for name in names:
+        table.add(name, {"kept": 100 * float(table.samples[name]["throughput"][0]) / alone})
     table.note = (
         f"Checkpoints every {options.save:g} s; a rank without a heartbeat for "
         f"{options.heartbeat:g} s has failed"
         + ("." if hosts else ", or one that is stopped for 2 s.")
     )
-    table.add("undisturbed", alone)
-    table.add("with faults", disturbed)
-    name = "goodput" if hosts is None else "goodput-partitions"
-    results.write(name, [table, recoveries(faulty.faults)], options)
+    results.write("goodput-partitions" if partitions else "goodput", tables, options)
 
 
 if __name__ == "__main__":

@@ -214,7 +214,7 @@ def main() -> None:
         "--every", type=float, nargs="+", default=[120.0, 30.0], help="seconds between faults"
     )
     parser.add_argument("--faults", type=lambda text: text.split(","), default=["kill", "stop"])
-    parser.add_argument("--save", type=float, default=2.0, help="checkpoint.every_seconds")
+    parser.add_argument("--save", type=float, default=1.0, help="checkpoint.every_seconds")
     parser.add_argument(
         "--heartbeat", type=float, help="launch.heartbeat_timeout (default 60, 3 with partitions)"
     )

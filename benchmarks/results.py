@@ -256,7 +256,10 @@ def write(
 
 
 def index(folder: Path) -> str:
-    """The page of all results: of each measure, the baseline's median and the best other."""
+    """The page of all results: of each measure, the baseline's median and the best other.
+
+    Where no measure says which is better, all rows.
+    """
     lines = ["# Results", "", "Written by `make bench`; each page names its command and machine."]
     for path in sorted(folder.glob("*.json")):
         result = json.loads(path.read_text())
@@ -268,13 +271,16 @@ def index(folder: Path) -> str:
             machine.append(f"made on a busy machine (load {about['load before']}): to be repeated")
         lines += [", ".join(machine), ""]
         for one in result["comparisons"]:
-            own, found = one["summary"].get(one["baseline"], {}), []
-            for key, measure in one["measures"].items():
-                if key in own and measure["better"]:
-                    text = f"{key} {shown(own[key]['median'])} {measure['unit']}"
-                    best = one["best"][key]
-                    found.append(f"{text}, {best[1]:.2f} × as good as {best[0]}" if best else text)
-            lines += [f"- {one['title']}: {one['baseline']}: {'; '.join(found)}"] if found else []
+            compared = {key for key, measure in one["measures"].items() if measure["better"]}
+            for name in [one["baseline"]] if compared else one["summary"]:
+                own, found = one["summary"].get(name, {}), []
+                for key, measure in one["measures"].items():
+                    if key in own and key in (compared or own):
+                        text = f"{key} {shown(own[key]['median'])} {measure['unit']}".rstrip()
+                        best = one["best"][key]
+                        text += f", {best[1]:.2f} × as good as {best[0]}" if best else ""
+                        found.append(text)
+                lines += [f"- {one['title']}: {name}: {'; '.join(found)}"] if found else []
     return "\n".join(lines) + "\n"
 
 

@@ -22,7 +22,7 @@ from hpc_absa.supervisor.launchers import Command
 from hpc_absa.supervisor.process import PYTHON
 
 MODULE = "hpc_absa.supervisor.forking"
-PRELOADED = ("hpc_absa.cli", "hpc_absa.training.rank", "horovod.torch")
+PRELOADED = ("hpc_absa.cli", "hpc_absa.training.rank", "horovod.torch", "scipy.special")
 OF_SCRIPTS = ("torch._dynamo",)
 """What the first step of torch's own optimizers imports (`training.optimizer`), in 1.3 s."""
 

@@ -59,10 +59,8 @@ def main() -> None:
     stages = [(n, s, r) for n in networks for s in options.steps for r in options.seeds]
     totals: dict[tuple[str, str], Counts] = {}
     begin = time.monotonic()
-    processes = ProcessPoolExecutor(
-        len(os.sched_getaffinity(0)), multiprocessing.get_context("spawn")
-    )
-    with processes:
+    fork = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), fork) as processes:
         asked = processes.map(answers, stages, [options] * len(stages))
         for done, ((name, steps, seed), of_stage) in enumerate(zip(stages, asked, strict=True), 1):
             for kind, counts in of_stage.items():

@@ -85,7 +85,6 @@ class Supervisor:
         try:
             self._program.write(self._run)
             self._run.stop_request.unlink(missing_ok=True)  # of an earlier command
-            self._run.failure.unlink(missing_ok=True)
             on_stop(self._on_signal)
             return self._supervise()
         finally:
@@ -192,7 +191,10 @@ class Supervisor:
             return "stopped" if outcome == "resize" and self._stop_requested(ended) else outcome
         if self._stop_requested(ended) and not self._run.failure.exists():
             return "ended"
-        return replace(self._failure(ended), seconds=round(ended.seconds, 3))
+        failed = replace(self._failure(ended), seconds=round(ended.seconds, 3))
+        with suppress(OSError):
+            self._run.failure.unlink(missing_ok=True)
+        return failed
 
     def _outcome(self, events_before: int) -> str | None:
         """How the ranks ended their last phase; None if they did not."""
@@ -210,7 +212,8 @@ class Supervisor:
         places += ["bound to cores"] if bound else []
         if places:
             self._show(", ".join(places))
-        self._run.joined.unlink(missing_ok=True)
+        for left in (self._run.joined, self._run.failure):  # by ranks of the launch before
+            left.unlink(missing_ok=True)
         log = self._run.logs / f"world-{number:06d}-{self._settings.launch.launcher}.log"
         try:
             with log.open("a", encoding="utf-8") as file:
@@ -252,12 +255,8 @@ class Supervisor:
 
     def _failure(self, ended: Exit) -> Failure:
         """From the file that the failed rank left, otherwise from the launcher's exit."""
-        try:
-            recorded = Failure(**json.loads(self._run.failure.read_text(encoding="utf-8")))
-            self._run.failure.unlink()
-            return recorded
-        except (OSError, ValueError):
-            pass
+        with suppress(OSError, ValueError):  # none, or cut off by a full disk
+            return Failure(**json.loads(self._run.failure.read_text(encoding="utf-8")))
         if ended.start_timed_out:
             seconds = self._settings.launch.start_seconds
             reason = f"the ranks had not connected to each other after {seconds:g} s"

@@ -240,6 +240,18 @@ def test_a_stop_without_saving_is_not_shown_as_saved(launch, monkeypatch, word, 
     assert [e["reason"] for e in events if e["event"] == "error"] == [line] * (word == "--refused")
 
 
+def test_a_record_that_was_not_written_does_not_hide_the_reason_of_the_next_failure(launch):
+    """A full disk left an empty file, and ranks do not replace one that is there."""
+    restarts = ("--set", "launch.max_restarts=1")
+    code, out, err = launch("--max-ranks", 1, *restarts, "--", *STAND_IN, "--unwritten")
+    assert code == 1, out + err
+    run = RunDir(Path("runs/stand_in"))
+    reasons = [e["reason"] for e in run.log.read() if e["event"] == "failure"]
+    assert "exited with status 3 within its hpc_absa.Run" in reasons[0]
+    assert reasons[1:] == ["no memory"]
+    assert not run.failure.exists()
+
+
 # What is refused before the start
 
 

@@ -55,7 +55,7 @@ def probe() -> dict[str, Any]:
 def check_rehearsal(job: Job) -> Finding:
     """Whether the job's model, loss and data do what a run needs: `training.rehearsal`."""
     name = "rehearsal"
-    command = [sys.executable, "-W", "ignore", "-m", "hpc_absa.doctor.rehearsal"]
+    command = [*PYTHON, "-W", "ignore", "-m", "hpc_absa.doctor.rehearsal"]
     try:
         done = subprocess.run(
             command,

@@ -2,6 +2,8 @@
 
 import random
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -197,6 +199,21 @@ def test_doctor_rehearses_a_job_in_its_own_process():
     finding = check_rehearsal(absent)
     assert finding.status == "error"
     assert "data.root = '/nowhere'" in finding.detail
+
+
+def test_doctor_rehearses_without_the_current_folder_first_on_the_path(monkeypatch):
+    """As ranks run: a `random.py` there would replace Python's."""
+    from hpc_absa.doctor import software
+
+    commands = []
+
+    def answer(command, **_):
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 0, '{"seconds": 1.0, "memory": 1}\n', "")
+
+    monkeypatch.setattr(software.subprocess, "run", answer)
+    assert software.check_rehearsal(config.parse(runs.JOB, "test", ())).status == "ok"
+    assert commands[0][:2] == [sys.executable, "-P"]
 
 
 @pytest.mark.parametrize(

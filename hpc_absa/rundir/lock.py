@@ -211,11 +211,15 @@ def _parse(text: bytes) -> LockHolder | None:
         return None
     if not isinstance(pid, int):
         return None
-    started = record.get("started")
-    started = float(started) if isinstance(started, int | float) else math.nan
-    where = str(record.get("host", ""))
-    live = process_is_alive(pid, started) if where == host() else None
+    started, where = _seconds(record.get("started")), str(record.get("host", ""))
+    # At the last heartbeat: the clock may have been set since the process started.
+    seen = _seconds(record.get("beat", started))
+    live = process_is_alive(pid, seen) if where == host() else None
     return LockHolder(where, pid, started, live)
+
+
+def _seconds(value: object) -> float:
+    return float(value) if isinstance(value, int | float) else math.nan
 
 
 def _name(holder: LockHolder | None) -> str:

@@ -174,6 +174,15 @@ def test_later_process_with_the_same_pid_is_not_the_holder(run, monkeypatch):
     lock.release()
 
 
+def test_a_holder_is_the_same_process_after_the_clock_was_set(run):
+    """It then seems to be younger than its lock, but not than its last heartbeat."""
+    holder = {"host": host(), "pid": os.getpid(), "started": 1.0, "beat": time.time()}
+    run.lock.write_text(json.dumps(holder))
+    assert locks.read_lock(run.lock).live
+    run.lock.write_text(json.dumps({**holder, "beat": 2.0}))
+    assert not locks.read_lock(run.lock).live
+
+
 def test_released_lock_can_be_acquired_again(run):
     first, second = RunLock(run), RunLock(run)
     first.acquire()

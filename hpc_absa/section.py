@@ -50,7 +50,7 @@ def explain(
     errors = error.errors(include_url=False)
     first = errors[0]
     # The location of a union has the tag or type that was tried.
-    tried = {*tagged, "int", "float"}
+    tried = {*tagged, "int", "float", "str"}
     place = [str(part) for part in first["loc"] if part not in tried]
     if place[:2] == ["launch", "slurm"]:
         place = place[:3]

@@ -119,6 +119,7 @@ def test_label_distinguishes_entries_of_the_same_schedule(load):
         ("[32]", "[33]", "base.toml: schedule.max_batch = 33: expected a multiple of train.micro"),
         ("[32]", "[128]", "grid: cell bl-128-seed0 is there twice; give one of its entries a la"),
         ("[32]", "[128", "sweep.toml: not valid TOML"),
+        ('"base.toml"', "3", "sweep.toml: job = 3: expected a valid string"),
         ("base.toml", "none.toml", "none.toml: cannot be read as a job file: [Errno 2]"),
         ("seeds", 'set = ["train.epoch=3"]\nseeds', "train.epoch = 3: unknown key, expected 'ep"),
         ("seeds", "side_by_side = 0\nseeds", "side_by_side = 0: expected greater than 0"),

@@ -6,10 +6,11 @@ a choice of this project, with its reason.
 
 from __future__ import annotations
 
+import datetime
 import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
 from hpc_absa.schedules import AnySchedule, TrainSettings, class_of
 from hpc_absa.section import Count, NonNegative, OpenSection, Positive, Section, Strings
@@ -29,6 +30,11 @@ _HOST = re.compile(r"[^\s:,]+(:0*[1-9][0-9]*)?")
 def _require_known(key: str, name: str, known: tuple[str, ...], own: str) -> None:
     if ":" not in name and name not in known:
         raise ValueError(f"{key} = {name!r}: expected one of {', '.join(known)}, or {own}")
+
+
+def _text_of_time(value: Any) -> Any:
+    """A time limit such as 04:00:00 without quotes, which is a time of day in TOML, as text."""
+    return str(value) if isinstance(value, datetime.time) else value
 
 
 def is_adaptive(optimizer: str) -> bool:
@@ -265,7 +271,7 @@ class SlurmOptions(Section):
     """Quality of service."""
     constraint: NoSpaces = ""
     """Features that nodes must have."""
-    time: NoSpaces | int = ""
+    time: Annotated[NoSpaces | int, BeforeValidator(_text_of_time)] = ""
     """Time limit of one job: minutes, or `H:MM:SS`. A longer run is split into several jobs."""
     gpus_per_node: PositiveInt | None = Field(default=None, alias="gpus-per-node")
     """GPUs of a node, one rank each; a phase with fewer ranks requests fewer."""

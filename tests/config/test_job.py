@@ -288,6 +288,7 @@ def test_a_file_that_cannot_be_read(tmp_path, make, message):
         ("data.root=/a/b c", "data.root", "/a/b c"),
         ("checkpoint.async=false", "checkpoint.background", False),
         ("launch.slurm.time=1:00:00", "launch.slurm.time", "1:00:00"),
+        ("launch.slurm.time=04:00:00", "launch.slurm.time", "04:00:00"),
         ("launch.slurm.gpus-per-node=4", "launch.slurm.gpus_per_node", 4),
         ('launch.extra=["--x", "y"]', "launch.extra", ("--x", "y")),
     ],

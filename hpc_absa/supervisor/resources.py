@@ -124,10 +124,11 @@ class HostPool(Resources):
         alive = self._ask(names)
         for name in (name for name in names if not alive[name] and name in self._reached):
             self._set_aside(name, "it does not answer")
-        if host in names and host == self._suspect and alive[host] and len(names) > 1:
-            self._set_aside(host, "a second failure in a row")
-            host = None
-        self._suspect = host
+        failed = next((name for name in names if host and _is_same(name, host)), None)
+        if failed and failed == self._suspect and alive[failed] and len(names) > 1:
+            self._set_aside(failed, "a second failure in a row")
+            failed = None
+        self._suspect = failed
 
     def report_success(self) -> None:
         self._suspect = None
@@ -245,6 +246,11 @@ def is_reachable(host: str, agent: tuple[str, ...]) -> bool:
     except (OSError, subprocess.TimeoutExpired):
         return False
     return done.returncode == 0
+
+
+def _is_same(name: str, host: str) -> bool:
+    """Whether a host is the one of that name, where one of the two may lack the domain."""
+    return name == host or name.partition(".")[0] == host or name == host.partition(".")[0]
 
 
 def is_here(host: str) -> bool:

@@ -182,6 +182,21 @@ def test_a_host_that_answers_is_set_aside_only_after_two_failures_in_a_row(faili
     assert failing.changes == [("b", "set_aside")]
 
 
+def test_a_host_that_fails_is_recognized_with_and_without_its_domain():
+    """Launchers and ranks name hosts as these name themselves, and not as the job does."""
+    changes = []
+    pool = HostPool(
+        digits("ranks.max=4"),
+        [("a.site", 2), ("b", 2)],
+        lambda host, action, _: changes.append((host, action)),
+        answers=lambda host: True,
+    )
+    pool.place(digits(), 4)
+    for host in ("a", "a", "b.site", "b.site"):
+        pool.report_failure(host)
+    assert changes == [("a.site", "set_aside"), ("b", "set_aside")]
+
+
 def test_where_all_hosts_are_set_aside_all_are_tried(failing):
     failing.place(5)
     failing.down.update("abc")

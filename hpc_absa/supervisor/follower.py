@@ -100,7 +100,7 @@ class Follower:
         self._submit()
 
     def _submit(self) -> None:
-        number, size = self._next()
+        number, size = retry_while_silent(self._next, SUBMIT_SECONDS)
         text = self._script(number, size)
         link = retry_while_silent(
             lambda: self._chain.submit(number, text, size.nodes, size.ranks, self._slurm),

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import time
 
 import pytest
 
@@ -223,6 +224,18 @@ def test_a_job_with_nothing_to_do_exits(link, run, arrange, reason):
 
 
 # Watching and cancelling
+
+
+def test_a_submission_waits_for_a_slurmctld_that_does_not_answer(slurm, run, monkeypatch):
+    """Also where it is asked for the partition, before the submission itself."""
+    partitions = slurm.bin.joinpath("scontrol").read_text().splitlines()[-1]
+    silent = "echo 'Unable to contact slurm controller (connect failure)' >&2; exit 1"
+    asked = run.path / "asked"
+    slurm.respond("scontrol", f"[ -e {asked} ] || {{ touch {asked}; {silent}; }}\n{partitions}")
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    Follower(JobProgram(digits("launch.launcher=slurm")), run)._submit()
+    assert len(slurm.calls("scontrol")) == 2
+    assert Chain(run, "digits").last().job_id == "17"
 
 
 def test_a_dry_run_shows_submission_and_script(slurm, tmp_path):

@@ -192,18 +192,19 @@ class RunDir:
         return _begins(self.launch, LAUNCH_MARK)
 
     def require_own_files(self) -> None:
-        """Refuse to replace a `job.toml` or `launch.toml` that we have not written.
+        """Refuse to change or remove a file that we have not written.
 
         Raises:
             UsageError: the folder has one, and nothing shows that it is ours; or it is a file.
         """
         if self.path.exists() and not self.path.is_dir():
             raise UsageError(f"{self.path}: is a file; expected a folder for the run")
-        own = {self.job: self.is_run, self.launch: self.is_script}
+        own = dict.fromkeys((self.job, self.events, self.stop_request), self.is_run)
+        own[self.launch] = self.is_script
         if foreign := [path.name for path in own if path.exists() and not own[path]]:
             raise UsageError(
                 f"{self.path}: it has a {foreign[0]}, and is not a run directory; "
-                "a run would replace that file: name another folder with --run-dir"
+                "a run would change or remove that file: name another folder with --run-dir"
             )
 
     def remove_files(self) -> None:

@@ -33,7 +33,7 @@ def test_a_project_with_a_job_file_is_left_alone(tmp_path):
     (tmp_path / "thesis.tex").touch()
     with pytest.raises(UsageError, match="not a run directory"):
         clear(RunDir(tmp_path))
-    with pytest.raises(UsageError, match="would replace that file"):
+    with pytest.raises(UsageError, match="would change or remove that file"):
         RunDir(tmp_path).create()
     assert content(tmp_path) == ["job.toml", "thesis.tex"]
     assert (tmp_path / "job.toml").read_text() == "name = 'mine'\n"
@@ -51,6 +51,14 @@ def test_a_users_own_launch_file_is_left_alone(tmp_path):
     assert run.is_run
     clear(run)
     assert content(tmp_path) == ["lock"]
+
+
+@pytest.mark.parametrize("name", ["events.jsonl", "stop"])
+def test_a_users_own_file_is_not_written_to_or_removed(tmp_path, name):
+    (tmp_path / name).write_text("mine\n")
+    with pytest.raises(UsageError, match=f"it has a {name}, and is not a run directory"):
+        RunDir(tmp_path).create()
+    assert (tmp_path / name).read_text() == "mine\n"
 
 
 def test_other_programs_events_make_no_run(tmp_path):

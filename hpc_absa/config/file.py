@@ -77,7 +77,7 @@ def load(path: Path, overrides: tuple[str, ...] = (), *, warn: bool = True) -> J
 def read(path: Path, kind: str = "a job file") -> dict[str, Any]:
     """The tables of a TOML file, not validated."""
     try:
-        return _tables(path.read_text(encoding="utf-8"), str(path))
+        return _tables(path.read_text(encoding="utf-8-sig"), str(path))  # editors add a mark
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: cannot be read as {kind}: {error}") from None
 

@@ -270,6 +270,12 @@ def test_a_file_that_cannot_be_read(tmp_path, make, message):
         config.load(path)
 
 
+def test_a_file_of_an_editor_that_begins_it_with_a_byte_order_mark(tmp_path):
+    path = tmp_path / "job.toml"
+    path.write_text(JOB, encoding="utf-8-sig")
+    assert config.load(path) == parse()
+
+
 # Overrides
 
 

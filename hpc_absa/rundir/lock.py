@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from hpc_absa.errors import ExitStatus, RunLockedError
+from hpc_absa.errors import ExitStatus, RunDirError, RunLockedError
 from hpc_absa.rundir import RunDir
 
 SUPERVISED = "HPC_ABSA_SUPERVISED"
@@ -117,6 +117,7 @@ class RunLock:
 
         Raises:
             RunLockedError: another process holds it; names host and process id.
+            RunDirError: the file cannot be written; names path and cause.
         """
         descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
         begin = changed = time.monotonic()
@@ -144,7 +145,12 @@ class RunLock:
         self._descriptor = descriptor
         self._released.clear()
         started = time.time()
-        self._write(started)
+        try:
+            self._write(started)
+        except OSError as error:  # a full disk
+            self.release()
+            reason = error.strerror or error
+            raise RunDirError(f"{self._path}: cannot be written: {reason}") from None
         threading.Thread(
             target=self._write_heartbeats, args=(started,), name="lock", daemon=True
         ).start()

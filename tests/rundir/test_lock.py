@@ -1,5 +1,6 @@
 """One writer per run directory."""
 
+import errno
 import json
 import os
 import re
@@ -11,7 +12,7 @@ import time
 
 import pytest
 
-from hpc_absa.errors import ExitStatus, RunLockedError
+from hpc_absa.errors import ExitStatus, RunDirError, RunLockedError
 from hpc_absa.rundir import RunDir
 from hpc_absa.rundir import lock as locks
 from hpc_absa.rundir.lock import RunLock, host
@@ -169,6 +170,19 @@ def test_heartbeats_are_written(run, monkeypatch):
 def test_later_process_with_the_same_pid_is_not_the_holder(run, monkeypatch):
     monkeypatch.setattr(locks, "_try_lock", lambda _: None)
     run.lock.write_text(json.dumps({"host": host(), "pid": os.getppid(), "started": 1.0}))
+    lock = RunLock(run)
+    lock.acquire()
+    lock.release()
+
+
+def test_a_full_disk_is_one_line_with_the_name_of_the_lock(run, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched, pytest.raises(RunDirError) as caught:
+        patched.setattr(os, "pwrite", full)
+        RunLock(run).acquire()
+    assert str(caught.value) == f"{run.lock}: cannot be written: No space left on device"
     lock = RunLock(run)
     lock.acquire()
     lock.release()

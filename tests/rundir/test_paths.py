@@ -1,12 +1,14 @@
 """Files of a user's are never removed or replaced: only names that a run has, in a run's folder."""
 
 import os
+from pathlib import Path
 
 import pytest
 
 from hpc_absa.checkpoint.manager import verify
 from hpc_absa.errors import RunLockedError, UsageError
 from hpc_absa.rundir import RunDir
+from hpc_absa.rundir.files import replacing
 from hpc_absa.rundir.lock import RunLock
 from hpc_absa.rundir.paths import MARK
 from hpc_absa.status import status
@@ -26,6 +28,13 @@ def a_run(folder):
 
 def content(folder):
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def test_a_full_disk_is_an_error_with_the_name_of_the_file(tmp_path):
+    message = r"No space left on device: '.*job\.toml'"
+    with pytest.raises(OSError, match=message), replacing(tmp_path / "job.toml"):
+        Path("/dev/full").write_bytes(b"x")
+    assert content(tmp_path) == []
 
 
 def test_a_project_with_a_job_file_is_left_alone(tmp_path):

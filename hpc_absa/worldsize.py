@@ -69,20 +69,9 @@ _HOSTFILE_LINE = re.compile(
 
 
 def hosts(words: str) -> Hosts:
-    """`a:4,b` as `[("a", 4), ("b", 1)]`.
-
-    Raises:
-        UsageError: a word that is not `host` or `host:slots`.
-    """
-    parsed = []
-    for word in words.split(","):
-        name, colon, slots = word.strip().partition(":")
-        if not name or (colon and (not slots.isdecimal() or int(slots) == 0)):
-            raise UsageError(
-                f"launch.hosts = {words!r}: {word!r}, expected host or host:slots, with commas"
-            )
-        parsed.append((name, int(slots or 1)))
-    return parsed
+    """A valid `launch.hosts` such as `a:4,b` as `[("a", 4), ("b", 1)]`."""
+    parts = (word.strip().partition(":") for word in words.split(","))
+    return [(name, int(slots or 1)) for name, _, slots in parts]
 
 
 def ranks_for(job: Job, global_batch: int, limit: int) -> int:

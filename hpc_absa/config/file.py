@@ -200,7 +200,7 @@ def _rename_keys(tables: dict[str, Any], origin: str, *, warn: bool) -> None:
             raise UsageError(f"{origin}: {old} is the old name of {new}: expected only {new}")
         value = table.pop(name)
         if (values := RENAMED_VALUES.get(old)) is not None:
-            if value not in values:
+            if value not in list(values):  # it may be a list, which has no hash
                 known = ", ".join(
                     f"{v!r} (now {new} = {str(w).lower()})" for v, w in values.items()
                 )

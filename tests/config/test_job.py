@@ -435,6 +435,8 @@ def test_both_names_of_a_key_are_refused():
         config.load(DIGITS, ("train.clip_norm=1.0", "train.max_grad_norm=1.0"))
     with pytest.raises(UsageError, match=r"remainder = 'keep': expected 'carry' \(now"):
         config.load(DIGITS, ("train.remainder=keep",))
+    with pytest.raises(UsageError, match=r"remainder = \[1\]: expected 'carry' \(now"):
+        config.load(DIGITS, ("train.remainder=[1]",))
 
 
 def test_a_sweep_file_is_named_as_one(tmp_path):

@@ -45,6 +45,8 @@ class Follower:
         self._slurm, self._chain = Slurm(), Chain(run, program.settings.name)
         self._bytes_shown: dict[int, int] = {}
         self._last_state = ""
+        self._was_cancelled = False
+        """By scancel, according to the last answer of Slurm about the last link's job."""
 
     def dry_run(self, fresh: bool = False) -> str:
         """Submission and script of the next link, or of a new run's first, as to be executed."""
@@ -155,11 +157,11 @@ class Follower:
                 self._show("stopped, everything saved; run the same command to continue")
                 return ExitStatus.STOPPED
             case _:
-                if self._chain.cancelled:
+                name = f"link {last.number} (job {last.job_id})"
+                if self._chain.cancelled or self._was_cancelled:
+                    self._show(f"{name} was cancelled; run the same command to continue")
                     return ExitStatus.STOPPED
-                self._show(
-                    f"link {last.number} (job {last.job_id}) exited without writing a result"
-                )
+                self._show(f"{name} exited without writing a result")
                 return None
 
     def _outcome(self, link: Link) -> str:
@@ -169,20 +171,24 @@ class Follower:
     def _alive(self, link: Link) -> bool:
         """Whether the link's job is pending or running; assumed while Slurm does not answer."""
         try:
-            job = self._queued(link)
+            job = self._job(link)
         except SlurmSilentError as error:
             self._show_state(f"Slurm does not answer at the moment ({error})")
             return True
-        if job:
+        self._was_cancelled = job is not None and job.state == "CANCELLED"
+        if job and job.alive:
             reason = f", {job.reason}" if job.state == "PENDING" else ""
             state = f"{job.state.lower()}{reason}"
             self._show_state(f"link {link.number} (job {link.job_id}): {state}")
-        return job is not None
+        return job is not None and job.alive
 
-    def _queued(self, link: Link) -> QueuedJob | None:
-        """The link's job in the queue, None if it has ended."""
-        jobs = (job for job in self._slurm.jobs(link.name) if job.job_id == link.job_id)
-        return next((job for job in jobs if job.alive), None)
+    def _queued(self, link: Link) -> bool:
+        job = self._job(link)
+        return job is not None and job.alive
+
+    def _job(self, link: Link) -> QueuedJob | None:
+        """The link's job, also one that has just ended; None where Slurm does not list it."""
+        return next((j for j in self._slurm.jobs(link.name) if j.job_id == link.job_id), None)
 
     def _show_state(self, line: str) -> None:
         if line != self._last_state:

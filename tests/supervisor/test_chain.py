@@ -238,6 +238,19 @@ def test_a_submission_waits_for_a_slurmctld_that_does_not_answer(slurm, run, mon
     assert Chain(run, "digits").last().job_id == "17"
 
 
+def test_a_job_that_was_cancelled_by_scancel_is_not_submitted_again(slurm, run):
+    """One that disappeared without a result is."""
+    submit(run)
+    lines = []
+    follower = Follower(JobProgram(digits("launch.launcher=slurm")), run, lines.append)
+    slurm.respond("squeue", f"echo '17|{Chain(run, 'digits').name(1)}|CANCELLED|None|1'")
+    assert follower._watch() == ExitStatus.STOPPED
+    assert lines == ["link 1 (job 17) was cancelled; run the same command to continue"]
+    slurm.respond("squeue", "")
+    assert follower._watch() is None
+    assert lines[1:] == ["link 1 (job 17) exited without writing a result"]
+
+
 def test_a_dry_run_shows_submission_and_script(slurm, tmp_path):
     run = RunDir(tmp_path / "new")
     shown = Follower(JobProgram(digits("launch.launcher=slurm")), run).dry_run()

@@ -154,7 +154,7 @@ class Follower:
                 self._show(f"the chain failed; logs are in {self._run.logs}")
                 return ExitStatus.FAILED
             case "stopped" | "cancelled" | "terminated":
-                self._show("stopped, everything saved; run the same command to continue")
+                self._show("stopped; run the same command to continue")
                 return ExitStatus.STOPPED
             case _:
                 name = f"link {last.number} (job {last.job_id})"

@@ -251,6 +251,15 @@ def test_a_job_that_was_cancelled_by_scancel_is_not_submitted_again(slurm, run):
     assert lines[1:] == ["link 1 (job 17) exited without writing a result"]
 
 
+def test_that_a_job_has_saved_is_said_by_the_job_alone(slurm, run):
+    submit(run)
+    chain, lines = Chain(run, "digits"), []
+    chain.log(chain.last(), "ended", outcome="terminated")
+    follower = Follower(JobProgram(digits("launch.launcher=slurm")), run, lines.append)
+    assert follower._watch() == ExitStatus.STOPPED
+    assert lines == ["stopped; run the same command to continue"]
+
+
 def test_a_dry_run_shows_submission_and_script(slurm, tmp_path):
     run = RunDir(tmp_path / "new")
     shown = Follower(JobProgram(digits("launch.launcher=slurm")), run).dry_run()

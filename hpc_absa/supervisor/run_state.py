@@ -15,6 +15,9 @@ from hpc_absa.supervisor.program import Program, read_program
 from hpc_absa.supervisor.slurm import Slurm
 from hpc_absa.worldsize import ranks_for
 
+STARTED = ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "RESIZING", "SIGNALING", "STAGE_OUT")
+"""States of a job that may have something to save."""
+
 
 def next_ranks(program: Program, run: RunDir, limit: int) -> int:
     """The number of ranks of the next phase, at most `limit`.
@@ -116,7 +119,7 @@ def cancel(path: Path, now: bool) -> Iterator[str]:
     if not jobs:
         yield asked
     for job in jobs:
-        if now or job.state not in ("RUNNING", "COMPLETING"):
+        if now or job.state not in STARTED:
             slurm.cancel(job.job_id)
             yield f"job {job.job_id} ({job.name}): cancelled while {job.state.lower()}"
         else:

@@ -294,6 +294,15 @@ def test_cancel_removes_pending_jobs_and_asks_running_ones_to_save(slurm, run):
     assert slurm.calls("scancel") == ["8", "7", "8"]
 
 
+@pytest.mark.parametrize("state", ["SUSPENDED", "STOPPED", "RESIZING"])
+def test_cancel_does_not_end_a_job_that_has_begun_to_run(slurm, run, state):
+    slurm.respond("squeue", f"echo '7|{Chain(run, 'digits').prefix}1|{state}|None|1'")
+    run.chain.mkdir()
+    (line,) = cancel(run.path, now=False)
+    assert "asked to save and exit" in line
+    assert slurm.calls("scancel") == []
+
+
 def test_cancel_reaches_a_chain_also_without_slurm_or_without_jobs(slurm, run, monkeypatch):
     run.chain.mkdir()
     (line,) = cancel(run.path, now=False)

@@ -73,14 +73,21 @@ def report(
     """
     from hpc_absa import status as run_status
     from hpc_absa.report.compare import run_dirs
-    from hpc_absa.report.scalars import writer_for
+    from hpc_absa.report.figures import paths
+    from hpc_absa.report.scalars import MARK, writer_for
     from hpc_absa.report.tensorboard import TensorBoardLog
     from hpc_absa.report.trackers import require
     from hpc_absa.rundir import RunDir
+    from hpc_absa.rundir.files import require_replaceable
 
     trackers = {k: v for k, v in {"wandb": wandb, "trackio": trackio}.items() if v}
+    # refuse what cannot be written before anything is written
     if scalars:
-        writer_for(scalars)  # refuse what cannot be written before anything is written
+        writer_for(scalars)
+        if scalars.exists():
+            require_replaceable(scalars, "--scalars", MARK)
+    for path in paths(figures) if figures and figures.is_dir() else ():
+        require_replaceable(path, "--figures")
     for tracker in trackers:
         require(tracker)
     runs = run_dirs(directories)

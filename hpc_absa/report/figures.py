@@ -71,27 +71,34 @@ LOSSES: Mapping[str, Mapping[str, Any]] = {
 }
 """Losses of `epoch` events, and how their lines differ."""
 PARTS = ("training", "seconds")
-FIGURES = {"training": ("training",), "seconds": ("seconds",), "talk": ("talk",)}
-"""Files of `save` and their parts."""
-FORMATS = ("pdf", "svg", "png")
+FIGURES = ("training", "seconds", "talk")
+"""Files of `save`."""
+FORMATS: Mapping[str, Mapping[str, str | None]] = {
+    "pdf": {"Creator": "hpc-absa", "CreationDate": None},
+    "svg": {"Creator": "hpc-absa", "Date": None},
+    "png": {"Software": "hpc-absa"},
+}
+"""Their formats, and the metadata of each: `files.MARK`, and no date."""
 
 
 def png(histories: Sequence[History]) -> bytes:
     """Both parts in one image."""
-    return _render(histories, PARTS, format="png", dpi=130, metadata={"Software": "hpc-absa"})
+    return _render(histories, PARTS, format="png", dpi=130, metadata=FORMATS["png"])
+
+
+def paths(folder: Path) -> list[Path]:
+    """The files of `save`."""
+    return [folder / f"{name}.{kind}" for name in FIGURES for kind in FORMATS]
 
 
 def save(histories: Sequence[History], folder: Path) -> list[Path]:
     """Write each figure as PDF, SVG and PNG; returns the paths."""
     folder.mkdir(parents=True, exist_ok=True)
-    written = []
-    for name, parts in FIGURES.items():
-        for kind in FORMATS:
-            undated = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}.get(kind, {})
-            content = _render(histories, parts, format=kind, dpi=300, metadata=undated)
-            written.append(folder / f"{name}.{kind}")
-            write_atomic(written[-1], content)
-    return written
+    for path in paths(folder):
+        kind = path.suffix[1:]
+        content = _render(histories, [path.stem], format=kind, dpi=300, metadata=FORMATS[kind])
+        write_atomic(path, content)
+    return paths(folder)
 
 
 def draw(histories: Sequence[History], parts: Sequence[str]) -> Any:

@@ -22,6 +22,8 @@ KINDS = ("phase_start", "progress", "epoch", "decision")
 """Events with measurements."""
 POSITION = ("event", "time", "phase", "epoch", "step", "samples", "seconds", "rank_hours")
 """First columns. `seconds`: of the run so far, without pauses; `rank_hours`: times its ranks."""
+MARK = b"rank_hours"
+"""In the first or last bytes of every exported table: the name of a column."""
 
 
 def rows(history: History) -> list[Row]:

@@ -42,11 +42,18 @@ def write_atomic(path: Path, content: str | bytes, *, durable: bool = False) -> 
 
 
 MARK = b"hpc-absa"
-"""In the first bytes of every result file of ours that a later result may replace."""
+"""In the first or last bytes of every result file of ours that a later result may replace."""
+ENDS = 1 << 16
+"""Bytes at each end of a file in which the mark is searched; PDF has it at the end."""
 
 
-def require_replaceable(path: Path) -> None:
+def require_replaceable(path: Path, option: str = "--out", mark: bytes = MARK) -> None:
     """Refuse to replace a file that is not a result of ours, and to write where no folder is.
+
+    Args:
+        path: the file to be written.
+        option: names the place, for the error.
+        mark: what files of ours have.
 
     Raises:
         UsageError: there is such a file, or no folder.
@@ -55,13 +62,15 @@ def require_replaceable(path: Path) -> None:
         raise UsageError(f"{path}: no folder {path.parent} to write to; make it first")
     try:
         with path.open("rb") as file:
-            ours = MARK in file.read(1 << 16)
+            ours = mark in file.read(ENDS)
+            file.seek(max(0, path.stat().st_size - ENDS))
+            ours = ours or mark in file.read(ENDS)
     except FileNotFoundError:
         return
     except OSError:
         ours = False
     if not ours:
-        raise UsageError(f"{path}: exists and is not of hpc-absa; choose another --out")
+        raise UsageError(f"{path}: exists and is not of hpc-absa; choose another {option}")
 
 
 def create_once(path: Path, content: str) -> bool:

@@ -21,6 +21,7 @@ from hpc_absa.report.history import load
 from hpc_absa.report.page import headline, page, write_report
 from hpc_absa.report.tensorboard import TensorBoardLog
 from hpc_absa.report.timing import CATEGORIES
+from hpc_absa.rundir.files import require_replaceable
 from tests.report.synthetic import JOB, Log, whole_run
 
 VOID = {"meta", "img", "source", "br", "hr", "link", "input"}
@@ -285,6 +286,18 @@ def test_figures_for_papers(tmp_path):
     for path in written:
         begin = {"pdf": b"%PDF", "svg": b"<?xml", "png": b"\x89PNG"}[path.suffix[1:]]
         assert path.read_bytes().startswith(begin)
+        require_replaceable(path)  # by the next ones
+
+
+@pytest.mark.parametrize("name", ["training.pdf", "talk.svg", "scalars.csv"])
+def test_figures_and_tables_do_not_replace_a_file_of_the_users(tmp_path, name):
+    Log(tmp_path / "run").start()
+    (tmp_path / name).write_text("mine")
+    out, table = tmp_path / "page.html", tmp_path / "scalars.csv"
+    with pytest.raises(UsageError, match=f"{name}: exists and is not of hpc-absa"):
+        inspecting.report([tmp_path / "run"], out, tmp_path, table)
+    assert (tmp_path / name).read_text() == "mine"
+    assert not out.exists()
 
 
 def test_no_slow_imports_before_a_figure_is_drawn():

@@ -12,7 +12,8 @@ from hpc_absa.errors import UsageError
 from hpc_absa.report import trackers
 from hpc_absa.report.curves import curves
 from hpc_absa.report.history import load
-from hpc_absa.report.scalars import Clock, export, rows
+from hpc_absa.report.scalars import MARK, Clock, export, rows
+from hpc_absa.rundir.files import require_replaceable
 from tests.report.synthetic import START, Log, whole_run
 
 
@@ -73,6 +74,7 @@ def test_csv_has_all_measurements_of_several_runs(history, tmp_path):
     assert {row["run"] for row in table} == {"one", "two"}
     assert [row["grad_norm"] for row in table if row["event"] == "progress"] == ["2.0"]
     assert [row["metrics.f1"] for row in table if row["metrics.f1"]] == ["0.5"]
+    require_replaceable(path, "--scalars", MARK)  # by the next one
 
 
 def test_parquet_has_the_same_rows(history, tmp_path):
@@ -80,6 +82,7 @@ def test_parquet_has_the_same_rows(history, tmp_path):
     count = export({"run": history}, tmp_path / "scalars.parquet")
     table = parquet.read_table(tmp_path / "scalars.parquet")
     assert table.num_rows == count
+    require_replaceable(tmp_path / "scalars.parquet", "--scalars", MARK)
     assert math.fsum(v for v in table["test_accuracy"].to_pylist() if v) == pytest.approx(7.147)
 
 

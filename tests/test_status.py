@@ -12,6 +12,7 @@ import time
 import pytest
 from rich.console import Console
 
+from hpc_absa.cli import inspecting
 from hpc_absa.cli.following import progress_bar, watch
 from hpc_absa.errors import UsageError
 from hpc_absa.report.history import load
@@ -321,6 +322,12 @@ def test_watch_renders_the_whole_status_on_a_terminal(tmp_path):
     out = io.StringIO()
     watch(tmp_path, Console(file=out, width=100, force_terminal=True))
     assert "97.40 %" in out.getvalue()
+
+
+def test_watch_and_json_together_are_refused(tmp_path):
+    whole_run(tmp_path)
+    with pytest.raises(UsageError, match="--watch: expected without --json"):
+        inspecting.status(tmp_path, as_json=True, watch=True)
 
 
 def test_progress_bar_fits_the_terminal_and_needs_a_step(tmp_path):

@@ -11,7 +11,7 @@ from typer import Argument, Option
 
 from hpc_absa.cli.options import Directory, Json, folder, print_json, print_line
 from hpc_absa.console import rich_console
-from hpc_absa.errors import ExitStatus
+from hpc_absa.errors import ExitStatus, UsageError
 
 
 def status(
@@ -27,7 +27,9 @@ def status(
     """
     from hpc_absa import status as run_status
 
-    if watch and not as_json:
+    if watch and as_json:
+        raise UsageError("--watch: expected without --json, which prints one object and ends")
+    if watch:
         from hpc_absa.cli import following
 
         following.watch(directory, rich_console())

@@ -38,7 +38,7 @@ bench bench-quick: export PYTHONPATH := $(CURDIR)
 bench: bench-setup ## run all benchmarks, for hours; nothing else should run on the machine
 	$(BENCH_VENV)/bin/python -m benchmarks $(BENCH)
 
-bench-quick: bench-setup ## run a cut of all benchmarks, ten minutes
+bench-quick: bench-setup ## run a reduced version of all benchmarks, in ten minutes
 	$(BENCH_VENV)/bin/python -m benchmarks --quick $(BENCH)
 
 bench-setup: ## build .venv-bench, with the peers of the benchmarks

@@ -18,7 +18,7 @@ NAMES = sorted(path.parent.name for path in HERE.glob("*/__main__.py"))
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(NAMES)}; all")
-    parser.add_argument("--quick", action="store_true", help="a cut of ten minutes in all")
+    parser.add_argument("--quick", action="store_true", help="a reduced version, ten minutes")
     options = parser.parse_args()
     if unknown := [name for name in options.names if name not in NAMES]:
         parser.error(f"{unknown[0]}: expected {', '.join(NAMES)}")

@@ -211,7 +211,7 @@ def machine(packages: Sequence[str] = ()) -> dict[str, str]:
 def options(description: str | None) -> argparse.ArgumentParser:
     """The arguments that every benchmark has."""
     parser = argparse.ArgumentParser(description=(description or "").partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="a cut of about a minute")
+    parser.add_argument("--quick", action="store_true", help="a reduced version, about a minute")
     parser.add_argument("--rounds", type=int, default=5, help="after one that is not counted")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results")
     return parser
@@ -288,4 +288,4 @@ BUSY = 8.0
 """A load before a benchmark above which it did not have the machine to itself; the loads of the
 benchmark before it, and of tests, are still in the average below that."""
 LOAD = round(os.getloadavg()[0], 2)
-"""Processes that wanted a core in the minute before: no timing is worth much above 0.5."""
+"""Processes that were ready to run in the minute before: timings are not reliable above 0.5."""

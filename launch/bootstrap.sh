@@ -69,7 +69,7 @@ clean_up() {
 run() {
   local status=0
   printf '$ %s\n' "$*" >>"$LOG"
-  # the sleep must not hold our output or locks open after we have gone
+  # the sleep must not hold our output or locks open after this script has ended
   (while sleep 10 >/dev/null 2>&1 8>&- 9>&-; do printf '. '; done) &
   HEARTBEAT=$!
   "$@" >>"$LOG" 2>&1 </dev/null || status=$?
@@ -99,7 +99,7 @@ path_outside_venvs() {
   printf '%s' "${kept[*]}"
 }
 
-python_problem() {  # PYTHON: says why it will not do, or nothing
+python_problem() {  # PYTHON: says why it cannot be used, or nothing
   local why
   command -v "$1" >/dev/null || { echo "not found"; return; }
   why=$("$1" - 2>/dev/null <<'PY'
@@ -253,7 +253,7 @@ make_horovod() {  # OUT: builds the wheel there
   fi
   check_sdist "$sdist"
   tar -xzf "$sdist" -C "$work"
-  # PyTorch >= 2.1 and CUDA >= 13 want C++17; this is the only change to the published source.
+  # PyTorch >= 2.1 and CUDA >= 13 need C++17; this is the only change to the published source.
   sed -i -E 's/set\(CMAKE_(CXX|CUDA)_STANDARD 1[14]\)/set(CMAKE_\1_STANDARD 17)/' \
     "$work/horovod-$HOROVOD"/{,horovod/torch/,horovod/common/ops/cuda/}CMakeLists.txt
   # Its sources rely on standard headers that GCC >= 13 no longer includes along with others.
@@ -284,7 +284,7 @@ relocate() {  # WHEEL TOOLS OUT
 
 make_mpi4py() {  # OUT
   printf 'compiling once for this MPI, about 2 minutes '
-  # --no-cache-dir: pip's own cache would hand out a wheel compiled for another MPI.
+  # --no-cache-dir: pip's own cache could have a wheel compiled for another MPI.
   # -O1: one huge generated C file that only passes arguments on; -O3 takes twice as long.
   MPICC=$(command -v mpicc) CFLAGS="-O1 -g0 ${CFLAGS:-}" pip wheel --no-cache-dir --no-deps \
     --no-binary mpi4py -w "$1" "mpi4py==$MPI4PY" ||
@@ -372,7 +372,7 @@ install_mpi() {
     rm -f "$SITE_PACKAGES/hpc_absa_mpi.pth"
     # conda's mpi4py is bound to conda's MPI already
     if compgen -G "$PREFIX/conda-meta/mpi4py-$MPI4PY-*.json" >/dev/null; then return; fi
-    # mpi4py's wheel looks for a libmpi at run time; compiled by this mpicc it knows which one.
+    # mpi4py's wheel looks for a libmpi at run time; compiled by this mpicc it is linked to one.
     cached_wheel "$(cache_key "mpi4py-$MPI4PY")" make_mpi4py
     pip install --force-reinstall --no-deps "$WHEEL" || fail "pip could not install $WHEEL"
   fi

@@ -17,7 +17,7 @@ from hpc_absa.rundir.events import EventLog
 
 HERE, BIN = Path(__file__).parent, Path(sys.executable).parent
 DETECTION = 20
-"""Seconds without an answer after which a rank has failed, in each system that can be told so."""
+"""Seconds without an answer after which a rank has failed, in each system with such a setting."""
 
 
 RENDEZVOUS = "--rdzv-conf=last_call_timeout=1,keep_alive_interval=1"

@@ -1,10 +1,10 @@
 """Should growth by patience leave the reference where it is, or set it to the present λ?
 
-`python -m benchmarks.schedules.reference` lets `abs` decide on λ whose true course is known, with
+`python -m benchmarks.schedules.reference` lets `abs` decide on λ whose true values are known, with
 a scatter from sample to sample, and counts growths by λ, false ones among them (the true λ has not
 fallen to λ_ref/α of the true reference), growths by patience, and the epoch of the largest batch.
-The first course is measured: 10,000 CIFAR-10 images without augmentation, ResNet-8, 60 epochs with
-milestones at 20, 40 and 53. The others are drawn up.
+The first series is measured: 10,000 CIFAR-10 images without augmentation, ResNet-8, 60 epochs with
+milestones at 20, 40 and 53. The others are made up.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ event `resize`, which is the end of the first step of the next phase: the save, 
 ranks, the start of the new ones, the restored state and a step. Its limit is the bare start of the
 same ranks: mpirun of the imports, `hvd.init()` and one allreduce, from the launch to the
 allreduce's end. For torchrun (a second agent joins) and Horovod Elastic (the list of hosts changes)
-it is the time from the operator's wish to a step with the new number of ranks; they save nothing.
+it is the time from that change to a step with the new number of ranks; they save nothing.
 `slurm` starts a four-node Slurm, as the tests do; there the limit is a bare batch job: sbatch of
 the same mpirun on as many nodes, from the submission. `queued` is the time from the submission of
 the next batch job to its start. Bytecode is kept, as for any installed package.

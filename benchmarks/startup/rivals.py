@@ -1,4 +1,4 @@
-"""The time that torchrun and Horovod Elastic need from the wish for more ranks to a step with them.
+"""The time that torchrun and Horovod Elastic need from a request for more ranks to a step on them.
 
 Each trains one small layer in steps of 0.1 s. The operator starts a second torchrun agent, or
 changes the list of hosts; a rank that has taken a step writes how many there are.

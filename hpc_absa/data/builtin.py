@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -198,7 +198,11 @@ def _listing(folder: Path, notes: Counter[str]) -> tuple[list[str], Labelled]:
     empty: list[str] = []
     files: list[Path] = []
     labels: list[int] = []
-    for entry in sorted(folder.iterdir(), key=os.fsencode):
+    try:
+        entries = sorted(folder.iterdir(), key=os.fsencode)
+    except OSError as error:
+        _unreadable(error)
+    for entry in entries:
         if entry.name.startswith("."):
             notes["hidden files and folders, left out"] += 1
         elif not entry.is_dir():
@@ -233,7 +237,7 @@ def _images(folder: Path, notes: Counter[str]) -> list[Path]:
     return sorted(images, key=lambda path: (os.fsencode(path.parent), os.fsencode(path.name)))
 
 
-def _unreadable(error: OSError) -> None:
+def _unreadable(error: OSError) -> NoReturn:
     raise UsageError(f"data.root: {error.filename}: {error.strerror}") from error
 
 

@@ -282,6 +282,13 @@ def test_tiny_imagenet_as_published(tmp_path, nested):
     assert reds(packed.train) == [0, 1]
 
 
+def test_tiny_imagenet_without_its_training_images(tmp_path):
+    (tmp_path / "val").mkdir()
+    (tmp_path / "val" / "val_annotations.txt").write_text("")
+    with pytest.raises(UsageError, match=r"data.root: .*/train: No such file or directory"):
+        load("tinyimagenet", tmp_path, {})
+
+
 # --- user-defined -----------------------------------------------------------------------------
 
 OWN = """

@@ -144,7 +144,9 @@ def _decoded_folders(root: Path, image_size: int | None = None) -> Source:
 def _folders(root: Path) -> tuple[Labelled, Labelled, list[str], Counter[str]]:
     """Training files, test files, classes, and what was left out."""
     train = root / "train"
-    test = next((root / name for name in _TEST_FOLDERS if (root / name).is_dir()), root / "test")
+    present = [root / name for name in _TEST_FOLDERS if (root / name).is_dir()]
+    # a `test` without class folders has no labels, as ImageNet's
+    test = next(filter(_has_folders, present), present[0] if present else root / "test")
     for folder in (train, test):
         if not folder.is_dir():
             raise UsageError(
@@ -160,6 +162,14 @@ def _folders(root: Path) -> tuple[Labelled, Labelled, list[str], Counter[str]]:
             f"data.root: {train} and {test} have different classes ({odd} in one of them only)"
         )
     return train_files, test_files, classes, notes
+
+
+def _has_folders(path: Path) -> bool:
+    try:
+        with os.scandir(path) as entries:
+            return any(e.is_dir() and not e.name.startswith(".") for e in entries)
+    except OSError as error:
+        _unreadable(error)
 
 
 def _cifar(root: Path, kind: str) -> Source:

@@ -71,6 +71,14 @@ def test_folders_of_images(tmp_path, name, test):
     check_content(packed)
 
 
+def test_test_images_without_classes_are_not_the_test_set(tmp_path):
+    root = image_tree(tmp_path / "raw", "val")
+    (root / "test").mkdir()
+    image(99).save(root / "test" / "ILSVRC2012_test_00000001.png")
+    packed = pack("imagenet", root, {"image_size": 6}, tmp_path / "set.h5")
+    assert (packed.test.labels.tolist(), reds(packed.test)) == ([0, 1, 2], [0, 10, 20])
+
+
 def test_many_blocks_keep_the_order(tmp_path, monkeypatch):
     monkeypatch.setattr("hpc_absa.data.builtin._BLOCK_PIXELS", 4 * 36)
     root = image_tree(tmp_path / "raw", classes=[f"c{i:02d}" for i in range(9)])

@@ -8,6 +8,7 @@ import pickle
 import signal
 import threading
 from concurrent.futures import Future, ProcessPoolExecutor
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import wait
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 SHARED_TENSORS = 16
 """A batch with more tensors than this returns as bytes: each shared one keeps a file open."""
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+"""They ask a rank to stop, and may be sent to all processes of a job or of a terminal."""
 
 _mine: tuple[Any, int]
 """In a worker: the data sets and the seed."""
@@ -51,6 +54,7 @@ class Workers:
         with plugins.user_code(f"{dataset.origin}: sending it to {count} worker processes", hint):
             # not by torch's own pickler, which sends an open file for every tensor
             data = pickle.dumps(dataset.datasets, protocol=5)
+        _start_server()
         self._pool = ProcessPoolExecutor(count, context, initializer=_begin, initargs=(data, seed))
 
     def submit(self, part: Part, samples: Indices, epochs: Indices | None) -> Future[Batch | bytes]:
@@ -61,11 +65,25 @@ class Workers:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
 
+def _start_server() -> None:
+    """Start the server with the signals blocked; the workers inherit that.
+
+    A server that ends takes the pool with it, and the rank could not finish its step and save.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        resource_tracker.ensure_running()  # which unblocks some of them
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _begin(data: bytes, seed: int) -> None:
     global _mine
     _mine = (pickle.loads(data), seed)
     torch.set_num_threads(1)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)  # the rank decides what a signal means
     parent = multiprocessing.parent_process()
     assert parent

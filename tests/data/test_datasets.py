@@ -1,6 +1,8 @@
 """torch data sets of any kind: the same batches with workers, seeded samples, digests, refusals."""
 
+import os
 import random
+from multiprocessing import forkserver
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 from hpc_absa.data import sources
 from hpc_absa.data.datasets import Datasets, MapDataset, MapReader, as_datasets, collated
 from hpc_absa.data.loader import Loader
+from hpc_absa.data.workers import SIGNALS
 from hpc_absa.errors import UsageError
 from hpc_absa.progress import SampleStream
 from tests.data import kinds
@@ -156,3 +159,14 @@ def test_an_error_in_a_worker_is_raised_where_its_batch_is_asked_for():
     ):
         reading.get(broken)
     reading.close()
+
+
+def test_signals_that_stop_a_rank_do_not_end_its_workers():
+    reader = loader("lists", workers=1).reader
+    first = bits(reader.submit("train", np.arange(4)).result())
+    (worker,) = reader._workers._pool._processes
+    for process in (forkserver._forkserver._forkserver_pid, worker):
+        for number in SIGNALS:
+            os.kill(process, number)
+    assert bits(reader.submit("train", np.arange(4)).result()) == first
+    reader.close()

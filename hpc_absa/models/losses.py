@@ -108,6 +108,7 @@ def cross_entropy(
         The mean over samples; or the sum over what counts, with its number or weight.
     """
     require_tensors("cross_entropy", outputs, targets)
+    weight = None if weight is None else weight.to(outputs.device, outputs.dtype)
     if targets.is_floating_point():
         if targets.shape != outputs.shape:
             raise UsageError(
@@ -123,7 +124,6 @@ def cross_entropy(
         )
     scores, classes = flat_classes(outputs, targets)
     ignored = IGNORED if ignore_index is None else ignore_index
-    weight = None if weight is None else weight.to(scores.device, scores.dtype)
     total = F.cross_entropy(
         scores,
         classes,

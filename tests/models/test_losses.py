@@ -84,6 +84,12 @@ def test_ignored_and_weighted_classes_of_samples():
         build_loss("cross_entropy")(OUTPUTS, torch.tensor([1, -100]))
 
 
+def test_class_weights_are_on_the_device_of_the_outputs():
+    loss, outputs = build_loss("cross_entropy", {"weight": [1, 3, 1]}), OUTPUTS.to("meta")
+    assert loss(outputs, outputs.softmax(1)).device.type == "meta"
+    assert loss(outputs, TARGETS.to("meta"))[0].device.type == "meta"
+
+
 @pytest.mark.parametrize("name", ["mse", "l1", "huber", "bce_with_logits"])
 def test_one_number_for_each_sample_is_compared_with_its_own_target(name):
     """Not with those of all samples, as broadcasting would."""

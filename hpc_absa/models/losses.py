@@ -99,7 +99,8 @@ def cross_entropy(
 
     Args:
         outputs: scores [b, C]; [b, T, C] or [b, C, ...] for sequences and images.
-        targets: classes [b], [b, T], [b, ...], or probabilities shaped like `outputs`.
+        targets: classes [b], [b, T], [b, ...], or probabilities shaped like `outputs`, which then
+            have not three axes.
         label_smoothing: share of a target that is spread over all classes.
         ignore_index: target that does not count. For sequences and images the default is -100.
         weight: [C], of each class.
@@ -115,6 +116,11 @@ def cross_entropy(
                 f"cross_entropy: targets are {targets.dtype} {list(targets.shape)}, expected "
                 f"classes (integers), or probabilities {list(outputs.shape)}; for numbers choose "
                 "the loss mse, l1 or huber"
+            )
+        if outputs.dim() == 3:
+            raise UsageError(
+                f"cross_entropy: probabilities {list(targets.shape)}, expected [b, C]: of three "
+                "axes it is not known which one has the classes; give your own loss"
             )
         return F.cross_entropy(outputs, targets, weight, label_smoothing=label_smoothing)
     if targets.dim() == 1 and ignore_index is None and weight is None:

@@ -90,6 +90,12 @@ def test_class_weights_are_on_the_device_of_the_outputs():
     assert loss(outputs, TARGETS.to("meta"))[0].device.type == "meta"
 
 
+def test_probabilities_of_three_axes_are_refused():
+    """PyTorch takes the second axis for that of the classes, and sequences have it last."""
+    with pytest.raises(UsageError, match=r"cross_entropy: probabilities \[2, 3, 4\], expected"):
+        build_loss("cross_entropy")(SCORES, SCORES.softmax(2))
+
+
 @pytest.mark.parametrize("name", ["mse", "l1", "huber", "bce_with_logits"])
 def test_one_number_for_each_sample_is_compared_with_its_own_target(name):
     """Not with those of all samples, as broadcasting would."""

@@ -50,7 +50,8 @@ def build(
         return model
     builtin = builtin_models()
     if name in builtin:
-        return plugins.call(builtin[name], "model", arguments, offered, name)
+        with plugins.user_code(f"model.name = {name!r}"):
+            return plugins.call(builtin[name], "model", arguments, offered, name)
     models = torchvision().models
     published = models.list_models(module=models)
     if name in published:

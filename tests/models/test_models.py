@@ -188,6 +188,8 @@ def test_user_defined_model(own):
         ("squeezenext", {"widen": -1}, "model.widen: -1"),
         ("squeezenext", {"blocks": [1]}, "model.blocks"),
         ("digits-cnn", {"width": 0}, "model.width: 0"),
+        ("digits-cnn", {"width": "8"}, "model.name = .digits-cnn. failed: TypeError"),
+        ("squeezenext", {"blocks": 3}, "model.name = .squeezenext. failed: TypeError"),
         ("own_model:wrong", {}, "own_model:wrong returned int, expected a torch.nn.Module"),
         ("own_model:perceptron", {"hid": 5}, "model.hid: own_model:perceptron .*: hidden"),
         ("own_model:perceptrom", {}, "did you mean perceptron"),

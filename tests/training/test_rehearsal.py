@@ -221,7 +221,7 @@ def test_doctor_rehearses_without_the_current_folder_first_on_the_path(monkeypat
     [
         ("model.name=resnet21", "model.name: no model"),
         ("model.wide=3", "model.wide: digits-cnn has no such argument"),
-        ("model.width=wide", "model.name = 'digits-cnn': "),
+        ("model.width=wide", "model.name = 'digits-cnn' failed: "),
         ("loss.delta=3", "loss.delta"),
         ("optimizer.beta=3", "optimizer.beta"),
         ("model.name=tests.nowhere:net", "tests.nowhere"),

@@ -89,6 +89,9 @@ def curves(histories: Mapping[str, History], states: Mapping[str, str]) -> dict[
     for column in sorted(metrics - {"metrics.accuracy"}):  # which is `test_accuracy`
         title = column.removeprefix("metrics.")
         panels[column] = asdict(Panel(f"Test {title}", {column: title}))
+    losses = [x for run in runs for k in PANELS["loss"].fields for x in run.y.get(k, ((), ()))[1]]
+    if any(loss is not None and loss < 0 for loss in losses):  # such as of a log-likelihood
+        panels["loss"]["scale"] = "linear"
     known = {column for panel in panels.values() for column in panel["fields"]}
     for run in runs:
         run.y = {column: values for column, values in run.y.items() if column in known}

@@ -275,7 +275,7 @@ def _draw_run(
 def _draw_losses(ax: Any, history: History, line: Mapping[str, Any]) -> None:
     table = [row for row in rows(history) if row["event"] == "epoch"]
     for column, look in LOSSES.items():
-        some = [(row["epoch"], row[column]) for row in table if finite(row.get(column)) > 0]
+        some = [(row["epoch"], row[column]) for row in table if finite(row.get(column), 0.0)]
         ax.plot([epoch for epoch, _ in some], [loss for _, loss in some], **{**line, **look})
 
 
@@ -375,13 +375,12 @@ def _set_scales(panels: Mapping[str, Any], histories: Sequence[History]) -> None
         _log_scale(panels["eigenvalue"])
     else:
         _empty(panels["eigenvalue"], "no eigenvalue was estimated")
-    losses = (
-        finite(e.get(k)) for h in histories for e in h.kept if e["event"] == "epoch" for k in LOSSES
-    )
-    if any(loss > 0 for loss in losses):
-        _log_scale(panels["loss"])
-    else:
+    epochs = [e for h in histories for e in h.kept if e["event"] == "epoch"]
+    losses = [loss for e in epochs for k in LOSSES if (loss := finite(e.get(k), 0.0))]
+    if not losses:
         _empty(panels["loss"], "no loss was measured")
+    elif min(losses) > 0:  # some are negative, such as of a log-likelihood
+        _log_scale(panels["loss"])
     if not any(math.isfinite(e.test_accuracy) for h in histories for e in h.epochs):
         _empty(bottom, "no test accuracy was measured")
 

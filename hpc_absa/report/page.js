@@ -409,8 +409,8 @@
   live.refresh = (page) => {
     const fresh = read(page);
     const shape = (content) => JSON.stringify([
-      Object.keys(content.panels), content.runs.map((run) => [run.name, run.phases.length,
-        run.failures.length, Object.keys(run.y)]),
+      Object.entries(content.panels).map(([key, panel]) => [key, panel.scale]),
+      content.runs.map((run) => [run.name, run.phases.length, run.failures.length, Object.keys(run.y)]),
     ]);
     const whole = range && range.start === extent[0] && range.end === extent[1];
     const same = shape(fresh) === shape(data);

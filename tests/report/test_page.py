@@ -248,6 +248,18 @@ def test_threshold_and_growth_points_are_drawn(tmp_path):
     assert max(threshold.get_ydata()) == 21.0
 
 
+def test_a_loss_that_becomes_negative_is_drawn_on_a_linear_axis(tmp_path):
+    log = Log(tmp_path).start()
+    for loss in (1.0, -0.5, -2.0):
+        log.train_epoch(train_loss=loss, test_loss=loss)
+    history = load(tmp_path)
+    figure = figures.draw([history], ["training"])
+    panel = next(ax for ax in figure.axes if "Loss" in ax.get_title(loc="left"))
+    assert panel.get_yscale() == "linear"
+    assert list(panel.lines[0].get_ydata()) == [1.0, -0.5, -2.0]
+    assert curves({"run": history}, {})["panels"]["loss"]["scale"] == "linear"
+
+
 def test_repeated_decisions_without_an_estimate_are_one_row(tmp_path):
     log = Log(tmp_path).start()
     for _ in range(5):

@@ -52,6 +52,8 @@ WIDTH = 9.0
 """Inches."""
 TRAINING_HEIGHT = 10.6
 TALK_HEIGHT = 3.4
+LARGEST_HEIGHT = 60.0
+"""Of thousands of bars: an image has less than 65,536 pixels in each direction."""
 PANELS: Mapping[str, tuple[str, float]] = {
     "loss": ("Loss: train, and test dotted", 1.35),
     "lr": ("Learning rate", 1.0),
@@ -130,7 +132,8 @@ def seconds_height(histories: Sequence[History]) -> float:
     """Inches."""
     bars = _bars(histories)
     used = {key for _, seconds in bars for key, value in seconds.items() if value > 0}
-    return 1.0 + 0.36 * max(1, len(bars)) + 0.24 * math.ceil(len(used) / 4)
+    height = 1.0 + 0.36 * max(1, len(bars)) + 0.24 * math.ceil(len(used) / 4)
+    return min(height, LARGEST_HEIGHT)
 
 
 def _render(histories: Sequence[History], parts: Sequence[str], **options: Any) -> bytes:

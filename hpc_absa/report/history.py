@@ -183,7 +183,10 @@ def load(path: Path, run: RunDir | None = None) -> History:
     epochs = tuple(_record(Epoch, e) for e in kept if e["event"] == "epoch")
     last = next((e for e in reversed(kept) if e["event"] in ("done", "phase_start")), None)
     done = last if last and last["event"] == "done" else None  # else it was continued
-    phases = tuple(_phase(own, kept) for own in by_phase(parts).values())
+    of_phase: dict[int, list[Event]] = {}
+    for event in kept:
+        of_phase.setdefault(event["phase"], []).append(event)
+    phases = tuple(_phase(own, of_phase.get(n, [])) for n, own in by_phase(parts).items())
     return History(
         path=run.path,
         events=tuple(events),
@@ -287,9 +290,10 @@ def _interruptions(
 
 
 def _phase(parts: Sequence[AttemptSeconds], kept: Sequence[Event]) -> Phase:
+    """Of all attempts at it, and of its events that no crash undid."""
     first, last = parts[0].attempt.events[0], parts[-1].attempt
     start = last.events[0]
-    own = [start, *(e for e in kept if e.get("phase") == last.phase)]
+    own = [start, *kept]
     hosts = start.get("hosts")
     return Phase(
         number=last.phase,

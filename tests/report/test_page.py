@@ -8,6 +8,7 @@ import re
 import struct
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
@@ -310,6 +311,14 @@ def test_figures_and_tables_do_not_replace_a_file_of_the_users(tmp_path, name):
         inspecting.report([tmp_path / "run"], out, tmp_path, table)
     assert (tmp_path / name).read_text() == "mine"
     assert not out.exists()
+
+
+def test_the_image_of_thousands_of_phases_is_not_too_high(tmp_path):
+    whole_run(tmp_path)
+    history = load(tmp_path)
+    many = replace(history, phases=history.phases * 1000)
+    assert figures.TRAINING_HEIGHT + figures.seconds_height([many]) < 2**16 / 300
+    assert figures.seconds_height([history]) < figures.TRAINING_HEIGHT
 
 
 def test_no_slow_imports_before_a_figure_is_drawn():

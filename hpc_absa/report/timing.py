@@ -196,10 +196,15 @@ def _attempt(number: int, events: tuple[Event, ...]) -> Attempt:
 def account(events: Sequence[Event]) -> tuple[AttemptSeconds, ...]:
     """The seconds of every attempt; with the pauses they add up to the length of the log."""
     parts = attempts(events)
+    starts = (finite(part.events[0].get("step"), math.inf) for part in reversed(parts))
+    earliest = [*itertools.accumulate(starts, min)][::-1]  # of an attempt and all later ones
     launches = itertools.takewhile(lambda event: event["event"] != "phase_start", events)
     failures = (finite(e.get("time"), math.inf) for e in launches if e["event"] == "failure")
     first_failure = min(failures, default=math.inf)
-    return tuple(_attempt_seconds(part, parts, first_failure) for part in parts)
+    return tuple(
+        _attempt_seconds(part, parts, first_failure, earliest[n : n + 1])
+        for n, part in enumerate(parts, 1)
+    )
 
 
 def total(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:
@@ -219,10 +224,11 @@ def by_phase(parts: Sequence[AttemptSeconds]) -> dict[int, list[AttemptSeconds]]
 
 
 def _attempt_seconds(
-    part: Attempt, parts: Sequence[Attempt], first_failure: float
+    part: Attempt, parts: Sequence[Attempt], first_failure: float, resumed: Sequence[float]
 ) -> AttemptSeconds:
+    """`resumed`: the earliest step at which a later attempt started, if there is one."""
     gap, gap_seconds = _gap_before(part, parts, first_failure)
-    kept_until = _kept_until(part, parts)
+    kept_until = _kept_until(part, parts, resumed)
     length = part.end - part.begin
     work = _breakdown(part, kept_until)
     # A breakdown longer than the attempt includes starting the processes, before `phase_start`.
@@ -276,13 +282,11 @@ def _gap_before(
     return ("none" if outcome == "in_place" else "paused"), seconds
 
 
-def _kept_until(part: Attempt, parts: Sequence[Attempt]) -> float:
+def _kept_until(part: Attempt, parts: Sequence[Attempt], resumed: Sequence[float]) -> float:
     """The time up to which the work of an attempt was not undone by a crash."""
-    later = parts[part.number + 1 :]
-    resumed = [finite(other.events[0].get("step"), math.inf) for other in later]
-    if part.ending == "failed" and not later:  # a restart would resume from the newest checkpoint
+    if part.ending == "failed" and not resumed:  # a restart resumes from the newest checkpoint
         saved = (e.get("step") for p in parts for e in p.events if e["event"] == "checkpoint")
-        resumed.append(max((finite(step, 0.0) for step in saved), default=0.0))
+        resumed = [max((finite(step, 0.0) for step in saved), default=0.0)]
     last_step = finite(part.phase_end.get("step"), -math.inf)
     if not resumed or (part.ending == "ended" and min(resumed) >= last_step):
         return part.end

@@ -98,11 +98,14 @@ def effective(events: list[Event]) -> list[Event]:
     restarted run writes them again.
     """
     kept: list[Event] = []
+    highest: float = 0
     for event in events:
-        if event["event"] == "phase_start":
-            resumed = _number(event.get("step"))
-            kept = [e for e in kept if _number(e.get("step")) <= resumed]
+        step = _number(event.get("step"))
+        if event["event"] == "phase_start" and step < highest:
+            kept = [e for e in kept if _number(e.get("step")) <= step]
+            highest = step
         kept.append(event)
+        highest = max(highest, step)
     return kept
 
 

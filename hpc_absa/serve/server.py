@@ -93,7 +93,9 @@ class Index(Handler):
 
 class Compare(Handler):
     def get(self) -> None:
-        self.finish(self.site.comparison())
+        watched = self.site.compared()
+        if not self.unchanged(lambda: self.site.version(watched)):
+            self.finish(self.site.comparison(watched))
 
 
 class RunPage(Handler):

@@ -127,8 +127,11 @@ class Site:
         index = "/" if len(self.runs()) > 1 else ""
         return self._page([watched], index, logs)
 
-    def comparison(self) -> str:
-        return self._page(list(self.runs().values())[:COMPARED], "/", ())
+    def compared(self) -> list[Watched]:
+        return list(self.runs().values())[:COMPARED]
+
+    def comparison(self, watched: Sequence[Watched]) -> str:
+        return self._page(watched, "/", ())
 
     def _page(
         self, watched: Sequence[Watched], index: str, logs: tuple[tuple[str, str], ...]

@@ -108,6 +108,8 @@ def test_a_live_page_is_sent_again_only_after_a_change(runs):
     with serving([runs]) as address:
         version = re.search(r'data-version="(\w+)"', get(f"{address}/run/two")[1])[1]
         assert get(f"{address}/run/two", X_Live=version)[0] == 304
+        compared = re.search(r'data-version="(\w+)"', get(f"{address}/compare")[1])[1]
+        assert get(f"{address}/compare", X_Live=compared)[0] == 304
         with (runs / "two" / "events.jsonl").open("a") as file:
             event = {"event": "progress", "time": time.time(), "phase": 0, "epoch": 2.5}
             file.write(json.dumps({**event, "step": 120, "train_loss": 0.1}) + "\n")

@@ -185,6 +185,8 @@ class Supervisor:
             self._resources.report_success()
             if failure := self._program.failed_after(outcome, ended):
                 self._show_traceback(None)
+                if outcome == "done" and self._signals < 2:
+                    raise FinalError(failure)  # without an event: the run itself is done
                 if outcome == "done":
                     return failure
                 self._show(f"warning: {failure.reason}")

@@ -221,6 +221,8 @@ def test_a_script_that_does_not_end_its_run(launch, tmp_path, word, code, launch
     if word == "--broken":
         assert "raise ImportError" in out
         assert "failed twice in the same way before its hpc_absa.Run" in out
+    if word == "--late":
+        assert status(Path("runs/stand_in")).state == "done"
 
 
 @pytest.mark.parametrize(

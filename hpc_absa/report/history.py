@@ -269,20 +269,16 @@ def _record(kind: type[Record], event: Event) -> Record:
 def _interruptions(
     events: Sequence[Event], parts: Sequence[AttemptSeconds]
 ) -> tuple[Interruption, ...]:
-    """Failures, and attempts that ended by an error or that another one followed unended."""
+    """Failures, errors, and attempts that another one followed although they never ended."""
     rows: list[Interruption] = []
     epoch = 0.0
     for event in events:
-        if event["event"] == "failure":
+        if event["event"] in ("failure", "error"):
             rows.append(_record(Interruption, {**event, "epoch": epoch}))
         epoch = finite(event.get("epoch"), epoch)
-    for part in parts:
-        attempt = part.attempt
-        errors = [event for event in attempt.events if event["event"] == "error"]
-        if attempt.ending == "open" and (errors or part is not parts[-1]):
-            reason = "ended without a phase_end or a failure: the supervisor was killed too"
-            if errors:
-                reason = str(errors[0].get("reason"))
+    reason = "ended without a phase_end or a failure: the supervisor was killed too"
+    for attempt in (part.attempt for part in parts[:-1]):
+        if attempt.ending == "open" and all(e["event"] != "error" for e in attempt.events):
             epochs = (finite(e["epoch"]) for e in reversed(attempt.events) if "epoch" in e)
             epoch = next(epochs, math.nan)
             rows.append(Interruption(attempt.phase, attempt.end, epoch, reason))
@@ -385,10 +381,14 @@ def _missing(
     if done is None:
         ending = {
             "failed": "The run is not done: its last event is a failure.",
+            "error": "The run is not done: it was ended by an error.",
             "stopped": "The run is not done: it was stopped on request, with everything saved.",
             "resize": "The run is not done: the next phase has not started yet.",
             "done": "The last phase is done, but the final event of the run is missing.",
         }
         otherwise = "The run is not done: its last phase is still running, or was killed."
-        sentences.append(ending.get(phases[-1].outcome if phases else "open", otherwise))
+        last = events[-1]["event"]
+        if phases or last == "error":
+            outcome = "error" if last == "error" else phases[-1].outcome
+            sentences.append(ending.get(outcome, otherwise))
     return sentences

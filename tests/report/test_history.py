@@ -103,6 +103,13 @@ def test_attempt_without_an_end_is_an_interruption_once_another_follows(tmp_path
     assert interruption.epoch == 1
 
 
+def test_an_error_before_the_first_phase_is_among_the_failures(tmp_path):
+    Log(tmp_path).event("error", reason="no such data set")
+    history = load(tmp_path)
+    assert [(f.reason, f.epoch) for f in history.interruptions] == [("no such data set", 0)]
+    assert "still running" not in " ".join(history.missing)
+
+
 def test_unfinished_line_is_reported_once_the_next_one_is_written(tmp_path):
     log = Log(tmp_path).start().train_epoch().cut_short()
     assert not any("events.jsonl" in sentence for sentence in load(tmp_path).missing)
@@ -123,6 +130,8 @@ def test_unfinished_line_is_reported_once_the_next_one_is_written(tmp_path):
         (lambda p: Log(p).start().event("failure", reason="x"), "last event is a failure"),
         (lambda p: Log(p).start().end("resize"), "next phase has not started"),
         (lambda p: Log(p).event("failure", reason="x"), "No phase has started"),
+        (lambda p: Log(p).event("error", reason="x"), "ended by an error"),
+        (lambda p: Log(p).start().event("error", reason="x"), "ended by an error"),
         (lambda p: Log(p).start().end("done").event("done", steps=1).start(), "still running"),
     ],
 )

@@ -166,8 +166,12 @@ class StudyDir:
         """Write the cells' job files.
 
         Raises:
-            UsageError: a cell was started with another job.
+            UsageError: a cell was started with another job, or there are tables of another origin.
         """
+        if self.tables.exists() and not self._jobs.exists():
+            raise UsageError(
+                f"{self.tables}: exists and is not of a sweep; choose another --out, or remove it"
+            )
         for cell in self.cells:
             started = self.run(cell).job
             if started.exists():

@@ -231,6 +231,15 @@ def test_tables_are_means_over_the_seeds_that_are_done(study):
     assert "BL 32" in page
 
 
+def test_tables_of_the_users_are_not_replaced(study):
+    own = study.study.tables / "accuracy.csv"
+    own.parent.mkdir(parents=True)
+    own.write_text("mine")
+    with pytest.raises(UsageError, match="tables: exists and is not of a sweep"):
+        study.run()
+    assert own.read_text() == "mine"
+
+
 def test_tables_are_empty_before_any_cell_is_done(study):
     made = tables.of(study.study)
     assert made["time"].rows == ()

@@ -2,7 +2,7 @@
 
 Needs `pip install hpc-absa[bench]` for the peers; one that is missing is left out. Each method runs
 at several settings. Of those whose median error is at most 1e-2, and 1e-4, a table has
-the fastest, which is generous to the peers: they do not know their error. A decision asks whether
+the fastest, which favours the peers: a user cannot know which that is. A decision asks whether
 λ ≤ t, with the vector of an estimate some steps before, as in a run, where λ = 2 t is usual. The
 peers answer it by computing λ to 1e-2. Rows of ours:
 

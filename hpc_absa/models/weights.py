@@ -141,7 +141,7 @@ def _write_safetensors(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
     stop = 0
     for name, array in items:
         if array.dtype not in names:
-            raise UsageError(f"{path.suffix}: {name} is {array.dtype}, which the format lacks")
+            raise UsageError(f".safetensors has no {array.dtype}, the type of {name}; use .npz")
         start, stop = stop, stop + array.nbytes
         header[name] = {
             "dtype": names[array.dtype],

@@ -80,6 +80,12 @@ def test_code_in_a_file_is_not_executed(tmp_path, capsys):
     assert "executed" not in capsys.readouterr().out
 
 
+def test_a_type_that_safetensors_does_not_have(tmp_path):
+    with pytest.raises(UsageError, match=r"^\.safetensors has no complex64, the type of rope"):
+        write_weights(tmp_path / "model.safetensors", {"rope": np.ones(2, np.complex64)})
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     "data",
     [b"", b"\xff" * 8, (2).to_bytes(8, "little") + b"[]", (4).to_bytes(8, "little") + b"{}}}"],

@@ -187,7 +187,7 @@ def _continue(
     """Take over what an earlier attempt at the same files has finished."""
     try:
         first, *lines = journal.read_bytes().splitlines(keepends=True)
-        if json.loads(first) != fingerprint or not partial.exists():
+        if json.loads(first) != fingerprint or not _opens(partial):
             return False
     except (OSError, ValueError):
         return False
@@ -198,6 +198,15 @@ def _continue(
         entry = json.loads(line)
         by_name[entry["part"]].record(entry["first"], entry["files"])
     return True
+
+
+def _opens(partial: Path) -> bool:
+    """Whether HDF5 takes the file: not after a kill while the index was written into it."""
+    try:
+        with h5py.File(partial, "r", locking=False):
+            return True
+    except OSError:
+        return False
 
 
 def _lay_out(partial: Path, parts: Sequence[_Part]) -> None:

@@ -393,6 +393,14 @@ def test_other_files_start_again(root, tmp_path):
     assert len(pack_encoded(tmp_path / "set.h5", other, "x", {}).train) == 7
 
 
+def test_a_partial_file_that_hdf5_refuses_is_packed_again(root, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        pack_encoded(tmp_path / "set.h5", source(root), "x", {}, interrupt)
+    with (tmp_path / ".set.h5.partial").open("r+b") as file:
+        file.write(bytes(64))
+    assert len(pack_encoded(tmp_path / "set.h5", source(root), "x", {}).train) == 16
+
+
 def interrupt(done, total):
     raise KeyboardInterrupt
 

@@ -148,10 +148,6 @@ class EncodedImages:
         count = len(self._starts) if self._chosen is None else len(self._chosen)
         return count, 3, self.image_size, self.image_size
 
-    @property
-    def nbytes(self) -> int:
-        return int(self._lengths.sum())
-
     def __len__(self) -> int:
         return self.shape[0]
 

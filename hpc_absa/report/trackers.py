@@ -14,7 +14,6 @@ from hpc_absa.report.history import History
 from hpc_absa.report.scalars import rows
 
 PROJECT = "hpc-absa"
-TRACKERS = ("wandb", "trackio")
 OWN = ("event", "step", "time")
 """Columns that trackers have under these names themselves, or not as numbers."""
 

@@ -138,9 +138,10 @@ class Hessians:
         """`vᵀ ∇²L_g v` for `groups` parts of the samples, by one product, and the product."""
         operator = self.of(start, stop, max(2, (stop - start) // groups), keep=False)
         values = torch.zeros(len(operator.bounds), dtype=torch.float64)
+        vector = vector.to(operator.device, operator.dtype)
 
         def record(index: int, product: Tensor) -> None:
-            values[index] = float(eigen.dots(product[None], vector)[0])
+            values[index] = float(eigen.dots(product.to(vector)[None], vector)[0])
 
         product = operator.matvec(vector, record)
         weights = torch.tensor(operator.weights, dtype=torch.float64)

@@ -177,6 +177,23 @@ def test_the_previous_vector_shows_on_a_part_that_the_value_is_above():
     assert below.converged
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_groups_of_samples_of_a_model_that_is_not_float32(dtype):
+    """The vector of an estimate is float32, products of groups have the type of the model."""
+    _, loss, sample = build("mlp", 24, dtype)
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
+    hessians = pieces.Hessians(
+        model.to(dtype), loss, sample, SerialCommunicator(), 24, None, False,
+        pieces.Pieces(6, 6, 0, 0, False),
+    )  # fmt: skip
+    with evaluation_mode(model):
+        vector = torch.randn(hessians.size)
+        scatter, product = hessians.scatter(vector, 0, 24, 4)
+    assert scatter.groups == 4
+    assert scatter.mean == pytest.approx(float(vector.to(product) @ product), rel=1e-3, abs=1e-3)
+
+
 @pytest.mark.parametrize("kind", ["conv", "attention", "mlp", "recurrent"])
 def test_the_curvature_of_each_sample_is_that_of_its_own_hessian(kind):
     model, loss, sample = build(kind, 12, torch.float64)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -77,7 +77,7 @@ def trace(model: nn.Module, inputs: Tensor) -> Network:
     macs = _macs(graph, names, inputs)
     layers = tuple(Layer(name, modules[name].weight.numel(), macs[name]) for name in names)
     added = _added(graph, names)
-    _fold(graph)
+    _fold(graph, macs)
     return Network(graph.eval(), layers, added)
 
 
@@ -109,7 +109,7 @@ def _macs(graph: fx.GraphModule, names: list[str], inputs: Tensor) -> dict[str, 
     return counts
 
 
-def _fold(graph: fx.GraphModule) -> None:
+def _fold(graph: fx.GraphModule, macs: Mapping[str, int]) -> None:
     """Fold each batch norm into the layer before it, if nothing else uses that layer's output."""
     modules = dict(graph.named_modules())
     calls = [str(node.target) for node in graph.graph.nodes if node.op == "call_module"]
@@ -125,6 +125,8 @@ def _fold(graph: fx.GraphModule) -> None:
         layer = modules[name]
         if type(layer) not in Quantizable:
             continue
+        if isinstance(layer, nn.Linear) and macs[name] > layer.weight.numel():
+            continue  # used for each part of a sample: its outputs are not the channels of the norm
         fuse = fuse_linear_bn_eval if isinstance(layer, nn.Linear) else fuse_conv_bn_eval
         parent, _, last = name.rpartition(".")
         setattr(graph.get_submodule(parent), last, fuse(layer, norm))

@@ -99,3 +99,15 @@ def test_a_norm_whose_layer_has_another_use_is_not_folded():
     network = trace(model, inputs[:1])
     torch.testing.assert_close(network.folded(inputs), model(inputs))
     assert network.added == ()
+
+
+@pytest.mark.parametrize("parts", [4, 6])
+def test_a_norm_over_the_parts_of_a_sample_is_not_folded(parts):
+    """The parts are its channels, and the outputs of the linear layer are the last axis."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(parts))
+    model[1].running_mean.normal_()
+    model[1].running_var.uniform_(0.5, 2)
+    inputs = torch.randn(2, parts, 5)
+    network = trace(model.eval(), inputs[:1])
+    torch.testing.assert_close(network.folded(inputs), model(inputs))

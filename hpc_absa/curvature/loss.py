@@ -57,7 +57,7 @@ def split(loss_fn: Loss, result: Any, targets: Any, samples: int) -> tuple[Tenso
         total, denominator = _scalar(result[0]), _number(result[1])
         return total / (denominator or 1.0), denominator
     value = _scalar(result)
-    if (stated := getattr(loss_fn, "denominator", None)) is not None:
+    if (stated := _stated(loss_fn)) is not None:
         return value, _number(stated(targets))
     settings = _settings(loss_fn) or {}
     if settings.get("reduction") == "sum":
@@ -69,6 +69,14 @@ def split(loss_fn: Loss, result: Any, targets: Any, samples: int) -> tuple[Tenso
             return value, float(kept.sum())
         return value, float(weight.double()[targets[kept]].sum())
     return value, float(samples)
+
+
+def _stated(loss_fn: Any) -> Any:
+    """The function `denominator` of a loss, also in `functools.partial`, as job files have it."""
+    stated = getattr(loss_fn, "denominator", None)
+    if stated is None and isinstance(loss_fn, partial):
+        return _stated(loss_fn.func)
+    return stated
 
 
 def _settings(loss_fn: Any) -> dict[str, Any] | None:

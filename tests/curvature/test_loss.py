@@ -85,6 +85,7 @@ LOSSES = {
     ),
     "a total and a count": (total_and_count, classes(ignored=True), 1),
     "a function with a denominator": (stated, classes(), 1),
+    "a function with a denominator, in a partial": (partial(stated), classes(), 1),
     "class probabilities": (nn.CrossEntropyLoss(weight=WEIGHT), numbers().softmax(1), 1),
     "mean squared error": (nn.MSELoss(), numbers(), 1),
     "smooth L1": (nn.SmoothL1Loss(), numbers(), 1),

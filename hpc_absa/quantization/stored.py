@@ -52,7 +52,7 @@ def save(
         ranges: of the inputs, by layer and bits.
         model: `name` and `arguments` of the model it was traced from.
         shape: of one input.
-        classes: outputs.
+        classes: of the data set; 0 for data without.
     """
     description = {
         "model": dict(model),
@@ -98,7 +98,8 @@ def network(file: str, digest: str = "") -> nn.Module:
             f"{file}: expected a quantized network that `hpc-absa quantize --out` wrote "
             f"({type(error).__name__}: {error})"
         ) from None
-    model = build(name, arguments, shape[0], shape[1] if len(shape) > 1 else 1, classes)
+    size = shape[1] if len(shape) > 1 else 1
+    model = build(name, arguments, shape[0], size, classes or None)
     traced = trace(model, torch.zeros(1, *shape))
     state = {key: torch.from_numpy(array) for key, array in arrays.items()}
     traced.folded.load_state_dict(state)

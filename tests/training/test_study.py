@@ -168,6 +168,19 @@ def save_network(loaded, path, bits):
     return path
 
 
+def regression(channels: int, classes: int = 1):
+    return nn.Sequential(nn.Linear(channels, 4), nn.ReLU(), nn.Linear(4, classes))
+
+
+def test_a_network_of_data_without_classes_is_built_again(tmp_path):
+    network, path = trace(regression(3), torch.zeros(1, 3)), tmp_path / "q.npz"
+    names = [layer.name for layer in network.layers]
+    ranges = {name: {8: Range(0.0, 1.0)} for name in names}
+    model = {"name": "tests.training.test_study:regression", "arguments": {}}
+    stored.save(path, network, dict.fromkeys(names, 8), ranges, model, (3,), 0)
+    assert stored.network(str(path))(torch.zeros(2, 3)).shape == (2, 1)
+
+
 def test_fine_tuning_that_is_stopped_is_no_result(run, tmp_path, monkeypatch):
     class Asked(runs.Stop):
         def __init__(self, *_):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from dataclasses import dataclass, replace
+from decimal import Decimal
 from typing import Literal, Self
 
 from hpc_absa.errors import UsageError
@@ -48,8 +49,8 @@ def parse(batches: str) -> list[Entry]:
             raise ValueError(
                 f"batches: {word!r}: expected FROM:BATCH, such as 0:64, 1.5M:128 or 30e:256"
             )
-        number, unit = float(match["number"]), match["unit"]
-        place = (number, None) if unit == "e" else (None, number * UNITS[unit])
+        number, unit = Decimal(match["number"]), match["unit"]  # 16.1 · 1000 is 16100.000000000002
+        place = (float(number), None) if unit == "e" else (None, float(number * UNITS[unit]))
         entries.append(Entry(int(match["batch"]), *place))
     for first, second in itertools.pairwise(entries):
         if second.batch <= first.batch:

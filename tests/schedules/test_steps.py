@@ -43,6 +43,10 @@ def test_a_batch_applies_from_the_first_boundary_at_its_threshold(text, sizes):
     assert batches(follow(rule(text), epochs(4))) == sizes
 
 
+def test_a_threshold_with_a_decimal_point_is_exact():
+    assert batches(follow(rule("16.1K:64", samples=16100), epochs(1))) == [64]
+
+
 def test_boundaries_that_are_no_decision_points_count():
     seen = [at(1, decision_point=False), at(2, decision_point=False)]
     assert actions(follow(rule("2e:64"), seen)) == "cg"

@@ -73,7 +73,8 @@ class GG(BuiltInSchedule):
         batch = min(wanted, self.largest_batch)
         lr = self._lr_after(state, batch, factor)
         grows = batch > state.global_batch
-        change = f"{state.global_batch} → {batch}" if grows else f"stays at its maximum {batch}"
+        limit = "its maximum " if batch == self.largest_batch else ""
+        change = f"{state.global_batch} → {batch}" if grows else f"stays at {limit}{batch}"
         reason = f"{self._occasion(passed)}: batch {change}"
         if abs(lr / state.lr - 1) > 1e-9:
             reason += f", learning rate {state.lr:.4g} → {lr:.4g}"

@@ -59,6 +59,8 @@ def test_the_reason_names_what_changed():
     assert decisions[5].reason == (
         "milestone at epoch 6: batch stays at its maximum 1280, learning rate 0.04 → 0.008"
     )
+    (small,) = follow(rule(1280, decay=0.9), EPOCHS[1:2])  # less than another microbatch
+    assert small.reason == "milestone at epoch 2: batch stays at 128, learning rate 0.1 → 0.09"
 
 
 def test_growth_at_milestones_between_decision_points():

@@ -209,17 +209,15 @@ def _next_direction(
         direction = space.orthogonal(queue.pop(0))
         if direction is not None:
             return direction
+    if not leading:
+        return None
+    floor = negligible(space.V) * float(np.abs(space.ritz()[0]).max())
     for pair in [pair for pair in leading if not pair.converged] + leading:
-        if _leaves_space(space, [pair]):
+        if pair.residual > floor:
             direction = space.orthogonal(pair.residual_vector)
             if direction is not None:
                 return direction
     return None
-
-
-def _leaves_space(space: Subspace, pairs: Sequence[_RitzPair]) -> bool:
-    floor = negligible(space.V) * float(np.abs(space.ritz()[0]).max())
-    return any(pair.residual > floor for pair in pairs)
 
 
 def _random_direction(space: Subspace, generator: torch.Generator) -> Tensor | None:

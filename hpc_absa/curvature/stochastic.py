@@ -147,7 +147,6 @@ def spectral_density(
     steps: int,
     probes: int,
     points: int = 400,
-    width: float = 0.0,
     seed: int = 0,
     broadcast: Broadcast = no_broadcast,
 ) -> Density:
@@ -155,7 +154,7 @@ def spectral_density(
 
     Each probe vector's m Ritz values, weighted by the squared first components of their
     coefficients, integrate `φ ↦ tr φ(H) / P` as well as 2m moments allow. The nodes are smoothed
-    by a Gaussian.
+    by a Gaussian whose width is a hundredth of the spectrum's extent.
 
     Args:
         matvec: the operator.
@@ -163,7 +162,6 @@ def spectral_density(
         steps: m, products per probe vector.
         probes: s; the errors are the scatter over them.
         points: G.
-        width: of the Gaussian; 0 for a hundredth of the spectrum's extent.
         seed: of the random vectors.
         broadcast: makes scalars the same on all ranks.
     """
@@ -176,7 +174,7 @@ def spectral_density(
         count += products
     low, high = nodes[weights > 0].min(initial=0.0), nodes[weights > 0].max(initial=0.0)
     extent = float(high - low) or 1.0
-    width = width or extent / 100
+    width = extent / 100
     grid = np.linspace(low - 5 * width, high + 5 * width, points)
     curves = np.stack([_smooth(grid, n, w, width) for n, w in zip(nodes, weights, strict=True)])
     cutoff = 1e-4 * max(abs(low), abs(high))

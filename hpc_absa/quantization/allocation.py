@@ -173,7 +173,6 @@ def pareto_front(problem: Problem, cost: str, points: int = FRONT_POINTS) -> Fro
     steps: list[tuple[NDArray[Any], NDArray[Any]]] = []
     exact = True
     for row in range(len(groups)):
-        count = len(costs)
         costs = (costs[:, None] + price[row]).ravel()
         omegas = (omegas[:, None] + omega[row]).ravel()
         kept = _undominated(costs, omegas)
@@ -181,7 +180,6 @@ def pareto_front(problem: Problem, cost: str, points: int = FRONT_POINTS) -> Fro
             exact = False
             kept = _thinned(kept, costs, points)
         steps.append(np.divmod(kept, len(problem.bits)))
-        assert count * len(problem.bits) == len(costs)
         costs, omegas = costs[kept], omegas[kept]
     index = np.arange(len(costs))
     table = np.zeros((len(costs), len(groups)), np.int64)
@@ -211,9 +209,7 @@ def _thinned(kept: NDArray[np.int64], costs: Floats, points: int) -> NDArray[np.
     return kept[last]
 
 
-def random_choices(
-    problem: Problem, limit: Limit, count: int, seed: int = 0, tries: int = 20_000
-) -> list[list[int]]:
+def random_choices(problem: Problem, limit: Limit, count: int, seed: int = 0) -> list[list[int]]:
     """Random allocations within the limit that use nearly all of it, to compare with.
 
     Groups in random order take random bits; then groups in random order take the most bits that
@@ -224,9 +220,7 @@ def random_choices(
     groups = problem.merged()
     costs = _summed(problem.costs[limit.cost], groups)
     found: list[list[int]] = []
-    for _ in range(tries):
-        if len(found) == count:
-            break
+    for _ in range(count):
         chosen = generator.integers(0, len(problem.bits), len(groups))
         total = float(costs[np.arange(len(groups)), chosen].sum())
         for group in generator.permutation(len(groups)):

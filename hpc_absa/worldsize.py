@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from importlib.util import find_spec
+from itertools import takewhile
 from pathlib import Path
 
 from hpc_absa import allocation
@@ -39,7 +40,10 @@ def gpus_here(job: Launchable, devices: Path = Path("/dev")) -> int:
         return 0
     gpus = len(list(devices.glob("nvidia[0-9]*")))
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return gpus if visible is None else min(gpus, len(re.findall(r"[^,\s]+", visible)))
+    if visible is None:
+        return gpus
+    words = re.findall(r"[^,\s]+", visible)  # CUDA reads up to a negative one: -1 is no GPU
+    return min(gpus, len(list(takewhile(lambda word: not word.startswith("-"), words))))
 
 
 def stated_hosts(job: Launchable) -> Hosts:

@@ -89,6 +89,8 @@ def test_reproducible_jobs_have_at_most_64_ranks():
         ("cuda: Optional[str] = '12.8'", None, (), 2),
         ("cuda: Optional[str] = '12.8'", "1", (), 1),
         ("cuda: Optional[str] = '12.8'", "", (), 0),
+        ("cuda: Optional[str] = '12.8'", "-1", (), 0),
+        ("cuda: Optional[str] = '12.8'", "1,-1", (), 1),
         ("cuda: Optional[str] = '12.8'", None, ("train.device=cpu",), 0),
         ("cuda: Optional[str] = '12.8'", None, ("launch.hosts=a:4",), 0),
         ("cuda: Optional[str] = None", None, (), 0),

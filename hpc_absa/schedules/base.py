@@ -128,8 +128,10 @@ class MultiStepLR:
         if not new:
             return state, ""
         lr = state.lr * self.gamma**new
-        reason = f"milestone at epoch {self.milestones[passed - 1]}: "
-        reason += f"learning rate {state.lr:.4g} → {lr:.4g}"
+        where = "no milestone yet"  # where a run is continued with other milestones
+        if passed:
+            where = f"milestone at epoch {self.milestones[passed - 1]}"
+        reason = f"{where}: learning rate {state.lr:.4g} → {lr:.4g}"
         return replace(state, lr=lr, milestones_passed=passed), reason
 
 

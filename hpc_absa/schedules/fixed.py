@@ -66,7 +66,7 @@ class GG(BuiltInSchedule):
     def decide(self, state: ScheduleState, seen: Observation) -> Decision:
         train, passed = self._train, self._passed(seen.epoch)
         new = passed - state.milestones_passed
-        if not new:
+        if new <= 0:  # fewer where a run is continued with other milestones or more epochs
             return Decision("continue", "no milestone reached", state)
         factor = train.lr_decay**-new
         wanted = round(state.global_batch * factor / train.microbatch) * train.microbatch

@@ -32,6 +32,14 @@ def test_all_milestones_between_two_boundaries_apply():
     assert lrs(follow(bl, [at(5)])) == pytest.approx([0.001])
 
 
+@pytest.mark.parametrize("milestones", [(), (8,)])
+def test_a_run_that_is_continued_with_later_milestones_has_their_learning_rate(milestones):
+    before = follow(bl, [at(2)])[-1].state
+    (decision,) = follow(bound(BL(**BATCHES), milestones=milestones), [at(3)], before)
+    assert decision.state.lr == pytest.approx(0.1)
+    assert decision.reason == "no milestone yet: learning rate 0.01 → 0.1"
+
+
 def test_a_milestone_does_not_apply_just_before_its_epoch_ends():
     assert lrs(follow(bl, [at(1.999)])) == [0.1]
 

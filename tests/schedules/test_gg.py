@@ -63,6 +63,15 @@ def test_the_reason_names_what_changed():
     assert small.reason == "milestone at epoch 2: batch stays at 128, learning rate 0.1 → 0.09"
 
 
+def test_a_batch_does_not_fall_where_a_run_is_continued_with_later_milestones():
+    """As little as 0.2 of a microbatch, rounded, would be a batch of 0."""
+    before = follow(rule(640), EPOCHS[:4])[-1].state
+    later = bound(GG(base_batch=128, max_batch=640), microbatch=128, milestones=(6, 8))
+    decisions = follow(later, EPOCHS[4:], before)
+    assert batches(decisions) == [640] * 4
+    assert lrs(decisions) == [before.lr] * 4
+
+
 def test_growth_at_milestones_between_decision_points():
     assert actions(follow(rule(640), [at(2, decision_point=False)])) == "g"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -27,9 +28,11 @@ def resume(
 ) -> str | None:
     """Restore the newest good checkpoint into `state`; its name, None without any."""
     memory: dict[Key, Tensor] = {}
+    former_lr = job.train.lr
 
     def accept(header: Header) -> Mapping[Key, Tensor]:
-        _require_same_job(job, data_digest, header, allow_changed)
+        nonlocal former_lr
+        former_lr = _require_same_job(job, data_digest, header, allow_changed).train.lr
         shapes = {name: p.shape for (group, name), p in header.places.items() if group == "model"}
         require_same_model(state.model, shapes, header.path.name)
         memory.clear()
@@ -44,13 +47,17 @@ def resume(
             print(f"skipped a damaged checkpoint: {damaged}", flush=True)
     name = restored.path.name
     raise_on_all_ranks(comm, lambda: state.restore(restored.content, name, memory))
+    if former_lr != job.train.lr:  # that of the state is a multiple of the former one
+        progress = state.progress
+        lr = progress.schedule.lr * job.train.lr / former_lr
+        state.progress = replace(progress, schedule=replace(progress.schedule, lr=lr))
     return name
 
 
 def _require_same_job(
     job: Job, data_digest: str, header: Header, allow_changed: tuple[str, ...]
-) -> None:
-    """Refuse a checkpoint from which this job could not continue with the same result."""
+) -> Job:
+    """Refuse a checkpoint from which this job could not continue with the same result; its job."""
     content, path = header.scalars, str(header.path)
     saved = config.parse(str(content.groups["job"].attributes["text"]), path, warn=False)
     config.refuse_changes(saved, job, path, allow_changed)
@@ -60,6 +67,7 @@ def _require_same_job(
             f"{path}: of another data set: {digest}, not {data_digest}; expected the same data, "
             "another --run-dir, or --fresh to start over"
         )
+    return saved
 
 
 def previous_end(directory: RunDir) -> Event | None:

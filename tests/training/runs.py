@@ -100,7 +100,9 @@ def train_until(folder: Path, *overrides: str, microbatch: int) -> None:
     assert stopping.train().kind == "stopped"
 
 
-def trainer(folder: Path, *overrides: str, stop: Stop | None = None) -> Trainer:
+def trainer(
+    folder: Path, *overrides: str, stop: Stop | None = None, allow_changed: tuple[str, ...] = ()
+) -> Trainer:
     """The job's trainer, at the newest checkpoint in `folder`."""
     job = config.parse(JOB, "test", overrides)
     return build_trainer(
@@ -110,7 +112,7 @@ def trainer(folder: Path, *overrides: str, stop: Stop | None = None) -> Trainer:
         Clock(),
         stop or Stop(),
         io.StringIO(),
-        (),
+        allow_changed,
     )
 
 

@@ -223,6 +223,14 @@ def test_a_stop_with_a_growth_to_more_ranks_leaves_the_resize_to_the_next_start(
     assert saved_phase(RunDir(tmp_path).checkpoints).next_ranks == 4
 
 
+def test_a_run_is_continued_with_another_learning_rate(tmp_path):
+    """The batch, and with it the learning rate, has doubled before."""
+    runs.train_until(tmp_path, microbatch=30)
+    assert runs.trainer(tmp_path).run.lr == pytest.approx(0.04)
+    other = runs.trainer(tmp_path, "train.lr=0.01", allow_changed=("train.lr",))
+    assert other.run.lr == pytest.approx(0.02)
+
+
 def test_a_finished_run_takes_no_step_when_it_is_resumed(tmp_path):
     assert runs.train(tmp_path, "train.epochs=1").kind == "done"
     before, files = events(tmp_path), RunDir(tmp_path).checkpoint_files()

@@ -58,9 +58,10 @@ def _omegas(
     places = np.arange(len(layers))
     for index, number in enumerate(bits):
         values = np.array([s.omega[index] for s in layers])
-        axis.plot(places, values, "o-", color=COLOURS[index], label=f"{number} bits", markersize=3)
+        colour = COLOURS[index % len(COLOURS)]
+        axis.plot(places, values, "o-", color=colour, label=f"{number} bits", markersize=3)
         mine = np.array([chosen[s.layer.name] == number for s in layers])
-        axis.plot(places[mine], values[mine], "o", color=COLOURS[index], markersize=8)
+        axis.plot(places[mine], values[mine], "o", color=colour, markersize=8)
     axis.set_yscale("log")
     axis.set_xticks(places, [s.layer.name for s in layers], rotation=90, fontsize=7)
     axis.set(ylabel="sensitivity Ω", title="large marks: the chosen bits")

@@ -81,15 +81,15 @@ def _stated(loss_fn: Any) -> Any:
 
 def _settings(loss_fn: Any) -> dict[str, Any] | None:
     """The settings of one of torch's losses, `indexed` if its targets are classes; else None."""
+    settings: dict[str, Any] = {}
+    if isinstance(loss_fn, partial) and not loss_fn.args:
+        loss_fn, settings = loss_fn.func, loss_fn.keywords
     if isinstance(loss_fn, nn.Module):
         if type(loss_fn).__module__ != "torch.nn.modules.loss":
             return None
         names = ("reduction", "weight", "ignore_index")
         settings = {n: getattr(loss_fn, n) for n in names if hasattr(loss_fn, n)}
         return {**settings, "indexed": isinstance(loss_fn, nn.CrossEntropyLoss | nn.NLLLoss)}
-    settings = {}
-    if isinstance(loss_fn, partial) and not loss_fn.args:
-        loss_fn, settings = loss_fn.func, loss_fn.keywords
     if getattr(loss_fn, "__module__", "") != F.__name__:
         return None
     return {**settings, "indexed": loss_fn in (F.cross_entropy, F.nll_loss)}

@@ -79,6 +79,9 @@ LOSSES = {
     "sum, as a module": (nn.MSELoss(reduction="sum"), numbers(), SAMPLES),
     "class weights": (partial(F.cross_entropy, weight=WEIGHT), classes(), 1),
     "class weights, as a module": (nn.CrossEntropyLoss(weight=WEIGHT), classes(), 1),
+    "class weights, as a module in a partial": (
+        partial(nn.CrossEntropyLoss(weight=WEIGHT)), classes(), 1,
+    ),
     "ignored targets": (nn.CrossEntropyLoss(), classes(ignored=True), 1),
     "weights and ignored targets": (
         partial(F.cross_entropy, weight=WEIGHT, ignore_index=2), classes(), 1,

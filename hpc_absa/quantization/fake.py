@@ -10,6 +10,7 @@ Shapes:
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -138,7 +139,7 @@ def calibrate(
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             flat = args[0].detach().flatten()
             extremes[name].append(torch.stack([flat.min(), flat.max()]))
-            seen[name].append(flat[:: max(1, len(flat) // SAMPLED)])
+            seen[name].append(_sampled(flat))
 
         return hook
 
@@ -154,12 +155,19 @@ def calibrate(
             handle.remove()
     chosen: dict[str, dict[int, Range]] = {}
     for name, parts in seen.items():
-        values = torch.cat(parts)
-        values = values[:: max(1, len(values) // SAMPLED)]
+        values = _sampled(torch.cat(parts))
         outer = torch.stack(extremes[name])
         low, high = outer[:, 0].min().clamp_max(0), outer[:, 1].max().clamp_min(0)
         chosen[name] = {b: _best_range(values, low, high, b) for b in dict.fromkeys(bits)}
     return chosen
+
+
+def _sampled(values: Tensor) -> Tensor:
+    """Some `SAMPLED` values at equal distances, from all columns, rows and channels of images."""
+    stride = max(1, len(values) // SAMPLED)
+    while math.gcd(stride, len(values)) > 1:
+        stride += 1
+    return values[::stride]
 
 
 def _best_range(values: Tensor, low: Tensor, high: Tensor, bits: int) -> Range:

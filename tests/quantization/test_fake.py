@@ -68,6 +68,13 @@ def test_ranges_follow_the_activations():
     assert close < 0.02 * exact.norm() < far
 
 
+@pytest.mark.parametrize("pixels", [32, 49])
+def test_ranges_are_chosen_from_all_pixels(pixels):
+    """Every 32nd value of images with 32 columns would be of the first one."""
+    column = torch.arange(pixels, dtype=torch.float32).repeat(1 << 16)
+    assert len(fake._sampled(column).unique()) == pixels
+
+
 @pytest.mark.skipif(not torch_ao.available(), reason="torch.ao.quantization is not in this torch")
 def test_the_configuration_is_one_that_torch_ao_takes():
     from torch.ao.quantization.quantize_fx import prepare_qat_fx

@@ -37,10 +37,6 @@ __all__ = ["Estimate", "HessianSample", "Interrupted", "estimate_eigenvalue"]
 
 Method = Literal["lanczos", "power"]
 
-TF32_TOLERANCE = 2e-3
-"""For a smaller tolerance, convolutions on a GPU do not use TensorFloat-32: with it, 8 of 24
-estimates were outside 1e-4, and none outside 1e-3. Without it, a ResNet-18 takes 2.4 times as long.
-"""
 COARSE_TOLERANCE = 0.05
 """Of the coarse search: only its vector is used, and the sampling error is larger than this."""
 COARSE_MAX_ITER = 6
@@ -142,7 +138,7 @@ def estimate_eigenvalue(
     if method not in ("lanczos", "power"):
         raise ValueError(f"method: expected 'lanczos' or 'power', got {method!r}")
     begin = time.perf_counter()
-    with evaluation_mode(model, full_precision=tol < TF32_TOLERANCE):
+    with evaluation_mode(model, tol):
         hessians = Hessians(
             model, loss_fn, sample, comm, samples, poll, reproducible,
             Pieces.of(model, sample, comm, samples, microbatch, keep_samples, reproducible),

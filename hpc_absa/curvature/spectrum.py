@@ -152,7 +152,7 @@ def spectrum(
         Interrupted: `poll` returned True.
     """
     part = ""
-    with evaluation_mode(model):
+    with evaluation_mode(model, tol):
 
         def block(names: Collection[str] | None) -> HessianOperator:
             return HessianOperator(

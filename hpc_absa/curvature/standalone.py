@@ -82,7 +82,7 @@ def top_eigenvalue(
     """
     communicator = _communicator(comm)
     sample = _Batches(model, loss_fn, loader, samples)
-    with evaluation_mode(model):
+    with evaluation_mode(model, tol):
         operator = _operator(model, sample, communicator, matrix)
         if start is None:
             first = random_vector(operator.gradient(), 0)

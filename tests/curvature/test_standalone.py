@@ -73,3 +73,23 @@ def test_a_model_without_a_parameter_to_differentiate_by_is_refused_in_one_line(
     batches = [(torch.ones(2, 2), torch.ones(2, 1))]
     with pytest.raises(absa.HpcAbsaError, match="none of its parameters requires grad"):
         absa.top_eigenvalue(model, nn.MSELoss(), batches)
+
+
+@pytest.mark.parametrize("tol", [1e-2, 1e-4])
+def test_a_small_tolerance_is_computed_without_tensorfloat32(tol):
+    """As decisions are; on a GPU its products are accurate to 1e-3 only."""
+    allowed = set()
+
+    def loss(outputs, targets):
+        allowed.add(torch.backends.cudnn.allow_tf32)
+        return nn.functional.mse_loss(outputs, targets)
+
+    before = torch.backends.cudnn.allow_tf32
+    model, batches = nn.Linear(2, 1), [(torch.randn(4, 2), torch.zeros(4, 1))]
+    absa.top_eigenvalue(model, loss, batches, tol=tol)
+    absa.spectrum(
+        model, loss, batches, k=1, tol=tol, layers=False, trace_matvecs=6, density_steps=2,
+        density_probes=1, slice_points=0,
+    )  # fmt: skip
+    assert allowed == {before and tol > 2e-3}
+    assert torch.backends.cudnn.allow_tf32 is before

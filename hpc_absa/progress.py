@@ -149,6 +149,16 @@ class SampleStream:
             last = min(last, self._boundaries_until((int(points) + 1) * self.every) - 1)
         return last
 
+    def passed(self, former: SampleStream, position: Position) -> int:
+        """Boundaries that are behind a run which was at `position` in `former`.
+
+        The two streams differ in `every` alone.
+        """
+        visited = former._visited(position.boundary - 1) if position.boundary else 0
+        indices, here = range(self.num_boundaries), position.microbatch
+        before = bisect_left(indices, here, key=lambda index: self.boundary(index).microbatch)
+        return max(self._boundaries_until(visited), before)
+
     def _visited(self, index: int) -> int:
         """Nominal samples before the boundary `index`."""
         # Boundaries repeat after a period; the whole stream can be too long for a `range`.

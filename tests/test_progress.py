@@ -224,3 +224,23 @@ def test_the_random_growths_of_the_tests_above_change_the_batch():
     draw = random.Random(0)
     items, _ = walk(SampleStream(60, 7, 6, 13), 2, lambda _: draw.choice([1, 2]))
     assert len({step.stop - step.start for step in steps_in(items)}) > 2
+
+
+@pytest.mark.parametrize(
+    ("former", "every", "microbatch", "boundary", "passed"),
+    [
+        (100, 25, 23, 2, 8),  # the decision point at epoch 2.25 is at the end of microbatch 23
+        (100, 25, 24, 2, 9),
+        (100, 25, 20, 1, 7),  # epoch 2 is not evaluated yet
+        (100, 25, 20, 2, 8),
+        (25, 100, 23, 9, 2),
+        (100, 25, 0, 0, 0),
+    ],
+)
+def test_a_run_that_is_continued_with_other_decision_points(
+    former, every, microbatch, boundary, passed
+):
+    before = SampleStream(samples=100, microbatch=10, epochs=4, every=former)
+    now, position = replace(before, every=every), Position(microbatch, 5, boundary)
+    assert now.passed(before, position) == passed
+    assert before.passed(before, position) == boundary

@@ -13,6 +13,7 @@ from hpc_absa.checkpoint.restore import Header, newest_good
 from hpc_absa.comm import Communicator, raise_on_all_ranks
 from hpc_absa.config import Job
 from hpc_absa.errors import UsageError
+from hpc_absa.progress import Progress, SampleStream
 from hpc_absa.rundir import RunDir
 from hpc_absa.rundir.events import Event
 from hpc_absa.training.state import TrainState, require_same_model
@@ -24,15 +25,16 @@ def resume(
     manager: CheckpointManager,
     comm: Communicator,
     state: TrainState,
+    stream: SampleStream,
     allow_changed: tuple[str, ...],
 ) -> str | None:
     """Restore the newest good checkpoint into `state`; its name, None without any."""
     memory: dict[Key, Tensor] = {}
-    former_lr = job.train.lr
+    former = job
 
     def accept(header: Header) -> Mapping[Key, Tensor]:
-        nonlocal former_lr
-        former_lr = _require_same_job(job, data_digest, header, allow_changed).train.lr
+        nonlocal former
+        former = _require_same_job(job, data_digest, header, allow_changed)
         shapes = {name: p.shape for (group, name), p in header.places.items() if group == "model"}
         require_same_model(state.model, shapes, header.path.name)
         memory.clear()
@@ -47,11 +49,20 @@ def resume(
             print(f"skipped a damaged checkpoint: {damaged}", flush=True)
     name = restored.path.name
     raise_on_all_ranks(comm, lambda: state.restore(restored.content, name, memory))
-    if former_lr != job.train.lr:  # that of the state is a multiple of the former one
-        progress = state.progress
-        lr = progress.schedule.lr * job.train.lr / former_lr
-        state.progress = replace(progress, schedule=replace(progress.schedule, lr=lr))
+    state.progress = _continued(state.progress, former, job, stream)
     return name
+
+
+def _continued(progress: Progress, former: Job, job: Job, stream: SampleStream) -> Progress:
+    """With the learning rate and the decision points of `job`, where these may differ."""
+    if job.train.lr != former.train.lr:  # that of the state is a multiple of the former one
+        lr = progress.schedule.lr * job.train.lr / former.train.lr
+        progress = replace(progress, schedule=replace(progress.schedule, lr=lr))
+    if job.hessian.every != former.hessian.every:  # boundaries are counted
+        before = replace(stream, every=former.hessian.every or stream.samples)
+        passed = stream.passed(before, progress.position)
+        progress = replace(progress, position=replace(progress.position, boundary=passed))
+    return progress
 
 
 def _require_same_job(

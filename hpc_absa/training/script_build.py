@@ -130,7 +130,7 @@ def build(
         )
         raise_on_all_ranks(comm, state.tensors)
         manager = CheckpointManager(directory.checkpoints, job.checkpoint.keep)
-        resumed_from = resume(job, digest, manager, comm, state, allow_changed)
+        resumed_from = resume(job, digest, manager, comm, state, stream, allow_changed)
         write_job(job, directory, comm)
         if resumed_from is None:
             broadcast_model(given.model, comm)

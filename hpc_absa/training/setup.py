@@ -105,7 +105,7 @@ def build_trainer(
     if precision:
         state.others = {"layer_precision": precision}
     manager = CheckpointManager(directory.checkpoints, job.checkpoint.keep)
-    resumed_from = resume(job, dataset.digest, manager, comm, state, allow_changed)
+    resumed_from = resume(job, dataset.digest, manager, comm, state, stream, allow_changed)
     if resumed_from is None and job.model.weights:
         raise_on_all_ranks(comm, lambda: load_weights(job, model))
     engine = build_engine(job, model, optimizer, comm, clock)

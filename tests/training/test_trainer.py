@@ -231,6 +231,14 @@ def test_a_run_is_continued_with_another_learning_rate(tmp_path):
     assert other.run.lr == pytest.approx(0.02)
 
 
+def test_a_run_is_continued_with_other_decision_points(tmp_path):
+    runs.train_until(tmp_path, microbatch=30)
+    run = runs.trainer(tmp_path, "hessian.every=37", allow_changed=("hessian.every",)).run
+    position = run.state.progress.position
+    behind, ahead = (run.stream.boundary(position.boundary + i).microbatch for i in (-1, 0))
+    assert behind <= position.microbatch <= ahead
+
+
 def test_a_finished_run_takes_no_step_when_it_is_resumed(tmp_path):
     assert runs.train(tmp_path, "train.epochs=1").kind == "done"
     before, files = events(tmp_path), RunDir(tmp_path).checkpoint_files()

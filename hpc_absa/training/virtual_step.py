@@ -12,6 +12,8 @@ def update_direction(
 ) -> Tensor:
     """The Δ [P] of the optimizer's next step `θ − η·Δ` with this gradient [P].
 
+    η is the rate of the first group; the others keep their ratio to it.
+
     Parameters, gradients and the optimizer's state are unchanged afterwards. P counts the trainable
     parameters in `model.parameters()` order.
     """
@@ -27,8 +29,8 @@ def update_direction(
     try:
         for p, piece in zip(parameters, pieces, strict=True):
             p.grad = piece.view_as(p).to(p)
-        for group in optimizer.param_groups:
-            group["lr"] = 1.0
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = float(rate / rates[0]) if rates[0] else 1.0
         optimizer.step()
         moved = zip(weights, parameters, strict=True)
         return torch.cat([(old - new.detach()).reshape(-1) for old, new in moved]).to(gradient)

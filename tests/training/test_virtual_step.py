@@ -9,10 +9,17 @@ from torch import nn
 from hpc_absa.training.optimizer import SGD
 from hpc_absa.training.virtual_step import update_direction
 
+
+def two_rates(parameters):
+    first, *others = parameters
+    return SGD([{"params": [first]}, {"params": others, "lr": 0.02}], lr=0.1, momentum=0.9)
+
+
 OPTIMIZERS = {
     "sgd": lambda p: SGD([{"params": list(p), "weight_decay": 0.1}], lr=0.1, momentum=0.9),
     "torch-sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True),
     "adamw": lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.1, amsgrad=True),
+    "two-rates": two_rates,
 }
 
 

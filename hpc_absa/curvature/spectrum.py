@@ -36,6 +36,7 @@ from hpc_absa.curvature.stochastic import (
     random_vector,
     spectral_density,
 )
+from hpc_absa.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,10 @@ def spectrum(
 
     Raises:
         Interrupted: `poll` returned True.
+        UsageError: more eigenpairs than products.
     """
+    if k > max_iter:
+        raise UsageError(f"k = {k}: expected at most max_iter = {max_iter} eigenvalues")
     part = ""
     with evaluation_mode(model, tol):
 

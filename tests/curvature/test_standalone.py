@@ -93,3 +93,9 @@ def test_a_small_tolerance_is_computed_without_tensorfloat32(tol):
     )  # fmt: skip
     assert allowed == {before and tol > 2e-3}
     assert torch.backends.cudnn.allow_tf32 is before
+
+
+def test_more_eigenvalues_than_products_are_refused_in_one_line():
+    batches = [(torch.ones(2, 2), torch.ones(2, 1))]
+    with pytest.raises(absa.HpcAbsaError, match=r"k = 61: expected at most max_iter = 60"):
+        absa.spectrum(nn.Linear(2, 1), nn.MSELoss(), batches, k=61)

@@ -53,7 +53,10 @@ def make_estimator(
             last = state.progress.eigenvalue
             usable = last is not None and math.isfinite(last) and last > 0
             settings["guess"] = 2 / last if last is not None and usable else job.train.lr
-            direction = partial(update_direction, state.model, state.optimizer)
+            direction = partial(
+                update_direction, state.model, state.optimizer,
+                max_grad_norm=job.train.max_grad_norm,
+            )  # fmt: skip
             return critical_sharpness(state.model, loss, sample, comm, direction, **settings)
         settings["false_growth"] = 0.5 if sample.whole else job.hessian.false_growth
         settings["start"] = None if job.hessian.fresh else start

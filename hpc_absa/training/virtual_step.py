@@ -8,16 +8,23 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 
 def update_direction(
-    model: nn.Module, optimizer: torch.optim.Optimizer, gradient: Tensor
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    gradient: Tensor,
+    max_grad_norm: float | None = None,
 ) -> Tensor:
     """The Δ [P] of the optimizer's next step `θ − η·Δ` with this gradient [P].
 
-    η is the rate of the first group; the others keep their ratio to it.
+    η is the rate of the first group; the others keep their ratio to it. The gradient is clipped to
+    `max_grad_norm`, as in a step.
 
     Parameters, gradients and the optimizer's state are unchanged afterwards. P counts the trainable
     parameters in `model.parameters()` order.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
+    if max_grad_norm is not None:  # as clip_grad_norm_
+        norm = torch.linalg.vector_norm(gradient)
+        gradient = gradient * (max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
     pieces = gradient.split([p.numel() for p in parameters])
     gradients = [p.grad for p in parameters]
     weights = [p.detach().clone() for p in parameters]

@@ -70,6 +70,22 @@ def test_it_is_the_next_step_and_changes_nothing(name, steps):
     assert torch.allclose(before - flat(model), 0.1 * direction, rtol=1e-9)
 
 
+def test_the_gradient_is_clipped_as_in_a_step():
+    model = net()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = SGD(parameters, lr=0.1, momentum=0.9)
+    train(model, optimizer, 2)
+    gradient = torch.arange(1.0, 1.0 + sum(p.numel() for p in parameters), dtype=torch.float64)
+    before, given = flat(model), gradient.clone()
+    direction = update_direction(model, optimizer, gradient, max_grad_norm=0.5)
+    assert torch.equal(gradient, given)
+    for p, piece in zip(parameters, gradient.split([p.numel() for p in parameters]), strict=True):
+        p.grad = piece.view_as(p)
+    nn.utils.clip_grad_norm_(parameters, 0.5)
+    optimizer.step()
+    assert torch.allclose(before - flat(model), 0.1 * direction, rtol=1e-9)
+
+
 class Nested(torch.optim.Optimizer):
     """Its state has a list and a dictionary in it."""
 

@@ -211,8 +211,7 @@ class Run:
             return
         assert self._session is not None
         try:
-            if error is None:
-                self._calls.exchange(Call.LEAVE)
+            self._calls.exchange(Call.LEAVE)
             if self._state == "new":  # the script has no loop
                 self._session.close()
             elif self._state == "running":  # the script left its loop

@@ -38,6 +38,8 @@ def main(folder, what):
                 break
         if what == "after" and odd:
             run.sum(1)
+        if what == "exit" and odd:
+            sys.exit()
     if run.rank == 0:
         print("the end of the script")
 

@@ -97,6 +97,7 @@ def _kill_second_phase(run: RunDir) -> bool:
         ),
         pytest.param("raise", 1, "failed: ValueError: mine", marks=pytest.mark.slow),
         pytest.param("all", 0, "the end of the script", marks=pytest.mark.slow),
+        pytest.param("exit", 0, "the end of the script", marks=pytest.mark.slow),
     ],
 )
 def test_a_rank_that_does_something_else_ends_all_ranks_with_one_line(

@@ -102,7 +102,7 @@ class StopRequest:
 
     @contextmanager
     def saving(self) -> Iterator[None]:
-        """Within, no progress is expected: the state is being written to disk."""
+        """Within, no progress is expected, as while the state is being written to disk."""
         self._saving = True
         try:
             yield

@@ -109,7 +109,7 @@ class Step:
             )
         self._step = run.begin_step(item)
         self.computing = ExitStack()
-        """Until `optimize`: what the script does after it is not part of the step."""
+        """Until `optimize`; from then on, no progress is expected before the next step."""
         self.computing.enter_context(run.clock("comp"))
         self._forward: AbstractContextManager[None] | None = None
         self._begun = self._exhausted = self.optimized = False
@@ -183,6 +183,7 @@ class Step:
         self._run.end_step(self._item, self.result)
         self._calls.step = self.number
         self.computing.close()
+        self.computing.enter_context(self._run.stop.saving())  # as the body of the loop goes on
 
     @property
     def loss(self) -> float:

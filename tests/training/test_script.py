@@ -632,6 +632,20 @@ def test_what_a_script_does_between_steps_is_not_part_of_a_microbatch(tmp_path):
     assert kinds == ["comp", "other"] * (SAMPLES // 8)
 
 
+def test_a_stop_waits_for_what_a_script_does_between_steps(tmp_path):
+    """Without progress, a rank that was asked to stop is ended: it may wait for a dead one."""
+    waits = []
+
+    def body(step, model, optimizer):
+        each(step, model, step.backward)
+        waits.append(step._run.stop._saving)
+        step.optimize()
+        waits.append(step._run.stop._saving)
+
+    use(tmp_path, body)
+    assert waits == [False, True] * (SAMPLES // 8)
+
+
 def test_the_job_of_a_script_says_how_it_was_made(tmp_path):
     Script(tmp_path).run()
     text = RunDir(tmp_path).job.read_text()

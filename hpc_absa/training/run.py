@@ -376,6 +376,7 @@ class Run:
         step = progress.position.step
         self.engine.buffers.restore()
         with self.clock("checkpoint"), self.stop.saving():
+            raise_on_all_ranks(self.comm, self.engine.require_known_parameters)
             tensors = raise_on_all_ranks(self.comm, self.state.tensors)
             require_equal(tensors, self.comm)
             scalars = self.state.scalars(

@@ -150,6 +150,20 @@ class StepEngine:
                 "the loop with break, and make another Run in another directory"
             )
 
+    def require_known_parameters(self) -> None:
+        """Refuse trainable parameters that the model did not have when the engine was made.
+
+        Raises:
+            MisuseError: there is one, whose gradient is neither cleared nor summed over ranks.
+        """
+        known = set(self._trained_ids)
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad and id(parameter) not in known:
+                raise MisuseError(
+                    f"the parameter {name} was added to the model, or unfrozen, during a run: "
+                    "expected it before, since its gradient is not summed over the ranks"
+                )
+
     def close(self) -> None:
         """Remove the hooks; the model and its parameters are plain ones again."""
         self.buffers.close()

@@ -554,6 +554,12 @@ def freeze(step, model, optimizer):
     step.optimize()
 
 
+def add(step, model, optimizer):
+    model[0].extra = nn.Parameter(torch.ones(1))
+    each(step, model, lambda loss: step.backward(loss * model[0].extra.sum()))
+    step.optimize()
+
+
 def step_twice(step, model, optimizer):
     each(step, model, step.backward)
     step.reduce()
@@ -590,6 +596,7 @@ def changing(change):
         ),
         (zero_grad, r"\.grad was changed during a step"),
         (freeze, "requires_grad of a parameter was changed during a run"),
+        (add, r"the parameter 0\.extra was added to the model, or unfrozen, during a run"),
         (step_twice, r"optimizer.step\(\) was called: expected step.optimize"),
         (optimize_twice, "step.optimize: expected one call for each step"),
         (

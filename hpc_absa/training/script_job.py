@@ -26,7 +26,7 @@ from hpc_absa.errors import CollectiveError, ExitStatus, UsageError
 from hpc_absa.schedules import Schedule
 from hpc_absa.training.batches import NAME
 from hpc_absa.training.optimizer import require_no_closure
-from hpc_absa.training.state import Stateful
+from hpc_absa.training.state import Stateful, require_own_parameters
 
 if TYPE_CHECKING:
     from torch.amp.grad_scaler import GradScaler
@@ -226,15 +226,9 @@ def _require_arguments(given: Arguments) -> None:
             "itself, since the run reduces the gradients"
         )
     require_no_closure(given.optimizer, f"absa.Run: optimizer {type(given.optimizer).__name__}")
-    own = {id(parameter) for parameter in given.model.parameters()}
-    for group in given.optimizer.param_groups:
-        if "lr" not in group:
-            raise UsageError("absa.Run: expected an optimizer whose parameter groups have lr")
-        if any(id(parameter) not in own for parameter in group["params"]):
-            raise UsageError(
-                "absa.Run: the optimizer has parameters that the model has not, whose gradients "
-                "would not be reduced: make them part of the model"
-            )
+    if any("lr" not in group for group in given.optimizer.param_groups):
+        raise UsageError("absa.Run: expected an optimizer whose parameter groups have lr")
+    require_own_parameters(given.optimizer, given.model)
     for name, state in given.states.items():
         if not (hasattr(state, "state_dict") and hasattr(state, "load_state_dict")):
             raise UsageError(

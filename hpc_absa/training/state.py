@@ -63,7 +63,7 @@ class TrainState:
 
         Raises:
             UsageError: a state is not made of tensors, numbers and strings, that of the model not
-                of tensors.
+                of tensors, or the optimizer has parameters of its own.
         """
         tensors: dict[Key, Tensor] = {}
         for name, value in self.model.state_dict().items():
@@ -91,6 +91,8 @@ class TrainState:
         return {("state", name): tensor for name, tensor in found.items()}
 
     def _optimizer_tensors(self) -> dict[Key, Tensor]:
+        if self.with_groups:  # some may have been added since the start
+            require_own_parameters(self.optimizer, self.model)
         found: nested.Tensors = {}
         names = {parameter: name for name, parameter in self.model.named_parameters()}
         state: list[Any] = []
@@ -278,6 +280,19 @@ class TrainState:
         for name, other in self.others.items():
             with user_code(f"{origin}: state[{name!r}].load_state_dict"):
                 other.load_state_dict(nested.decode(nodes[name], tensor))
+
+
+def require_own_parameters(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """
+    Raises:
+        UsageError: a parameter of the optimizer is not one of the model.
+    """
+    own = {id(parameter) for parameter in model.parameters()}
+    if any(id(p) not in own for group in optimizer.param_groups for p in group["params"]):
+        raise UsageError(
+            "the optimizer has parameters that the model has not, whose gradients would not be "
+            "reduced: make them part of the model"
+        )
 
 
 def _optimizer_tensor(

@@ -560,6 +560,12 @@ def add(step, model, optimizer):
     step.optimize()
 
 
+def add_group(step, model, optimizer):
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))]})
+    each(step, model, step.backward)
+    step.optimize()
+
+
 def step_twice(step, model, optimizer):
     each(step, model, step.backward)
     step.reduce()
@@ -597,6 +603,7 @@ def changing(change):
         (zero_grad, r"\.grad was changed during a step"),
         (freeze, "requires_grad of a parameter was changed during a run"),
         (add, r"the parameter 0\.extra was added to the model, or unfrozen, during a run"),
+        (add_group, "the optimizer has parameters that the model has not"),
         (step_twice, r"optimizer.step\(\) was called: expected step.optimize"),
         (optimize_twice, "step.optimize: expected one call for each step"),
         (

@@ -229,6 +229,13 @@ def _require_arguments(given: Arguments) -> None:
     if any("lr" not in group for group in given.optimizer.param_groups):
         raise UsageError("absa.Run: expected an optimizer whose parameter groups have lr")
     require_own_parameters(given.optimizer, given.model)
+    own = type(given.optimizer).state_dict is not torch.optim.Optimizer.state_dict
+    if own and not any(state is given.optimizer for state in given.states.values()):
+        raise UsageError(
+            f"absa.Run: optimizer {type(given.optimizer).__name__} has a state_dict of its "
+            "own, which checkpoints would not contain: expected it in state as well, as in "
+            "state={'optimizer': optimizer}"
+        )
     for name, state in given.states.items():
         if not (hasattr(state, "state_dict") and hasattr(state, "load_state_dict")):
             raise UsageError(

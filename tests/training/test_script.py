@@ -505,6 +505,51 @@ def test_a_model_with_a_state_that_is_no_tensor_is_refused_at_start(tmp_path):
     assert not events(tmp_path)
 
 
+class Wrapping(torch.optim.SGD):
+    """Has a part of its state elsewhere, as Lookahead."""
+
+    steps = 0
+
+    def step(self, closure=None):
+        self.steps += 1
+        return super().step(closure)
+
+    def state_dict(self):
+        return {**super().state_dict(), "steps": self.steps}
+
+    def load_state_dict(self, state_dict):
+        self.steps = state_dict.pop("steps")
+        super().load_state_dict(state_dict)
+
+
+def test_an_optimizer_with_a_state_dict_of_its_own_must_be_in_state(tmp_path):
+    model, inputs = nn.Linear(3, 1), Noisy().inputs
+    optimizer = Wrapping(model.parameters(), lr=0.1, momentum=0.9)
+
+    def train(**state):
+        with absa.Run(
+            tmp_path,
+            model=model,
+            optimizer=optimizer,
+            schedule=absa.FB(base_batch=8),
+            epochs=1,
+            microbatch=4,
+            samples=SAMPLES,
+            state=state,
+        ) as run:
+            for step in run:
+                for indices in step.microbatches:
+                    step.backward(model(inputs[indices]).square().mean())
+                step.optimize()
+
+    with pytest.raises(HpcAbsaError, match="Wrapping has a state_dict of its own"):
+        train()
+    train(optimizer=optimizer)
+    steps, optimizer.steps = optimizer.steps, 0
+    train(optimizer=optimizer)
+    assert optimizer.steps == steps == SAMPLES // 8
+
+
 def test_a_run_is_not_continued_with_other_arguments(tmp_path):
     with pytest.raises(SystemExit):
         Script(tmp_path, stop_at=3).run()

@@ -68,7 +68,7 @@ def _rehearse(trainer: Trainer) -> None:
     with preserved(trainer):
         for parameter in model.parameters():
             parameter.grad = None
-        _require_real(model, model_name)
+        require_real(model, model_name)
         with user_code(f"{model_name}: its forward pass in training mode"):
             outputs = trainer.forward(copied(inputs))
         if loss_name == CROSS_ENTROPY:
@@ -148,7 +148,11 @@ def _rehearse_checkpoint(trainer: Trainer) -> None:
         load_model(trainer.model, arrays, "the rehearsal")
 
 
-def _require_real(model: nn.Module, name: str) -> None:
+def require_real(model: nn.Module, name: str) -> None:
+    """
+    Raises:
+        UsageError: a trainable parameter is complex; the line names `name` and the parameter.
+    """
     for key, parameter in model.named_parameters():
         if parameter.requires_grad and not parameter.is_floating_point():
             raise UsageError(

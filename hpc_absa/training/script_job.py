@@ -26,6 +26,7 @@ from hpc_absa.errors import CollectiveError, ExitStatus, UsageError
 from hpc_absa.schedules import Schedule
 from hpc_absa.training.batches import NAME
 from hpc_absa.training.optimizer import require_no_closure
+from hpc_absa.training.rehearsal import require_real
 from hpc_absa.training.state import Stateful, require_own_parameters
 
 if TYPE_CHECKING:
@@ -220,6 +221,7 @@ def _require_arguments(given: Arguments) -> None:
         )
     if not any(parameter.requires_grad for parameter in given.model.parameters()):
         raise UsageError("absa.Run: the model has no parameter with requires_grad, expected some")
+    require_real(given.model, "absa.Run: model")
     if hasattr(given.optimizer, "skip_synchronize"):
         raise UsageError(
             "absa.Run: the optimizer is Horovod's DistributedOptimizer; expected the optimizer "

@@ -23,7 +23,7 @@ from hpc_absa.rundir import RunDir
 from hpc_absa.schedules import Rule
 from hpc_absa.training.script_job import require_equal_arguments
 from tests.supervisor.digits import PATH
-from tests.training.odd_models import ExtraState
+from tests.training.odd_models import ComplexWeights, ExtraState
 from tests.training.runs import events
 
 ROOT = Path(__file__).parents[2]
@@ -447,6 +447,7 @@ def test_an_error_of_the_script_is_raised_and_the_run_can_be_continued(tmp_path)
             "wrapped in DataParallel; expected the model",
         ),
         ({"model": nn.Linear(3, 1).requires_grad_(False)}, "no parameter with requires_grad"),
+        ({"model": ComplexWeights()}, r"model: the parameter weight is torch\.complex64, expected"),
         ({"optimizer": torch.optim.SGD}, "expected a torch Optimizer, got <class"),
         ({"optimizer": torch.optim.LBFGS([torch.zeros(3)])}, "LBFGS: its step needs a closure"),
         (

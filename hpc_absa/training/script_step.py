@@ -146,7 +146,7 @@ class Step:
                 and their number: the step then divides the sum of all sums by that of all
                 denominators. A `scaler` is applied here.
         """
-        value = loss[0] if isinstance(loss, tuple) else loss
+        value = loss[0] if isinstance(loss, tuple) and len(loss) == 2 else loss
         if not isinstance(value, Tensor) or value.numel() != 1:
             kind = f"shape {list(value.shape)}" if isinstance(value, Tensor) else repr(value)[:80]
             raise MisuseError(

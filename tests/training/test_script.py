@@ -666,6 +666,10 @@ def changing(change):
             lambda s, m, _: each(s, m, lambda loss: s.backward(loss * torch.ones(3))),
             r"got shape \[3\]",
         ),
+        (
+            lambda s, m, _: each(s, m, lambda loss: s.backward((loss, 4.0, 1))),
+            r"got \(tensor.*: expected the mean",
+        ),
     ],
 )
 def test_a_loop_that_uses_a_step_in_another_way_is_refused(tmp_path, body, message):

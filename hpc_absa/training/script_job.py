@@ -5,6 +5,7 @@ So `job.toml` says how a run was made, and a run is not continued with other arg
 
 from __future__ import annotations
 
+import operator
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -107,7 +108,7 @@ def job_of(name: str, given: Arguments, size: int) -> Job:
             f"absa.Run: schedule = {schedule!r}: expected one such as absa.ABSA(base_batch=64, "
             "max_batch=1024)"
         )
-    samples = len(given.dataset) if given.samples is None else given.samples
+    samples = len(given.dataset) if given.samples is None else operator.index(given.samples)
     ranks = dict(tables["ranks"])
     if isinstance(ranks.get("initial"), int):
         ranks["initial"] = min(ranks["initial"], rank_limit(size, ranks.get("max")))
@@ -164,7 +165,7 @@ def _options(group: Mapping[str, Any]) -> dict[str, Any]:
             options[key] = [plain(v) for v in value]
         elif isinstance(value := plain(value), float | bool | str):
             options[key] = value
-    options["lr"] = plain(group.get("initial_lr", group["lr"]))
+    options["lr"] = float(group.get("initial_lr", group["lr"]))
     return options
 
 
@@ -195,10 +196,13 @@ def _require_arguments(given: Arguments) -> None:
     Raises:
         UsageError: one line.
     """
-    if (given.dataset is None) == (given.samples is None):
+    samples: Any = given.samples
+    if (given.dataset is None) == (samples is None):
         raise UsageError("absa.Run: expected either dataset or samples")
-    if given.samples is None:
+    if samples is None:
         require_map_style(given.dataset, "absa.Run: dataset")
+    elif not hasattr(samples, "__index__"):
+        raise UsageError(f"absa.Run: samples = {samples!r}: expected an integer")
     for value, kind in ((given.model, nn.Module), (given.optimizer, torch.optim.Optimizer)):
         if not isinstance(value, kind):
             raise UsageError(f"absa.Run: expected a torch {kind.__name__}, got {value!r:.80}")

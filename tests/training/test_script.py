@@ -682,6 +682,27 @@ def test_batches_of_a_run_that_reads_no_data_are_refused(tmp_path):
         use(tmp_path, lambda step, *_: next(step.batches), samples=SAMPLES)
 
 
+def test_the_number_of_samples_may_be_an_integer_of_any_library(tmp_path):
+    inputs = Noisy().inputs
+
+    def body(step, model, optimizer):
+        for indices in step.microbatches:
+            step.backward(model(inputs[indices]).square().mean())
+        step.optimize()
+
+    use(tmp_path, body, samples=np.int64(SAMPLES))
+    assert events(tmp_path, "done")
+    with pytest.raises(HpcAbsaError, match=r"samples = 70\.0: expected an integer"):
+        use(tmp_path, body, samples=70.0)
+
+
+def test_a_learning_rate_that_a_checkpoint_cannot_have_is_refused_by_name(tmp_path):
+    script = Script(tmp_path)
+    script.optimizer.param_groups[1].update(lr=np.float32(0.01), initial_lr=np.float32(0.01))
+    with pytest.raises(HpcAbsaError, match=r"optimizer\['lr'\] is of type float32"):
+        script.run()
+
+
 def test_what_a_script_does_between_steps_is_not_part_of_a_microbatch(tmp_path):
     kinds = []
 

@@ -242,7 +242,8 @@ class MapReader:
 
     def _tensor_on_device(self, tensor: torch.Tensor) -> torch.Tensor:
         if self._device.type == "cuda":
-            tensor = tensor.pin_memory().to(self._device, non_blocking=True)
+            pinned = tensor.pin_memory() if tensor.device.type == "cpu" else tensor
+            tensor = pinned.to(self._device, non_blocking=True)
         if self._channels_last and tensor.dim() == 4 and tensor.is_floating_point():
             return tensor.contiguous(memory_format=torch.channels_last)
         return tensor

@@ -1,9 +1,12 @@
 """Jobs with data of any kind on a GPU; the optimizers' updates are those of a CPU."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import TensorDataset
 
+from hpc_absa.data.datasets import Datasets, MapDataset, MapReader
 from hpc_absa.training.optimizer import LAMB, LARS, AdamW
 from tests.training import runs
 from tests.training.runs import events
@@ -40,3 +43,11 @@ def test_optimizers(kind):
             optimizer.step()
         weights.append(torch.cat([p.detach().flatten().cpu() for p in net.parameters()]))
     torch.testing.assert_close(*weights, rtol=1e-4, atol=1e-5)
+
+
+def test_a_data_set_may_be_on_the_gpu():
+    inputs = torch.arange(4.0, device="cuda")
+    dataset = MapDataset("own", Datasets(TensorDataset(inputs)))
+    reader = MapReader(dataset, 0, workers=0, device=inputs.device)
+    (batch,) = reader.read("train", np.array([2, 0])).inputs
+    assert torch.equal(batch, inputs[[2, 0]])

@@ -11,12 +11,17 @@ from xxhash import xxh3_64_intdigest
 from hpc_absa.checkpoint import Key
 from hpc_absa.comm import Communicator
 from hpc_absa.errors import CollectiveError, ExitStatus
+from hpc_absa.training import nested
+from hpc_absa.training.state import JSON
 
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Integers by their size in bytes."""
 
 COLUMNS = 4096
 """Of the sums in `digest`."""
+
+STATES: Key = ("state", JSON)
+"""What is no tensor in the states of a script."""
 
 
 def require_equal(tensors: Mapping[Key, Tensor], comm: Communicator) -> None:
@@ -30,15 +35,24 @@ def require_equal(tensors: Mapping[Key, Tensor], comm: Communicator) -> None:
     digests = {key: digest(tensor) for key, tensor in tensors.items()}
     if len(set(comm.allgather_object(xxh3_64_intdigest(repr(digests).encode())))) == 1:
         return
-    ranks = comm.allgather_object(digests)
+    ranks = comm.allgather_object({**_plain_values(tensors), **digests})
     for rank, other in enumerate(ranks):
-        for key in sorted(other.keys() | ranks[0].keys()):
+        for key in sorted(other.keys() | ranks[0].keys(), key=lambda key: (key == STATES, key)):
             if other.get(key) != ranks[0].get(key):
                 raise CollectiveError(
-                    f"{'/'.join(key)} differs between rank 0 and rank {rank}: the model's own code "
-                    "changes it depending on the rank; nothing was saved",
+                    f"{'/'.join(key)} differs between rank 0 and rank {rank}: it is changed by "
+                    "code that depends on the rank, or on a generator without a seed; nothing was "
+                    "saved",
                     ExitStatus.FAILED,
                 )
+
+
+def _plain_values(tensors: Mapping[Key, Tensor]) -> dict[Key, int]:
+    """Digests of the numbers and strings in each of a script's states."""
+    if STATES not in tensors:
+        return {}
+    nodes = nested.from_array(tensors[STATES].numpy())
+    return {("state", name): xxh3_64_intdigest(repr(node).encode()) for name, node in nodes.items()}
 
 
 def broadcast_model(model: nn.Module, comm: Communicator) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -199,6 +200,16 @@ def test_a_tensor_that_differs_between_ranks_is_named(key):
     error = compared(one, other)
     assert str(error).startswith(f"{key[0]}/{key[1]} differs between rank 0 and rank 1")
     assert error.status == ExitStatus.FAILED
+
+
+def test_a_number_that_differs_is_named_by_its_state():
+    def tensors(loss):
+        state = trained()
+        state.others = {"history": SimpleNamespace(state_dict=lambda: {"losses": [loss]})}
+        return state.tensors()
+
+    error = compared(tensors(0.5), tensors(0.25))
+    assert str(error).startswith("state/history differs between rank 0 and rank 1")
 
 
 def test_a_tensor_that_only_one_rank_has_is_named():

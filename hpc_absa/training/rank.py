@@ -43,7 +43,7 @@ def main(
     comm = connect()
     gc.freeze()  # what the imports created stays
     gc.enable()
-    session = Session(comm, RunDir(run_path), duplicate(sys.stdout))
+    session = Session(comm, RunDir(run_path), launcher_output())
     try:
         job = session.begin(lambda: config.load(job_path, overrides))
         outcome = session.end(train(job, session, allow_changed))
@@ -264,7 +264,7 @@ def _on_failure(
         misuse = status == ExitStatus.USAGE
         _write_failure(run, reason, rank, where, status, final=misuse)
         if not misuse:
-            faulthandler.dump_traceback()
+            faulthandler.dump_traceback(2)
             reason += ": all ranks are ended"
         print(f"hpc-absa: {reason}", file=console, flush=True)
         comm.abort(status)
@@ -293,21 +293,24 @@ def _write_failure(
 # Output
 
 
-def duplicate(stream: TextIO) -> TextIO:
-    """The launcher's end of `stream`, which remains when this rank's output goes to its log."""
-    encoding = "utf-8" if supervised() else stream.encoding
-    return tolerant(os.dup(stream.fileno()), encoding)
+def launcher_output() -> TextIO:
+    """The launcher's end of standard output, which remains when this rank's goes to its log."""
+    return tolerant(os.dup(1), "utf-8" if supervised() else sys.stdout.encoding)
 
 
 def redirect_output(run: RunDir, phase: int, rank: int) -> None:
-    """Send this rank's standard output and error, also of native libraries, to its log file."""
+    """Send this rank's standard output and error, also of native libraries, to its log file.
+
+    By their descriptors: a script may have put objects of its own in place of `sys.stdout`.
+    """
     log = run.rank_log(phase, rank)
     descriptor = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-    for stream in (sys.stdout, sys.stderr):
-        os.dup2(descriptor, stream.fileno())
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(encoding="utf-8")
+    for number in (1, 2):
+        os.dup2(descriptor, number)
     os.close(descriptor)
+    for stream in (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__):
+        if isinstance(stream, io.TextIOWrapper) and stream.fileno() in (1, 2):
+            stream.reconfigure(encoding="utf-8")
 
 
 def _seconds_since_start() -> float:

@@ -38,7 +38,7 @@ from hpc_absa.schedules import Schedule
 from hpc_absa.training.calls import Call
 from hpc_absa.training.evaluate import evaluating
 from hpc_absa.training.faults import SIGNALS
-from hpc_absa.training.rank import Session, duplicate, exit_status, supervised
+from hpc_absa.training.rank import Session, exit_status, launcher_output, supervised
 from hpc_absa.training.script_build import build
 from hpc_absa.training.script_job import Arguments, directory_of, job_of
 from hpc_absa.training.script_step import Step
@@ -183,7 +183,7 @@ class Run:
         self._handlers = {number: signal.getsignal(number) for number in SIGNALS}
         comm = connect()
         self.rank, self.size, self._comm = comm.rank, comm.size, comm
-        console = duplicate(sys.stdout) if supervised() else sys.stdout
+        console = launcher_output() if supervised() else sys.stdout
         self._cleanup = contextlib.ExitStack()
         try:
             path = raise_on_all_ranks(comm, lambda: directory_of(self._path))

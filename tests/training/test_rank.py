@@ -11,6 +11,7 @@ from hpc_absa import config
 from hpc_absa.comm import SerialCommunicator
 from hpc_absa.errors import CollectiveError, ExitStatus
 from hpc_absa.rundir import RunDir
+from hpc_absa.rundir.lock import SUPERVISED
 from hpc_absa.training import rank
 from tests.training.runs import JOB
 
@@ -71,3 +72,36 @@ lr_answer = {lr}
     line = f"schedule.method: tests.schedules.test_own:Faulty.{problem}"
     assert done.stdout.count(line) == 1
     assert "Traceback" not in done.stdout + done.stderr
+
+
+OWN_OUTPUT = """
+import sys
+from pathlib import Path
+from hpc_absa.rundir import RunDir
+from hpc_absa.training.rank import launcher_output, redirect_output
+
+class Tee:
+    def write(self, text):
+        sys.__stdout__.write(text)
+
+    def flush(self):
+        sys.__stdout__.flush()
+
+sys.stdout = Tee()
+console = launcher_output()
+redirect_output(RunDir(Path(sys.argv[1])).create(), 1, 0)
+print("in the log")
+print("on the console", file=console)
+"""
+
+
+def test_a_script_may_have_put_an_object_of_its_own_in_place_of_standard_output(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", OWN_OUTPUT, str(tmp_path)],
+        env=os.environ | {"PYTHONPATH": str(ROOT), SUPERVISED: "1"},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.stdout == "on the console\n", done.stderr
+    assert RunDir(tmp_path).rank_log(1, 0).read_text() == "in the log\n"

@@ -31,8 +31,8 @@ def evaluation_mode(model: nn.Module, tol: float = math.inf) -> Iterator[None]:
     With a relative error `tol` below `TF32_TOLERANCE`, convolutions on a GPU do not use
     TensorFloat-32, with which products are accurate to 1e-3 only. Attention uses the only kernel
     that can be differentiated twice. Recurrent layers do not use cuDNN, which cannot differentiate
-    them in evaluation mode. Activation checkpointing and `torch.compile` are disabled
-    (`twice.plain_autograd`).
+    them in evaluation mode. Activation checkpointing, `torch.compile` (`twice.plain_autograd`) and
+    autocast are disabled.
     """
     flags = [(module, module.training) for module in model.modules()]
     attributes = [
@@ -47,6 +47,8 @@ def evaluation_mode(model: nn.Module, tol: float = math.inf) -> Iterator[None]:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(twice.plain_autograd())
+        for kind in {p.device.type for p in model.parameters()}:  # a script may train within it
+            stack.enter_context(torch.autocast(kind, enabled=False))
         if tol < TF32_TOLERANCE:
             stack.enter_context(_without_tf32())
         if any(isinstance(module, nn.RNNBase) for module in model.modules()):

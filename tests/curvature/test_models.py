@@ -319,6 +319,13 @@ def test_activation_checkpointing(reentrant):
     assert model.first.weight.grad is not None
 
 
+def test_autocast_around_it_has_no_effect():
+    with torch.autocast("cpu", torch.bfloat16):
+        with evaluation_mode(nn.Linear(2, 1)):
+            assert not torch.is_autocast_enabled("cpu")
+        assert torch.is_autocast_enabled("cpu")
+
+
 def test_a_compiled_model_runs_as_python():
     torch.manual_seed(0)
     inner = randomized(nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)))

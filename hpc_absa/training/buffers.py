@@ -114,7 +114,7 @@ class ModelBuffers:
         self._device = next(model.parameters()).device
         modules = _standard_layers(model)
         sizes = [2 * module.num_features for module in modules]
-        self._running = torch.zeros(sum(sizes), device=self._device)
+        self._running = torch.zeros(sum(sizes), dtype=torch.float32, device=self._device)
         self._statistics, others = torch.zeros_like(self._running), torch.zeros_like(self._running)
         self._layers = [
             Layer(module, _unrelated(mean_and_variance), _unrelated(other))

@@ -116,6 +116,16 @@ def test_a_loaded_state_dict_reaches_the_flat_statistics():
     torch.testing.assert_close(model.state_dict(), theirs.state_dict())
 
 
+def test_statistics_keep_their_type_where_the_default_type_is_another_one():
+    model = net()
+    torch.set_default_dtype(torch.float64)
+    try:
+        ModelBuffers(model)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert model[1].running_mean.dtype == torch.float32
+
+
 def test_a_model_without_batch_norm_has_no_statistics():
     statistics = ModelBuffers(nn.Linear(2, 2))
     assert statistics.size == 0

@@ -117,7 +117,12 @@ def build(
         data = raise_on_all_ranks(comm, lambda: _open_data(given))
         digest = f"script-{stream.samples}" if isinstance(data, range) else data.digest
         require_equal_data("absa.Run: dataset", digest, comm)
-        loader = ScriptLoader(data, stream, job.seed, job.data.workers, device, given.hessian_batch)
+        loader = raise_on_all_ranks(
+            comm,
+            lambda: ScriptLoader(
+                data, stream, job.seed, job.data.workers, device, given.hessian_batch
+            ),
+        )
         cleanup.callback(loader.close)
         sample_of = raise_on_all_ranks(comm, lambda: hessian_samples(job, loader, stream))
         state = TrainState(

@@ -470,6 +470,22 @@ def test_arguments_that_do_not_fit_are_refused_by_name(tmp_path, options, messag
     assert "\n" not in str(error.value)
 
 
+def test_a_data_set_that_workers_cannot_get_is_an_error_of_all_ranks(tmp_path, monkeypatch):
+    errors, fail = [], absa.Run._fail
+
+    def recorded(run, error):
+        errors.append(error)
+        fail(run, error)
+
+    monkeypatch.setattr(absa.Run, "_fail", recorded)
+    script = Script(tmp_path, num_workers=1)
+    script.dataset.transform = lambda x: x
+    with pytest.raises(HpcAbsaError, match="sending it to 1 worker processes failed"):
+        script.run()
+    [error] = errors
+    assert isinstance(error, CollectiveError)
+
+
 def test_a_state_may_have_the_name_of_one_of_ours(tmp_path):
     script = Script(tmp_path)
     script.counter_name = "lr_scheduler"

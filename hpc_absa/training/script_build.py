@@ -20,7 +20,7 @@ from hpc_absa.curvature.check import check_curvature
 from hpc_absa.curvature.estimate import Estimate
 from hpc_absa.curvature.loss import Loss
 from hpc_absa.data.datasets import MapDataset
-from hpc_absa.errors import UsageError
+from hpc_absa.errors import MisuseError
 from hpc_absa.plan import stream_of
 from hpc_absa.plugins import user_code
 from hpc_absa.progress import Position, Progress
@@ -74,12 +74,12 @@ class ScriptHessian:
 
     def _require(self) -> tuple[Loss, Callable[[Draw], HessianSample]]:
         if self._loss is None:
-            raise UsageError(
+            raise MisuseError(
                 f"absa.Run: schedule {self._job.schedule.method!r} estimates an eigenvalue: "
                 "expected loss, or a schedule that does not, such as absa.FB or absa.GNS"
             )
         if self._sample_of is None:
-            raise UsageError("absa.Run: expected hessian_batch with samples, or dataset")
+            raise MisuseError("absa.Run: expected hessian_batch with samples, or dataset")
         return self._loss, self._sample_of
 
 

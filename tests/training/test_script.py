@@ -333,6 +333,31 @@ class MeasuresLater(Rule):
         return state.global_batch > self.start.global_batch
 
 
+class EstimatesLater(MeasuresLater):
+    """Likewise, with λ."""
+
+    def decide(self, state, seen):
+        if self.wants_eigenvalue(state):
+            return Decision("continue", "grown", state)
+        return super().decide(state, seen)
+
+    def wants_eigenvalue(self, state):
+        return super().wants_gradients(state)
+
+    def wants_gradients(self, state):
+        return False
+
+
+def test_a_rule_that_needs_a_loss_later_is_refused_then(tmp_path):
+    schedule = absa.UserDefined(
+        method="tests.training.test_script:EstimatesLater", base_batch=8, max_batch=16
+    )
+    script = Script(tmp_path, schedule=schedule, loss=None)
+    with pytest.raises(MisuseError, match="estimates an eigenvalue: expected loss"):
+        script.run()
+    assert script.counter.steps
+
+
 def test_a_rule_that_measures_gradients_of_a_scaled_loss_is_refused_when_it_begins(tmp_path):
     schedule = absa.UserDefined(
         method="tests.training.test_script:MeasuresLater", base_batch=8, max_batch=16

@@ -237,7 +237,7 @@ def default(
 def shown(metrics: Mapping[str, float], loss: float | None) -> str:
     """The most important result as text: the first metric, or else the loss."""
     for name, value in metrics.items():
-        percent = name in ("accuracy", "f1") or name.startswith("top")
+        percent = name in ("accuracy", "f1") or (name[:3] == "top" and name[3:].isdigit())
         return f"{name} {value:.2%}" if percent else f"{name} {value:.4g}"
     return "" if loss is None else f"loss {loss:.4g}"
 

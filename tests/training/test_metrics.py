@@ -110,6 +110,8 @@ def test_functions_of_a_user():
 
 def test_what_is_shown():
     assert metrics.shown({"accuracy": 0.5, "f1": 1.0}, 0.1) == "accuracy 50.00%"
+    assert metrics.shown({"top5": 0.5}, None) == "top5 50.00%"
+    assert metrics.shown({"topics": 3.25}, None) == "topics 3.25"
     assert metrics.shown({"perplexity": 3.25}, 0.1) == "perplexity 3.25"
     assert metrics.shown({}, 0.125) == "loss 0.125"
     assert metrics.shown({}, None) == ""

@@ -130,10 +130,7 @@ def _walk(job: Job, rule: Rule, samples: int, *, growing: bool) -> tuple[Plan, b
         position, state = progress.position, progress.schedule
         if position.step > begin.step:
             microbatches = position.microbatch - begin.microbatch
-            if stream.drop_last:
-                epochs = microbatches / stream.microbatches_per_epoch
-            else:
-                epochs = microbatches * stream.microbatch / samples
+            epochs = stream.epoch(microbatches)
             first = begin.microbatch * epochs / microbatches
             grid = (first + epochs * (i + 0.5) / 64 for i in range(64))
             adversarial = fmean(rule.adversarial_fraction(began_as, epoch) for epoch in grid)

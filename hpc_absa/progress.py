@@ -104,6 +104,12 @@ class SampleStream:
         """Whole microbatches of one epoch, with `drop_last`."""
         return self.samples // self.microbatch
 
+    def epoch(self, microbatch: int) -> float:
+        """Epochs before a microbatch; its index may be the number of all."""
+        if self.drop_last:
+            return microbatch / self.microbatches_per_epoch
+        return microbatch * self.microbatch / self.samples
+
     @cached_property
     def num_boundaries(self) -> int:
         return self._boundaries_until(self.epochs * self.samples)

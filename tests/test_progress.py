@@ -111,6 +111,11 @@ def test_drop_last_leaves_out_only_the_remainder_of_each_epoch(stream):
     assert visited(stream) == [list(range(whole))] * stream.epochs
 
 
+@given(DROP)
+def test_with_drop_last_the_last_step_ends_at_the_last_epoch(stream):
+    assert stream.epoch(stream.microbatches) == stream.epochs
+
+
 @given(STREAMS)
 def test_boundaries_are_in_order_up_to_the_end_of_the_stream(stream):
     boundaries = boundaries_of(stream)

@@ -143,7 +143,7 @@ class Run:
     @property
     def epoch(self) -> float:
         """Epochs visited."""
-        return self.samples / self.stream.samples
+        return self.stream.epoch(self.state.progress.position.microbatch)
 
     @property
     def lr(self) -> float:

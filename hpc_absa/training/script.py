@@ -354,7 +354,9 @@ class Run:
         schedule = self._core.state.progress.schedule
         if REHEARSED not in os.environ and self._core.rule.wants_eigenvalue(schedule):
             with self._core.clock("rehearsal"):
-                raise_on_all_ranks(self._comm, self._parts.hessian.check)
+                notes = raise_on_all_ranks(self._comm, self._parts.hessian.check)
+            for note in notes:
+                self._log.print(note)
 
     # For the script
 

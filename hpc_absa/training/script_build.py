@@ -62,15 +62,17 @@ class ScriptHessian:
         with self._optimizer:  # the sharpness takes a step, and takes it back
             return estimator(*arguments)
 
-    def check(self) -> None:
-        """
+    def check(self) -> list[str]:
+        """Check it on one microbatch; returns what a user should know.
+
         Raises:
             UsageError: it cannot be computed, or not from what the run was given.
         """
         loss, sample_of = self._require()
         with user_code("absa.Run: the Hessian of model and loss, which the schedule needs"):
             microbatch = self._job.train.microbatch
-            check_curvature(self._state.model, loss, sample_of(Draw(0, 0)), microbatch=microbatch)
+            sample = sample_of(Draw(0, 0))
+            return check_curvature(self._state.model, loss, sample, microbatch=microbatch)
 
     def _require(self) -> tuple[Loss, Callable[[Draw], HessianSample]]:
         if self._loss is None:

@@ -21,6 +21,7 @@ from hpc_absa.errors import CollectiveError, ExitStatus, HpcAbsaError, MisuseErr
 from hpc_absa.records import Decision, ScheduleState
 from hpc_absa.rundir import RunDir
 from hpc_absa.schedules import Rule
+from hpc_absa.training import script_build
 from hpc_absa.training.script_job import require_equal_arguments
 from tests.supervisor.digits import PATH
 from tests.training.odd_models import ComplexWeights, ExtraState
@@ -742,6 +743,12 @@ def test_a_learning_rate_that_a_checkpoint_cannot_have_is_refused_by_name(tmp_pa
     script.optimizer.param_groups[1].update(lr=np.float32(0.01), initial_lr=np.float32(0.01))
     with pytest.raises(HpcAbsaError, match=r"optimizer\['lr'\] is of type float32"):
         script.run()
+
+
+def test_what_a_user_should_know_of_the_hessian_is_printed(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(script_build, "check_curvature", lambda *given, **options: ["a note"])
+    Script(tmp_path).run()
+    assert "a note\n" in capsys.readouterr().out
 
 
 def test_what_a_script_does_between_steps_is_not_part_of_a_microbatch(tmp_path):

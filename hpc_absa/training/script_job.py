@@ -212,6 +212,12 @@ def _require_arguments(given: Arguments) -> None:
                 f"absa.Run: train[{key!r}]: expected one of {', '.join(TRAIN_KEYS)}; the "
                 "optimizer, the loss and the device are the script's"
             )
+    for key in given.tables["hessian"]:
+        if key.startswith("layer_"):
+            raise UsageError(
+                f"absa.Run: hessian[{key!r}]: expected none: only job files have learning "
+                "rates and precision by layer"
+            )
     reduction = getattr(given.loss, "reduction", "mean")
     if reduction != "mean":
         raise UsageError(

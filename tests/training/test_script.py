@@ -457,6 +457,7 @@ def test_an_error_of_the_script_is_raised_and_the_run_can_be_continued(tmp_path)
     [
         ({"train": {"momentum": 0.9}}, r"train\['momentum'\]: expected one of annealing"),
         ({"samples": 70}, "expected either dataset or samples"),
+        ({"hessian": {"layer_rates": "trace"}}, r"hessian\['layer_rates'\]: expected none"),
         ({"hessian": {"sample": 3}}, "hessian.sample = 3: unknown key, expected 'samples'"),
         ({"loss": nn.MSELoss(reduction="sum")}, "the loss has reduction = 'sum': expected a mean"),
         ({"seed": -1}, "seed = -1: expected greater than or equal to 0"),

@@ -189,8 +189,8 @@ class Run:
             path = raise_on_all_ranks(comm, lambda: directory_of(self._path))
             self._session = Session(comm, RunDir(path), console)
             self._calls = self._session.calls
-            name = os.path.basename(os.path.abspath(path))
-            job = self._session.begin(lambda: job_of(name, self._given, comm.size))
+            run = self._session.directory
+            job = self._session.begin(lambda: job_of(run, self._given, comm.size))
             self._parts = build(job, self._given, self._session, self._allow_changed, self._cleanup)
             self._core, self._log = self._parts.core, self._parts.core.log
         except BaseException as error:

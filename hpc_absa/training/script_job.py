@@ -24,6 +24,8 @@ from hpc_absa.config import Job
 from hpc_absa.curvature.loss import Loss
 from hpc_absa.data.datasets import require_map_style
 from hpc_absa.errors import CollectiveError, ExitStatus, UsageError
+from hpc_absa.rundir import RunDir
+from hpc_absa.rundir.lock import SUPERVISED
 from hpc_absa.schedules import Schedule
 from hpc_absa.training.batches import NAME
 from hpc_absa.training.optimizer import require_no_closure
@@ -42,6 +44,9 @@ TRAIN_KEYS = (
     "threads_per_rank",
 )
 """Keys of `[train]` that a script may set; the others are arguments, or the script's own."""
+
+TIMEOUTS = ("heartbeat_timeout", "progress_timeout")
+"""Keys of `[launch]` that ranks read."""
 
 
 def directory_of(given: str | os.PathLike[str] | None) -> Path:
@@ -87,11 +92,11 @@ class Arguments:
     """Further keys of `train`."""
 
 
-def job_of(name: str, given: Arguments, size: int) -> Job:
+def job_of(run: RunDir, given: Arguments, size: int) -> Job:
     """The job.
 
     Args:
-        name: of the run.
+        run: its directory.
         given: types and options are recorded.
         size: number of ranks.
 
@@ -118,13 +123,14 @@ def job_of(name: str, given: Arguments, size: int) -> Job:
     job = config.from_tables(
         {
             **tables,
-            "name": name,
+            "name": os.path.basename(os.path.abspath(run.path)),
             "schedule": schedule,
             "data": {"name": NAME, "samples": samples, **tables["data"]},
             "model": {"name": NAME, "type": reference(given.model)},
             "train": {**own, **tables["train"], **given.train},
             "optimizer": {"groups": [_options(group) for group in optimizer.param_groups]},
             "ranks": ranks,
+            "launch": _timeouts(run),
         },
         "absa.Run",
     )
@@ -134,6 +140,14 @@ def job_of(name: str, given: Arguments, size: int) -> Job:
             f"{samples} training samples"
         )
     return job
+
+
+def _timeouts(run: RunDir) -> dict[str, Any]:
+    """Those for ranks that hang, as `hpc-absa launch` was given them."""
+    if SUPERVISED not in os.environ or not run.is_script:
+        return {}
+    launch = config.read(run.launch).get("launch", {})
+    return {key: value for key, value in launch.items() if key in TIMEOUTS}
 
 
 def reference(value: Any) -> str:

@@ -20,9 +20,10 @@ from hpc_absa import config
 from hpc_absa.errors import CollectiveError, ExitStatus, HpcAbsaError, MisuseError
 from hpc_absa.records import Decision, ScheduleState
 from hpc_absa.rundir import RunDir
+from hpc_absa.rundir.lock import SUPERVISED
 from hpc_absa.schedules import Rule
 from hpc_absa.training import script_build
-from hpc_absa.training.script_job import require_equal_arguments
+from hpc_absa.training.script_job import job_of, require_equal_arguments
 from tests.supervisor.digits import PATH
 from tests.training.odd_models import ComplexWeights, ExtraState
 from tests.training.runs import events
@@ -791,6 +792,22 @@ def test_the_job_of_a_script_says_how_it_was_made(tmp_path):
     ):
         assert line in text
     assert json.loads(json.dumps(events(tmp_path, "epoch")[0]))["metrics"]["steps"] > 0
+
+
+def test_the_timeouts_of_the_launcher_hold_in_a_script(tmp_path, monkeypatch):
+    script, run = Script(tmp_path), RunDir(tmp_path)
+    given = absa.Run(
+        model=script.model,
+        optimizer=script.optimizer,
+        schedule=absa.FB(base_batch=8),
+        epochs=1,
+        microbatch=4,
+        samples=SAMPLES,
+    )._given
+    run.write_launch("[launch]\nprogress_timeout = 7200.0\nmax_restarts = 1\n")
+    assert job_of(run, given, 1).launch.progress_timeout == 1800
+    monkeypatch.setenv(SUPERVISED, "1")
+    assert job_of(run, given, 1).launch == config.Launch(progress_timeout=7200.0)
 
 
 @pytest.mark.parametrize(

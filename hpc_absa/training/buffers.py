@@ -83,6 +83,8 @@ class Layer:
     weight: float = 0.0
     """`Σᵢ (1 − m)^i`, the weight of `statistics` in units of m."""
     calls: int = 0
+    buffers: dict[str, Tensor] = field(default_factory=dict)
+    """The parts of the flat tensors that are its module's buffers."""
 
 
 @dataclass
@@ -156,6 +158,7 @@ class ModelBuffers:
 
     def restore(self) -> None:
         """Undo what forward passes outside of `collecting` changed."""
+        self._hold_buffers()
         for buffer in self._changed():
             if buffer.value().shape == buffer.start.shape:
                 buffer.set(buffer.start.clone())
@@ -214,21 +217,28 @@ class ModelBuffers:
     # Normalizations
 
     def _adopt_layers(self, sizes: list[int]) -> None:
-        """Make the layers' buffers views of the flat tensors, and register the hooks."""
+        """Make parts of the flat tensors the layers' buffers, and register the hooks."""
         for index, (layer, pair) in enumerate(
             zip(self._layers, self._running.split(sizes), strict=True)
         ):
-            module = layer.module
-            for name, view in zip(("running_mean", "running_var"), pair.chunk(2), strict=True):
-                view.copy_(module._buffers[name])
-                module._buffers[name] = view
+            module, (mean, variance) = layer.module, pair.chunk(2)
+            layer.buffers = {"running_mean": mean, "running_var": variance}
             if module._buffers.get("num_batches_tracked") is not None:
-                self._counters[index] = module.num_batches_tracked
-                module._buffers["num_batches_tracked"] = self._counters[index]
+                layer.buffers["num_batches_tracked"] = self._counters[index]
             self._handles += [
                 module.register_forward_pre_hook(self._before_call(layer)),
                 module.register_forward_hook(self._after_call(layer), always_call=True),
             ]
+        self._hold_buffers()
+
+    def _hold_buffers(self) -> None:
+        """Others come into their place also where a script moves the model away and back."""
+        for layer in self._layers:
+            present = layer.module._buffers
+            for name, own in layer.buffers.items():
+                if present[name] is not own:
+                    own.copy_(present[name])
+                    present[name] = own
 
     def _before_call(self, layer: Layer) -> Any:
         scratch = torch.zeros((), dtype=torch.int64, device=self._device)

@@ -179,7 +179,9 @@ class OverlappedReduction:
         """Zero the gradients in place, so that Horovod always gets the same memory."""
         self._used, self._versions = [False] * len(self._parameters), []
         self._in_step = True
-        for bucket in self._buckets:
+        for index, bucket in enumerate(self._buckets):
+            if tuple(g.data_ptr() for g in bucket.gradients) != bucket.addresses:  # see `Bucket`
+                self._buckets[index] = bucket = _bucket(list(bucket.parameters))
             bucket.sums.zero_()
             for parameter, gradient in zip(bucket.parameters, bucket.gradients, strict=True):
                 parameter.grad = gradient
@@ -282,6 +284,8 @@ class Bucket:
     parameters: tuple[Tensor, ...]
     gradients: tuple[Tensor, ...]
     """Views of `sums` with the shapes and memory formats of the parameters."""
+    addresses: tuple[int, ...]
+    """Of `gradients`: they are no views any more once `model.to` has moved or cast the model."""
 
 
 BUCKET_BYTES = 1 << 20
@@ -321,12 +325,12 @@ def _overlapped(buckets: list[Bucket]) -> int:
 def _bucket(parameters: list[Tensor]) -> Bucket:
     sums = parameters[0].new_zeros(sum(p.numel() for p in parameters))
     pieces = sums.split([p.numel() for p in parameters])
-    gradients = (
+    gradients = tuple(
         # the strides of a dense tensor in the parameter's memory format: additions at full speed
         piece.as_strided(p.size(), torch.empty_like(p, device="meta").stride())
         for piece, p in zip(pieces, parameters, strict=True)
     )
-    return Bucket(sums, tuple(parameters), tuple(gradients))
+    return Bucket(sums, tuple(parameters), gradients, tuple(g.data_ptr() for g in gradients))
 
 
 class ReproducibleReduction(_Accumulated):

@@ -116,6 +116,16 @@ def test_a_loaded_state_dict_reaches_the_flat_statistics():
     torch.testing.assert_close(model.state_dict(), theirs.state_dict())
 
 
+def test_statistics_of_a_model_that_is_moved_away_and_back_between_steps():
+    ours, theirs = net(), net()
+    statistics = ModelBuffers(ours)
+    for inputs in microbatches(3):
+        update(statistics, [collected(ours, statistics, [inputs])], 1)
+        theirs(inputs)
+        ours.double().float()  # as .cpu() and .cuda() do, it replaces the buffers
+    torch.testing.assert_close(ours.state_dict(), theirs.state_dict())
+
+
 def test_statistics_keep_their_type_where_the_default_type_is_another_one():
     model = net()
     torch.set_default_dtype(torch.float64)

@@ -91,6 +91,33 @@ def test_accumulated_microbatches_are_one_step_of_the_global_batch(reduction):
 
 
 @REDUCTIONS
+def test_a_model_that_is_moved_away_and_back_between_steps(reduction):
+    """As by .cpu() and .cuda(), which also replace what the gradients are in."""
+    comm, (ours, theirs) = SerialCommunicator(), (model(), model())
+    optimizer = torch.optim.SGD(theirs.parameters(), lr=0.1)
+    engine = StepEngine(
+        ours,
+        torch.optim.SGD(ours.parameters(), lr=0.1),
+        reduction(ours, comm),
+        seed=0,
+        clock=Clock(),
+    )
+    for index, (inputs, targets) in enumerate(microbatches(3)):
+        step = engine.begin(Step(index, index + 1), divisor=1, lr=0.1, flags=Flags())
+        for _ in step.microbatches:
+            with step.forward():
+                loss = nn.functional.cross_entropy(ours(inputs), targets)
+            step.backward(loss, samples=len(targets))
+        step.optimize()
+        ours.double().float()
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(theirs(inputs), targets).backward()
+        optimizer.step()
+    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(p, q)
+
+
+@REDUCTIONS
 def test_a_cut_step_gives_each_sample_the_weight_it_has_in_a_full_one(reduction):
     batches = microbatches(2)
     cut, full = model(), model()

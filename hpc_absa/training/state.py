@@ -391,4 +391,6 @@ def _like(tensor: Tensor, array: np.ndarray) -> Tensor:
 def _saved(array: np.ndarray, dtype: torch.dtype) -> Tensor:
     """A saved array as a tensor that shares its memory; bfloat16 was saved as its bits."""
     saved = torch.from_numpy(array)
-    return saved.view(dtype) if (dtype, saved.dtype) == (torch.bfloat16, torch.uint16) else saved
+    if saved.dtype == torch.uint16 and dtype != torch.uint16:
+        return saved.view(torch.bfloat16)
+    return saved

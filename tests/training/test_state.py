@@ -16,7 +16,7 @@ from hpc_absa.progress import Position, Progress
 from hpc_absa.records import ScheduleState
 from hpc_absa.schedules.noise import NoiseState
 from hpc_absa.training.equal_ranks import digest, require_equal
-from hpc_absa.training.state import TrainState
+from hpc_absa.training.state import TrainState, load_model
 from tests.checkpoint.contents import snapshot
 
 PROGRESS = Progress(
@@ -104,6 +104,13 @@ def test_the_state_of_any_torch_optimizer_is_restored_bit_for_bit(tmp_path, kind
     take_steps(resumed, 2)
     for p, q in zip(*(s.model.parameters() for s in (uninterrupted, resumed)), strict=True):
         assert torch.equal(p, q)
+
+
+def test_a_model_in_float32_gets_the_values_of_one_in_bfloat16():
+    before, after = trained(dtype=torch.bfloat16), untrained()
+    load_model(after.model, saved(before).groups["model"].arrays, "a.h5")
+    for name, tensor in after.model.state_dict().items():
+        assert torch.equal(tensor, before.model.state_dict()[name].to(tensor.dtype)), name
 
 
 def test_training_continues_from_a_restored_state_as_without_an_interruption():

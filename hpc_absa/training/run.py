@@ -395,5 +395,6 @@ class Run:
             self._checkpointer.save(path, scalars, tensors, on_saved, training=not ends)
 
     def wait_for_writes(self) -> None:
-        """Return once this rank writes nothing any more; not a collective."""
+        """Return once this rank writes nothing any more, as after an error; not a collective."""
         self._checkpointer.wait()
+        self._checkpointer.close()  # a script may go on

@@ -240,6 +240,22 @@ def test_a_run_that_is_done_leaves_no_process(tmp_path, monkeypatch):
     assert writer.pid is None
 
 
+def test_a_run_that_fails_leaves_no_process(tmp_path, monkeypatch):
+    monkeypatch.setattr("hpc_absa.checkpoint.async_checkpointer.WRITER_BYTES", 0)
+    run = begin(tmp_path, Stop())
+    writer = run._checkpointer._writer
+
+    def fail(k):
+        if writer.pid:
+            raise KeyError(k)
+
+    with pytest.raises(KeyError):
+        train(run, fail)
+    assert writer.pid
+    run.wait_for_writes()
+    assert writer.pid is None
+
+
 def test_a_finished_run_is_restored_with_the_optimizer_and_takes_no_step(uninterrupted):
     folder, bits = uninterrupted
     steps = events(folder, "done")[0]["steps"]

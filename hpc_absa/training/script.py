@@ -168,7 +168,7 @@ class Run:
             tables, dict(train or {}),
         )  # fmt: skip
         self._session: Session | None = None
-        self._state: Literal["new", "running", "ended"] = "new"
+        self._state: Literal["new", "running", "ended", "closed"] = "new"
 
     # The context
 
@@ -251,6 +251,7 @@ class Run:
             raise SystemExit(getattr(error, "status", ExitStatus.FAILED)) from None
 
     def _close(self) -> None:
+        self._state = "closed"
         self._cleanup.close()
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
@@ -376,6 +377,8 @@ class Run:
 
     def sum(self, value: float | Tensor) -> Tensor:
         """The sum of a number or tensor over all ranks (a collective), as float64."""
+        if self._state == "closed":
+            raise MisuseError("run.sum: expected within `with absa.Run(...)`")
         tensor = torch.as_tensor(value).detach().to("cpu", torch.float64)
         return (
             torch.stack(self._calls.exchange(Call.SUM, tensor)).sum(0).to(self._core.engine.device)

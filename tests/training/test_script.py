@@ -441,6 +441,23 @@ def test_a_script_without_a_loop_leaves_its_run_as_it_was(tmp_path):
     assert Script(tmp_path).run().counter.steps
 
 
+def test_a_run_is_used_within_its_with_statement(tmp_path):
+    model = nn.Linear(3, 1)
+    with absa.Run(
+        tmp_path,
+        model=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        schedule=absa.FB(base_batch=8),
+        epochs=1,
+        microbatch=4,
+        samples=SAMPLES,
+    ) as run:
+        assert run.sum(2) == 2
+    for use_later in (lambda: run.sum(2), lambda: next(iter(run))):
+        with pytest.raises(MisuseError, match="within `with absa.Run"):
+            use_later()
+
+
 def test_an_error_of_the_script_is_raised_and_the_run_can_be_continued(tmp_path):
     script = Script(tmp_path)
     script.evaluate = lambda: 1 / 0

@@ -58,6 +58,8 @@ class MapStyle(Protocol):
 
 Metrics = Mapping[str, float | Tensor]
 
+WITHOUT_LOSS = "absa.Run: ReduceLROnPlateau needs the loss from evaluate"
+
 
 class Run:
     """A run of a user's training loop, on the ranks that there are.
@@ -266,6 +268,8 @@ class Run:
         """
         if self._state != "new" or self._session is None:
             raise MisuseError("absa.Run: expected one iteration, within `with absa.Run(...)`")
+        if isinstance(self._lr_scheduler, ReduceLROnPlateau) and self._evaluate is None:
+            raise MisuseError(WITHOUT_LOSS)
         self._state = "running"
         run, log = self._core, self._session.directory.log
         done = self._calls.exchange(Call.BEGIN, log.last("done"))[0]
@@ -323,7 +327,7 @@ class Run:
         self._core.record_epoch(boundary, loss, metrics.get("accuracy"), metrics)
         if isinstance(self._lr_scheduler, ReduceLROnPlateau):
             if loss is None:
-                raise MisuseError("absa.Run: ReduceLROnPlateau needs the loss from evaluate")
+                raise MisuseError(WITHOUT_LOSS)
             self._lr_scheduler.step(loss)
         elif self._lr_scheduler is not None:
             self._lr_scheduler.step()

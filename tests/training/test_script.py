@@ -531,6 +531,14 @@ def test_a_data_set_that_workers_cannot_get_is_an_error_of_all_ranks(tmp_path, m
     assert isinstance(error, CollectiveError)
 
 
+def test_a_scheduler_that_needs_a_loss_is_refused_before_the_first_step(tmp_path):
+    script = Script(tmp_path, evaluate=None)
+    script.scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(script.optimizer)
+    with pytest.raises(MisuseError, match="ReduceLROnPlateau needs the loss from evaluate"):
+        script.run()
+    assert not script.counter.steps
+
+
 def test_a_state_may_have_the_name_of_one_of_ours(tmp_path):
     script = Script(tmp_path)
     script.counter_name = "lr_scheduler"

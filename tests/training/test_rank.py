@@ -46,6 +46,12 @@ def test_a_phase_that_ends_for_more_ranks_prints_the_next_command(tmp_path):
     assert run.job.read_text() == written
 
 
+def test_scipy_which_takes_long_is_not_imported_at_the_start():
+    code = "import sys, hpc_absa.training.rank; print('scipy' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
 def test_a_run_directory_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "file").touch()
     run = RunDir(tmp_path / "file" / "run")

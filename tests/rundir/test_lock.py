@@ -179,9 +179,11 @@ def test_a_full_disk_is_one_line_with_the_name_of_the_lock(run, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    with monkeypatch.context() as patched, pytest.raises(RunDirError) as caught:
+    lock = RunLock(run)
+    with monkeypatch.context() as patched:
         patched.setattr(os, "pwrite", full)
-        RunLock(run).acquire()
+        with pytest.raises(RunDirError) as caught:
+            lock.acquire()
     assert str(caught.value) == f"{run.lock}: cannot be written: No space left on device"
     lock = RunLock(run)
     lock.acquire()

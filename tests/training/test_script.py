@@ -454,7 +454,7 @@ def test_a_run_is_used_within_its_with_statement(tmp_path):
     ) as run:
         assert run.sum(2) == 2
     for use_later in (lambda: run.sum(2), lambda: next(iter(run))):
-        with pytest.raises(MisuseError, match="within `with absa.Run"):
+        with pytest.raises(MisuseError, match=r"within `with absa\.Run"):
             use_later()
 
 

@@ -38,7 +38,7 @@ def mpi_environment(mpirun: Path) -> dict[str, str]:
     return environment
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def mpirun() -> Run:
     """Run `mpirun(n, script_or_module, *args, timeout=60, check=True, env=None)`.
 

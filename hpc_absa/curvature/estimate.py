@@ -48,8 +48,8 @@ COARSE_LEVEL = 0.1
 """Probability that a test on part of the sample finds λ of the whole sample above a threshold that
 it is below."""
 FALSE_GROWTH = 1e-3
-"""Probability that λ of all data is above its upper bound, over the choice of the sample. At 0.01,
-7 of 4,210 growths at 0.9 λ were false on networks, now 2 are (`benchmarks/curvature.md`)."""
+"""Probability that λ of all data is above its upper bound, over the choice of the sample. On
+networks 3 of 1,080 answers at 0.9 λ let the batch grow (`benchmarks/curvature.md`)."""
 GROUPS = 16
 """Groups of samples whose scatter gives the sampling error where that of single samples is not
 known: Student's t with fewer degrees of freedom makes the bound larger. Half as many for tests on a

@@ -32,6 +32,9 @@ WITHOUT_EFFECT = (
 )
 """Parts of a job that do not change its result, beyond the order of summation."""
 
+FIXED = ("train.microbatch",)
+"""What a run keeps to its end: its position in the data is counted in microbatches."""
+
 RENAMED = {
     "train.remainder": "train.drop_last",
     "train.clip_norm": "train.max_grad_norm",
@@ -147,16 +150,17 @@ def refuse_changes(saved: Job, now: Job, origin: str, allowed: tuple[str, ...]) 
         for key in sorted(old.keys() | new.keys())
         if old.get(key) != new.get(key)
         and repr(old.get(key)) != repr(new.get(key))  # NaN is not equal to itself
-        and key not in allowed
+        and (key not in allowed or key in FIXED)
         and not any(key == part or key.startswith(f"{part}.") for part in WITHOUT_EFFECT)
     ]
     if changed:
         differences = "; ".join(f"{k} = {old.get(k)!r} there, {new.get(k)!r} here" for k in changed)
-        by_script = f", in absa.Run allow_changed=[{changed[0]!r}]"
-        raise UsageError(
-            f"{origin}: another job: {differences}; use another --run-dir, --fresh to start over, "
-            f"or --allow-changed {changed[0]}{by_script * (now.data.name == 'script')}"
-        )
+        key, remedy = changed[0], "use another --run-dir, or --fresh to start over"
+        if key not in FIXED:
+            by_script = f", in absa.Run allow_changed=[{key!r}]" * (now.data.name == "script")
+            remedy = f"use another --run-dir, --fresh to start over, or --allow-changed {key}"
+            remedy += by_script
+        raise UsageError(f"{origin}: another job: {differences}; {remedy}")
 
 
 def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -90,6 +90,8 @@ class Supervisor:
         finally:
             for launcher in self._ending:
                 launcher.finish()
+            with suppress(OSError):  # of ranks that were ended after the failure was read
+                self._run.failure.unlink(missing_ok=True)
             if self._fork_server:
                 self._fork_server.close(ranks_ended=self._process is None)
             self._run.stop_request.unlink(missing_ok=True)

@@ -372,6 +372,13 @@ def test_other_changes_are_refused_unless_allowed(override, message):
     config.refuse_changes(saved, now, "D/job.toml", (key,))
 
 
+def test_the_microbatch_in_which_the_position_is_counted_cannot_change():
+    refused = "train.microbatch = .*; use another --run-dir, or --fresh to start over$"
+    for override in ("train.microbatch=8", "train.microbatch=16"):
+        with pytest.raises(UsageError, match=refused):
+            config.refuse_changes(parse(), parse(override), "D/job.toml", ("train.microbatch",))
+
+
 @pytest.mark.parametrize("value", ["inf", "nan", "[1.0, inf, [nan]]", "{a = -inf}", "2026-01-01"])
 def test_any_value_of_toml_reaches_the_ranks_as_an_argument(value):
     job = parse(f"model.more={value}")

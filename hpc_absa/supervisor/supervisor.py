@@ -183,7 +183,6 @@ class Supervisor:
         new = self._run.log.read()[events_before:]
         self._rehearsed |= any(e["event"] in AFTER_A_STEP for e in new)
         if outcome := self._outcome(events_before):
-            self._run.failure.unlink(missing_ok=True)
             self._resources.report_success()
             if failure := self._program.failed_after(outcome, ended):
                 self._show_traceback(None)
@@ -195,10 +194,7 @@ class Supervisor:
             return "stopped" if outcome == "resize" and self._stop_requested(ended) else outcome
         if self._stop_requested(ended) and not self._run.failure.exists():
             return "ended"
-        failed = replace(self._failure(ended), seconds=round(ended.seconds, 3))
-        with suppress(OSError):
-            self._run.failure.unlink(missing_ok=True)
-        return failed
+        return replace(self._failure(ended), seconds=round(ended.seconds, 3))
 
     def _outcome(self, events_before: int) -> str | None:
         """How the ranks ended their last phase; None if they did not."""

@@ -20,7 +20,8 @@ def memoized_products() -> Iterator[None]:
 
     def key(self: HessianOperator, vector: Tensor | None) -> Any:
         bits = None if vector is None else hash(vector.cpu().numpy().tobytes())
-        return getattr(self.sample, "first", 0), self.samples, self.microbatch, bits
+        first, factors = getattr(self.sample, "first", 0), tuple(self.factors)
+        return first, self.samples, self.microbatch, factors, bits
 
     def gradient(self: HessianOperator) -> Tensor:
         own = key(self, None)

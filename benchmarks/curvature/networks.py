@@ -8,6 +8,7 @@ images.
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -31,10 +32,11 @@ NETWORKS = (
 
 @dataclass
 class Samples:
-    """A Hessian sample in memory."""
+    """A Hessian sample in memory, drawn with replacement."""
 
     inputs: Tensor
     targets: Tensor
+    population: float = math.inf
 
     @property
     def size(self) -> int:

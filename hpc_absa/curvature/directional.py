@@ -7,6 +7,7 @@ microbatch share one forward pass, where products with groups need a gradient an
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,18 +20,19 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from hpc_absa.curvature import fast
 from hpc_absa.curvature.operator import HessianOperator
-from hpc_absa.curvature.sampling import Scatter
 
 TOLERANCE = 5e-3
 """Of the mean over all samples, which is known; with TensorFloat-32 products are right to 1e-3."""
 
 
-def sample_scatter(operator: HessianOperator, vector: Tensor, expected: float) -> Scatter | None:
-    """`vᵀ ∇²l_i v` of each sample i, with equal weights.
+def sample_curvatures(
+    operator: HessianOperator, vector: Tensor, expected: float | None = None
+) -> Tensor | None:
+    """`vᵀ ∇²l_i v` of each sample i, [N] float64 (a collective).
 
     None, on all ranks, if the model or the loss does not allow it: a function without a forward
     derivative, outputs that are not tensors with an axis of samples, a denominator that is not the
-    number of samples, or a mean that is not `expected`.
+    number of samples, or a weighted mean that is not `expected`.
     """
     operator.matvecs += 1  # what it costs, at least
     sums = torch.zeros(2, operator.samples, dtype=torch.float64)
@@ -43,8 +45,12 @@ def sample_scatter(operator: HessianOperator, vector: Tensor, expected: float) -
     values, failed = operator.comm.allreduce_(sums)
     if failed.any():
         return None
-    scatter = Scatter(values, torch.full_like(values, 1 / len(values)))
-    return scatter if abs(scatter.mean - expected) <= TOLERANCE * abs(expected) else None
+    parts = zip(operator.factors, operator.bounds, strict=True)
+    total = sum(factor * float(values[start:stop].sum()) for factor, (start, stop) in parts)
+    mean = total / operator.samples
+    if expected is not None and not abs(mean - expected) <= TOLERANCE * abs(expected):
+        return None
+    return values
 
 
 def _of_microbatch(operator: HessianOperator, index: int, vector: Tensor) -> Tensor:
@@ -75,7 +81,7 @@ def _of_microbatch(operator: HessianOperator, index: int, vector: Tensor) -> Ten
     (z, first), (_, second) = twice
     leaves = [tensor.detach().requires_grad_() for tensor in z]
     loss, denominator = operator.mean(index, tree_unflatten(leaves, structure), targets)
-    if denominator != stop - start:
+    if not math.isclose(denominator, operator.expected_denominator(index)):
         raise NotImplementedError("a weighted mean")
     slopes = torch.autograd.grad(loss, leaves, create_graph=True, materialize_grads=True)
     bent = torch.autograd.grad(slopes, leaves, first, materialize_grads=True)

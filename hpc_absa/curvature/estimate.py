@@ -16,21 +16,24 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from hpc_absa.comm import Communicator
 from hpc_absa.curvature import eigen
-from hpc_absa.curvature.directional import sample_scatter
+from hpc_absa.curvature.directional import sample_curvatures
 from hpc_absa.curvature.operator import (
     HessianOperator,
     HessianSample,
     Interrupted,
     Loss,
     evaluation_mode,
+    uses_batch_statistics,
 )
 from hpc_absa.curvature.pieces import Hessians, Pieces
 from hpc_absa.curvature.power import power
-from hpc_absa.curvature.sampling import Scatter, student_t
+from hpc_absa.curvature.sampling import Scatter, stratified_scatter, student_t
+from hpc_absa.curvature.stratified import SMALLEST, Candidates, candidate_losses, stratify
 from hpc_absa.records import Eigenvalue
 
 __all__ = ["Estimate", "HessianSample", "Interrupted", "estimate_eigenvalue"]
@@ -96,6 +99,7 @@ def estimate_eigenvalue(
     poll: Callable[[], bool] | None = None,
     keep_samples: int | None = None,
     reproducible: bool = False,
+    candidates: Candidates | None = None,
 ) -> Estimate:
     """The top eigenvalue of `∇²(1/N Σ loss)` at the model's parameters, the same on all ranks.
 
@@ -130,6 +134,9 @@ def estimate_eigenvalue(
             their activations are within `pieces.KEEP_BYTES`.
         reproducible: value and vector are bit for bit the same for any power-of-two number of
             ranks.
+        candidates: more training samples, drawn at random. `lanczos` then computes the value and
+            its bound on a sample of them that is stratified by loss, where the loss and the
+            curvature of single samples are known (not with `false_growth = 0.5`).
 
     Raises:
         Interrupted: `poll` returned True.
@@ -143,12 +150,13 @@ def estimate_eigenvalue(
             model, loss_fn, sample, comm, samples, poll, reproducible,
             Pieces.of(model, sample, comm, samples, microbatch, keep_samples, reproducible),
         )  # fmt: skip
-        found = _Search(hessians, method, tol, max_iter, threshold, false_growth).run(start)
+        search = _Search(hessians, method, tol, max_iter, threshold, false_growth, candidates)
+        found = search.run(start)
     result = found.result
     value = Eigenvalue(
         value=result.top.value,
         residual=result.top.residual,
-        matvecs=result.matvecs,
+        matvecs=found.random_matvecs + result.matvecs,
         samples=found.samples,
         seconds=time.perf_counter() - begin,
         converged=result.top.converged and not result.stopped,
@@ -168,12 +176,16 @@ class _Found:
     result: eigen.Result
     samples: int
     coarse_matvecs: int
+    random_matvecs: int = 0
+    """On the random sample, before those on a stratified one."""
     sampling_error: float | None = None
     upper_bound: float | None = None
 
 
 class _Search:
-    """The steps of an estimate: coarse search, search on the whole sample, upper bound."""
+    """The steps of an estimate: coarse search, search on the whole sample, then on a stratified
+    one, upper bound.
+    """
 
     def __init__(
         self,
@@ -183,9 +195,11 @@ class _Search:
         max_iter: int,
         threshold: float | None,
         false_growth: float,
+        candidates: Candidates | None,
     ) -> None:
         self.hessians, self.method, self.tol = hessians, method, tol
         self.max_iter, self.threshold, self.false_growth = max_iter, threshold, false_growth
+        self.candidates = candidates
         self.coarse_matvecs = 0
 
     def run(self, start: Tensor | None) -> _Found:
@@ -197,7 +211,7 @@ class _Search:
                 operator.matvec, _start(operator, start), tol=self.tol, max_iter=self.max_iter,
                 threshold=self.threshold, broadcast=operator.comm.broadcast_,
             )  # fmt: skip
-            return self._bounded(result, None)
+            return self._of_random(result, None)
         if start is not None and (above := self._still_above(start)):
             return above
         overlap: float | None = None
@@ -214,11 +228,59 @@ class _Search:
             else:
                 vector, overlap = coarse.top.vector, OVERLAP
             self.coarse_matvecs = coarse.matvecs
-        lanczos = eigen.Lanczos(
+        lanczos = self._lanczos(operator, vector, overlap)
+        if self._stratifies():
+            if self.threshold is not None:
+                result = lanczos.run(max(self.tol, COARSE_TOLERANCE), self.threshold)
+                if result.stopped or not result.top.converged:
+                    return self._found(result)
+                vector, overlap = result.top.vector, OVERLAP
+            operator.close()
+            if found := self._on_stratified(vector, overlap):
+                return replace(found, random_matvecs=lanczos.steps)
+        found = self._of_random(lanczos.run(self.tol, self.threshold), lanczos)
+        operator.close()
+        return found
+
+    def _lanczos(
+        self, operator: HessianOperator, vector: Tensor, overlap: float | None
+    ) -> eigen.Lanczos:
+        return eigen.Lanczos(
             operator.matvec, vector, max_iter=self.max_iter, overlap=overlap,
             broadcast=operator.comm.broadcast_,
         )  # fmt: skip
-        found = self._bounded(lanczos.run(self.tol, self.threshold), lanczos)
+
+    def _stratifies(self) -> bool:
+        """Whether the value is that of a stratified sample."""
+        samples, candidates = self.hessians.samples, self.candidates
+        if candidates is None or candidates.size <= samples or samples < 2 * SMALLEST:
+            return False
+        # batch statistics of a stratum differ from those of a microbatch
+        return self.false_growth < 0.5 and not uses_batch_statistics(self.hessians.model)
+
+    def _on_stratified(self, vector: Tensor, overlap: float | None) -> _Found | None:
+        """Search from `vector` on a sample that is stratified by loss.
+
+        None, on all ranks, if losses or curvatures of single samples are not known.
+        """
+        hessians, candidates = self.hessians, self.candidates
+        assert candidates is not None
+        if sample_curvatures(hessians.of(0, 2, 2, keep=False), vector) is None:
+            return None
+        losses = candidate_losses(hessians.candidates(candidates))
+        if losses is None:
+            return None
+        chosen, strata = stratify(losses, hessians.samples)
+        operator = hessians.stratified(candidates.chosen(chosen), strata)
+        lanczos = self._lanczos(operator, vector, overlap)
+        result = lanczos.run(self.tol, self.threshold)
+        found: _Found | None = self._found(result)
+        if self._wants_bound(result):
+            each = sample_curvatures(operator, result.top.vector, result.top.value)
+            found = None
+            if each is not None:
+                scatter = stratified_scatter(each, strata, candidates.size, candidates.population)
+                found = self._bounded(result, lanczos, scatter)
         operator.close()
         return found
 
@@ -278,7 +340,7 @@ class _Search:
         count, samples = self.hessians.pieces.coarse_samples, self.hessians.samples
         scatter, image = self.hessians.scatter(vector, start, start + count, GROUPS // 2)
         part = min(1.0, count / (samples - start))
-        quantile = student_t(COARSE_LEVEL, scatter.groups - 1)
+        quantile = student_t(COARSE_LEVEL, scatter.freedom)
         margin = quantile * scatter.standard_error * math.sqrt(1 - part)
         return scatter.mean - margin, scatter.mean, image
 
@@ -286,27 +348,40 @@ class _Search:
         """Of `vᵀHv` over the samples, or groups of them; v is the top eigenvector."""
         hessians, samples = self.hessians, self.hessians.samples
         operator = hessians.of(0, samples, hessians.pieces.whole, keep=False)
-        each = sample_scatter(operator, top.vector, top.value)
-        return each or hessians.scatter(top.vector, 0, samples, GROUPS)[0]
+        each = sample_curvatures(operator, top.vector, top.value)
+        if each is None:
+            return hessians.scatter(top.vector, 0, samples, GROUPS)[0]
+        return Scatter.of_groups(each, torch.full_like(each, 1 / samples))
 
-    def _bounded(self, result: eigen.Result, lanczos: eigen.Lanczos | None) -> _Found:
-        """With the upper bound, if λ may be below the threshold."""
-        samples, top = self.hessians.samples, result.top
+    def _found(self, result: eigen.Result) -> _Found:
+        return _Found(result, self.hessians.samples, self.coarse_matvecs)
+
+    def _wants_bound(self, result: eigen.Result) -> bool:
+        """λ may be below the threshold."""
         bounded = self.threshold is not None and self.false_growth < 0.5
-        if not bounded or result.stopped or not top.converged:
-            return _Found(result, samples, self.coarse_matvecs)
-        scatter = self._scatter(top)
+        return bounded and not result.stopped and result.top.converged
+
+    def _of_random(self, result: eigen.Result, lanczos: eigen.Lanczos | None) -> _Found:
+        """Of the random sample, with the upper bound if it is wanted."""
+        if not self._wants_bound(result):
+            return self._found(result)
+        return self._bounded(result, lanczos, self._scatter(result.top))
+
+    def _bounded(
+        self, result: eigen.Result, lanczos: eigen.Lanczos | None, scatter: Scatter
+    ) -> _Found:
+        """With the upper bound."""
         margin = scatter.margin(self.false_growth)
         if not math.isfinite(margin):  # one group of samples shows nothing
-            unknown = replace(result, pairs=(replace(top, converged=False),))
-            return _Found(unknown, samples, self.coarse_matvecs)
+            return self._found(replace(result, pairs=(replace(result.top, converged=False),)))
         assert self.threshold is not None
         if lanczos is not None:
             result = lanczos.separate(self.tol, self.threshold - margin)
         upper = result.top.value + abs(result.top.value) * result.top.error + margin
         if math.isclose(upper, self.threshold, rel_tol=1e-12):  # up to rounding
             upper = self.threshold
-        return _Found(result, samples, self.coarse_matvecs, scatter.standard_error, upper)
+        error = scatter.standard_error
+        return replace(self._found(result), sampling_error=error, upper_bound=upper)
 
 
 def _start(operator: HessianOperator, previous: Tensor | None, noise: float = 1.0) -> Tensor:

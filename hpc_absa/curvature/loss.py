@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from copy import copy
 from functools import partial
 from typing import Any
 
@@ -113,6 +114,41 @@ def _number(denominator: Any) -> float:
     if not 0 <= value < math.inf:
         raise CurvatureError(f"loss: expected a finite denominator of 0 or more, got {value}")
     return value
+
+
+def sample_losses(loss_fn: Loss, outputs: Any, targets: Any, samples: int) -> Tensor:
+    """The loss of each sample of a batch, summed where it has several terms, [n] float64.
+
+    Torch's own losses give those of all samples in one call, others one by one.
+
+    Raises:
+        CurvatureError: outputs or targets have no axis of samples.
+    """
+    if (unreduced := _unreduced(loss_fn)) is not None:
+        each = unreduced(outputs, targets)
+        if not each.dim() or len(each) != samples:
+            raise CurvatureError("loss: outputs without an axis of samples")
+        return each.reshape(samples, -1).sum(1).double().cpu()
+    values = []
+    for index in torch.arange(samples).split(1):
+        taken, axis = _take(outputs, index, samples)
+        taken_targets, targets_axis = _take(targets, index, samples)
+        if not axis or targets_axis is False:
+            raise CurvatureError("loss: outputs or targets without an axis of samples")
+        value, denominator = mean_and_denominator(loss_fn, taken, taken_targets, 1)
+        values.append(value * denominator if denominator else torch.zeros_like(value))
+    return torch.stack(values).double().cpu()
+
+
+def _unreduced(loss_fn: Any) -> Any:
+    """One of torch's losses with `reduction="none"`; None for others."""
+    if _settings(loss_fn) is None:
+        return None
+    if not isinstance(loss_fn, nn.Module):
+        return partial(loss_fn, reduction="none")
+    unreduced: Any = copy(loss_fn)
+    unreduced.reduction = "none"
+    return unreduced
 
 
 def check_mean(loss_fn: Loss, outputs: Any, targets: Any, samples: int) -> bool:

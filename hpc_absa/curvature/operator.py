@@ -10,7 +10,8 @@ Shapes:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
+from itertools import pairwise
 from typing import Any, Literal, Protocol
 
 import torch
@@ -25,6 +26,7 @@ from hpc_absa.curvature.evaluation import evaluation_mode as evaluation_mode
 from hpc_absa.curvature.graphs import Graph, flatten, gauss_newton_graph, hessian_graph
 from hpc_absa.curvature.loss import Loss as Loss
 from hpc_absa.curvature.loss import check_mean, mean_and_denominator
+from hpc_absa.curvature.sampling import Stratum
 from hpc_absa.curvature.twice import CurvatureError, Exchange
 from hpc_absa.worldsize import share
 
@@ -76,6 +78,8 @@ class HessianOperator:
         reproducible: sum in the fixed order of `hpc_absa.summation`: bit for bit the same for any
             power-of-two number of ranks (with one thread per rank, as kernels sum per thread).
         poll: called before each product, with the same result on all ranks; True interrupts.
+        strata: of a stratified sample, in its order (`hpc_absa.curvature.stratified`). A microbatch
+            has samples of one stratum, and d_m is multiplied by their weight.
 
     Raises:
         Interrupted: by a product, when `poll` returned True.
@@ -98,6 +102,7 @@ class HessianOperator:
         names: Collection[str] | None = None,
         reproducible: bool = False,
         poll: Callable[[], bool] | None = None,
+        strata: Sequence[Stratum] = (),
     ) -> None:
         if not 0 < samples <= sample.size:
             raise ValueError(f"samples: expected 1 to {sample.size}, got {samples}")
@@ -126,9 +131,15 @@ class HessianOperator:
         self.device, self.dtype = parameters[0].device, torch.float32  # or float64
         for parameter in parameters:
             self.dtype = torch.promote_types(self.dtype, parameter.dtype)
-        self.bounds = _bounds(samples, microbatch, uses_batch_statistics(model))
+        equal = uses_batch_statistics(model)
+        strata = strata or [Stratum(0, samples, samples)]
+        bounds = [(s, b) for s in strata for b in _bounds(s.start, s.stop, microbatch, equal)]
+        self.bounds = [bound for _, bound in bounds]
         """[M], first sample of each microbatch and the one after its last."""
-        self.denominators = [float(stop - start) for start, stop in self.bounds]
+        scale = samples / sum(stratum.members for stratum in strata)
+        self.factors = [stratum.members / stratum.size * scale for stratum, _ in bounds]
+        """[M], the weight of a sample of each microbatch; their mean over the samples is 1."""
+        self.denominators = [self.expected_denominator(m) for m in range(len(bounds))]
         """[M], d_m; those of a mean over samples until the first product."""
         self.gradients = self.matvecs = 0
         microbatches = range(len(self.bounds))
@@ -146,6 +157,11 @@ class HessianOperator:
         """Microbatches whose loss is known to be a mean."""
         self.plan: fast.Plan | None = None
         """Of the model, after the first product; see `fast.plan_of`."""
+
+    def expected_denominator(self, index: int) -> float:
+        """d_m of a mean over samples."""
+        start, stop = self.bounds[index]
+        return (stop - start) * self.factors[index]
 
     @property
     def weights(self) -> list[float]:
@@ -264,7 +280,10 @@ class HessianOperator:
         """The loss of a microbatch, and its denominator."""
         start, stop = self.bounds[index]
         with Exchange():
-            return mean_and_denominator(self.loss_fn, outputs, fast.copied(targets), stop - start)
+            mean, denominator = mean_and_denominator(
+                self.loss_fn, outputs, fast.copied(targets), stop - start
+            )
+        return mean, denominator * self.factors[index]
 
     def _prepare(self) -> None:
         """The plan is made on the first microbatch, which is the same on all ranks."""
@@ -327,12 +346,15 @@ class HessianOperator:
         return [fast.arranged(piece) for piece in shaped] if channels_last else shaped
 
 
-def _bounds(samples: int, microbatch: int, equal: bool) -> list[tuple[int, int]]:
+def _bounds(start: int, stop: int, microbatch: int, equal: bool) -> list[tuple[int, int]]:
     """Full microbatches and the rest, or `equal` ones, up to one sample."""
-    count = -(-samples // microbatch)
+    samples = stop - start
     if equal:
-        return [(samples * m // count, samples * (m + 1) // count) for m in range(count)]
-    return [(m * microbatch, min((m + 1) * microbatch, samples)) for m in range(count)]
+        count = -(-samples // microbatch)
+        edges = [start + samples * m // count for m in range(count + 1)]
+    else:
+        edges = [*range(start, stop, microbatch), stop]
+    return list(pairwise(edges))
 
 
 def uses_batch_statistics(model: nn.Module) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -19,7 +19,7 @@ from hpc_absa.curvature.operator import (
     trainable_parameters,
     uses_batch_statistics,
 )
-from hpc_absa.curvature.sampling import Scatter
+from hpc_absa.curvature.sampling import Scatter, Stratum
 
 PIECE_BYTES = 128 << 20
 """Activations of the samples that a CPU differentiates at a time: 64 for a ResNet-20, where a
@@ -125,11 +125,30 @@ class Hessians:
 
     def of(self, start: int, stop: int, piece: int, keep: bool = True) -> HessianOperator:
         """The Hessian of samples [start, stop), by `piece` at a time."""
+        sample = _Part(self.sample, start, stop) if start else self.sample
+        return self._operator(sample, stop - start, piece, keep)
+
+    def stratified(self, sample: HessianSample, strata: Sequence[Stratum]) -> HessianOperator:
+        """The Hessian of a stratified sample."""
+        largest = max(stratum.size for stratum in strata)
+        return self._operator(sample, sample.size, min(largest, self.pieces.whole), True, strata)
+
+    def candidates(self, candidates: HessianSample) -> HessianOperator:
+        """What a stratified sample is chosen from, of which only losses are wanted."""
+        return self._operator(candidates, candidates.size, self.pieces.whole, False)
+
+    def _operator(
+        self,
+        sample: HessianSample,
+        samples: int,
+        piece: int,
+        keep: bool,
+        strata: Sequence[Stratum] = (),
+    ) -> HessianOperator:
         operator = HessianOperator(
-            self.model, self.loss_fn, _Part(self.sample, start, stop) if start else self.sample,
-            self.comm, samples=stop - start, microbatch=piece, poll=self.poll,
-            keep_graphs=max(1, self.pieces.kept // max(piece, 1)) if keep else 0,
-            reproducible=self.reproducible,
+            self.model, self.loss_fn, sample, self.comm, samples=samples, microbatch=piece,
+            poll=self.poll, keep_graphs=max(1, self.pieces.kept // max(piece, 1)) if keep else 0,
+            reproducible=self.reproducible, strata=strata,
         )  # fmt: skip
         self.made.append(operator)
         return operator
@@ -147,7 +166,7 @@ class Hessians:
         weights = torch.tensor(operator.weights, dtype=torch.float64)
         values = self.comm.allreduce_(values)
         # a mean over no targets may be NaN, as may its derivatives
-        return Scatter(torch.where(weights > 0, values, 0.0), weights), product
+        return Scatter.of_groups(torch.where(weights > 0, values, 0.0), weights), product
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from hpc_absa import plugins
 from hpc_absa.comm import Communicator, raise_on_all_ranks
 from hpc_absa.config import Job
+from hpc_absa.curvature.stratified import CANDIDATES
 from hpc_absa.data import order, sources
 from hpc_absa.data.arrays import PackedReader
 from hpc_absa.data.checking import on_rank_0
@@ -55,6 +57,8 @@ class HessianSample:
     """[size], into the training set."""
     loaded: dict[tuple[int, int], Batch] | None = None
     """What was read, where reading it again takes long."""
+    candidates: HessianSample | None = None
+    """More samples, these included, that a stratified sample is chosen from."""
 
     @property
     def size(self) -> int:
@@ -64,6 +68,15 @@ class HessianSample:
     def whole(self) -> bool:
         """Whether it is the training set: then there is no sampling error."""
         return self.size == len(self.loader.dataset.train)
+
+    @property
+    def population(self) -> float:
+        """Training samples."""
+        return len(self.loader.dataset.train)
+
+    def chosen(self, indices: Tensor) -> HessianSample:
+        """Those at these positions [n]."""
+        return HessianSample(self.loader, self.indices[indices.numpy()], _cache(self.loader))
 
     def load(self, start: int, stop: int) -> Batch:
         """Inputs and targets of positions `[start, stop)`."""
@@ -77,14 +90,17 @@ class HessianSample:
 def hessian_sample(job: Job, loader: Loader, stream: SampleStream, samples: int) -> HessianSample:
     """The first `samples` of the fixed order, or all if there are fewer."""
     indices = order.permutation(job.seed, HESSIAN_ORDER, stream.samples)
-    packed = isinstance(loader.dataset, PackedDataset)
-    return HessianSample(loader, indices[:samples], None if packed else {})
+    return HessianSample(loader, indices[:samples], _cache(loader))
+
+
+def _cache(loader: Loader) -> dict[tuple[int, int], Batch] | None:
+    return None if isinstance(loader.dataset, PackedDataset) else {}
 
 
 def hessian_samples(
     job: Job, loader: Loader, stream: SampleStream
 ) -> Callable[[Draw], HessianSample]:
-    """The samples of each estimate: disjoint ones for the repeats at a boundary.
+    """The samples of each estimate, with candidates: disjoint ones for repeats at a boundary.
 
     Raises:
         UsageError: the training set has too few samples for `schedule.max_estimates`.
@@ -95,20 +111,16 @@ def hessian_samples(
             f"schedule.max_estimates = {repeats}: expected at most {stream.samples // size} "
             f"disjoint samples of hessian.samples = {size} among {stream.samples} training samples"
         )
-    fixed = hessian_sample(job, loader, stream, repeats * size)
+    count = min(CANDIDATES * size, stream.samples // repeats)
 
     def sample(draw: Draw) -> HessianSample:
-        if repeats == 1 and not job.hessian.fresh:
-            return fixed
-        indices = fixed.indices
-        if job.hessian.fresh:
-            epoch = HESSIAN_ORDER + 1 + draw.boundary
-            indices = order.permutation(job.seed, epoch, stream.samples)
-        loaded: dict[tuple[int, int], Batch] | None = None if fixed.loaded is None else {}
-        part = slice(draw.repeat * size, (draw.repeat + 1) * size)
-        return HessianSample(loader, indices[part], loaded)
+        epoch = HESSIAN_ORDER + (1 + draw.boundary if job.hessian.fresh else 0)
+        indices = order.permutation(job.seed, epoch, stream.samples)[draw.repeat * count :][:count]
+        candidates = HessianSample(loader, indices)
+        return HessianSample(loader, indices[:size], _cache(loader), candidates)
 
-    return sample
+    fixed = sample(Draw(0, 0))
+    return sample if repeats > 1 or job.hessian.fresh else lambda draw: fixed
 
 
 def open_data(job: Job, directory: RunDir, comm: Communicator) -> DataSet:

@@ -60,6 +60,7 @@ def make_estimator(
             return critical_sharpness(state.model, loss, sample, comm, direction, **settings)
         settings["false_growth"] = 0.5 if sample.whole else job.hessian.false_growth
         settings["start"] = None if job.hessian.fresh else start
+        settings["candidates"] = sample.candidates
         return estimate_eigenvalue(
             state.model, loss, sample, comm, method=job.hessian.method, **settings
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from contextlib import ExitStack
 from unittest import mock
@@ -15,13 +16,17 @@ from hpc_absa.curvature.operator import trainable_parameters
 
 
 class Samples:
-    """A Hessian sample held in memory."""
+    """A Hessian sample held in memory, and candidates for one."""
 
-    def __init__(self, inputs: Tensor, targets: Tensor) -> None:
+    def __init__(self, inputs: Tensor, targets: Tensor, population: float = math.inf) -> None:
         self.inputs, self.targets, self.size = inputs, targets, len(inputs)
+        self.population = population
 
     def load(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         return self.inputs[start:stop], self.targets[start:stop]
+
+    def chosen(self, indices: Tensor) -> Samples:
+        return Samples(self.inputs[indices], self.targets[indices], self.population)
 
 
 class ConvNet(nn.Module):

@@ -11,7 +11,7 @@ import torch
 from hpc_absa.comm import SerialCommunicator
 from hpc_absa.config.tables import Hessian
 from hpc_absa.curvature import pieces
-from hpc_absa.curvature.directional import sample_scatter
+from hpc_absa.curvature.directional import sample_curvatures
 from hpc_absa.curvature.estimate import estimate_eigenvalue
 from hpc_absa.curvature.operator import FunctionModel, HessianOperator, evaluation_mode
 from hpc_absa.curvature.sampling import Scatter, student_t
@@ -34,18 +34,22 @@ def test_quantiles(level, freedom, quantile):
 
 def test_no_quantile_from_one_group():
     assert student_t(0.01, 0) == student_t(0.01, 2) == math.inf
-    assert math.isnan(Scatter(torch.ones(1).double(), torch.ones(1).double()).standard_error)
+    assert math.isnan(
+        Scatter.of_groups(torch.ones(1).double(), torch.ones(1).double()).standard_error
+    )
 
 
 def test_the_standard_error_of_a_mean():
     values = np.random.default_rng(0).normal(size=9)
-    scatter = Scatter(torch.from_numpy(values), torch.full((9,), 1 / 9).double())
+    scatter = Scatter.of_groups(torch.from_numpy(values), torch.full((9,), 1 / 9).double())
     assert scatter.mean == pytest.approx(values.mean())
     assert scatter.standard_error == pytest.approx(values.std(ddof=1) / 3)
     # a group without a weight, as one with ignored targets only, does not count
     weights = torch.tensor([1 / 9] * 9 + [0.0]).double()
-    more = Scatter(torch.cat([scatter.values, torch.tensor([50.0]).double()]), weights)
-    assert more.groups == 9
+    more = Scatter.of_groups(
+        torch.cat([torch.from_numpy(values), torch.tensor([50.0]).double()]), weights
+    )
+    assert more.freedom == 8
     assert more.standard_error == pytest.approx(scatter.standard_error)
 
 
@@ -190,7 +194,7 @@ def test_groups_of_samples_of_a_model_that_is_not_float32(dtype):
     with evaluation_mode(model):
         vector = torch.randn(hessians.size)
         scatter, product = hessians.scatter(vector, 0, 24, 4)
-    assert scatter.groups == 4
+    assert scatter.freedom == 3
     assert scatter.mean == pytest.approx(float(vector.to(product) @ product), rel=1e-3, abs=1e-3)
 
 
@@ -202,28 +206,28 @@ def test_the_curvature_of_each_sample_is_that_of_its_own_hessian(kind):
         vector = whole.gradient()
         vector /= vector.norm()
         mean = float(vector @ whole.matvec(vector))
-        found = sample_scatter(whole, vector, mean)
+        found = sample_curvatures(whole, vector, mean)
         values = []
         for i in range(12):
             part = Samples(*sample.load(i, i + 1))
             own = HessianOperator(model, loss, part, SerialCommunicator(), samples=1, microbatch=1)
             values.append(float(vector @ own.matvec(vector)))
-        assert found.values.tolist() == pytest.approx(values, rel=1e-9)
-        assert sample_scatter(whole, vector, 2 * mean) is None  # not the mean that is known
+        assert found.tolist() == pytest.approx(values, rel=1e-9)
+        assert sample_curvatures(whole, vector, 2 * mean) is None  # not the mean that is known
         weighted = HessianOperator(
             model, lambda o, t: (loss(o, t) * 3, 3), sample, SerialCommunicator(), samples=12,
             microbatch=12,
         )  # fmt: skip
-        assert sample_scatter(weighted, vector, mean) is None
+        assert sample_curvatures(weighted, vector, mean) is None
 
 
 def test_a_skewed_sample_has_a_larger_margin():
     weights = torch.full((64,), 1 / 64).double()
-    even, skewed = torch.linspace(-1, 1, 64).double(), torch.zeros(64).double()
-    skewed[0] = 8
-    even = Scatter(even * 8 / 64**0.5 / even.std(), weights)
-    skewed = Scatter(skewed, weights)
+    even, values = torch.linspace(-1, 1, 64).double(), torch.zeros(64).double()
+    values[0] = 8
+    even = Scatter.of_groups(even * 8 / 64**0.5 / even.std(), weights)
+    skewed = Scatter.of_groups(values, weights)
     assert even.skewness == pytest.approx(0, abs=1e-12)
-    assert Scatter(-skewed.values, weights).skewness == 0
+    assert Scatter.of_groups(-values, weights).skewness == 0
     assert even.standard_error == pytest.approx(skewed.standard_error, rel=1e-6)
     assert skewed.margin(1e-3) > 1.5 * even.margin(1e-3)

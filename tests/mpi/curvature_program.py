@@ -32,6 +32,19 @@ def bits(kind: str, comm: Communicator) -> list[str]:
     return [*(number.hex() for number in numbers), digest]
 
 
+def stratified(name: str, comm: Communicator) -> list[float]:
+    """An estimate on 32 of 80 candidates: value, sampling error, bound and vector."""
+    reproducible = name == "reproducible"
+    model, loss, candidates = build("conv", 80, torch.float64 if reproducible else torch.float32)
+    found = estimate_eigenvalue(
+        model, loss, candidates.chosen(torch.arange(32)), comm, method="lanczos", samples=32,
+        microbatch=8, tol=1e-6, max_iter=40, threshold=1e6, candidates=candidates,
+        reproducible=reproducible,
+    )  # fmt: skip
+    value = found.eigenvalue
+    return [value.value, value.sampling_error, value.upper_bound, *found.vector.tolist()]
+
+
 def architectures(comm: Communicator) -> dict[str, list[float]]:
     """A product with the Hessian of each, in float64."""
     found = {}
@@ -87,6 +100,10 @@ def main(kinds: list[str]) -> None:
     found["architectures"] = architectures(comm)
     messages = set(comm.allgather_object(refusal(comm)))
     found["bits"] = {kind: bits(kind, comm) for kind in kinds}
+    found["stratified"] = {
+        name: list({tuple(each) for each in comm.allgather_object(stratified(name, comm))})
+        for name in ("float32", "reproducible")
+    }
     model, loss, sample = build("mlp", dtype=torch.float64)
     whole = spectrum(
         model, loss, sample, comm, samples=22, microbatch=8, k=2, max_iter=40,

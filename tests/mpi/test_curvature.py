@@ -50,6 +50,12 @@ def test_every_world_finds_the_same(mpirun, ranks):
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-10)
     for kind, bits in answer["found"].pop("bits").items():
         assert bits == curvature_program.bits(kind, SerialCommunicator()), kind
+    for name, values in answer["found"].pop("stratified").items():
+        (found,) = values  # of all ranks
+        alone = curvature_program.stratified(name, SerialCommunicator())
+        if name == "reproducible":
+            assert found == alone
+        assert found == pytest.approx(alone, rel=1e-4, abs=1e-5)
     for kind in KINDS:
         found = answer["found"][kind]
         model, loss, sample = build(kind, dtype=torch.float32)

@@ -6,11 +6,12 @@ import torch
 from torch import nn
 
 from hpc_absa import config
+from hpc_absa.curvature.stratified import CANDIDATES
 from hpc_absa.data.prepare import prepare
 from hpc_absa.plan import stream_of
 from hpc_absa.progress import Position, Progress
 from hpc_absa.records import ScheduleState
-from hpc_absa.training.data import build_loader, hessian_sample
+from hpc_absa.training.data import Draw, build_loader, hessian_sample, hessian_samples
 from hpc_absa.training.optimizer import parameter_groups
 from hpc_absa.training.setup import build_model_and_loss
 from hpc_absa.training.state import TrainState
@@ -24,6 +25,7 @@ train = { epochs = 1, microbatch = 32, lr = 0.1, weight_decay = 0.01 }
 schedule = { method = "bl", base_batch = 32 }
 """
 CPU = torch.device("cpu")
+ABS = 'schedule={ method = "abs", base_batch = 32, max_batch = 64 }'
 LAYOUTS = ([], ["train.channels_last=true"])
 
 
@@ -136,6 +138,33 @@ def test_a_smaller_hessian_sample_is_a_prefix_of_a_larger_one(dataset):
     assert inputs.shape == (4, 1, 8, 8)
     everything = hessian_sample(settings, loader(settings, dataset), stream, 10**6)
     assert sorted(everything.indices) == list(range(stream.samples))
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_the_candidates_of_an_estimate_begin_with_its_sample(dataset, fresh):
+    settings = job(ABS, "hessian.samples=20", f"hessian.fresh={str(fresh).lower()}")
+    stream = stream_of(settings, len(dataset.train))
+    sample_of = hessian_samples(settings, loader(settings, dataset), stream)
+    first, later = sample_of(Draw(0, 0)), sample_of(Draw(1, 0))
+    assert np.array_equal(first.indices, later.indices) != fresh
+    candidates = first.candidates
+    assert candidates.size == min(CANDIDATES * 20, stream.samples)
+    assert candidates.population == len(dataset.train)
+    assert np.array_equal(candidates.indices[:20], first.indices)
+    assert len(set(candidates.indices)) == candidates.size
+    chosen, labels = candidates.chosen(torch.tensor([7, 3])), dataset.train.labels
+    assert chosen.load(0, 2)[1].tolist() == labels[candidates.indices[[7, 3]]].tolist()
+
+
+def test_the_candidates_of_several_estimates_are_disjoint(dataset):
+    settings = job(ABS, "hessian.samples=20", "schedule.max_estimates=3")
+    stream = stream_of(settings, len(dataset.train))
+    sample_of = hessian_samples(settings, loader(settings, dataset), stream)
+    samples = [sample_of(Draw(0, repeat)) for repeat in range(3)]
+    assert [sample.size for sample in samples] == [20] * 3
+    everyone = np.concatenate([sample.candidates.indices for sample in samples])
+    assert len(set(everyone)) == len(everyone)
+    assert np.array_equal(sample_of(Draw(4, 1)).indices, samples[1].indices)
 
 
 class OwnMode(nn.Sequential):

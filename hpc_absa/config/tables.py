@@ -196,8 +196,8 @@ class Hessian(Section):
     estimates on small networks do not converge (ours, `benchmarks/curvature.md`)."""
     false_growth: Annotated[float, Field(gt=0, le=0.5)] = 1e-3
     """Probability that the batch grows where λ of all data is equal to the threshold, over the
-    choice of the sample (ours, `docs/curvature.md`); 0.5: values are compared without their
-    sampling error (talk)."""
+    choice of the sample (ours, `docs/curvature.md`); 0.5: values of random samples are compared
+    without their sampling error (talk)."""
     fresh: bool = False
     """Whether each estimate draws other samples, and starts without the vector of the one before
     (the authors' public code); otherwise all are on the same sample."""

@@ -7,6 +7,7 @@ the fastest, which favours the peers: a user cannot know which that is. A decisi
 peers answer it by computing λ to 1e-2. Rows of ours:
 
 - "ours": converged to the stated tolerance; a "yes" is about λ of all data.
+- "ours, random sample": the same without a sample that is stratified by loss.
 - "ours, these samples": the same without the sampling error, which is the peers' question.
 - "ours, no bound": as the peers, a number of products, and λ to 1e-2 for a decision.
 
@@ -40,11 +41,13 @@ from hpc_absa.comm import SerialCommunicator
 from hpc_absa.curvature.estimate import Estimate, estimate_eigenvalue
 from hpc_absa.curvature.operator import HessianOperator, evaluation_mode
 from hpc_absa.curvature.pieces import Pieces
+from hpc_absa.curvature.stratified import CANDIDATES
 
 TARGETS = (1e-2, 1e-4)
 RATIOS = {4.0: "4 t", 2.0: "2 t", 1.25: "1.25 t", 0.25: "t / 4"}
 """λ / t of the decisions."""
 PEERS = ("PyHessian", "hessian-eigenthings", "curvlinops")
+RANDOM = "ours, random sample"
 SAME_SAMPLES, NO_BOUND = "ours, these samples", "ours, no bound"
 EARLIER = 11
 """Steps between the vector that a decision starts from and the model: an epoch of the digits."""
@@ -155,16 +158,16 @@ def _compared(case: Case, options: argparse.Namespace) -> Comparison:
     targets = {f"λ to {target:g}": target for target in TARGETS}
     decisions = {f"is λ ≤ t, λ = {text}": f"{ratio:g}" for ratio, text in RATIOS.items()}
     measures = dict.fromkeys([*targets, *decisions, "product"], Measure("gradients", "lower"))
-    table = Comparison(case.name, measures, "ours", not_peers=(SAME_SAMPLES, NO_BOUND))
+    table = Comparison(case.name, measures, "ours", not_peers=(RANDOM, SAME_SAMPLES, NO_BOUND))
     settings = []
-    for method in ("ours", SAME_SAMPLES, NO_BOUND, *PEERS):
+    for method in ("ours", RANDOM, SAME_SAMPLES, NO_BOUND, *PEERS):
         failed = [text for key, text in timings.problems.items() if method in key]
         if failed and not any(key[0] == method for key in timings.gradients):
             table.problems[method] = failed[0]
         chosen = {name: timings.best(method, target) for name, target in targets.items()}
         own = chosen["λ to 0.01"]
         for name, ratio in decisions.items():
-            bounded = method in ("ours", SAME_SAMPLES)
+            bounded = method in ("ours", RANDOM, SAME_SAMPLES)
             chosen[name] = (f"{method}, decision", ratio) if bounded else own
         chosen["product"] = ("product", method)
         for measure, key in chosen.items():
@@ -191,13 +194,15 @@ def _measured(case: Case, options: argparse.Namespace) -> Timings:
     if case.steps < 0 and options.weights is not None:
         assert isinstance(model, PyHessianResNet20)
         model.load(options.weights)
-    sample = drawn(pool, case.samples, 7, replacement=False)
+    count = min(pool.size, CANDIDATES * case.samples)
+    candidates = drawn(pool, count, 7, replacement=False)
+    sample = candidates.chosen(torch.arange(case.samples))
     timings = Timings(reference(model, sample, 1e-5))
     before, steps = model, case.steps - EARLIER
     if steps > 0:
         before, _ = trained(case.network, options.data, steps=steps, device=options.device)
     previous = _estimate(before, drawn(pool, case.samples, 8), case.microbatch, tol=1e-2).vector
-    works = _works(case, model, sample, previous, timings.truth)
+    works = _works(case, model, candidates, sample, previous, timings.truth)
     repeats, seconds = dict.fromkeys(works, 1), []
     for number in range(-1, min(options.rounds, case.rounds)):
         order = list(works)
@@ -233,7 +238,12 @@ def _clock(work: Work, repeats: int, device: str) -> tuple[float, list[float]]:
 
 
 def _works(
-    case: Case, model: nn.Module, sample: Samples, previous: Tensor, truth: float
+    case: Case,
+    model: nn.Module,
+    candidates: Samples,
+    sample: Samples,
+    previous: Tensor,
+    truth: float,
 ) -> dict[Key, Work]:
     def ours(tol: float, **options: Any) -> float:
         return _estimate(model, sample, case.microbatch, tol=tol, **options).eigenvalue.value
@@ -245,7 +255,8 @@ def _works(
     }
     for ratio in RATIOS:
         asked = partial(ours, tol=1e-2, threshold=truth / ratio, start=previous)
-        works["ours, decision", f"{ratio:g}"] = asked
+        works["ours, decision", f"{ratio:g}"] = partial(asked, candidates=candidates)
+        works[f"{RANDOM}, decision", f"{ratio:g}"] = asked
         works[f"{SAME_SAMPLES}, decision", f"{ratio:g}"] = partial(asked, false_growth=0.5)
     for count in sorted({1, 2, 3, 6, *case.products}):
         works[NO_BOUND, f"{count} products"] = partial(ours, tol=1e-2, max_iter=count)

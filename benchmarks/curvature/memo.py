@@ -1,4 +1,4 @@
-"""Products that are computed once, so that one sample can be asked many questions."""
+"""What is computed once, so that one sample can be asked many questions."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from unittest import mock
 
 from torch import Tensor
 
+from hpc_absa.curvature import estimate
 from hpc_absa.curvature.operator import HessianOperator
+from hpc_absa.curvature.stratified import candidate_losses
 
 
 @contextmanager
 def memoized_products() -> Iterator[None]:
-    """Within it, model and sample must not change."""
+    """Products, and losses of candidates. Within it, model and samples must not change."""
     known: dict[Any, Any] = {}
     multiply, differentiate = HessianOperator.matvec, HessianOperator.gradient
 
@@ -45,7 +47,13 @@ def memoized_products() -> Iterator[None]:
                 record(index, term)
         return image.clone()
 
+    def losses(operator: HessianOperator) -> Tensor | None:
+        if "losses" not in known:
+            known["losses"] = candidate_losses(operator)
+        return known["losses"]
+
     with (
+        mock.patch.object(estimate, "candidate_losses", losses),
         mock.patch.object(HessianOperator, "matvec", matvec),
         mock.patch.object(HessianOperator, "gradient", gradient),
     ):

@@ -230,13 +230,13 @@ class _Search:
             self.coarse_matvecs = coarse.matvecs
         lanczos = self._lanczos(operator, vector, overlap)
         if self._stratifies():
+            # Of a vector that other samples gave: λ of this sample itself is larger than of all.
             if self.threshold is not None:
-                result = lanczos.run(max(self.tol, COARSE_TOLERANCE), self.threshold)
-                if result.stopped or not result.top.converged:
-                    return self._found(result)
-                vector, overlap = result.top.vector, OVERLAP
+                first = lanczos.run(math.inf, self.threshold)
+                if first.stopped or math.isnan(first.top.value):
+                    return self._found(first)
             operator.close()
-            if found := self._on_stratified(vector, overlap):
+            if found := self._on_stratified(vector):
                 return replace(found, random_matvecs=lanczos.steps)
         found = self._of_random(lanczos.run(self.tol, self.threshold), lanczos)
         operator.close()
@@ -258,8 +258,8 @@ class _Search:
         # batch statistics of a stratum differ from those of a microbatch
         return self.false_growth < 0.5 and not uses_batch_statistics(self.hessians.model)
 
-    def _on_stratified(self, vector: Tensor, overlap: float | None) -> _Found | None:
-        """Search from `vector` on a sample that is stratified by loss.
+    def _on_stratified(self, vector: Tensor) -> _Found | None:
+        """Search on a sample that is stratified by loss, from `vector` and the sample's gradient.
 
         None, on all ranks, if losses or curvatures of single samples are not known.
         """
@@ -272,7 +272,13 @@ class _Search:
             return None
         chosen, strata = stratify(losses, hessians.samples)
         operator = hessians.stratified(candidates.chosen(chosen), strata)
-        lanczos = self._lanczos(operator, vector, overlap)
+        broadcast = operator.comm.broadcast_
+        gradient = operator.gradient()
+        length = eigen.norm(gradient, broadcast)
+        if math.isfinite(length) and length > 0:
+            vector = vector / eigen.norm(vector, broadcast) + gradient / length
+        start = eigen.randomized(vector, COARSE_NOISE, broadcast=broadcast)
+        lanczos = self._lanczos(operator, start, OVERLAP)
         result = lanczos.run(self.tol, self.threshold)
         found: _Found | None = self._found(result)
         if self._wants_bound(result):
@@ -328,8 +334,9 @@ class _Search:
         if self.hessians.pieces.small_kernels:
             return None
         count, samples = self.hessians.pieces.coarse_samples, self.hessians.samples
-        others = self._least(coarse.vector, count)[0]
-        least = (count * coarse.value + (samples - count) * others) / samples
+        least = self._least(coarse.vector, count)[0]
+        if not self._stratifies():  # of this sample, not of all data
+            least = (count * coarse.value + (samples - count) * least) / samples
         return least if least > self.threshold else None
 
     def _least(self, vector: Tensor, start: int) -> tuple[float, float, Tensor]:

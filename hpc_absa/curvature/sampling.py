@@ -25,6 +25,11 @@ class Cumulants:
     freedom: float
     """Degrees of freedom of the variance."""
 
+    def without_replacement(self, drawn: float) -> Cumulants:
+        """Of a mean over this part of a population, instead of over as many of an infinite one."""
+        left = 1 - drawn
+        return Cumulants(left * self.variance, left * (left - drawn) * self.third, self.freedom)
+
 
 @dataclass(frozen=True)
 class Scatter:
@@ -124,13 +129,11 @@ def stratified_scatter(
         own, share = values[stratum.start : stratum.stop], stratum.members / candidates
         squares += share * float(((own - mean) ** 2).mean())
         cubes += share * float(((own - mean) ** 3).mean())
-        left = 1 - stratum.size / stratum.members
-        if left > 0:
+        if stratum.size < stratum.members:
             of_all = _cumulants((own - own.mean()) * share / stratum.size, stratum.size)
-            errors.append(Cumulants(left * of_all.variance, left * of_all.third, of_all.freedom))
-    left = 1 - candidates / population
-    first = Cumulants(left * squares / candidates, left * cubes / candidates**2, len(values) - 1)
-    return Scatter(mean, (*errors, first))
+            errors.append(of_all.without_replacement(stratum.size / stratum.members))
+    first = Cumulants(squares / candidates, cubes / candidates**2, len(values) - 1)
+    return Scatter(mean, (*errors, first.without_replacement(candidates / population)))
 
 
 def student_t(level: float, freedom: float) -> float:

@@ -21,8 +21,8 @@ from hpc_absa.curvature.loss import sample_losses
 from hpc_absa.curvature.operator import HessianOperator, HessianSample, Interrupted
 from hpc_absa.curvature.sampling import Stratum
 
-CANDIDATES = 16
-"""Candidates for each sample; their forward passes take as long as five gradients of the sample."""
+CANDIDATES = 32
+"""Candidates for each sample; their forward passes take as long as ten gradients of the sample."""
 STRATA = 8
 SMALLEST = 16
 """Samples of a stratum, at least, so that their scatter is known."""

@@ -10,13 +10,14 @@ from unittest import mock
 from torch import Tensor
 
 from hpc_absa.curvature import estimate
+from hpc_absa.curvature.directional import sample_curvatures
 from hpc_absa.curvature.operator import HessianOperator
 from hpc_absa.curvature.stratified import candidate_losses
 
 
 @contextmanager
 def memoized_products() -> Iterator[None]:
-    """Products, and losses of candidates. Within it, model and samples must not change."""
+    """Products, curvatures of single samples, losses of candidates; nothing may change within."""
     known: dict[Any, Any] = {}
     multiply, differentiate = HessianOperator.matvec, HessianOperator.gradient
 
@@ -48,12 +49,21 @@ def memoized_products() -> Iterator[None]:
         return image.clone()
 
     def losses(operator: HessianOperator) -> Tensor | None:
-        if "losses" not in known:
-            known["losses"] = candidate_losses(operator)
-        return known["losses"]
+        if operator.samples not in known:
+            known[operator.samples] = candidate_losses(operator)
+        return known[operator.samples]
+
+    def curvatures(
+        operator: HessianOperator, vector: Tensor, expected: float | None = None
+    ) -> Tensor | None:
+        own = key(operator, vector), expected
+        if own not in known:
+            known[own] = sample_curvatures(operator, vector, expected)
+        return known[own]
 
     with (
         mock.patch.object(estimate, "candidate_losses", losses),
+        mock.patch.object(estimate, "sample_curvatures", curvatures),
         mock.patch.object(HessianOperator, "matvec", matvec),
         mock.patch.object(HessianOperator, "gradient", gradient),
     ):

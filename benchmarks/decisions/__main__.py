@@ -107,12 +107,13 @@ def answers(stage: Stage, options: Namespace) -> dict[str, Counts]:
     model, pool = trained(name, options.data, steps=steps, seed=seed)
     truth = reference(model, pool, 1e-4)
     counted: dict[str, Counts] = {}
-    for kind, (method, *_) in settings(options.samples).items():
-        table, counts = hessian(method, options.samples), counted.setdefault(kind, {})
-        for trial in range(options.trials):
-            candidates = drawn(pool, CANDIDATES * table.samples, 10_000 * seed + trial)
-            with memoized_products():
-                add(counts, ask(model, candidates, table, truth, options.thresholds))
+    kinds = {k: hessian(m, options.samples) for k, (m, *_) in settings(options.samples).items()}
+    for trial in range(options.trials):
+        with memoized_products():
+            for kind, table in kinds.items():
+                candidates = drawn(pool, CANDIDATES * table.samples, 10_000 * seed + trial)
+                counts = ask(model, candidates, table, truth, options.thresholds)
+                add(counted.setdefault(kind, {}), counts)
     return counted
 
 

@@ -123,8 +123,8 @@ def estimate_eigenvalue(
         start: [P], the vector of the previous estimate, or None.
         threshold: the caller asks whether λ of all data is at most this, and needs the value only
             if it is (`Eigenvalue.upper_bound`). A Rayleigh quotient above the threshold shows that
-            it is not, because λ is never below; so does a test on part of the sample. The estimate
-            then ends unconverged, with `stopped_above_threshold`.
+            it is not; so does a test on part of the sample. The estimate then ends unconverged,
+            with `stopped_above_threshold`.
         false_growth: probability that λ of all data is above its upper bound, over the choice of
             the sample; 0.5 for no bound: the value itself is compared.
         poll: called before each product, with the same result on all ranks; True interrupts.
@@ -177,14 +177,14 @@ class _Found:
     samples: int
     coarse_matvecs: int
     random_matvecs: int = 0
-    """On the random sample, before those on a stratified one."""
+    """Products with the random sample's Hessian, before those with a stratified one's."""
     sampling_error: float | None = None
     upper_bound: float | None = None
 
 
 class _Search:
-    """The steps of an estimate: coarse search, search on the whole sample, then on a stratified
-    one, upper bound.
+    """The steps of an estimate: coarse search, search on the whole sample, upper bound; the last
+    two on a stratified sample where one can be chosen.
     """
 
     def __init__(
@@ -230,7 +230,7 @@ class _Search:
             self.coarse_matvecs = coarse.matvecs
         lanczos = self._lanczos(operator, vector, overlap)
         if self._stratifies():
-            # Of a vector that other samples gave: λ of this sample itself is larger than of all.
+            # Along a vector of other samples: λ of this one is larger than that of all data.
             if self.threshold is not None:
                 first = lanczos.run(math.inf, self.threshold)
                 if first.stopped or math.isnan(first.top.value):

@@ -30,6 +30,9 @@ FLOOR = 0.25
 """A sample is chosen with a probability proportional to its loss plus this part of the mean loss.
 No weight is then above five, should curvature not depend on the loss."""
 
+POLLS = 8
+"""Times that a rank asks for an interruption while it computes losses, whatever its share."""
+
 
 class Candidates(HessianSample, Protocol):
     """Training samples, drawn at random, that a stratified sample is chosen from."""
@@ -48,21 +51,26 @@ def candidate_losses(operator: HessianOperator) -> Tensor | None:
     """The loss of each sample of `operator`, [N] float64 (a collective).
 
     None, on all ranks, if that of a single sample is not known, or one is not finite.
+
+    Raises:
+        Interrupted: `poll` returned True.
     """
-    if operator.poll is not None and operator.poll():
-        raise Interrupted
     sums = torch.zeros(2, operator.samples, dtype=torch.float64)
     parameters = {name: p.detach() for name, p in operator.parameters.items()}
-    for index in operator.own_microbatches:
-        start, stop = operator.bounds[index]
-        try:
-            with torch.no_grad():
-                inputs, targets = operator.load(index)
-                outputs = fast.forward(operator.model, inputs, parameters, fast.PLAIN)
-                losses = sample_losses(operator.loss_fn, outputs, targets, stop - start)
-            sums[0, start:stop] = losses
-        except Exception:  # a random sample is used instead, and shows what is wrong
-            sums[1, start:stop] = 1
+    own = operator.own_microbatches
+    for first in range(POLLS):
+        if operator.poll is not None and operator.poll():
+            raise Interrupted
+        for index in own[first::POLLS]:
+            start, stop = operator.bounds[index]
+            try:
+                with torch.no_grad():
+                    inputs, targets = operator.load(index)
+                    outputs = fast.forward(operator.model, inputs, parameters, fast.PLAIN)
+                    losses = sample_losses(operator.loss_fn, outputs, targets, stop - start)
+                sums[0, start:stop] = losses
+            except Exception:  # a random sample is used instead, and shows what is wrong
+                sums[1, start:stop] = 1
     losses, failed = operator.comm.allreduce_(sums)
     return None if failed.any() or not torch.isfinite(losses).all() else losses
 

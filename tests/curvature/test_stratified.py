@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional
 
 from hpc_absa.comm import SerialCommunicator
+from hpc_absa.curvature import stratified
 from hpc_absa.curvature.estimate import estimate_eigenvalue
 from hpc_absa.curvature.loss import sample_losses
 from hpc_absa.curvature.operator import (
@@ -184,16 +185,20 @@ def test_the_products_of_both_samples_are_counted():
     assert value.matvecs > reference.matvecs
 
 
-def test_candidates_may_be_interrupted():
-    calls = []
+@pytest.mark.parametrize("answers", [1, 5])
+def test_the_losses_of_candidates_may_be_interrupted(monkeypatch, answers):
+    calls, read = [], []
+    losses = stratified.sample_losses
+    monkeypatch.setattr(stratified, "sample_losses", lambda *a: read.append(1) or losses(*a))
 
     def poll():
         calls.append(1)
-        return True
+        return len(calls) == answers
 
     with pytest.raises(Interrupted):
         Problem(0).ask(None, 4000, poll=poll)
-    assert len(calls) == 1
+    assert len(calls) == answers
+    assert (len(read) > 0) == (answers > 1)
 
 
 class NoForwardDerivative(torch.autograd.Function):

@@ -52,7 +52,8 @@ COARSE_LEVEL = 0.1
 it is below."""
 FALSE_GROWTH = 1e-3
 """Probability that λ of all data is above its upper bound, over the choice of the sample. On
-networks 3 of 1,080 answers at 0.9 λ let the batch grow (`benchmarks/curvature.md`)."""
+networks none of 1,080 answers at 0.9 λ let the batch grow, and 3 of those on random samples
+(`benchmarks/curvature.md`)."""
 GROUPS = 16
 """Groups of samples whose scatter gives the sampling error where that of single samples is not
 known: Student's t with fewer degrees of freedom makes the bound larger. Half as many for tests on a

@@ -186,8 +186,8 @@ class Hessian(Section):
     in place of λ the critical sharpness along the next update, by forward passes
     (arXiv:2601.16979)."""
     samples: PositiveInt = 256
-    """Training samples the Hessian is averaged over. 256 keep the decisions of a CIFAR-10 run under
-    1 % of its time, 512 do not (ours, `benchmarks/curvature.md`)."""
+    """Training samples the Hessian is averaged over. With 256 a usual decision of a CIFAR-10 run
+    takes under 1 % of an epoch, with 512 it does not (ours, `benchmarks/curvature.md`)."""
     tol: Annotated[float, Field(gt=0, lt=1)] = 1e-2
     """Estimated relative error at which an estimate has converged (talk). A smaller one does not
     improve decisions: λ scatters by more from sample to sample (`benchmarks/curvature.md`)."""

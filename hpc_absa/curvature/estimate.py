@@ -32,7 +32,7 @@ from hpc_absa.curvature.operator import (
 )
 from hpc_absa.curvature.pieces import Hessians, Pieces
 from hpc_absa.curvature.power import power
-from hpc_absa.curvature.sampling import Scatter, stratified_scatter, student_t
+from hpc_absa.curvature.sampling import Scatter, Stratum, stratified_scatter, student_t
 from hpc_absa.curvature.stratified import SMALLEST, Candidates, candidate_losses, stratify
 from hpc_absa.records import Eigenvalue
 
@@ -178,7 +178,7 @@ class _Found:
     samples: int
     coarse_matvecs: int
     random_matvecs: int = 0
-    """Products with the random sample's Hessian, before those with a stratified one's."""
+    """Products with the random sample's Hessian, before those of `result`."""
     sampling_error: float | None = None
     upper_bound: float | None = None
 
@@ -201,7 +201,7 @@ class _Search:
         self.hessians, self.method, self.tol = hessians, method, tol
         self.max_iter, self.threshold, self.false_growth = max_iter, threshold, false_growth
         self.candidates = candidates
-        self.coarse_matvecs = 0
+        self.coarse_matvecs = self.random_matvecs = 0
 
     def run(self, start: Tensor | None) -> _Found:
         """Search from `start`, where it fits the model, or from the gradient."""
@@ -237,8 +237,12 @@ class _Search:
                 if first.stopped or math.isnan(first.top.value):
                     return self._found(first)
             operator.close()
-            if found := self._on_stratified(vector):
-                return replace(found, random_matvecs=lanczos.steps)
+            if strata := self._strata(vector):
+                self.random_matvecs = lanczos.steps
+                del lanczos  # its basis is as large as that of the next search
+                if found := self._on_stratified(*strata, vector):
+                    return found
+                lanczos = self._lanczos(operator, vector, overlap)
         found = self._of_random(lanczos.run(self.tol, self.threshold), lanczos)
         operator.close()
         return found
@@ -259,8 +263,8 @@ class _Search:
         # batch statistics of a stratum differ from those of a microbatch
         return self.false_growth < 0.5 and not uses_batch_statistics(self.hessians.model)
 
-    def _on_stratified(self, vector: Tensor) -> _Found | None:
-        """Search on a sample that is stratified by loss, from `vector` and the sample's gradient.
+    def _strata(self, vector: Tensor) -> tuple[HessianSample, list[Stratum]] | None:
+        """A sample of the candidates, stratified by loss.
 
         None, on all ranks, if losses or curvatures of single samples are not known.
         """
@@ -272,7 +276,18 @@ class _Search:
         if losses is None:
             return None
         chosen, strata = stratify(losses, hessians.samples)
-        operator = hessians.stratified(candidates.chosen(chosen), strata)
+        return candidates.chosen(chosen), strata
+
+    def _on_stratified(
+        self, sample: HessianSample, strata: list[Stratum], vector: Tensor
+    ) -> _Found | None:
+        """Search on a stratified sample, from `vector` and the sample's gradient.
+
+        None, on all ranks, if the curvature of a single sample is not known.
+        """
+        candidates = self.candidates
+        assert candidates is not None
+        operator = self.hessians.stratified(sample, strata)
         broadcast = operator.comm.broadcast_
         gradient = operator.gradient()
         length = eigen.norm(gradient, broadcast)
@@ -326,17 +341,19 @@ class _Search:
         return _Found(eigen.Result((pair,), 1, mean, True), count, 0)
 
     def _above(self, coarse: eigen.Eigenpair) -> float | None:
-        """A lower bound of λ of the whole sample, by a test on other samples, if above threshold.
+        """A lower bound of λ, by a test on other samples, if it is above the threshold.
 
         `λ ≥ vᵀHv` for the coarse vector v, and v does not depend on the samples that are not in
         the coarse sample; as many of them give the mean over the rest, with its standard error.
+        The bound is of λ of all data if the value is to be that of a stratified sample, otherwise
+        of λ of the whole sample.
         """
         assert self.threshold is not None
         if self.hessians.pieces.small_kernels:
             return None
         count, samples = self.hessians.pieces.coarse_samples, self.hessians.samples
         least = self._least(coarse.vector, count)[0]
-        if not self._stratifies():  # of this sample, not of all data
+        if not self._stratifies():
             least = (count * coarse.value + (samples - count) * least) / samples
         return least if least > self.threshold else None
 
@@ -362,7 +379,8 @@ class _Search:
         return Scatter.of_groups(each, torch.full_like(each, 1 / samples))
 
     def _found(self, result: eigen.Result) -> _Found:
-        return _Found(result, self.hessians.samples, self.coarse_matvecs)
+        samples = self.hessians.samples
+        return _Found(result, samples, self.coarse_matvecs, self.random_matvecs)
 
     def _wants_bound(self, result: eigen.Result) -> bool:
         """λ may be below the threshold."""

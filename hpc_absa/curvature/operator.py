@@ -277,7 +277,7 @@ class HessianOperator:
         return self.sample.load(*self.bounds[index])
 
     def mean(self, index: int, outputs: Any, targets: Any) -> tuple[Tensor, float]:
-        """The loss of a microbatch, and its denominator."""
+        """The loss of a microbatch, and d_m."""
         start, stop = self.bounds[index]
         with Exchange():
             mean, denominator = mean_and_denominator(

@@ -31,7 +31,7 @@ FLOOR = 0.25
 No weight is then above five, should curvature not depend on the loss."""
 
 POLLS = 8
-"""Times that a rank asks for an interruption while it computes losses, whatever its share."""
+"""Polls for an interruption while losses are computed; the same number on all ranks."""
 
 
 class Candidates(HessianSample, Protocol):
@@ -110,7 +110,7 @@ def stratify(losses: Tensor, samples: int) -> tuple[Tensor, list[Stratum]]:
 
 
 def _probabilities(size: Tensor, samples: int) -> Tensor:
-    """Proportional to `size` [M], which descends, at most 1, with the sum `samples`."""
+    """Proportional to `size` [M], at most 1, with the sum `samples`."""
     certain = torch.zeros(len(size), dtype=torch.bool)
     while not certain.all():
         rest, left = torch.where(certain, 0.0, size), samples - int(certain.sum())

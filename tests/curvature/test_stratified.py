@@ -1,4 +1,4 @@
-"""Samples that are stratified by loss: what is chosen, its weights, and what it says of all."""
+"""Samples that are stratified by loss: what is chosen, its weights, and the bound for all data."""
 
 from __future__ import annotations
 
